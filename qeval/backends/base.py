@@ -1,0 +1,53 @@
+"""What every backend offers: a `Session`, a model that answers token ids with final states.
+
+A *state* is what is kept of a scored position: the final hidden state before the head, [d_model], where the
+backend can give it (then `logits` is the head's matrix product), or the logits themselves, [vocab] (then
+`logits` returns them as they are).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from qeval.types import Request
+
+
+class Prefix(Protocol):
+    """The keys and values of a token prefix, computed once; opaque but for its length in tokens."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens the prefix holds."""
+        ...
+
+
+class Session(Protocol):
+    """A model that answers. Results depend neither on how requests are batched nor on whether a prefix is shared
+    (within 1e-4 nats in fp32); a forward that fails raises."""
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, prefix included, that the model takes."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of a row of logits."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> Prefix:
+        """Run a prefix once and keep its keys and values for any number of `states` calls."""
+        ...
+
+    def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
+        """The final states at each request's positions, [positions, width] fp32 each, in the requests' order.
+
+        With `prefix`, every request continues it: `tokens` then hold only what follows the prefix, and
+        positions count from the first token after it. The requests of one call are run as one batch.
+        """
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The fp32 logits [n, vocab] of states [n, width]; soft caps and logit scales applied."""
+        ...

@@ -1,0 +1,189 @@
+"""What a run knows about itself beside its rows: `OUT/run.json`, written by `compare`, read by every report.
+
+The rows hold the measurements; this record holds what they were measured on and with. Unknown keys are refused,
+so that a record of another version is an error and not a half-read one.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qeval.errors import BrokenRecordError, UsageError
+
+RUN_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecord(_Record):
+    """The baseline's weights: where they came from and what they are."""
+
+    name: str  # as the user typed it
+    source: str  # "hub", "folder", "gguf", "demo"
+    hub_id: str | None
+    revision: str | None
+    architecture: str  # "LlamaForCausalLM"
+    weights_sha256: str
+    weight_dtype: str  # "float16"
+    compute_dtype: str  # "float32"
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    parameters: int
+    tied_embeddings: bool
+    context_length: int
+    notes: list[str]  # what a reader must know, such as weights that come from a Q4_1 file
+
+
+class ProtocolRecord(_Record):
+    """How token rows were made."""
+
+    name: str  # "wikitext2-1024/512", or "pydoc-1024/1024" for a window and stride of the user's
+    corpus: str
+    corpus_sha256: str  # of the text
+    tokens_sha256: str  # of the token ids
+    window: int
+    stride: int
+    windows: int
+    windows_available: int
+    bos: bool  # whether a BOS token starts each window
+    kl_positions: int
+    nll_positions: int
+
+
+class TaskRecord(_Record):
+    """How the item rows of one task were made."""
+
+    name: str  # "mmlu"
+    source: str  # "hub", a folder's name, "mmlu_sample"
+    title: str  # "MMLU 5-shot", "MMLU-style sample 5-shot"
+    shots: int
+    subjects: list[str]
+    categories: dict[str, str]  # subject -> category ("stem", "humanities", "social_sciences", "other")
+    items: int
+    items_with_fewer_shots: int
+    choices: int  # how many choices a question has, 0 when it varies
+    harness: str  # "lm-eval 0.4.13"
+
+
+class GroupRecord(_Record):
+    """One group of linears that is quantized together, as the mixed-precision choice saw it."""
+
+    layer: int
+    kind: str  # "qkv", "o", "gate_up", "down"
+    names: list[str]
+    parameters: int
+    kl_low: float | None  # mean KL (nats) with this group alone at the low bit width; None when not measured
+    kl_high: float | None
+    bits: int  # the choice
+    sensitivity_floor: bool = False  # the measured KL does not exceed the noise floor
+
+
+class KeptRecord(_Record):
+    """A weight that stays in float, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+class VariantRecord(_Record):
+    """A quantized model: how it was made and how big it is."""
+
+    name: str  # unique in the run, as typed: "awq", "rtn:int8-channel"
+    method: str  # "rtn", "awq", "mixed", "mixed-rtn"
+    backend: str  # "torch"
+    status: Literal["done", "failed"]
+    error: str | None
+    key: str  # the identity of the quantized weights
+    grid: str  # "int4-g128", "int4-g128 + int8-g128"
+    granularity: str  # "block 128", "per channel", "block 128 + per channel"
+    symmetric: bool
+    bits_per_weight: float  # of the quantized matrices, scales and zero points counted
+    bits_per_weight_model: float  # of all parameters, head and embedding included
+    size_bytes: int  # of the variant's weights on disk, float parts in the checkpoint's dtype
+    quantized_weights: int
+    quantized_parameters: int
+    kept: list[KeptRecord]
+    input_scales: list[str]  # linears whose input is multiplied explicitly
+    details: dict[str, str]  # what else a reader may ask: the method's options, in words
+    importance: str | None  # "measured", "positional"; None when the method is not mixed
+    budget_bits_per_weight: float | None
+    groups: list[GroupRecord]
+    quantize_seconds: float
+    score_seconds: float
+
+
+class CalibrationRecord(_Record):
+    """What the quantizers saw."""
+
+    source: str
+    text_sha256: str
+    tokens_sha256: str
+    samples: int
+    length: int
+
+
+class EnvironmentRecord(_Record):
+    """The machine and the software."""
+
+    qeval: str
+    python: str
+    torch: str
+    transformers: str
+    lm_eval: str
+    platform: str
+    processor: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    device: str
+
+
+class RunRecord(_Record):
+    """All of `OUT/run.json`."""
+
+    run_version: Literal[1]
+    command: str
+    started: str  # ISO 8601, UTC
+    finished: str | None
+    seconds: float
+    peak_rss_bytes: int
+    seed: int
+    model: ModelRecord
+    baseline_label: str  # "FP16 weights computed in fp32"
+    baseline_size_bytes: int
+    baseline_bits_per_weight: float
+    baseline_seconds: float
+    protocol: ProtocolRecord | None
+    tasks: list[TaskRecord]
+    calibration: CalibrationRecord | None
+    variants: list[VariantRecord]
+    environment: EnvironmentRecord
+    metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ...
+    warnings: list[str]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a run folder.
+
+    Raises:
+        UsageError: `folder` holds no run.
+        BrokenRecordError: the record is torn, or of another version.
+    """
+    path = folder / "run.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"'{folder}' holds no run: there is no {path.name} in it.") from error
+    try:
+        return RunRecord.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise BrokenRecordError(
+            f"{path} is torn or of another version ({where}: {first['msg']}); run the same command again."
+        ) from error

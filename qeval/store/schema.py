@@ -1,0 +1,53 @@
+"""The columns of stored rows. Nothing is averaged before it is stored; reports are made from rows alone.
+
+Token rows: one a scored position of a window. `position` is the token's index in its window, `token` its id.
+`nll` is -log p(token | tokens before it in the window), null where it is not scored (the first token of
+a window has no context). The other columns compare the distribution *after* the position (the prediction of the
+next token) with the baseline's, and are null in the baseline's own rows and where it is not scored.
+
+Item rows: one a question. `item` is the question's index in its file.
+"""
+
+import pyarrow as pa
+
+ROWS_VERSION = 1
+
+_name = pa.dictionary(pa.int16(), pa.string())
+
+TOKENS = pa.schema(
+    [
+        pa.field("variant", _name, nullable=False),
+        pa.field("backend", _name, nullable=False),
+        pa.field("corpus", _name, nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("token", pa.int32(), nullable=False),
+        pa.field("nll", pa.float64()),  # nats
+        pa.field("kl_nats", pa.float64()),  # KL(baseline || variant)
+        pa.field("reverse_kl_nats", pa.float64()),  # KL(variant || baseline)
+        pa.field("kl_abs_modelopt", pa.float64()),  # sum of p_base * |log p_base - log p_variant|
+        pa.field("top1_agreement", pa.bool_()),  # the same most likely next token
+        pa.field("delta_p", pa.float64()),  # p_variant - p_base of the true token at `position` (as nll)
+        pa.field("entropy_nats", pa.float64()),  # of this variant's own distribution after the position
+    ],
+    metadata={b"rows_version": str(ROWS_VERSION).encode()},
+)
+
+ITEMS = pa.schema(
+    [
+        pa.field("variant", _name, nullable=False),
+        pa.field("backend", _name, nullable=False),
+        pa.field("task", pa.string(), nullable=False),  # "mmlu", "hellaswag": what the user asked for
+        pa.field("subject", pa.string(), nullable=False),  # the leaf: "astronomy"; the task itself without subjects
+        pa.field("item", pa.int32(), nullable=False),
+        pa.field("gold", pa.int32(), nullable=False),
+        pa.field("pred", pa.int32(), nullable=False),  # argmax of the summed log-likelihoods, first of equals
+        pa.field("choice_loglikelihoods", pa.list_(pa.float64()), nullable=False),  # nats, one a choice
+        pa.field("acc", pa.float64()),  # the harness's own metric for the item, 0 or 1
+        pa.field("acc_norm", pa.float64()),  # likewise, length-normalized, where the task has it
+        pa.field("shots", pa.int32(), nullable=False),  # examples in the prompt after any were dropped
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("prompt_sha256", pa.string(), nullable=False),  # of the token ids: equal on both sides of a pair
+    ],
+    metadata={b"rows_version": str(ROWS_VERSION).encode()},
+)

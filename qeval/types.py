@@ -1,0 +1,41 @@
+"""The nouns that every layer shares."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["lower", "higher", "neither"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval, its unit, which way is better, and how many items it rests on.
+
+    `low` and `high` bound the 95 % interval, or are None where fewer than two clusters leave it undefined;
+    `value` is None where nothing was scored. `n` counts items (tokens, questions), `clusters` what they were
+    resampled by (windows, subjects).
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    unit: str
+    better: Better
+    n: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to run and the positions (indices into `tokens`, ascending) whose final state is wanted."""
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a request whose positions do not lie in its tokens."""
+        if not self.tokens or not self.positions:
+            raise ValueError("A request needs tokens and at least one position.")
+        if list(self.positions) != sorted(set(self.positions)):
+            raise ValueError("Positions must be ascending and distinct.")
+        if self.positions[0] < 0 or self.positions[-1] >= len(self.tokens):
+            raise ValueError("A position lies outside its tokens.")
