@@ -6,10 +6,12 @@ backend can give it (then `logits` is the head's matrix product), or the logits 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
 
+from qeval.quant.variant import Variant
 from qeval.types import Request
 
 
@@ -50,4 +52,17 @@ class Session(Protocol):
 
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, width]; soft caps and logit scales applied."""
+        ...
+
+
+class Backend(Protocol):
+    """Where variants run. One weight set is held; a variant is installed for the length of a `with` block."""
+
+    @property
+    def name(self) -> str:
+        """The name that rows carry: `torch`."""
+        ...
+
+    def open(self, variant: Variant | None) -> AbstractContextManager[Session]:
+        """A session of `variant`, or of the baseline; the baseline is restored bit for bit when the block ends."""
         ...

@@ -1,0 +1,230 @@
+"""Recipes: a method and the grid of every weight, from a name that a user types or from a YAML file.
+
+Config stops here: below this module functions take explicit arguments.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from qeval.errors import UsageError, unknown
+
+METHODS = {
+    "rtn": "round to nearest",
+    "awq": "activation-aware scales, then a clip search for every block (calibrated)",
+    "mixed": "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
+    "mixed-rtn": "the same on rtn",
+}
+BASELINE = "baseline"
+"""The name of the unquantized model in every row; no variant may take it."""
+
+_DEFAULT_GRID = "int4-g128"
+_OPTIONS = {"clip": True, "noclip": False}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """For weights whose name matches `match` (a shell pattern): a grid's name, or `float` to leave them."""
+
+    match: str
+    grid: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make one variant. `grid` and `high` are grid names; `high` and `budget` belong to mixed methods.
+
+    `clip` None means the method's own default: a clip search for awq, none for rtn. `budget` None means the size
+    that the positional rule would take, in bits per weight.
+    """
+
+    name: str
+    method: str
+    grid: str = _DEFAULT_GRID
+    high: str | None = None
+    clip: bool | None = None
+    budget: float | None = None
+    importance: Literal["measured", "positional"] = "measured"
+    quantize_head: bool = False
+    rules: tuple[Rule, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Refuse what no variant can be made from."""
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if self.name == BASELINE or not self.name:
+            raise UsageError(f"A variant cannot be named '{self.name}'; that name is the unquantized model's.")
+        if not self.mixed and (self.budget is not None or self.high is not None):
+            raise UsageError(f"'{self.name}': a budget or a high grid belongs to mixed methods, not to {self.method}.")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether two bit widths are chosen between."""
+        return self.method.startswith("mixed")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether making the variant needs calibration text."""
+        return self.uses_awq or (self.mixed and self.importance == "measured")
+
+    @property
+    def uses_awq(self) -> bool:
+        """Whether input scales are searched."""
+        return self.method in ("awq", "mixed")
+
+    @property
+    def clips(self) -> bool:
+        """Whether each block's range is searched."""
+        return self.uses_awq if self.clip is None else self.clip
+
+    def rule_for(self, name: str) -> str | None:
+        """What the first rule that matches a weight's name says, or None."""
+        return next((rule.grid for rule in self.rules if fnmatchcase(name, rule.match)), None)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything but the name: what changes the variant's numbers."""
+        return {key: value for key, value in asdict(self).items() if key != "name"} | {"clip": self.clips}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What flags say for every recipe that doesn't say it itself."""
+
+    budget: float | None = None
+    importance: Literal["measured", "positional"] = "measured"
+    quantize_head: bool = False
+
+
+def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
+    """The recipe that a name such as `awq:int4-g128`, `rtn:int8-channel` or `mixed-rtn:4.8bpw` means.
+
+    Raises:
+        UsageError: an unknown method (the nearest are listed) or a word that it doesn't take.
+    """
+    method, _, words = text.strip().partition(":")
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    grid: list[str] = []
+    options: dict[str, Any] = {"quantize_head": defaults.quantize_head}
+    if method.startswith("mixed"):
+        options |= {"budget": defaults.budget, "importance": defaults.importance}
+    for word in filter(None, words.split("-")):
+        if word in _OPTIONS:
+            options["clip"] = _OPTIONS[word]
+        elif match := _BUDGET.fullmatch(word):
+            options["budget"] = float(match[1])
+        elif word in ("measured", "positional"):
+            options["importance"] = word
+        elif word == "head":
+            options["quantize_head"] = True
+        else:
+            grid.append(word)
+    return Recipe(name=text.strip(), method=method, grid="-".join(grid) or _DEFAULT_GRID, **options)
+
+
+def parse_methods(text: str, defaults: Defaults = Defaults()) -> list[Recipe]:
+    """The recipes of a comma-separated list of method names."""
+    names = [name for name in (part.strip() for part in text.split(",")) if name]
+    if not names:
+        raise UsageError("--methods names no method; say for example --methods rtn,awq,mixed.")
+    return [parse_method(name, defaults) for name in names]
+
+
+def parse_budget(text: str) -> float:
+    """The bits per weight of `4.8bpw` (or `4.8`).
+
+    >>> parse_budget("4.8bpw")
+    4.8
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:bpw)?", text.strip())
+    if not match:
+        raise UsageError(f"--budget takes bits per weight such as 4.8bpw, not '{text}'.")
+    return float(match[1])
+
+
+def load_recipes(path: Path, defaults: Defaults = Defaults()) -> list[Recipe]:
+    """The recipes of a YAML file: a list `variants` of mappings with the fields of `Recipe`.
+
+    Raises:
+        UsageError: the file is missing, is no YAML, or has a key that no recipe has (the nearest are listed).
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read the config {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{path} must hold a mapping with a list 'variants'.")
+    _known(data, ("variants",), f"key in {path}")
+    entries = data.get("variants")
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise UsageError(f"{path}: 'variants' must be a list with at least one recipe.")
+    return [_recipe(entry, f"{path}, variant {index}", defaults) for index, entry in enumerate(entries, 1)]
+
+
+def check_distinct(recipes: Iterable[Recipe]) -> None:
+    """Refuse two variants of one name."""
+    seen: set[str] = set()
+    for recipe in recipes:
+        if recipe.name in seen:
+            raise UsageError(f"Two variants are named '{recipe.name}'; names must be distinct.")
+        seen.add(recipe.name)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "method": (str,),
+    "grid": (str,),
+    "high": (str,),
+    "clip": (bool,),
+    "budget": (str, int, float),
+    "importance": (str,),
+    "quantize_head": (bool,),
+    "rules": (list,),
+}
+
+
+def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
+    if isinstance(entry, str):
+        return parse_method(entry, defaults)
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{where} must be a mapping or a method's name.")
+    _known(entry, _TYPES, f"key in {where}")
+    for key, value in entry.items():
+        if not isinstance(value, _TYPES[key]):
+            expected = " or ".join(kind.__name__ for kind in _TYPES[key])
+            raise UsageError(f"{where}: '{key}' must be {expected}, not {value!r}.")
+    if "method" not in entry:
+        raise UsageError(f"{where} names no method.")
+    recipe = parse_method(str(entry["method"]), defaults)
+    fields = {key: value for key, value in entry.items() if key != "method"}
+    if fields.get("importance") not in (None, "measured", "positional"):
+        raise unknown(f"importance in {where}", fields["importance"], ("measured", "positional"))
+    if "budget" in fields:
+        fields["budget"] = parse_budget(str(fields["budget"]))
+    if "rules" in fields:
+        fields["rules"] = tuple(_rule(rule, where) for rule in fields["rules"])
+    return replace(recipe, **fields)
+
+
+def _rule(entry: object, where: str) -> Rule:
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{where}: a rule must be a mapping with 'match' and 'grid'.")
+    _known(entry, ("match", "grid"), f"key in a rule of {where}")
+    if set(entry) != {"match", "grid"}:
+        raise UsageError(f"{where}: a rule needs both 'match' and 'grid'.")
+    return Rule(str(entry["match"]), str(entry["grid"]))
+
+
+def _known(entry: Mapping[Any, Any], known: Iterable[str], kind: str) -> None:
+    choices = list(known)
+    for key in entry:
+        if key not in choices:
+            raise unknown(kind, str(key), choices)

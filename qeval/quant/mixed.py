@@ -1,0 +1,81 @@
+"""Which groups of linears get the high bit width: measured sensitivity under a size budget, or by position."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from qeval.errors import UsageError
+
+POSITIONAL_KINDS = ("v_proj", "down_proj")
+
+
+class Option(NamedTuple):
+    """One group at its two bit widths: bits on disk, and mean KL (nats) with the group alone quantized."""
+
+    low_bits: int
+    high_bits: int
+    low_kl: float
+    high_kl: float
+
+
+def positional_layers(layers: int) -> set[int]:
+    """The layers that get INT8 by their position: the first and last eighth, and every third between.
+
+    The rule of llama.cpp's `use_more_bits` and of NVIDIA Model Optimizer's mixed precision, as published.
+
+    >>> sorted(positional_layers(30))
+    [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29]
+    """
+    eighth = layers // 8
+    return {
+        layer
+        for layer in range(layers)
+        if layer < eighth or layer >= layers - eighth or (layer - eighth) % 3 == 0
+    }
+
+
+def positional_names(names: Iterable[str], layers: int) -> set[str]:
+    """The weights that the positional rule gives INT8: v_proj and down_proj of its layers.
+
+    Raises:
+        UsageError: the model names no linear v_proj or down_proj, so the rule does not apply.
+    """
+    chosen = positional_layers(layers)
+    pattern = re.compile(rf"\.(\d+)\..*\b({'|'.join(POSITIONAL_KINDS)})\.weight$")
+    found = {name for name in names if (match := pattern.search(name)) and int(match[1]) in chosen}
+    if not found:
+        raise UsageError(
+            "The positional rule gives INT8 to v_proj and down_proj, and this model has neither; "
+            "take --importance measured."
+        )
+    return found
+
+
+def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
+    """Which groups take the high width so that the summed KL is least within `budget_bits` on disk, all together.
+
+    An integer programme: minimise sum of KL subject to sum of bits <= budget, one 0/1 variable a group (SciPy's HiGHS).
+
+    Raises:
+        UsageError: the budget is below the smallest or above the largest possible size.
+    """
+    smallest, largest = sum(o.low_bits for o in options), sum(o.high_bits for o in options)
+    if not smallest <= budget_bits <= largest:
+        side = "below the smallest" if budget_bits < smallest else "above the largest"
+        raise UsageError(
+            f"The budget of {budget_bits} bits is {side} possible size ({smallest} to {largest} bits)."
+        )
+    gain = np.array([max(o.low_kl - o.high_kl, 0.0) for o in options])
+    cost = np.array([float(o.high_bits - o.low_bits) for o in options])
+    result = milp(
+        -gain / max(gain.max(), 1e-300),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(cost / cost.max(), ub=(budget_bits - smallest) / cost.max()),
+    )
+    if not result.success:
+        raise UsageError(f"The integer programme of the bit widths found no answer: {result.message}")
+    return [bool(round(value)) for value in result.x]

@@ -1,0 +1,55 @@
+"""What calibration keeps of a layer's input: a sketch of its second moments. No activation is stored.
+
+The sketch is a CountSketch (Charikar, Chen, Farach-Colton 2002; Clarkson and Woodruff 2013): every token's input
+x is added, with a random sign, to one of k rows. Then E[S^T S] = sum of x x^T, so the squared error of a layer's output,
+sum of |e x|^2 over tokens, is estimated by |e S^T|^2: k numbers a weight row, whatever the number of tokens. With as
+many rows as tokens and one token a row it would be exact.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SKETCH_ROWS = 512
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """A layer's input over the calibration text.
+
+    `tokens`: how many; `magnitude` [columns]: mean of |x|; `sketch` [k, columns]: S with S^T S about the sum of
+    x x^T.
+    """
+
+    tokens: int
+    magnitude: Tensor
+    sketch: Tensor
+
+    def scaled(self, scales: Tensor) -> "InputStatistics":
+        """The statistics of x / scales."""
+        return InputStatistics(self.tokens, self.magnitude / scales, self.sketch / scales)
+
+
+class Accumulator:
+    """Sums one layer input's statistics while the text streams through."""
+
+    def __init__(self, columns: int, seed: int, device: torch.device | str = "cpu") -> None:
+        """`seed` decides which row and sign every token gets, together with the token's index."""
+        self._magnitude = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._sketch = torch.zeros(SKETCH_ROWS, columns, device=device)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in the inputs [tokens, columns] of the next tokens."""
+        inputs = inputs.float()
+        draws = torch.randint(2 * SKETCH_ROWS, (len(inputs),), generator=self._generator).to(inputs.device)
+        signs = (draws % 2 * 2 - 1).unsqueeze(1)
+        self._sketch.index_add_(0, draws // 2, inputs * signs)
+        self._magnitude += inputs.abs().sum(0)
+        self._tokens += len(inputs)
+
+    def statistics(self) -> InputStatistics:
+        """What has been summed so far."""
+        return InputStatistics(self._tokens, (self._magnitude / self._tokens).float(), self._sketch.clone())

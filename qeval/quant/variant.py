@@ -1,0 +1,73 @@
+"""A variant: a model's quantized matrices, the floats that its method changed, and an account of every weight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qeval.quant.qweight import QWeight
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A weight that stays in float, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the mixed-precision choice saw of one group of linears, and the bits it gave them."""
+
+    layer: int
+    kind: str
+    names: tuple[str, ...]
+    parameters: int
+    kl_low: float | None
+    kl_high: float | None
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A quantized model.
+
+    `weights`: by parameter name. `floats`: tensors that replace the model's own (AWQ folds its scales into norms).
+    `input_scales`: linears (by parameter name) whose input is multiplied by a vector [columns] before the matrix
+    product. `kept`: every other weight, with its reason. `details`: what the method decided, in words.
+    """
+
+    key: str
+    weights: Mapping[str, QWeight]
+    floats: Mapping[str, Tensor]
+    input_scales: Mapping[str, Tensor]
+    kept: tuple[Kept, ...]
+    choices: tuple[Choice, ...] = ()
+    details: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def quantized_parameters(self) -> int:
+        """How many weights are on a grid."""
+        return sum(weight.codes.numel() for weight in self.weights.values())
+
+    @property
+    def quantized_bits(self) -> int:
+        """Bits of the quantized matrices on disk: codes, scales, zero points, input scales in fp32."""
+        scales = sum(vector.numel() * 32 for vector in self.input_scales.values())
+        return scales + sum(weight.size_bits for weight in self.weights.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a quantized weight, scales and zero points counted; what stays in float is not."""
+        return self.quantized_bits / self.quantized_parameters
+
+    def size_bytes(self, float_bits: int) -> int:
+        """Bytes of all weights, those kept in float at `float_bits` each."""
+        return (self.quantized_bits + sum(kept.parameters for kept in self.kept) * float_bits) // 8
+
+    def bits_per_weight_model(self, float_bits: int) -> float:
+        """Bits a parameter over the whole model, head and embedding included."""
+        parameters = self.quantized_parameters + sum(kept.parameters for kept in self.kept)
+        return self.size_bytes(float_bits) * 8 / parameters

@@ -1,0 +1,147 @@
+"""From rows to Estimates: means, ratios, quantiles and paired differences, with intervals clustered as told.
+
+Every function takes plain values [rows] and the `Clusters` they are resampled by, and raises `NonFiniteError`
+when a value is NaN or infinite. No rows at all give an Estimate whose value is None. All sums are in float64.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from qeval.stats.bootstrap import (
+    NO_INTERVAL,
+    Clusters,
+    Floats,
+    finite,
+    interval,
+    order,
+    quantile,
+    quantile_resamples,
+    ratio_resamples,
+)
+from qeval.types import Better, Estimate
+
+Transform = Callable[[Floats], Floats]
+
+
+def mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int) -> Estimate:
+    """The mean over rows, so that a cluster counts as much as it has rows."""
+    array = finite(values)
+    return ratio(
+        clusters.sums(array),
+        clusters.sizes(),
+        n=array.size,
+        unit=unit,
+        better=better,
+        seed=seed,
+        transform=None,
+    )
+
+
+def perplexity(nll: ArrayLike, clusters: Clusters, *, seed: int) -> Estimate:
+    """exp of the mean negative log-likelihood (nats) over all tokens, not a mean over windows."""
+    array = finite(nll)
+    return ratio(
+        clusters.sums(array),
+        clusters.sizes(),
+        n=array.size,
+        unit="ppl",
+        better="lower",
+        seed=seed,
+        transform=np.exp,
+    )
+
+
+def perplexity_ratio(nll: ArrayLike, baseline_nll: ArrayLike, clusters: Clusters, *, seed: int) -> Estimate:
+    """Perplexity over the baseline's, on the same tokens: exp of the mean difference of their NLLs."""
+    array = finite(nll) - finite(baseline_nll)
+    return ratio(
+        clusters.sums(array),
+        clusters.sizes(),
+        n=array.size,
+        unit="ratio",
+        better="lower",
+        seed=seed,
+        transform=np.exp,
+    )
+
+
+def root_mean_square(
+    values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int
+) -> Estimate:
+    """The root of the mean square over rows."""
+    array = finite(values)
+    squares = clusters.sums(array**2)
+    return ratio(
+        squares, clusters.sizes(), n=array.size, unit=unit, better=better, seed=seed, transform=np.sqrt
+    )
+
+
+def difference(
+    values: ArrayLike, others: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int
+) -> Estimate:
+    """The mean of the paired differences values - others, row by row."""
+    return mean(finite(values) - finite(others), clusters, unit=unit, better=better, seed=seed)
+
+
+def macro_mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int) -> Estimate:
+    """The mean of the clusters' own means: a subject counts as one, whatever its number of questions."""
+    array = finite(values)
+    sizes = clusters.sizes()
+    means = clusters.sums(array) / sizes if array.size else sizes
+    return ratio(
+        means, np.ones_like(means), n=array.size, unit=unit, better=better, seed=seed, transform=None
+    )
+
+
+def ratio(
+    numerators: Floats,
+    denominators: Floats,
+    *,
+    n: int,
+    unit: str,
+    better: Better,
+    seed: int,
+    transform: Transform | None = None,
+) -> Estimate:
+    """transform(sum of numerators / sum of denominators), one number a cluster each; `n` counts rows.
+
+    `transform` must be monotonous and work elementwise.
+    """
+    clusters = len(numerators)
+    total = float(denominators.sum())
+    if not clusters or total <= 0:
+        return Estimate(None, None, None, unit, better, n, clusters)
+    change = transform or np.asarray
+    value = float(change(np.asarray([float(numerators.sum()) / total]))[0])
+    if clusters < 2:
+        return Estimate(value, None, None, unit, better, n, clusters)
+    ends = interval(change(ratio_resamples(numerators, denominators, seed)), clusters)
+    return Estimate(value, ends.low, ends.high, unit, better, n, clusters)
+
+
+def quantiles(
+    values: ArrayLike, levels: Sequence[float], clusters: Clusters, *, unit: str, better: Better, seed: int
+) -> list[Estimate]:
+    """The quantiles at `levels`: the smallest value with at least that share of rows at or below it."""
+    ordered = order(values, clusters)
+    n, count = len(ordered.values), clusters.count
+    if not n:
+        return [Estimate(None, None, None, unit, better, 0, 0) for _ in levels]
+    points = [quantile(ordered, level) for level in levels]
+    if count < 2:
+        return [Estimate(point, None, None, unit, better, n, count) for point in points]
+    resampled = quantile_resamples(ordered, levels, seed)
+    ends = [interval(row, count) for row in resampled]
+    return [
+        Estimate(point, end.low, end.high, unit, better, n, count)
+        for point, end in zip(points, ends, strict=True)
+    ]
+
+
+def maximum(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better) -> Estimate:
+    """The largest value. It has no interval: no resample holds a larger one than was seen."""
+    array = finite(values)
+    value = float(array.max()) if array.size else None
+    return Estimate(value, *NO_INTERVAL, unit, better, array.size, clusters.count)
