@@ -127,10 +127,22 @@ class TorchBackend:
         self._head_name = description.head
         self._head = head_of(model)
         self._weight_dtype = weight_dtype
+        self._is_lent = False
+
+    @property
+    def head(self) -> Head:
+        """The baseline's own head."""
+        return self._head
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[TorchSession]:
-        """A session of `variant`, or of the baseline with None."""
+        """A session of `variant`, or of the baseline with None; one variant at a time.
+
+        Raises:
+            QevalError: a variant is installed already, so neither it nor the baseline could be told apart.
+        """
+        if self._is_lent:
+            raise QevalError("The model's weights are those of another variant; close its session first.")
         if variant is None:
             yield TorchSession(self._model, self._head)
             return
@@ -138,8 +150,12 @@ class TorchBackend:
         if self._head_name in variant.weights:  # a tied embedding keeps its floats
             values = variant.weights[self._head_name].dequantize()
             head = replace(head, weight=values.to(head.weight))
-        with installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype):
-            yield TorchSession(self._model, head)
+        self._is_lent = True
+        try:
+            with installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype):
+                yield TorchSession(self._model, head)
+        finally:
+            self._is_lent = False
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from qeval.calibrate.groups import (
     row_divisors,
 )
 from qeval.calibrate.sensitivity import measure
-from qeval.calibrate.stream import Advance
 from qeval.config import Recipe
 from qeval.errors import UsageError
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
+from qeval.progress import Advance
 from qeval.quant.grid import Grid, PerBlock, parse
 from qeval.quant.mixed import Option, choose_high, positional_names
 from qeval.quant.qweight import QWeight, check_fits
@@ -153,17 +153,18 @@ def _mix(
             )
         grids, _ = positional_budget(source, recipe, low)
         return grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low))
+    high = {name: high_grid(recipe) for name in low}
+    budget = _budget_bits(source, recipe, low, high)  # refused before the long measurement, not after
     kls = measure(
         source.model, source.description, source.head, source.samples, _effective(source, recipe, low), advance
     )
-    return _under_budget(source, recipe, low, kls)
+    return _under_budget(source, low, high, budget, kls)
 
 
 def _under_budget(
-    source: Source, recipe: Recipe, low: dict[str, Grid], kls: Mapping[str, float]
+    source: Source, low: dict[str, Grid], high: dict[str, Grid], budget: int, kls: Mapping[str, float]
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
     groups, parameters = _groups(source, low), source.search.parameters
-    high = {name: high_grid(recipe) for name in low}
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
     options = [
         Option(
@@ -174,7 +175,6 @@ def _under_budget(
         )
         for group in groups
     ]
-    budget = _budget_bits(source, recipe, low, high)
     rest = _bits(low, parameters) - sum(option.low_bits for option in options)
     picked = choose_high(options, budget - rest)
     grids = dict(low)

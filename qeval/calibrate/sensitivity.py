@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qeval.calibrate.stream import Advance
 from qeval.metrics.tokens import mean_kl
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
+from qeval.progress import Advance
 
 Effective = Callable[[Group], Mapping[str, Tensor]]
 """The group's quantized matrices as they act in the unfolded model, by name."""
 
-SAMPLES, LENGTH, EVERY = 4, 256, 4
+SAMPLES, LENGTH, EVERY = 2, 256, 4
 """Calibration tokens that sensitivities are measured on; KL at every fourth position."""
 
 

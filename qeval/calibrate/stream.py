@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qeval.models.graph import Description, Group
+from qeval.progress import Advance
 from qeval.quant.statistics import Accumulator, InputStatistics
-
-Advance = Callable[[int], None]
-"""Called with the number of units of work just done."""
 
 Statistics = dict[str, InputStatistics]
 """By the name of the first linear of a group."""

@@ -1,4 +1,4 @@
-"""How often the interval holds the truth, where it is known: few windows of correlated, heavy-tailed tokens."""
+"""How often the interval holds the truth, where it is known: few windows of heavy-tailed tokens."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ REPEATS = 300
 
 
 def covered(clusters):
-    """The shares of intervals that hold the truth: expanded percentile, and plain percentile, of the same resamples."""
+    """The shares of intervals that hold the truth: expanded percentile, and plain percentile."""
     rng = np.random.default_rng(5)
     hits = np.zeros(2)
     for _ in range(REPEATS):

@@ -1,0 +1,42 @@
+"""Progress bars with an ETA on a terminal; a line a phase elsewhere; nothing when quiet."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qeval.progress import Advance
+
+
+class ConsoleProgress:
+    """Phases as bars on stderr, so that stdout stays clean for results."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        """Bars are drawn on a terminal only; `quiet` drops the rest but warnings."""
+        self._console, self._quiet = console, quiet
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def phase(self, label: str, units: int) -> Iterator[Advance]:
+        """A bar that goes when its work is done, with its time left behind in a line."""
+        if self._quiet or not self._console.is_terminal:
+            yield lambda done: None
+            return
+        columns = (
+            TextColumn("{task.description:<32}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as bars:
+            task = bars.add_task(label, total=max(units, 1))
+            yield lambda done: bars.advance(task, done)
+            bars.update(task, completed=max(units, 1))
+
+    def warn(self, message: str) -> None:
+        """Show a warning at once and keep it for the report."""
+        self.warnings.append(message)
+        self._console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)

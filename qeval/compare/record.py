@@ -1,0 +1,80 @@
+"""The run's record: what each variant is and what it was measured on, in the words that reports use."""
+
+from dataclasses import asdict
+
+from qeval.quant.grid import describe, parse
+from qeval.store.run import GroupRecord, KeptRecord, VariantRecord
+from qeval.store.variants import Manifest
+
+
+def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: float) -> VariantRecord:
+    """A finished variant, from its manifest."""
+    grids = _grids(manifest)
+    recipe = manifest.recipe
+    return VariantRecord(
+        name=name,
+        method=str(recipe["method"]),
+        backend=backend,
+        status="done",
+        error=None,
+        key=manifest.key,
+        grid=" + ".join(grids),
+        granularity=" + ".join(dict.fromkeys(describe(parse(grid)) for grid in grids)),
+        symmetric=all(parse(grid).symmetric for grid in grids),
+        bits_per_weight=manifest.bits_per_weight,
+        bits_per_weight_model=manifest.bits_per_weight_model,
+        size_bytes=manifest.size_bytes,
+        quantized_weights=len(manifest.weights),
+        quantized_parameters=sum(entry.rows * entry.columns for entry in manifest.weights),
+        kept=[KeptRecord(**entry.model_dump()) for entry in manifest.kept],
+        input_scales=manifest.input_scales,
+        details=manifest.details,
+        importance=str(recipe["importance"]) if str(recipe["method"]).startswith("mixed") else None,
+        budget_bits_per_weight=recipe.get("budget"),
+        groups=[GroupRecord(**entry.model_dump()) for entry in manifest.choices],
+        quantize_seconds=manifest.seconds,
+        score_seconds=score_seconds,
+    )
+
+
+def failed_record(name: str, method: str, backend: str, error: str) -> VariantRecord:
+    """A variant that could not be made or scored."""
+    return VariantRecord(
+        name=name,
+        method=method,
+        backend=backend,
+        status="failed",
+        error=error,
+        key="",
+        grid="",
+        granularity="",
+        symmetric=True,
+        bits_per_weight=0.0,
+        bits_per_weight_model=0.0,
+        size_bytes=0,
+        quantized_weights=0,
+        quantized_parameters=0,
+        kept=[],
+        input_scales=[],
+        details={},
+        importance=None,
+        budget_bits_per_weight=None,
+        groups=[],
+        quantize_seconds=0.0,
+        score_seconds=0.0,
+    )
+
+
+def plain(value: object) -> dict[str, object]:
+    """A dataclass instance's fields as plain values, for a record of the same fields."""
+    return asdict(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _grids(manifest: Manifest) -> list[str]:
+    """The distinct grids, the one with the most weights first."""
+    weights: dict[str, int] = {}
+    for entry in manifest.weights:
+        weights[entry.grid] = weights.get(entry.grid, 0) + entry.rows * entry.columns
+    return sorted(weights, key=lambda grid: -weights[grid])
+
+

@@ -1,0 +1,106 @@
+"""Everything that a run was asked for, checked once at the door."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qeval.config import Recipe, check_distinct
+from qeval.errors import UsageError
+
+Bos = Literal["auto", "always", "never"]
+TOKEN_METRICS = ("kl", "ppl")
+"""What one pass over a corpus gives; everything else in `tasks` is a task of questions."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which weights, where they run and in what type they compute."""
+
+    name: str
+    revision: str | None = None
+    device: str = "cpu"
+    compute: str | None = None
+
+
+@dataclass(frozen=True)
+class CorpusChoice:
+    """Which text and windows; `protocol` excludes `window` and `stride`."""
+
+    corpus: str | None = None
+    protocol: str | None = None
+    window: int | None = None
+    stride: int | None = None
+    max_windows: int | None = None
+    bos: Bos = "auto"
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which questions."""
+
+    mmlu_dir: Path | None = None
+    subjects: tuple[str, ...] = ()
+    limit: int | None = None
+    shots: int = 5
+
+
+@dataclass(frozen=True)
+class CalibrationChoice:
+    """What quantizers may see."""
+
+    source: str = "pydoc"
+    samples: int = 16
+    length: int = 512
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run."""
+
+    model: ModelChoice
+    recipes: tuple[Recipe, ...]
+    variants: tuple[tuple[str, Path], ...]
+    tasks: tuple[str, ...]
+    corpus: CorpusChoice
+    questions: TaskChoice
+    calibration: CalibrationChoice
+    out: Path
+    backend: str = "torch"
+    batch_tokens: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a run that could not say anything.
+
+        Raises:
+            UsageError: nothing to compare or to score, two variants of one name, numbers below one.
+        """
+        check_distinct((*self.recipes, *(Recipe(name, "rtn") for name, _ in self.variants)))
+        if not self.recipes and not self.variants:
+            raise UsageError("Nothing to compare: give --methods, --config or --variant.")
+        if not self.tasks:
+            raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
+        if self.backend != "torch":
+            raise UsageError(f"Backend '{self.backend}' is not in this version of qeval; take --backend torch.")
+        for flag, value in {
+            "--limit": self.questions.limit,
+            "--max-windows": self.corpus.max_windows,
+            "--calibration-samples": self.calibration.samples,
+            "--calibration-length": self.calibration.length,
+            "--batch-tokens": self.batch_tokens,
+            "--threads": self.threads,
+        }.items():
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} must be at least 1, not {value}.")
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether a corpus is run."""
+        return any(task in TOKEN_METRICS for task in self.tasks)
+
+    @property
+    def question_tasks(self) -> tuple[str, ...]:
+        """The tasks of questions, in the order given."""
+        return tuple(task for task in self.tasks if task not in TOKEN_METRICS)

@@ -1,0 +1,170 @@
+"""The variants of a run: made once, kept in the cache under what they were made from, read back when scored."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qeval.calibrate.build import Source, build, quantizable, source_of
+from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
+from qeval.calibrate.stream import collect
+from qeval.config import Recipe
+from qeval.errors import BrokenRecordError, QevalError, UsageError
+from qeval.identity import digest
+from qeval.models.graph import Description
+from qeval.models.head import Head
+from qeval.paths import home
+from qeval.progress import Progress
+from qeval.quant.statistics import SKETCH_ROWS
+from qeval.quant.variant import Variant
+from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
+
+QUANTIZERS_VERSION = 1
+"""Part of every variant's key: raise it when the same recipe gives other integers."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text as token ids, and what a record says of it."""
+
+    samples: tuple[tuple[int, ...], ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The model that variants are made from."""
+
+    model: Any
+    description: Description
+    head: Head
+    weights_sha256: str
+    name: str
+    float_bits: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant of a run: where it lies, or why it failed."""
+
+    name: str
+    method: str
+    folder: Path | None
+    error: str | None = None
+
+
+def variant_key(recipe: Recipe, weights_sha256: str, calibration: Calibration, seed: int) -> str:
+    """The identity of the integers that `recipe` gives."""
+    seen = None
+    if recipe.calibrated:
+        seen = [calibration.record["tokens_sha256"], seed, SKETCH_ROWS, SAMPLES, LENGTH, EVERY]
+    return digest(
+        {
+            "quantizers": QUANTIZERS_VERSION,
+            "recipe": recipe.identity(),
+            "weights": weights_sha256,
+            "calibration": seen,
+        }
+    )
+
+
+class Workshop:
+    """Makes the variants that the cache doesn't hold; calibrates at most once, and only if one needs it."""
+
+    def __init__(self, loaded: Loaded, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> None:
+        """`calibration` is called when the first calibrated recipe is met."""
+        self._loaded, self._calibration, self._seed, self._progress = loaded, calibration, seed, progress
+        self._sources: dict[bool, Source] = {}
+
+    def entry(self, recipe: Recipe) -> Entry:
+        """The variant of a recipe, made if need be. A failure while making it is told, not raised.
+
+        Raises:
+            UsageError: the recipe can't be applied to this model.
+        """
+        try:
+            return Entry(recipe.name, recipe.method, self.folder(recipe))
+        except UsageError:
+            raise
+        except QevalError as error:
+            return Entry(recipe.name, recipe.method, None, str(error))
+
+    def folder(self, recipe: Recipe) -> Path:
+        """Where the variant of `recipe` lies in the cache."""
+        folder = home() / "variants" / self.key(recipe)
+        if not self._is_whole(folder):
+            variant, seconds = self.make(recipe)
+            save_variant(variant, folder, self.origin(recipe, seconds))
+        return folder
+
+    def key(self, recipe: Recipe) -> str:
+        """The identity of the recipe's variant."""
+        calibration = self._calibration() if recipe.calibrated else Calibration((), {})
+        return variant_key(recipe, self._loaded.weights_sha256, calibration, self._seed)
+
+    def make(self, recipe: Recipe) -> tuple[Variant, float]:
+        """The variant, and the seconds that it took beyond calibrating."""
+        source = self._source(recipe.calibrated)
+        measured = recipe.mixed and recipe.importance == "measured"
+        groups = len(self._loaded.description.groups)
+        label = f"quantize {recipe.name}" + (" (sensitivities)" if measured else "")
+        start = time.perf_counter()
+        with self._progress.phase(label, groups) as advance:
+            variant = build(source, recipe, self.key(recipe), advance)
+        return variant, time.perf_counter() - start
+
+    def origin(self, recipe: Recipe, seconds: float) -> Origin:
+        """What the manifest says of where the variant came from."""
+        return Origin(
+            recipe=recipe.identity() | {"rules": [vars(rule) for rule in recipe.rules]},
+            model={"name": self._loaded.name, "weights_sha256": self._loaded.weights_sha256},
+            calibration=dict(self._calibration().record) if recipe.calibrated else None,
+            float_bits=self._loaded.float_bits,
+            seconds=seconds,
+        )
+
+    def _source(self, calibrated: bool) -> Source:
+        if calibrated not in self._sources:
+            self._sources[calibrated] = self._make_source(calibrated)
+        return self._sources[calibrated]
+
+    def _make_source(self, calibrated: bool) -> Source:
+        loaded = self._loaded
+        if not calibrated:
+            return source_of(loaded.model, loaded.description, loaded.head, (), {})
+        samples: Sequence[Sequence[int]] = self._calibration().samples
+        with self._progress.phase("calibrate", sum(len(sample) for sample in samples)) as advance:
+            statistics = collect(loaded.model, loaded.description, samples, self._seed, advance)
+        return source_of(loaded.model, loaded.description, loaded.head, samples, statistics)
+
+    def _is_whole(self, folder: Path) -> bool:
+        if not folder.exists():
+            return False
+        try:
+            verify_variant(folder)
+        except (BrokenRecordError, UsageError) as error:
+            self._progress.warn(f"{error} It is made again.")
+            return False
+        return True
+
+
+def given_entry(name: str, folder: Path, weights_sha256: str) -> tuple[Entry, Manifest]:
+    """A variant that `--variant NAME=FOLDER` names.
+
+    Raises:
+        UsageError: the folder holds no variant, or one of another model.
+    """
+    manifest = verify_variant(folder)
+    if manifest.model.get("weights_sha256") != weights_sha256:
+        raise UsageError(
+            f"--variant {name}={folder} was made from other weights ({manifest.model.get('name')}) than the "
+            "baseline's, so it cannot be compared with it."
+        )
+    return Entry(name, str(manifest.recipe.get("method", "given")), folder), manifest
+
+
+def check_recipes(recipes: Sequence[Recipe], description: Description) -> None:
+    """Refuse recipes for a model without linears before any work starts."""
+    if recipes and not quantizable(description):
+        raise UsageError("This model has no linear layers that could be quantized.")

@@ -1,0 +1,38 @@
+"""How long work tells where it is: phases with a number of units, told by whoever does the work."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+Advance = Callable[[int], None]
+"""Called with the number of units just done."""
+
+
+class Progress(Protocol):
+    """Shows phases and warnings to a person, or to nobody."""
+
+    def phase(self, label: str, units: int) -> AbstractContextManager[Advance]:
+        """A phase of `units`; the block is given the function to call as they get done."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Tell of something that was mended or that a reader must know."""
+        ...
+
+
+class Silent:
+    """Shows nothing and remembers the warnings."""
+
+    def __init__(self) -> None:
+        """No warnings yet."""
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def phase(self, label: str, units: int) -> Iterator[Advance]:
+        """Run the block."""
+        del label, units
+        yield lambda done: None
+
+    def warn(self, message: str) -> None:
+        """Remember the message."""
+        self.warnings.append(message)

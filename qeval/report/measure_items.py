@@ -1,0 +1,154 @@
+"""From paired answers to metrics. Where a log-likelihood is not finite, nothing of its task is averaged.
+
+Intervals resample subjects. Where there is but one (a task without subjects, one subject's own row), they resample its
+questions.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qeval.report.measure_tokens import as_metrics
+from qeval.report.model import Flips, GroupScore, Metric, Metrics, TaskResult
+from qeval.report.pairing import ItemRows, Mask
+from qeval.stats import estimates
+from qeval.stats.bootstrap import Clusters, Floats, Ints
+from qeval.store.run import TaskRecord
+from qeval.types import Better, Estimate
+
+_UNCATEGORIZED = "uncategorized"
+
+
+def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:
+    """One model's accuracy: weighted by questions, by subject, and length-normalized where the task has it."""
+    bad = int(rows.non_finite().sum())
+    names = [f"{task}_acc", f"{task}_acc_macro", *([f"{task}_acc_norm"] if rows.acc_norm is not None else [])]
+    if bad:
+        return {name: Metric.broken("fraction", "higher", len(rows.items), bad) for name in names}
+    clusters = subjects_or_questions(rows.subjects)
+    found = {
+        f"{task}_acc": _share(rows.acc, clusters, "higher", seed),
+        f"{task}_acc_macro": _macro(rows, seed),
+    }
+    if rows.acc_norm is not None:
+        found[f"{task}_acc_norm"] = _share(rows.acc_norm, clusters, "higher", seed)
+    return as_metrics(found)
+
+
+def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics:
+    """What changed from the baseline, question by question."""
+    went = _transitions(rows, baseline)
+    kinds: dict[str, Better] = {
+        "acc_diff": "higher", "flips": "lower", "right_to_wrong": "lower", "wrong_to_right": "higher",
+        "wrong_to_other": "lower", "choice_kl_nats": "lower",
+    }  # fmt: skip
+    bad = int(rows.non_finite().sum())
+    if bad:
+        units = {name: "nats" if name.endswith("nats") else "fraction" for name in kinds}
+        return {
+            f"{task}_{name}": Metric.broken(units[name], better, len(rows.items), bad)
+            for name, better in kinds.items()
+        }
+    clusters = subjects_or_questions(rows.subjects)
+    shares = {
+        "flips": went["right_to_wrong"] | went["wrong_to_right"],
+        **{name: went[name] for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other")},
+    }
+    found = {name: _share(share, clusters, kinds[name], seed) for name, share in shares.items()}
+    found["acc_diff"] = _share(rows.acc - baseline.acc, clusters, "higher", seed)
+    found["choice_kl_nats"] = estimates.mean(
+        choice_kl_nats(rows, baseline), clusters, unit="nats", better="lower", seed=seed
+    )
+    return as_metrics({f"{task}_{name}": found[name] for name in kinds})
+
+
+def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed: int) -> dict[str, TaskResult]:
+    """A task taken apart for every model of `models`; differences are from the model named `first`."""
+    finite = {name: rows for name, rows in models.items() if not rows.non_finite().any()}
+    category = record.categories
+    groups = {
+        "by_category": [category.get(subject, _UNCATEGORIZED) for subject in models[first].subjects],
+        "by_subject": list(models[first].subjects),
+    }
+    tables: dict[str, dict[str, dict[str, GroupScore]]] = {name: {} for name in finite}
+    for what, labels in groups.items():
+        for name in finite:
+            tables[name][what] = {}
+        for label in dict.fromkeys(labels):
+            chosen = np.asarray([each == label for each in labels])
+            for name, score in _scores(finite, chosen, first, seed).items():
+                tables[name][what][label] = score
+    empty: dict[str, dict[str, GroupScore]] = {"by_category": {}, "by_subject": {}}
+    return {
+        name: TaskResult(
+            **tables.get(name, empty),
+            flips=flips(rows, models[first]) if name in finite and name != first else None,
+        )
+        for name, rows in models.items()
+    }
+
+
+def flips(rows: ItemRows, baseline: ItemRows) -> Flips:
+    """What became of the answers, in numbers of questions."""
+    return Flips(**{name: int(went.sum()) for name, went in _transitions(rows, baseline).items()})
+
+
+def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
+    """KL(baseline || variant) over the softmax of each question's log-likelihoods, [questions]."""
+    log_p, log_q = _log_softmax(baseline), _log_softmax(rows)
+    return np.asarray(np.add.reduceat(np.exp(log_p) * (log_p - log_q), rows.starts), np.float64)
+
+
+def chance(rows: ItemRows) -> float:
+    """The expected accuracy of guessing: the mean of 1 / (number of choices)."""
+    counts = np.diff(rows.starts, append=len(rows.choices))
+    return float(np.mean(1 / counts))
+
+
+def subjects_or_questions(subjects: NDArray[np.object_]) -> Clusters:
+    """Subjects as clusters; where there is but one, its questions."""
+    found = Clusters.of(subjects.astype(str))
+    return found if found.count > 1 else Clusters.single_rows(len(subjects))
+
+
+def _scores(models: Mapping[str, ItemRows], chosen: Mask, first: str, seed: int) -> dict[str, GroupScore]:
+    clusters = subjects_or_questions(models[first].subjects[chosen])
+    base = models[first].acc[chosen]
+    scores = {}
+    for name, rows in models.items():
+        acc = rows.acc[chosen]
+        difference = None if name == first else Metric.of(_share(acc - base, clusters, "higher", seed))
+        scores[name] = GroupScore(acc=Metric.of(_share(acc, clusters, "higher", seed)), difference=difference)
+    return scores
+
+
+def _transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
+    was, now = baseline.pred == baseline.gold, rows.pred == rows.gold
+    same = rows.pred == baseline.pred
+    return {
+        "right_to_right": was & now,
+        "right_to_wrong": was & ~now,
+        "wrong_to_right": ~was & now,
+        "wrong_to_same": ~was & ~now & same,
+        "wrong_to_other": ~was & ~now & ~same,
+    }
+
+
+def _log_softmax(rows: ItemRows) -> Floats:
+    """The log-likelihoods, normalized over each question's choices; [choices of all questions]."""
+    question = np.repeat(np.arange(len(rows.starts)), np.diff(rows.starts, append=len(rows.choices)))
+    shifted = rows.choices - np.maximum.reduceat(rows.choices, rows.starts)[question]
+    return np.asarray(shifted - np.log(np.add.reduceat(np.exp(shifted), rows.starts))[question], np.float64)
+
+
+def _share(values: Floats | Mask | Ints, clusters: Clusters, better: Better, seed: int) -> Estimate:
+    return estimates.mean(values, clusters, unit="fraction", better=better, seed=seed)
+
+
+def _macro(rows: ItemRows, seed: int) -> Estimate:
+    """Accuracy by subject; of one subject it is the plain accuracy, resampled by questions as that is."""
+    clusters = Clusters.of(rows.subjects.astype(str))
+    if clusters.count < 2:
+        return _share(rows.acc, subjects_or_questions(rows.subjects), "higher", seed)
+    return estimates.macro_mean(rows.acc, clusters, unit="fraction", better="higher", seed=seed)

@@ -1,0 +1,122 @@
+"""From paired token rows to metrics. What is not finite is counted, and then nothing of its kind is averaged."""
+
+import numpy as np
+
+from qeval.report.model import Curve, Metric, Metrics
+from qeval.report.pairing import TokenRows
+from qeval.stats import estimates
+from qeval.types import Better, Estimate
+
+KL_LEVELS = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
+_KL_MEANS: dict[str, tuple[str, Better]] = {
+    "kl_nats": ("nats", "lower"),
+    "reverse_kl_nats": ("nats", "lower"),
+    "kl_abs_modelopt": ("nats", "lower"),
+    "top1_agreement": ("fraction", "higher"),
+}
+_NLL_KINDS: dict[str, tuple[str, Better]] = {
+    "ppl": ("ppl", "lower"),
+    "ppl_ratio": ("ratio", "lower"),
+    "nll_diff_nats": ("nats", "lower"),
+}
+_DELTA_KINDS: dict[str, tuple[str, Better]] = {
+    "delta_p": ("probability", "higher"),
+    "delta_p_rms": ("probability", "lower"),
+}
+_CURVE_POINTS = 160
+
+
+def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
+    """How far the variant's distributions lie from the baseline's; `top1_agreement` with them."""
+    bad = _count_bad(rows, ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt"))
+    if bad:
+        tails: dict[str, tuple[str, Better]] = dict.fromkeys((*KL_LEVELS, "kl_nats_max"), ("nats", "lower"))
+        return _broken(_KL_MEANS | tails, int(rows.scored["kl_nats"].sum()), bad)
+    clusters, kl = rows.clusters("kl_nats"), rows.of("kl_nats")
+    found = {
+        name: estimates.mean(rows.of(name), clusters, unit=unit, better=better, seed=seed)
+        for name, (unit, better) in _KL_MEANS.items()
+    }
+    levels = list(KL_LEVELS.values())
+    quantiles = estimates.quantiles(kl, levels, clusters, unit="nats", better="lower", seed=seed)
+    found |= dict(zip(KL_LEVELS, quantiles, strict=True))
+    found["kl_nats_max"] = estimates.maximum(kl, clusters, unit="nats", better="lower")
+    return as_metrics(found)
+
+
+def kl_curve(rows: TokenRows) -> Curve | None:
+    """Which share of positions has at least which KL, down to the single worst one; None where not finite."""
+    kl = np.sort(rows.of("kl_nats"))
+    if not kl.size or not np.isfinite(kl).all():
+        return None
+    worst = np.unique(np.geomspace(1, kl.size, _CURVE_POINTS).round().astype(int))
+    return Curve(share=(worst / kl.size).tolist(), kl_nats=kl[kl.size - worst].tolist())
+
+
+def baseline_perplexity(rows: TokenRows, seed: int) -> Metrics:
+    """The baseline's own perplexity."""
+    bad = _count_bad(rows, ("nll",))
+    if bad:
+        return _broken({"ppl": _NLL_KINDS["ppl"]}, int(rows.scored["nll"].sum()), bad)
+    return as_metrics({"ppl": estimates.perplexity(rows.of("nll"), rows.clusters("nll"), seed=seed)})
+
+
+def nll_metrics(rows: TokenRows, baseline: TokenRows, seed: int) -> Metrics:
+    """Perplexity, its ratio to the baseline's, and the paired difference of NLL."""
+    bad = _count_bad(rows, ("nll",))
+    if bad:
+        return _broken(_NLL_KINDS, int(rows.scored["nll"].sum()), bad)
+    nll, base, clusters = rows.of("nll"), baseline.of("nll"), rows.clusters("nll")
+    return as_metrics(
+        {
+            "ppl": estimates.perplexity(nll, clusters, seed=seed),
+            "ppl_ratio": estimates.perplexity_ratio(nll, base, clusters, seed=seed),
+            "nll_diff_nats": estimates.difference(
+                nll, base, clusters, unit="nats", better="lower", seed=seed
+            ),
+        }
+    )
+
+
+def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
+    """The change of the true token's probability: mean and root mean square; nothing where it is not scored."""
+    total = int(rows.scored["delta_p"].sum())
+    if not total:
+        return {}
+    bad = _count_bad(rows, ("delta_p",))
+    if bad:
+        return _broken(_DELTA_KINDS, total, bad)
+    delta, clusters = rows.of("delta_p"), rows.clusters("delta_p")
+    return as_metrics(
+        {
+            "delta_p": estimates.mean(delta, clusters, unit="probability", better="higher", seed=seed),
+            "delta_p_rms": estimates.root_mean_square(
+                delta, clusters, unit="probability", better="lower", seed=seed
+            ),
+        }
+    )
+
+
+def kl_difference(rows: TokenRows, others: TokenRows, seed: int) -> Metric:
+    """The mean of two variants' paired differences in KL."""
+    mine, theirs, clusters = rows.of("kl_nats"), others.of("kl_nats"), rows.clusters("kl_nats")
+    return Metric.of(
+        estimates.difference(mine, theirs, clusters, unit="nats", better="lower", seed=seed)
+    )
+
+
+def as_metrics(found: dict[str, Estimate]) -> Metrics:
+    """Estimates in the file's form."""
+    return {name: Metric.of(estimate) for name, estimate in found.items()}
+
+
+def _broken(kinds: dict[str, tuple[str, Better]], total: int, bad: int) -> Metrics:
+    return {name: Metric.broken(unit, better, total, bad) for name, (unit, better) in kinds.items()}
+
+
+def _count_bad(rows: TokenRows, columns: tuple[str, ...]) -> int:
+    """In how many rows any of the columns is scored and not finite."""
+    bad = np.zeros(len(rows.windows), np.bool_)
+    for column in columns:
+        bad |= rows.scored[column] & ~np.isfinite(rows.values[column])
+    return int(bad.sum())

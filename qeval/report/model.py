@@ -1,0 +1,248 @@
+"""What `report.json` holds, schema version 1. `configs/report.schema.json` is made from this module.
+
+The keys that other programs may lean on, and that stay where they are as long as `schema_version` is 1:
+
+    {"schema_version": 1,
+     "model": {...},
+     "baseline": {"label", "bits_per_weight", "size_bytes", "metrics": {NAME: METRIC}, ...},
+     "variants": [{"name", "method", "backend", "status", "bits_per_weight", "size_bytes",
+                   "metrics": {NAME: METRIC}, ...}],
+     "provenance": {...}}
+
+    METRIC = {"value", "low", "high", "unit", "better", "n", "clusters", "non_finite"}
+
+`value` is null where nothing could be measured: no rows, or `non_finite` of its `n` rows are NaN or infinite
+(the variant's status is then `broken`, and nothing of that kind is averaged). `low` and `high` bound the 95 %
+interval; they are null where fewer than two clusters leave it undefined, and for a maximum. A metric that was
+not asked for is absent.
+
+Names of metrics, all of them paired with the baseline (same tokens, same questions):
+
+| name | what it is | unit |
+|---|---|---|
+| `kl_nats` | mean of KL(baseline, variant) over positions | nats |
+| `kl_nats_p50`, `_p90`, `_p99`, `_p99_9`, `_max` | its quantiles and its largest value | nats |
+| `reverse_kl_nats` | mean of KL(variant, baseline) | nats |
+| `kl_abs_modelopt` | mean of the sum of p abs(log p - log q), Model Optimizer's 'KL' | nats |
+| `top1_agreement` | share of positions with the same most likely next token | fraction |
+| `ppl` | exp of the mean NLL over tokens | ppl |
+| `ppl_ratio` | perplexity over the baseline's | ratio |
+| `nll_diff_nats` | mean of the paired differences of NLL | nats |
+| `delta_p`, `delta_p_rms` | change of the true token's probability: mean, root mean square | probability |
+| `TASK_acc`, `TASK_acc_macro` | accuracy weighted by questions, and by subject | fraction |
+| `TASK_acc_norm` | length-normalized accuracy, where the task has it | fraction |
+| `TASK_acc_diff` | accuracy minus the baseline's, question by question | fraction |
+| `TASK_right_to_wrong`, `TASK_wrong_to_right` | share of all questions whose answer went so | fraction |
+| `TASK_wrong_to_other` | share of all questions that went from one wrong answer to another | fraction |
+| `TASK_flips` | `TASK_right_to_wrong` and `TASK_wrong_to_right` together | fraction |
+| `TASK_choice_kl_nats` | mean KL over the softmax of the choices' log-likelihoods | nats |
+"""
+
+import json
+import sys
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qeval.store.run import (
+    CalibrationRecord,
+    EnvironmentRecord,
+    GroupRecord,
+    ModelRecord,
+    ProtocolRecord,
+    TaskRecord,
+)
+from qeval.types import Better, Estimate
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Metric(_Part):
+    """An Estimate as it stands in the file; `non_finite` of the `n` rows were NaN or infinite."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    unit: str
+    better: Better
+    n: int
+    clusters: int
+    non_finite: int = 0
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Metric":
+        """The metric of an estimate from finite rows."""
+        return cls.model_validate(vars(estimate))
+
+    @classmethod
+    def broken(cls, unit: str, better: Better, n: int, non_finite: int) -> "Metric":
+        """The metric that `non_finite` of `n` rows left without a value."""
+        return cls(
+            value=None, low=None, high=None, unit=unit, better=better, n=n, clusters=0, non_finite=non_finite
+        )
+
+
+Metrics = dict[str, Metric]
+
+
+class GroupScore(_Part):
+    """Accuracy in one subject or category; `difference` from the baseline's, None in the baseline's own."""
+
+    acc: Metric
+    difference: Metric | None
+
+
+class Flips(_Part):
+    """What became of the questions' answers, in numbers of questions; they sum to all questions."""
+
+    right_to_right: int
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_same: int
+    wrong_to_other: int
+
+
+class TaskResult(_Part):
+    """One task, taken apart. Both tables are empty, and `flips` is None, where rows are not finite."""
+
+    by_category: dict[str, GroupScore]
+    by_subject: dict[str, GroupScore]
+    flips: Flips | None
+
+
+class Curve(_Part):
+    """The distribution of KL over tokens: a share `share[i]` of the positions has a KL above `kl_nats[i]`."""
+
+    share: list[float]
+    kl_nats: list[float]
+
+
+class Kept(_Part):
+    """The weights that stay in float for one reason."""
+
+    reason: str
+    weights: int
+    parameters: int
+
+
+class Mix(_Part):
+    """How a mixed variant's bits were given out."""
+
+    importance: str
+    budget_bits_per_weight: float | None
+    groups: list[GroupRecord]
+
+
+class Variant(_Part):
+    """One variant: how it was made, how big it is, what it lost."""
+
+    name: str
+    method: str
+    backend: str
+    status: Literal["done", "broken", "failed"]
+    error: str | None
+    key: str
+    grid: str
+    granularity: str
+    symmetric: bool
+    bits_per_weight: float
+    bits_per_weight_model: float
+    size_bytes: int
+    saving: float  # share of the baseline's bytes that is saved
+    pareto: bool  # no other variant is both at most as big and at most as far from the baseline
+    metrics: Metrics
+    tasks: dict[str, TaskResult]
+    kl_curve: Curve | None
+    mix: Mix | None
+    kept: list[Kept]
+    input_scales: list[str]
+    details: dict[str, str]
+    quantize_seconds: float
+    score_seconds: float
+
+
+class Baseline(_Part):
+    """The unquantized model, in the same shape as far as it goes."""
+
+    label: str
+    backend: str | None
+    bits_per_weight: float
+    size_bytes: int
+    metrics: Metrics
+    tasks: dict[str, TaskResult]
+    seconds: float
+
+
+class Task(_Part):
+    """A task's record, the accuracy of guessing, and whether the baseline's interval includes it."""
+
+    record: TaskRecord
+    chance: float
+    baseline_at_chance: bool
+
+
+class Comparison(_Part):
+    """Two variants that follow one another in KL: `better_name`'s paired difference from `other_name`'s."""
+
+    metric: str
+    better_name: str
+    other_name: str
+    difference: Metric  # better minus other, so below zero; unresolved when the interval includes zero
+
+
+class Intervals(_Part):
+    """How every interval of the report was made."""
+
+    level: float
+    method: str
+    resamples: int
+    seed: int
+    clusters: str
+
+
+class Provenance(_Part):
+    """What it takes to make the report again."""
+
+    command: str
+    started: str
+    finished: str | None
+    seconds: float
+    peak_rss_bytes: int
+    seed: int
+    environment: EnvironmentRecord
+    calibration: CalibrationRecord | None
+
+
+class Report(_Part):
+    """All of `report.json`."""
+
+    schema_version: Literal[1]
+    model: ModelRecord
+    baseline: Baseline
+    variants: list[Variant]
+    comparisons: list[Comparison]
+    protocol: ProtocolRecord | None
+    tasks: list[Task]
+    metrics_asked: list[str]
+    intervals: Intervals
+    notes: list[str]
+    warnings: list[str]
+    provenance: Provenance
+
+
+def report_json(report: Report) -> str:
+    """The text of `report.json`."""
+    return json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def schema_json() -> str:
+    """The text of `configs/report.schema.json`; `python -m qeval.report.model` prints it."""
+    return json.dumps(Report.model_json_schema(mode="serialization"), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema_json())

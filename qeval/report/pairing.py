@@ -1,0 +1,217 @@
+"""Rows, paired: every variant's rows beside the baseline's, position by position and question by question.
+
+Nothing is compared that does not stand on the same tokens and the same prompts. Rows that are missing,
+doubled or other than the baseline's are an error that names them; they are never dropped.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from qeval.errors import BrokenRecordError
+from qeval.stats.bootstrap import Clusters, Floats, Ints
+from qeval.store.run import ProtocolRecord, TaskRecord
+
+BASELINE = "baseline"
+Mask = NDArray[np.bool_]
+
+_FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """One model's token rows in the order of (window, position); all [rows].
+
+    `scored[column]` says where the column holds a number (which may be NaN or infinite: that is counted
+    later); elsewhere `values[column]` is 0 and means nothing.
+    """
+
+    windows: Ints
+    positions: Ints
+    tokens: Ints
+    values: dict[str, Floats]
+    scored: dict[str, Mask]
+
+    def of(self, column: str) -> Floats:
+        """A column where it is scored."""
+        return self.values[column][self.scored[column]]
+
+    def clusters(self, column: str) -> Clusters:
+        """The windows of a column's scored rows."""
+        return Clusters.of(self.windows[self.scored[column]])
+
+
+@dataclass(frozen=True, eq=False)
+class ItemRows:
+    """One model's answers to a task's questions in the order of (subject, item); all [questions] but two.
+
+    `choices` holds every choice's log-likelihood (nats) one question after the other, `starts` where each
+    begins.
+    """
+
+    subjects: NDArray[np.object_]
+    items: Ints
+    prompts: NDArray[np.object_]
+    gold: Ints
+    pred: Ints
+    acc: Floats
+    acc_norm: Floats | None
+    choices: Floats
+    starts: Ints
+
+    def non_finite(self) -> Mask:
+        """Which questions have a log-likelihood that is NaN or infinite."""
+        return np.add.reduceat(~np.isfinite(self.choices), self.starts) > 0
+
+
+def select(table: pa.Table, variant: str, backend: str | None) -> pa.Table:
+    """The rows of one variant, on its backend; the baseline's (`backend` None) must all be of one backend."""
+    rows = table.filter(pc.equal(table["variant"].cast(pa.string()), variant))
+    backends = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
+    if backend is None and len(backends) > 1:
+        raise BrokenRecordError(f"The rows hold baselines of several backends: {sorted(backends)}.")
+    if backend is None:
+        return rows
+    return rows.filter(pc.equal(rows["backend"].cast(pa.string()), backend))
+
+
+def token_rows(table: pa.Table, who: str) -> TokenRows:
+    """One model's token rows from the store's table of them.
+
+    Raises:
+        BrokenRecordError: there are none, some are doubled, or they are of several corpora.
+    """
+    if not table.num_rows:
+        raise BrokenRecordError(f"'{who}' has no token rows; run the same command again.")
+    if pc.count_distinct(table["corpus"].cast(pa.string())).as_py() != 1:
+        raise BrokenRecordError(f"The token rows of '{who}' are of several corpora.")
+    windows, positions = _ints(table["window"]), _ints(table["position"])
+    order = np.lexsort((positions, windows))
+    windows, positions = windows[order], positions[order]
+    doubled = (np.diff(windows) == 0) & (np.diff(positions) == 0)
+    if doubled.any():
+        row = int(np.argmax(doubled))
+        raise BrokenRecordError(
+            f"'{who}' has two rows for position {positions[row]} of window {windows[row]}; "
+            f"{int(doubled.sum())} are doubled in all."
+        )
+    values, scored = {}, {}
+    for column in (*_FLOAT_COLUMNS, "top1_agreement"):
+        values[column], scored[column] = _column(table[column], order)
+    return TokenRows(windows, positions, _ints(table["token"])[order], values, scored)
+
+
+def check_protocol(baseline: TokenRows, protocol: ProtocolRecord) -> None:
+    """Raise a BrokenRecordError unless the baseline's rows are as many as the run says it scored."""
+    windows = len(np.unique(baseline.windows))
+    if windows != protocol.windows:
+        raise BrokenRecordError(f"The baseline's rows cover {windows} of {protocol.windows} windows.")
+    scored = int(baseline.scored["nll"].sum())
+    if scored not in (0, protocol.nll_positions):
+        raise BrokenRecordError(
+            f"The baseline's rows hold {scored} log-likelihoods; the run scored {protocol.nll_positions}."
+        )
+
+
+def pair_tokens(variant: TokenRows, baseline: TokenRows, who: str) -> None:
+    """Raise a BrokenRecordError unless a variant's rows stand on the baseline's tokens, all of them."""
+    if len(variant.windows) != len(baseline.windows):
+        raise BrokenRecordError(
+            f"'{who}' has {len(variant.windows)} token rows and the baseline {len(baseline.windows)}"
+            f"{_missing_window(variant, baseline)}; run the same command again."
+        )
+    for what in ("windows", "positions", "tokens"):
+        other = getattr(variant, what) != getattr(baseline, what)
+        if other.any():
+            row = int(np.argmax(other))
+            raise BrokenRecordError(
+                f"'{who}' was not scored on the baseline's {what}: {int(other.sum())} rows differ, "
+                f"the first at window {baseline.windows[row]}, position {baseline.positions[row]}."
+            )
+    if (variant.scored["nll"] != baseline.scored["nll"]).any():
+        raise BrokenRecordError(f"'{who}' has log-likelihoods at other positions than the baseline.")
+
+
+def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
+    """Raise a BrokenRecordError unless the comparing columns are scored as often as the run says."""
+    scored = int(variant.scored["kl_nats"].sum())
+    if scored != protocol.kl_positions:
+        raise BrokenRecordError(f"'{who}' has {scored} KL values; the run scored {protocol.kl_positions}.")
+    for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement"):
+        if (variant.scored[column] != variant.scored["kl_nats"]).any():
+            raise BrokenRecordError(f"'{who}' has {column} at other positions than kl_nats.")
+
+
+def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
+    """One model's answers to a task from the store's table of item rows.
+
+    Raises:
+        BrokenRecordError: questions are missing or doubled, or the harness's accuracy is.
+    """
+    rows = table.filter(pc.equal(table["task"], task.name))
+    if rows.num_rows != task.items:
+        raise BrokenRecordError(
+            f"'{who}' has {rows.num_rows} answers of '{task.name}' and the run asked {task.items} questions; "
+            "run the same command again."
+        )
+    order = pc.sort_indices(rows, sort_keys=[("subject", "ascending"), ("item", "ascending")])
+    rows = rows.take(order)
+    subjects, items = _objects(rows["subject"]), _ints(rows["item"])
+    doubled = (subjects[1:] == subjects[:-1]) & (items[1:] == items[:-1])
+    if doubled.any():
+        row = int(np.argmax(doubled))
+        raise BrokenRecordError(f"'{who}' answers question {items[row]} of '{subjects[row]}' twice.")
+    if rows["acc"].null_count:
+        raise BrokenRecordError(f"'{who}' has answers of '{task.name}' without the harness's accuracy.")
+    lists = rows["choice_loglikelihoods"].combine_chunks()
+    lengths = np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False), np.int64)
+    if not lengths.all():
+        raise BrokenRecordError(f"'{who}' has answers of '{task.name}' without any choice.")
+    return ItemRows(
+        subjects=subjects,
+        items=items,
+        prompts=_objects(rows["prompt_sha256"]),
+        gold=_ints(rows["gold"]),
+        pred=_ints(rows["pred"]),
+        acc=_floats(rows["acc"]),
+        acc_norm=None if rows["acc_norm"].null_count else _floats(rows["acc_norm"]),
+        choices=np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float64),
+        starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
+    )
+
+
+def pair_items(variant: ItemRows, baseline: ItemRows, task: str, who: str) -> None:
+    """Raise a BrokenRecordError unless a variant answered the baseline's questions, from the same prompts."""
+    for what in ("subjects", "items", "prompts", "gold", "starts"):
+        other = getattr(variant, what) != getattr(baseline, what)
+        if other.any():
+            row = int(np.argmax(other))
+            raise BrokenRecordError(
+                f"'{who}' was not asked the baseline's {task}: {int(other.sum())} {what} differ, "
+                f"the first at question {baseline.items[row]} of '{baseline.subjects[row]}'."
+            )
+
+
+def _missing_window(variant: TokenRows, baseline: TokenRows) -> str:
+    missing = np.setdiff1d(baseline.windows, variant.windows)
+    return f" (window {missing[0]} is missing)" if len(missing) else ""
+
+
+def _column(column: pa.ChunkedArray, order: Ints) -> tuple[Floats, Mask]:
+    scored = np.asarray(pc.is_valid(column).to_numpy(), np.bool_)[order]
+    return _floats(pc.fill_null(column, False if pa.types.is_boolean(column.type) else 0.0))[order], scored
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    return np.asarray(column.to_numpy(), np.float64)
+
+
+def _ints(column: pa.ChunkedArray) -> Ints:
+    return np.asarray(column.to_numpy(), np.int64)
+
+
+def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    return np.asarray(column.to_numpy(), np.object_)

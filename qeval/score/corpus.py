@@ -1,0 +1,139 @@
+"""One pass a corpus: every token metric of a variant from the same forward pass, against the baseline's cached states."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qeval.backends.base import Session
+from qeval.metrics.tokens import Logits, distance, own_numbers
+from qeval.progress import Advance
+from qeval.store.schema import TOKENS
+from qeval.tasks.windows import Window
+from qeval.types import Request
+
+METRICS_VERSION = 1
+"""Part of every key: raise it when a metric's definition changes."""
+
+
+def state_positions(window: Window) -> list[int]:
+    """The positions whose states a window's rows need: those compared, and those that predict a scored token."""
+    return sorted({*window.kl_positions, *(position - 1 for position in window.nll_positions)})
+
+
+def window_states(
+    session: Session, windows: Sequence[Window], batch_tokens: int, advance: Advance
+) -> Tensor:
+    """The final states [positions of all windows, width] on the CPU, as many windows a batch as `batch_tokens` hold.
+
+    `advance` is told the tokens of each batch.
+    """
+    parts: list[Tensor] = []
+    for batch in _batches(windows, batch_tokens):
+        requests = [Request(tuple(w.tokens), tuple(state_positions(w))) for w in batch]
+        parts += [states.cpu() for states in session.states(requests)]
+        advance(sum(len(w.tokens) for w in batch))
+    return torch.cat(parts)
+
+
+def baseline_columns(
+    session: Session, windows: Sequence[Window], states: Tensor, names: dict[str, str]
+) -> dict[str, Any]:
+    """The baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
+    own = own_numbers(session.logits, states, _targets(windows))
+    return _columns(windows, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
+
+
+def variant_columns(
+    base_logits: Logits,
+    base_states: Tensor,
+    session: Session,
+    states: Tensor,
+    windows: Sequence[Window],
+    names: dict[str, str],
+) -> dict[str, Any]:
+    """A variant's token rows, compared with the baseline's distributions at the same positions.
+
+    The states of both sides are [positions of all windows, width].
+    """
+    found = distance(base_logits, base_states, session.logits, states, _targets(windows))
+    values = {
+        "log_p": found.own.log_p,
+        "entropy_nats": found.own.entropy_nats,
+        "delta_p": found.own.log_p.exp() - found.base_log_p.exp(),
+        "kl_nats": found.kl_nats,
+        "reverse_kl_nats": found.reverse_kl_nats,
+        "kl_abs_modelopt": found.kl_abs_modelopt,
+        "top1_agreement": found.top1_agreement,
+    }
+    return _columns(windows, names, values)
+
+
+def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    batch: list[Window] = []
+    for window in windows:
+        longest = max(len(w.tokens) for w in [*batch, window])
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
+
+
+def _targets(windows: Sequence[Window]) -> Tensor:
+    """For every state the token it predicts, or -1 where that token is not scored."""
+    targets: list[int] = []
+    for window in windows:
+        scored = set(window.nll_positions)
+        targets += [window.tokens[p + 1] if p + 1 in scored else -1 for p in state_positions(window)]
+    return torch.tensor(targets)
+
+
+def _columns(windows: Sequence[Window], names: dict[str, str], values: dict[str, Tensor]) -> dict[str, Any]:
+    """Rows from states: what a state predicts goes to the next token's row, what it is compared in to its own."""
+    rows = _Layout(windows)
+    arrays = {name: value.cpu().numpy() for name, value in values.items()}
+    columns: dict[str, Any] = {name: _constant(value, len(rows.position)) for name, value in names.items()}
+    columns |= {"window": rows.window, "position": rows.position, "token": rows.token}
+    columns["nll"] = rows.predicted(-arrays.pop("log_p"))
+    if "delta_p" in arrays:
+        columns["delta_p"] = rows.predicted(arrays.pop("delta_p"))
+    columns |= {name: rows.compared(value) for name, value in arrays.items()}
+    empty = {field.name: pa.nulls(len(rows.position), field.type) for field in TOKENS if field.name not in columns}
+    return columns | empty
+
+
+class _Layout:
+    """Where each row of some windows finds its states, as indices into all states; -1 for none."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        window, position, token, own, previous = [], [], [], [], []
+        start = 0
+        for w in windows:
+            index = {p: start + i for i, p in enumerate(state_positions(w))}
+            start += len(index)
+            compared, scored = set(w.kl_positions), set(w.nll_positions)
+            for p in sorted(compared | scored):
+                window.append(w.index)
+                position.append(p)
+                token.append(w.tokens[p])
+                own.append(index[p] if p in compared else -1)
+                previous.append(index[p - 1] if p in scored else -1)
+        self.window, self.position, self.token = (np.array(x, dtype=np.int32) for x in (window, position, token))
+        self._own, self._previous = np.array(own), np.array(previous)
+
+    def compared(self, values: NDArray[Any]) -> pa.Array:
+        """`values` by state, at the rows whose own distribution is compared; null elsewhere."""
+        return pa.array(values[self._own], mask=self._own < 0)
+
+    def predicted(self, values: NDArray[Any]) -> pa.Array:
+        """`values` by state, at the rows whose token the state predicts; null elsewhere."""
+        return pa.array(values[self._previous], mask=self._previous < 0)
+
+
+def _constant(value: str, rows: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, dtype=np.int16)), pa.array([value]))

@@ -1,0 +1,219 @@
+"""A variant on disk: a folder of packed integers, scales, zero points and changed floats, and a manifest.
+
+    manifest.json         every weight of the model with its grid or its reason for staying in float
+    weights.safetensors   NAME.codes (packed, lowest bits first), NAME.scales, NAME.zeros, NAME.input_scale, floats
+
+The folder appears whole or not at all, and reads back to the same variant.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qeval.errors import BrokenRecordError, QevalError, UsageError
+from qeval.identity import digest_file
+from qeval.quant.grid import parse
+from qeval.quant.pack import pack, unpack
+from qeval.quant.qweight import QWeight
+from qeval.quant.variant import Choice, Kept, Variant
+
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+FORMAT_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightEntry(_Part):
+    """A quantized matrix."""
+
+    name: str
+    rows: int
+    columns: int
+    grid: str
+    size_bits: int
+
+
+class KeptEntry(_Part):
+    """A weight in float, with its reason."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
+class ChoiceEntry(_Part):
+    """A group as the mixed-precision choice saw it."""
+
+    layer: int
+    kind: str
+    names: tuple[str, ...]
+    parameters: int
+    kl_low: float | None
+    kl_high: float | None
+    bits: int
+
+
+class Manifest(_Part):
+    """All of manifest.json."""
+
+    format_version: Literal[1]
+    key: str
+    recipe: dict[str, Any]
+    model: dict[str, str]
+    calibration: dict[str, Any] | None
+    bits_per_weight: float
+    bits_per_weight_model: float
+    size_bytes: int
+    weights: list[WeightEntry]
+    floats: list[str]
+    input_scales: list[str]
+    kept: list[KeptEntry]
+    choices: list[ChoiceEntry]
+    details: dict[str, str]
+    seconds: float
+    weights_sha256: str
+
+
+class Origin(_Part):
+    """Where a variant came from: what its manifest says beside its weights."""
+
+    recipe: dict[str, Any]
+    model: dict[str, str]
+    calibration: dict[str, Any] | None
+    float_bits: int
+    seconds: float
+
+
+def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
+    """Write `variant` to `folder`, which must not exist yet or hold an earlier variant.
+
+    Raises:
+        UsageError: the folder exists and holds something else.
+        QevalError: it cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise UsageError(f"'{folder}' exists and is no variant; name another folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
+    try:
+        save_file(_tensors(variant), part / WEIGHTS)
+        manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
+        (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+        part.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a variant's folder.
+
+    Raises:
+        UsageError: `folder` holds no variant.
+        BrokenRecordError: the manifest is torn or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"'{folder}' holds no variant: there is no {MANIFEST} in it.") from error
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole file"
+        raise BrokenRecordError(f"{path} is torn or of another version ({where}).") from error
+
+
+def verify_variant(folder: Path) -> Manifest:
+    """The manifest of a variant whose weights are those that were written.
+
+    Raises:
+        BrokenRecordError: they are not.
+    """
+    manifest = read_manifest(folder)
+    path = folder / WEIGHTS
+    if not path.exists() or digest_file(path) != manifest.weights_sha256:
+        raise BrokenRecordError(f"{path} is missing, torn or was changed: its checksum is not the manifest's.")
+    return manifest
+
+
+def load_variant(folder: Path) -> Variant:
+    """The variant that was saved to `folder`, verified."""
+    manifest = verify_variant(folder)
+    tensors = load_file(folder / WEIGHTS)
+    return Variant(
+        key=manifest.key,
+        weights={entry.name: _weight(entry, tensors) for entry in manifest.weights},
+        floats={name: tensors[name] for name in manifest.floats},
+        input_scales={name: tensors[f"{name}.input_scale"] for name in manifest.input_scales},
+        kept=tuple(Kept(**entry.model_dump()) for entry in manifest.kept),
+        choices=tuple(Choice(**entry.model_dump()) for entry in manifest.choices),
+        details=manifest.details,
+    )
+
+
+def _tensors(variant: Variant) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, weight in variant.weights.items():
+        tensors[f"{name}.codes"] = torch.from_numpy(pack(weight.codes.cpu().numpy(), weight.grid.bits))
+        tensors[f"{name}.scales"] = weight.scales
+        if weight.zeros is not None:
+            tensors[f"{name}.zeros"] = torch.from_numpy(pack(weight.zeros.cpu().numpy(), weight.grid.bits))
+    tensors |= variant.floats
+    tensors |= {f"{name}.input_scale": scales for name, scales in variant.input_scales.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _weight(entry: WeightEntry, tensors: Mapping[str, Tensor]) -> QWeight:
+    grid = parse(entry.grid)
+    scales = tensors[f"{entry.name}.scales"]
+    codes = unpack(tensors[f"{entry.name}.codes"].numpy(), grid.bits, entry.columns)
+    zeros = None
+    if not grid.symmetric:
+        packed = tensors[f"{entry.name}.zeros"].numpy()
+        zeros = torch.from_numpy(unpack(packed, grid.bits, scales.shape[1]).copy())
+    return QWeight(grid, torch.from_numpy(codes.copy()), scales, zeros)
+
+
+def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        key=variant.key,
+        recipe=origin.recipe,
+        model=origin.model,
+        calibration=origin.calibration,
+        bits_per_weight=variant.bits_per_weight,
+        bits_per_weight_model=variant.bits_per_weight_model(origin.float_bits),
+        size_bytes=variant.size_bytes(origin.float_bits),
+        weights=[
+            WeightEntry(
+                name=name,
+                rows=weight.codes.shape[0],
+                columns=weight.codes.shape[1],
+                grid=str(weight.grid),
+                size_bits=weight.size_bits,
+            )
+            for name, weight in variant.weights.items()
+        ],
+        floats=list(variant.floats),
+        input_scales=list(variant.input_scales),
+        kept=[KeptEntry(name=k.name, parameters=k.parameters, reason=k.reason) for k in variant.kept],
+        choices=[ChoiceEntry(**vars(choice)) for choice in variant.choices],
+        details=dict(variant.details),
+        seconds=origin.seconds,
+        weights_sha256=weights_sha256,
+    )

@@ -1,0 +1,68 @@
+"""The mixed-precision choice against every possible choice, and the positional rule against its published figures."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qeval.errors import UsageError
+from qeval.quant.mixed import Option, choose_high, positional_layers, positional_names
+
+options = st.lists(
+    st.builds(
+        lambda low, extra, kl: Option(low, low + extra, kl, kl / 256),
+        st.integers(1, 50),
+        st.integers(1, 50),
+        st.floats(0, 1),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def total_kl(chosen, picks):
+    return sum(o.high_kl if high else o.low_kl for o, high in zip(chosen, picks, strict=True))
+
+
+def total_bits(chosen, picks):
+    return sum(o.high_bits if high else o.low_bits for o, high in zip(chosen, picks, strict=True))
+
+
+@given(chosen=options, share=st.floats(0, 1))
+@settings(deadline=None, max_examples=80)
+def test_no_other_choice_within_the_budget_is_better(chosen, share):
+    smallest, largest = total_bits(chosen, [False] * len(chosen)), total_bits(chosen, [True] * len(chosen))
+    budget = int(smallest + share * (largest - smallest))
+    picks = choose_high(chosen, budget)
+    assert total_bits(chosen, picks) <= budget
+    best = min(
+        total_kl(chosen, other)
+        for other in itertools.product([False, True], repeat=len(chosen))
+        if total_bits(chosen, other) <= budget
+    )
+    assert total_kl(chosen, picks) == pytest.approx(best, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("budget", "side"), [(9, "below the smallest"), (41, "above the largest")])
+def test_a_budget_out_of_reach_is_refused(budget, side):
+    with pytest.raises(UsageError, match=side):
+        choose_high([Option(10, 40, 1.0, 0.0)], budget)
+
+
+def test_positional_layers_of_30_are_those_of_the_reference():
+    """The list that Model Optimizer 0.47 gave for the 30 layers of SmolLM2-135M."""
+    assert sorted(positional_layers(30)) == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29]
+
+
+def test_positional_names_are_v_and_down():
+    names = [f"model.layers.{i}.{p}.weight" for i in range(8) for p in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
+    found = positional_names(names, 8)
+    assert "model.layers.0.self_attn.v_proj.weight" in found
+    assert "model.layers.7.mlp.down_proj.weight" in found
+    assert not any("q_proj" in name for name in found)
+
+
+def test_a_model_without_such_linears_is_told_so():
+    with pytest.raises(UsageError, match="importance measured"):
+        positional_names(["h.0.attn.c_attn.weight"], 4)

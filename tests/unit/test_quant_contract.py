@@ -1,0 +1,230 @@
+"""What every grid and quantizer owes, over the whole table of grids."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qeval.errors import UsageError
+from qeval.quant.awq import choose_clip, choose_scales, output_loss
+from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor, parse
+from qeval.quant.pack import pack, unpack
+from qeval.quant.qweight import check_fits, from_blocks, to_blocks
+from qeval.quant.rtn import quantize, rounding_error
+from qeval.quant.statistics import Accumulator, InputStatistics
+
+GRIDS = [
+    Grid(bits, granularity, symmetric)
+    for bits in (2, 3, 4, 8)
+    for granularity in (PerBlock(32), PerBlock(128), PerChannel(), PerTensor())
+    for symmetric in (True, False)
+]
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+def matrix(rows=6, columns=200, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def scale_by_weight(weight, grid):
+    q = quantize(weight, grid)
+    expanded = q.scales.unsqueeze(-1).expand_as(to_blocks(weight, grid))
+    return q, from_blocks(expanded, *weight.shape)
+
+
+@every_grid
+def test_error_is_at_most_half_a_step_where_nothing_saturates(grid):
+    weight = matrix()
+    q, scale = scale_by_weight(weight, grid)
+    error = (q.dequantize() - weight).abs()
+    # an integer zero point moves the range by up to half a step, so an end may saturate by as much
+    allowed = scale * (0.5 if grid.symmetric else 1.0)
+    assert bool((error <= allowed * (1 + 1e-5) + 1e-7).all())
+
+
+@every_grid
+def test_quantizing_again_changes_nothing_much(grid):
+    once = quantize(matrix(), grid).dequantize()
+    again = quantize(once, grid)
+    scale = again.scales.max()
+    assert float((again.dequantize() - once).abs().max()) <= float(scale) * (1e-4 if grid.symmetric else 0.51)
+
+
+@every_grid
+def test_input_is_not_touched_and_codes_fit_the_bits(grid):
+    weight = matrix()
+    before = weight.clone()
+    q = quantize(weight, grid)
+    assert torch.equal(weight, before)
+    assert q.codes.dtype == torch.uint8
+    assert int(q.codes.max()) <= grid.levels
+    assert q.dequantize().dtype == torch.float32
+
+
+@every_grid
+def test_zeros_stay_zeros(grid):
+    assert torch.equal(quantize(torch.zeros(3, 70), grid).dequantize(), torch.zeros(3, 70))
+
+
+@every_grid
+def test_one_huge_outlier_leaves_other_scales_alone(grid):
+    weight = matrix()
+    weight[0, 0] = 1e6
+    q = quantize(weight, grid)
+    assert bool(torch.isfinite(q.dequantize()).all())
+    if not isinstance(grid.granularity, PerTensor):
+        assert torch.equal(q.scales[1:], quantize(matrix(), grid).scales[1:])
+
+
+@every_grid
+def test_rounding_error_is_the_integers_error(grid):
+    weight = matrix()
+    q = quantize(weight, grid)
+    error = from_blocks(rounding_error(to_blocks(weight, grid), grid), *weight.shape)
+    assert torch.allclose(error, q.dequantize() - weight, atol=1e-6)
+
+
+@every_grid
+def test_size_counts_codes_scales_and_zero_points(grid):
+    q = quantize(matrix(), grid)
+    zeros = 0 if q.zeros is None else q.zeros.numel() * grid.bits
+    assert q.size_bits == q.codes.numel() * grid.bits + q.scales.numel() * 32 + zeros
+
+
+def test_int4_blocks_equal_the_stated_formula():
+    """s = 7/amax a block; clamp(round_half_even(w * s), -8, 7) / s; NumPy as the independent implementation."""
+    weight = matrix(64, 576)
+    q = quantize(weight, parse("int4-g128"))
+    padded = np.zeros((64, 640), dtype=np.float32)
+    padded[:, :576] = weight.numpy()
+    blocks = padded.reshape(64, 5, 128)
+    s = np.float32(7) / np.abs(blocks).max(-1, keepdims=True)
+    integers = np.clip(np.rint(blocks * s), -8, 7)
+    expected = (integers / s).reshape(64, 640)[:, :576]
+    assert np.array_equal(integers.reshape(64, 640)[:, :576], q.codes.numpy().astype(np.float32) - 8)
+    np.testing.assert_allclose(q.dequantize().numpy(), expected, rtol=3e-7)
+
+
+def test_int8_per_channel_equals_the_stated_formula():
+    weight = matrix(64, 576)
+    q = quantize(weight, parse("int8-channel"))
+    s = np.float32(127) / np.abs(weight.numpy()).max(-1, keepdims=True)
+    integers = np.clip(np.rint(weight.numpy() * s), -128, 127)
+    assert np.array_equal(integers, q.codes.numpy().astype(np.float32) - 128)
+    np.testing.assert_allclose(q.dequantize().numpy(), integers / s, rtol=3e-7)
+
+
+def test_ties_round_to_even():
+    weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert (quantize(weight, parse("int4-channel")).codes - 8.0).tolist() == [[7, 0, 2, 2, 0, -2]]
+
+
+def test_a_short_last_block_has_the_scale_of_its_own_weights():
+    weight = torch.cat([torch.full((1, 128), 7.0), torch.full((1, 64), 0.7)], dim=1)
+    assert quantize(weight, parse("int4-g128")).scales.tolist() == [[1.0, pytest.approx(0.1)]]
+
+
+def test_asymmetric_matches_torch_fake_quantize():
+    weight = matrix(8, 64)
+    q = quantize(weight, parse("int8-channel-asym"))
+    assert q.zeros is not None
+    expected = torch.fake_quantize_per_channel_affine(
+        weight, q.scales[:, 0], q.zeros[:, 0].to(torch.int32), axis=0, quant_min=0, quant_max=255
+    )
+    assert float((q.dequantize() - expected).abs().max()) <= 1e-6
+
+
+@given(
+    bits=st.integers(2, 8),
+    codes=st.lists(st.lists(st.integers(0, 255), min_size=7, max_size=7), min_size=1, max_size=4),
+)
+@settings(deadline=None, max_examples=60)
+def test_packing_is_undone_by_unpacking(bits, codes):
+    array = np.array(codes, dtype=np.uint8) & ((1 << bits) - 1)
+    packed = pack(array, bits)
+    assert packed.shape == (len(codes), -(-7 * bits // 8))
+    assert np.array_equal(unpack(packed, bits, 7), array)
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "int8-channel", "int3-tensor", "int4-g32-asym"])
+def test_names_read_back(name):
+    assert str(parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["int9-g128", "int4-g0", "int4-gx", "fp4"])
+def test_names_that_no_grid_has_are_refused(name):
+    with pytest.raises(UsageError):
+        parse(name)
+
+
+def test_a_block_larger_than_a_row_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"Blocks of 128 are larger than a row of w \(64 weights\)"):
+        check_fits("w", 64, parse("int4-g128"))
+
+
+def statistics_of(inputs, exact=False):
+    if exact:
+        return InputStatistics(len(inputs), inputs.abs().mean(0), inputs)
+    accumulator = Accumulator(inputs.shape[1], seed=1)
+    for part in inputs.split(100):
+        accumulator.add(part)
+    return accumulator.statistics()
+
+
+def skewed_inputs(tokens=3000, columns=96):
+    gains = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(3))]
+    return matrix(tokens, columns, seed=4) * gains
+
+
+def test_the_sketch_estimates_the_output_error():
+    inputs, weight, grid = skewed_inputs(), matrix(64, 96), parse("int4-g32")
+    error = quantize(weight, grid).dequantize() - weight
+    exact = float((inputs @ error.T).square().sum()) / len(inputs)
+    estimate = output_loss([weight], [grid], statistics_of(inputs), torch.ones(96))
+    assert estimate == pytest.approx(exact, rel=0.1)
+
+
+def test_with_a_row_a_token_the_loss_is_exact():
+    inputs, weight, grid = skewed_inputs(200), matrix(16, 96), parse("int4-g32")
+    scales = torch.rand(96, generator=torch.Generator().manual_seed(5)) + 0.5
+    error = quantize(weight * scales, grid).dequantize() / scales - weight
+    exact = float((inputs @ error.T).square().sum()) / 200
+    assert output_loss([weight], [grid], statistics_of(inputs, exact=True), scales) == pytest.approx(exact, rel=1e-4)
+
+
+def test_awq_scales_never_lose_to_plain_rounding_and_help_skewed_inputs():
+    inputs, weights = skewed_inputs(), [matrix(64, 96), matrix(32, 96, seed=9)]
+    choice = choose_scales(weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs))
+    assert choice.loss < 0.8 * choice.plain_loss
+    assert choice.plain_loss == output_loss(weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs), torch.ones(96))
+
+
+@every_grid
+def test_clipping_never_loses_to_the_full_range_on_its_own_loss(grid):
+    inputs, weight = statistics_of(skewed_inputs(400, 200), exact=True), matrix(8)
+    for seen in (inputs, None):
+        clip = choose_clip(weight, grid, seen)
+        assert clip.shape == grid.scale_shape(*weight.shape)
+        moments = torch.eye(200) if seen is None else inputs.sketch.T @ inputs.sketch
+
+        def loss(shares):
+            error = quantize(weight, grid, shares).dequantize() - weight
+            total = 0.0
+            size = grid.block_size(200)
+            for start in range(0, 200, size):
+                e, m = error[:, start : start + size], moments[start : start + size, start : start + size]
+                total += float(((e @ m) * e).sum())
+            return total
+
+        assert loss(clip) <= loss(None) * (1 + 1e-5)
+
+
+def test_statistics_do_not_depend_on_how_the_stream_is_cut():
+    inputs = skewed_inputs(300)
+    whole, cut = Accumulator(96, 7), Accumulator(96, 7)
+    whole.add(inputs)
+    for part in inputs.split(7):
+        cut.add(part)
+    assert torch.allclose(whole.statistics().sketch, cut.statistics().sketch, atol=1e-4)
+    assert torch.allclose(whole.statistics().magnitude, cut.statistics().magnitude)

@@ -1,0 +1,118 @@
+"""What every session owes, on a tiny Llama: determinism, batch invariance, shared prefixes, restored weights."""
+
+import pytest
+import torch
+
+from qeval.backends.torch import TorchBackend
+from qeval.calibrate.build import build, source_of
+from qeval.calibrate.stream import collect
+from qeval.config import parse_method
+from qeval.errors import QevalError
+from qeval.models.graph import describe
+from qeval.types import Request
+from tests.fixtures.tiny import tiny_llama
+
+TOLERANCE = 1e-4
+
+
+def tokens(count, seed=0, vocab=256):
+    return tuple(torch.randint(1, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def backend(model):
+    return TorchBackend(model, describe(model), torch.float32)
+
+
+def made(model, backend, name):
+    description = describe(model)
+    samples = [tokens(64, seed=i) for i in range(4)]
+    statistics = collect(model, description, samples, 0, lambda done: None)
+    source = source_of(model, description, backend.head, samples, statistics)
+    return build(source, parse_method(name), "key", lambda done: None)
+
+
+def test_states_and_head_give_the_models_own_logits(model, backend):
+    ids = tokens(20)
+    with backend.open(None) as session:
+        states = session.states([Request(ids, tuple(range(20)))])[0]
+        assert torch.allclose(session.logits(states), model(torch.tensor([ids])).logits[0], atol=TOLERANCE)
+
+
+def test_batches_of_any_size_give_the_same_states(backend):
+    requests = [Request(tokens(n, seed=n), (0, n - 1)) for n in (3, 17, 9, 30)]
+    with backend.open(None) as session:
+        together = session.states(requests)
+        alone = [session.states([request])[0] for request in requests]
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a, b, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("sliding", [None, 8])
+def test_a_shared_prefix_changes_nothing(sliding):
+    if sliding is None:
+        model = tiny_llama()
+    else:
+        from transformers import MistralConfig, MistralForCausalLM
+
+        config = MistralConfig(
+            vocab_size=256, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, sliding_window=sliding, initializer_range=0.15,
+        )
+        torch.manual_seed(0)
+        model = MistralForCausalLM(config).eval().requires_grad_(False)
+    prefix, rests = tokens(23), [tokens(n, seed=n) for n in (5, 1, 12)]
+    with TorchBackend(model, describe(model), torch.float32).open(None) as session:
+        kept = session.prefill(prefix)
+        shared = [session.states([Request(rest, (len(rest) - 1,)) for rest in rests], kept) for _ in range(2)]
+        whole = [session.states([Request(prefix + rest, (22 + len(rest),))])[0] for rest in rests]
+    for first, again, alone in zip(*shared, whole, strict=True):
+        assert torch.equal(first, again)
+        assert torch.allclose(first, alone, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["rtn:g32", "awq:g32", "mixed-rtn:g32-6bpw", "mixed:g32-positional", "rtn:g32-head"])
+def test_the_baseline_comes_back_bit_for_bit(model, backend, name):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    variant = made(model, backend, name)
+    with backend.open(variant) as session:
+        changed = session.logits(session.states([Request(tokens(9), (8,))])[0])
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with backend.open(None) as session:
+        assert not torch.equal(changed, session.logits(session.states([Request(tokens(9), (8,))])[0]))
+
+
+def test_an_error_inside_the_block_still_restores(model, backend):
+    before = model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
+    variant = made(model, backend, "rtn:g32")
+    with pytest.raises(RuntimeError, match="torn"), backend.open(variant):
+        raise RuntimeError("torn")
+    assert torch.equal(before, model.state_dict()["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_second_variant_or_the_baseline_cannot_be_opened_inside(model, backend):
+    variant = made(model, backend, "rtn:g32")
+    with backend.open(variant), pytest.raises(QevalError, match="another variant"), backend.open(None):
+        pass
+
+
+def test_a_tied_head_can_be_quantized_without_touching_the_embedding():
+    model = tiny_llama(tie_word_embeddings=True)
+    backend = TorchBackend(model, describe(model), torch.float32)
+    embedding = model.get_input_embeddings().weight.clone()
+    variant = made(model, backend, "rtn:g32-head")
+    assert "lm_head.weight" in variant.weights
+    with backend.open(variant) as session:
+        assert torch.equal(model.get_input_embeddings().weight, embedding)
+        assert not torch.equal(session._head.weight, embedding)
+
+
+def test_a_sequence_longer_than_the_context_is_an_error(backend):
+    with backend.open(None) as session, pytest.raises(QevalError, match="longer than the context"):
+        session.states([Request(tokens(257), (0,))])
