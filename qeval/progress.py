@@ -9,7 +9,9 @@ Advance = Callable[[int], None]
 
 
 class Progress(Protocol):
-    """Shows phases and warnings to a person, or to nobody."""
+    """Shows phases and warnings to a person, or to nobody; `warnings` keeps the latter for the report."""
+
+    warnings: list[str]
 
     def phase(self, label: str, units: int) -> AbstractContextManager[Advance]:
         """A phase of `units`; the block is given the function to call as they get done."""

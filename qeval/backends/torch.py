@@ -98,9 +98,7 @@ class TorchSession:
             raise QevalError(f"A sequence of {total} tokens is longer than the context of {self.max_length}.")
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
-        return [
-            hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)
-        ]
+        return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -121,11 +119,11 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, model: Any, description: Description, weight_dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, description: Description, head: Head, weight_dtype: torch.dtype) -> None:
         """`weight_dtype` is the checkpoint's: originals are kept in it while a variant is installed, where exact."""
         self._model = model
         self._head_name = description.head
-        self._head = head_of(model)
+        self._head = head
         self._weight_dtype = weight_dtype
         self._is_lent = False
 

@@ -45,7 +45,11 @@ class Source:
 
 
 def source_of(
-    model: Any, description: Description, head: Head, samples: Sequence[Sequence[int]], statistics: Mapping[str, Any]
+    model: Any,
+    description: Description,
+    head: Head,
+    samples: Sequence[Sequence[int]],
+    statistics: Mapping[str, Any],
 ) -> Source:
     """A source over `model`; a tied head is listed under its own name too."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -156,7 +160,12 @@ def _mix(
     high = {name: high_grid(recipe) for name in low}
     budget = _budget_bits(source, recipe, low, high)  # refused before the long measurement, not after
     kls = measure(
-        source.model, source.description, source.head, source.samples, _effective(source, recipe, low), advance
+        source.model,
+        source.description,
+        source.head,
+        source.samples,
+        _effective(source, recipe, low),
+        advance,
     )
     return _under_budget(source, low, high, budget, kls)
 
@@ -226,9 +235,7 @@ def _groups(source: Source, grids: Mapping[str, Grid]) -> list[Group]:
     return [group for group in source.description.groups if any(name in grids for name in group.names)]
 
 
-def _choice(
-    source: Source, group: Group, grids: Mapping[str, Grid], low: float | None, high: float | None
-) -> Choice:
+def _choice(source: Source, group: Group, grids: Mapping[str, Grid], low: float | None, high: float | None) -> Choice:
     names = tuple(name for name in group.names if name in grids)
     parameters = sum(source.search.parameters[name].numel() for name in names)
     return Choice(group.layer, group.kind, names, parameters, low, high, max(grids[n].bits for n in names))

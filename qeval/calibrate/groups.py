@@ -119,10 +119,7 @@ def folded_floats(scales: Scales, parameters: Parameters, grids: Grids) -> dict[
 def explicit_scales(scales: Scales) -> dict[str, Tensor]:
     """What the inputs of linears are multiplied by where nothing before could take it, [columns] by name."""
     return {
-        name: 1 / scaled.choice.scales
-        for scaled in scales.values()
-        if scaled.fold is None
-        for name in scaled.names
+        name: 1 / scaled.choice.scales for scaled in scales.values() if scaled.fold is None for name in scaled.names
     }
 
 

@@ -76,5 +76,3 @@ def _grids(manifest: Manifest) -> list[str]:
     for entry in manifest.weights:
         weights[entry.grid] = weights.get(entry.grid, 0) + entry.rows * entry.columns
     return sorted(weights, key=lambda grid: -weights[grid])
-
-

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from qeval.quant.variant import Variant
 from qeval.score.choices import QUESTIONS_VERSION, item_columns, question_tokens, score_questions
 from qeval.score.corpus import (
     METRICS_VERSION,
+    Shard,
     baseline_columns,
-    state_positions,
     variant_columns,
     window_states,
 )
@@ -27,27 +26,6 @@ from qeval.store.rows import Kind, RowStore
 from qeval.store.states import StateStore
 from qeval.store.variants import load_variant
 from qeval.tasks.harness import Suite
-from qeval.tasks.windows import Window
-
-_SHARD_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Some windows of a corpus: what one job scores."""
-
-    windows: tuple[Window, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to run."""
-        return sum(len(window.tokens) for window in self.windows)
-
-    def key(self) -> dict[str, Any]:
-        """What of it changes numbers: the token ids and the positions that are scored."""
-        return {
-            "windows": [[w.index, list(w.tokens), list(w.kl_positions), list(w.nll_positions)] for w in self.windows]
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +48,6 @@ class Work:
             "tokens": [scorer.corpus_job(self, shard) for shard in self.shards],
             "items": [scorer.question_job(self, suite, subject) for suite in self.suites for subject in suite.subjects],
         }
-
-
-def shards_of(windows: Sequence[Window]) -> tuple[Shard, ...]:
-    """Windows in runs of about 4,096 tokens; never depends on batch sizes, so rows are found again."""
-    shards: list[list[Window]] = []
-    for window in windows:
-        if not shards or sum(len(w.tokens) for w in [*shards[-1], window]) > _SHARD_TOKENS:
-            shards.append([])
-        shards[-1].append(window)
-    return tuple(Shard(tuple(shard)) for shard in shards)
 
 
 class Scorer:
@@ -105,12 +73,12 @@ class Scorer:
             names = {"variant": self.name, "backend": self._backend.name, "corpus": work.corpus}
             if self.is_baseline:
                 base = _baseline_states(work, shard, self._backend, advance)
-                columns = baseline_columns(self._opened(), shard.windows, base, names)
+                columns = baseline_columns(self._opened(), shard, base, names)
             else:
                 base = _baseline_states(work, shard, self._backend, _to_nobody)
                 session = self._opened()
                 states = window_states(session, shard.windows, work.batch_tokens, advance)
-                columns = variant_columns(self._base_logits, base, session, states, shard.windows, names)
+                columns = variant_columns(self._base_logits, base, session, states, shard, names)
             return work.rows.write("tokens", key, columns)
 
         return Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)

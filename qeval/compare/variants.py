@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qeval.calibrate.build import Source, build, quantizable, source_of
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.stream import collect
@@ -18,7 +20,7 @@ from qeval.paths import home
 from qeval.progress import Progress
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
-from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
+from qeval.store.variants import Origin, save_variant, verify_variant
 
 QUANTIZERS_VERSION = 1
 """Part of every variant's key: raise it when the same recipe gives other integers."""
@@ -41,7 +43,12 @@ class Loaded:
     head: Head
     weights_sha256: str
     name: str
-    float_bits: int
+    weight_dtype: torch.dtype
+
+    @property
+    def float_bits(self) -> int:
+        """Bits of a weight in the checkpoint."""
+        return self.weight_dtype.itemsize * 8
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ class Workshop:
         return True
 
 
-def given_entry(name: str, folder: Path, weights_sha256: str) -> tuple[Entry, Manifest]:
+def given_entry(name: str, folder: Path, weights_sha256: str) -> Entry:
     """A variant that `--variant NAME=FOLDER` names.
 
     Raises:
@@ -161,7 +168,7 @@ def given_entry(name: str, folder: Path, weights_sha256: str) -> tuple[Entry, Ma
             f"--variant {name}={folder} was made from other weights ({manifest.model.get('name')}) than the "
             "baseline's, so it cannot be compared with it."
         )
-    return Entry(name, str(manifest.recipe.get("method", "given")), folder), manifest
+    return Entry(name, str(manifest.recipe.get("method", "given")), folder)
 
 
 def check_recipes(recipes: Sequence[Recipe], description: Description) -> None:

@@ -45,9 +45,7 @@ def own_numbers(logits: Logits, states: Tensor, targets: Tensor) -> Own:
     return Own(torch.cat([p.log_p for p in parts]), torch.cat([p.entropy_nats for p in parts]))
 
 
-def distance(
-    base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor, targets: Tensor
-) -> Distance:
+def distance(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor, targets: Tensor) -> Distance:
     """The distances of a variant's distributions from the baseline's, position by position."""
     parts = [
         _distance(_log_softmax(base_logits(b)), _log_softmax(logits(s)), t)
@@ -58,9 +56,7 @@ def distance(
         reverse_kl_nats=torch.cat([p.reverse_kl_nats for p in parts]),
         kl_abs_modelopt=torch.cat([p.kl_abs_modelopt for p in parts]),
         top1_agreement=torch.cat([p.top1_agreement for p in parts]),
-        own=Own(
-            torch.cat([p.own.log_p for p in parts]), torch.cat([p.own.entropy_nats for p in parts])
-        ),
+        own=Own(torch.cat([p.own.log_p for p in parts]), torch.cat([p.own.entropy_nats for p in parts])),
         base_log_p=torch.cat([p.base_log_p for p in parts]),
     )
 
@@ -104,4 +100,4 @@ def _sum(values: Tensor) -> Tensor:
 def _blocks(logits: Logits, states: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     vocabulary = logits(states[:1]).shape[-1]
     rows = max(1, _BLOCK_NUMBERS // vocabulary)
-    return zip(*(tensor.split(rows) for tensor in (states, *others)), strict=True)
+    return zip(*(torch.split(tensor, rows) for tensor in (states, *others)), strict=True)

@@ -1,9 +1,9 @@
 """Which linears share an input, and what precedes them that can take a scale; found by tracing, not by class.
 
-One short forward pass records which linears of a decoder layer were handed the very same tensor. What can take
-their input's scales (a norm's gain, v_proj before o_proj, up_proj before down_proj) is proposed from shapes and accepted
-only if folding random powers of two leaves the model's output unchanged. Powers of two make that test exact in any
-float type, and a family that follows Llama's pattern needs no new line.
+One short forward pass records which linears of a decoder layer were handed the very same tensor. What can take their
+input's scales (a norm's gain, v_proj before o_proj, up_proj before down_proj) is proposed from shapes and accepted only
+if folding random powers of two leaves the model's output unchanged. Powers of two make that test exact in any float
+type, and a family that follows Llama's pattern needs no new line.
 """
 
 from collections.abc import Iterator
@@ -143,9 +143,7 @@ def _trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[_Pr
     finally:
         for handle in handles:
             handle.remove()
-    by_layer = [
-        [c for c in calls if c[0].startswith(f"{layers_name}.{index}.")] for index in range(len(layers))
-    ]
+    by_layer = [[c for c in calls if c[0].startswith(f"{layers_name}.{index}.")] for index in range(len(layers))]
     return [_proposals(model, calls_of_layer) for calls_of_layer in by_layer]
 
 

@@ -50,9 +50,7 @@ def choose_scales(
     return ScaleChoice(candidates[best], ALPHAS[best], losses[best], losses[0])
 
 
-def output_loss(
-    weights: Sequence[Tensor], grids: Sequence[Grid], inputs: InputStatistics, scales: Tensor
-) -> float:
+def output_loss(weights: Sequence[Tensor], grids: Sequence[Grid], inputs: InputStatistics, scales: Tensor) -> float:
     """Mean over tokens of the squared error of all outputs when `weights * scales` are rounded."""
     sketch = (inputs.sketch / scales).T
     errors = (_error(weight * scales, grid) @ sketch for weight, grid in zip(weights, grids, strict=True))

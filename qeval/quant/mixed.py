@@ -30,11 +30,7 @@ def positional_layers(layers: int) -> set[int]:
     [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29]
     """
     eighth = layers // 8
-    return {
-        layer
-        for layer in range(layers)
-        if layer < eighth or layer >= layers - eighth or (layer - eighth) % 3 == 0
-    }
+    return {layer for layer in range(layers) if layer < eighth or layer >= layers - eighth or (layer - eighth) % 3 == 0}
 
 
 def positional_names(names: Iterable[str], layers: int) -> set[str]:
@@ -65,14 +61,12 @@ def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
     smallest, largest = sum(o.low_bits for o in options), sum(o.high_bits for o in options)
     if not smallest <= budget_bits <= largest:
         side = "below the smallest" if budget_bits < smallest else "above the largest"
-        raise UsageError(
-            f"The budget of {budget_bits} bits is {side} possible size ({smallest} to {largest} bits)."
-        )
+        raise UsageError(f"The budget of {budget_bits} bits is {side} possible size ({smallest} to {largest} bits).")
     gain = np.array([max(o.low_kl - o.high_kl, 0.0) for o in options])
     cost = np.array([float(o.high_bits - o.low_bits) for o in options])
     result = milp(
         -gain / max(gain.max(), 1e-300),
-        integrality=np.ones(len(options)),
+        integrality=np.ones(len(options), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(cost / cost.max(), ub=(budget_bits - smallest) / cost.max()),
     )

@@ -7,7 +7,6 @@ On exact ties this differs by a whole step from dividing by `amax / qmax`. Dequa
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 

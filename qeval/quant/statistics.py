@@ -1,7 +1,7 @@
 """What calibration keeps of a layer's input: a sketch of its second moments. No activation is stored.
 
-The sketch is a CountSketch (Charikar, Chen, Farach-Colton 2002; Clarkson and Woodruff 2013): every token's input
-x is added, with a random sign, to one of k rows. Then E[S^T S] = sum of x x^T, so the squared error of a layer's output,
+The sketch is a CountSketch (Charikar, Chen, Farach-Colton 2002; Clarkson and Woodruff 2013): every token's input x is
+added, with a random sign, to one of k rows. Then E[S^T S] = sum of x x^T, so the squared error of a layer's output, the
 sum of |e x|^2 over tokens, is estimated by |e S^T|^2: k numbers a weight row, whatever the number of tokens. With as
 many rows as tokens and one token a row it would be exact.
 """

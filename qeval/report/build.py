@@ -1,16 +1,16 @@
-"""`build` turns a finished run folder into a `Report`: read, pair, measure, rank. No model and no torch is needed."""
+"""`build` turns a finished run folder into a `Report`: read, pair, measure, rank; no model, no torch."""
 
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from qeval.errors import BrokenRecordError, QevalError
+from qeval.errors import QevalError
 from qeval.report import measure_items, measure_tokens, pairing
 from qeval.report.model import (
-    SCHEMA_VERSION,
     Baseline,
     Comparison,
     Curve,
@@ -25,27 +25,30 @@ from qeval.report.model import (
     Variant,
 )
 from qeval.report.notes import notes
-from qeval.report.pairing import BASELINE, ItemRows, TokenRows
+from qeval.report.pairing import BASELINE, TokenRows
 from qeval.stats import bootstrap
+from qeval.stats.bootstrap import Clusters, Floats
 from qeval.store.rows import RowStore
-from qeval.store.run import RunRecord, VariantRecord, read_run
+from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord, read_run
 
 _CLUSTERS = "windows for tokens; subjects for questions, and questions where there is but one subject"
 
 
-@dataclass
-class _Measured:
-    """What is found out about one model, filled as rows are read."""
+class _Tokens(NamedTuple):
+    """What the token rows gave, by model; `kl` holds the rows of variants whose KL is finite."""
 
-    metrics: Metrics = field(default_factory=dict)
-    tasks: dict[str, TaskResult] = field(default_factory=dict)
-    curve: Curve | None = None
+    metrics: dict[str, Metrics]
+    curves: dict[str, Curve | None]
+    kl: dict[str, Floats]
+    windows: Clusters | None
 
-    @property
-    def error(self) -> str | None:
-        """Which numbers are not finite, in a sentence; None where all are."""
-        bad = [f"{name} ({m.non_finite} of {m.n})" for name, m in self.metrics.items() if m.non_finite]
-        return f"Not finite: {', '.join(bad)}." if bad else None
+
+class _Items(NamedTuple):
+    """What one task's rows gave, by model."""
+
+    task: Task
+    metrics: dict[str, Metrics]
+    results: dict[str, TaskResult]
 
 
 def build(run_dir: Path) -> Report:
@@ -59,31 +62,210 @@ def build(run_dir: Path) -> Report:
     run = read_run(run_dir)
     store = RowStore(run_dir)
     done = [variant for variant in run.variants if variant.status == "done"]
-    measured = {name: _Measured() for name in (BASELINE, *(variant.name for variant in done))}
-    comparisons = _measure_tokens(run, done, store, measured)
-    tasks, backend = _measure_tasks(run, done, store, measured)
-    if measured[BASELINE].error:
-        raise QevalError(f"The baseline cannot be compared with. {measured[BASELINE].error}")
-    variants = [_variant(each, run, measured.get(each.name)) for each in run.variants]
+    tokens, items, backend = _NO_TOKENS, list[_Items](), None
+    if run.protocol and {"kl", "ppl"} & set(run.metrics):
+        table = store.read("tokens")
+        tokens, backend = _tokens(table, run, run.protocol, done), _baseline_backend(table)
+    if run.tasks:
+        table = store.read("items")
+        items, backend = [_items(table, task, done, run.seed) for task in run.tasks], _baseline_backend(table)
+    metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in done)])
+    if broken := _broken(metrics[BASELINE]):
+        raise QevalError(f"Nothing can be compared with this baseline. {broken}")
+    variants = [_variant(each, run, metrics, results, tokens.curves) for each in run.variants]
+    tasks = [each.task for each in items]
     return Report(
-        schema_version=SCHEMA_VERSION,
+        schema_version=1,
         model=run.model,
         baseline=Baseline(
             label=run.baseline_label,
             backend=backend,
             bits_per_weight=run.baseline_bits_per_weight,
             size_bytes=run.baseline_size_bytes,
-            metrics=measured[BASELINE].metrics,
-            tasks=measured[BASELINE].tasks,
+            metrics=metrics[BASELINE],
+            tasks=results[BASELINE],
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),
-        comparisons=comparisons,
+        comparisons=_comparisons(tokens, run.seed),
         protocol=run.protocol,
         tasks=tasks,
         metrics_asked=run.metrics,
         intervals=_intervals(run.seed),
-        notes=notes(run, tasks),
+        notes=notes(run, tasks, metrics[BASELINE]),
         warnings=run.warnings,
         provenance=_provenance(run),
     )
+
+
+def quality(variant: Variant) -> float | None:
+    """What variants are ranked by, lower being better: KL, else the perplexity ratio."""
+    for name in ("kl_nats", "ppl_ratio"):
+        if variant.status == "done" and name in variant.metrics:
+            return variant.metrics[name].value
+    return None
+
+
+def mark_pareto(variants: list[Variant]) -> list[Variant]:
+    """The variants, marked where no other is as small and as near the baseline, and better in one."""
+    points = {v.name: (v.size_bytes, q) for v in variants if (q := quality(v)) is not None}
+    front = {
+        name
+        for name, (size, loss) in points.items()
+        if not any(s <= size and q <= loss and (s, q) != (size, loss) for s, q in points.values())
+    }
+    return [variant.model_copy(update={"pareto": variant.name in front}) for variant in variants]
+
+
+_NO_TOKENS = _Tokens({}, {}, {}, None)
+
+
+def _tokens(table: pa.Table, run: RunRecord, protocol: ProtocolRecord, done: list[VariantRecord]) -> _Tokens:
+    """One model after the other, so that only one variant's rows are held beside the baseline's."""
+    baseline = pairing.token_rows(pairing.select(table, BASELINE, None), BASELINE)
+    pairing.check_protocol(baseline, protocol)
+    wants_ppl = "ppl" in run.metrics
+    metrics = {BASELINE: measure_tokens.baseline_perplexity(baseline, run.seed) if wants_ppl else {}}
+    curves: dict[str, Curve | None] = {}
+    kl: dict[str, Floats] = {}
+    windows = None
+    for variant in done:
+        name = variant.name
+        rows = pairing.token_rows(pairing.select(table, name, variant.backend), name)
+        pairing.pair_tokens(rows, baseline, name)
+        metrics[name] = _token_metrics(rows, baseline, run, name)
+        if "kl" in run.metrics:
+            curves[name] = measure_tokens.kl_curve(rows)
+            if not metrics[name]["kl_nats"].non_finite:
+                kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
+    return _Tokens(metrics, curves, kl, windows)
+
+
+def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, name: str) -> Metrics:
+    metrics: Metrics = {}
+    if "kl" in run.metrics and run.protocol:
+        pairing.check_kl(rows, run.protocol, name)
+        metrics |= measure_tokens.kl_metrics(rows, run.seed)
+    if "ppl" in run.metrics:
+        metrics |= measure_tokens.nll_metrics(rows, baseline, run.seed)
+    return metrics | measure_tokens.delta_metrics(rows, run.seed)
+
+
+def _items(table: pa.Table, record: TaskRecord, done: list[VariantRecord], seed: int) -> _Items:
+    task = record.name
+    baseline = pairing.item_rows(pairing.select(table, BASELINE, None), record, BASELINE)
+    models = {BASELINE: baseline}
+    metrics = {BASELINE: measure_items.accuracies(task, baseline, seed)}
+    for variant in done:
+        name = variant.name
+        rows = pairing.item_rows(pairing.select(table, name, variant.backend), record, name)
+        pairing.pair_items(rows, baseline, task, name)
+        models[name] = rows
+        metrics[name] = measure_items.accuracies(task, rows, seed)
+        metrics[name] |= measure_items.changes(task, rows, baseline, seed)
+    guess, acc = measure_items.chance(baseline), metrics[BASELINE][f"{task}_acc"]
+    at_chance = acc.low is not None and acc.high is not None and acc.low <= guess <= acc.high
+    results = measure_items.results(record, models, BASELINE, seed)
+    return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
+
+
+def _baseline_backend(table: pa.Table) -> str | None:
+    rows = pairing.select(table, BASELINE, None)
+    found: list[str] = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
+    return found[0] if found else None
+
+
+def _merged(
+    tokens: _Tokens, items: list[_Items], names: list[str]
+) -> tuple[dict[str, Metrics], dict[str, dict[str, TaskResult]]]:
+    """Each model's metrics of all kinds, and its tasks' results."""
+    metrics = {name: dict(tokens.metrics.get(name, {})) for name in names}
+    for each in items:
+        for name in names:
+            metrics[name] |= each.metrics[name]
+    results = {name: {each.task.record.name: each.results[name] for each in items} for name in names}
+    return metrics, results
+
+
+def _broken(metrics: Metrics) -> str | None:
+    """Which numbers are not finite, in a sentence; None where all are."""
+    bad = [f"{name} ({metric.non_finite} of {metric.n})" for name, metric in metrics.items() if metric.non_finite]
+    return f"Values that are not finite: {', '.join(bad)}." if bad else None
+
+
+def _variant(
+    record: VariantRecord,
+    run: RunRecord,
+    metrics: dict[str, Metrics],
+    results: dict[str, dict[str, TaskResult]],
+    curves: dict[str, Curve | None],
+) -> Variant:
+    own = metrics.get(record.name, {})
+    broken = _broken(own)
+    status = "broken" if broken else record.status
+    mix = None
+    if record.groups:
+        mix = Mix(
+            importance=record.importance or "unnamed",
+            budget_bits_per_weight=record.budget_bits_per_weight,
+            groups=record.groups,
+        )
+    copied = (
+        "name", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
+        "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
+    )  # fmt: skip
+    return Variant(
+        **{name: getattr(record, name) for name in copied},
+        status=status,
+        error=broken or record.error,
+        saving=1 - record.size_bytes / run.baseline_size_bytes,
+        pareto=False,
+        metrics=own,
+        tasks=results.get(record.name, {}),
+        kl_curve=curves.get(record.name),
+        mix=mix,
+        kept=_kept(record),
+    )
+
+
+def _kept(record: VariantRecord) -> list[Kept]:
+    weights = Counter(kept.reason for kept in record.kept)
+    parameters: Counter[str] = Counter()
+    for kept in record.kept:
+        parameters[kept.reason] += kept.parameters
+    return [
+        Kept(reason=reason, weights=count, parameters=parameters[reason]) for reason, count in weights.most_common()
+    ]
+
+
+def _comparisons(tokens: _Tokens, seed: int) -> list[Comparison]:
+    """Each variant against the next in KL, paired."""
+    if tokens.windows is None:
+        return []
+    ranked = sorted(tokens.kl, key=lambda name: float(tokens.kl[name].mean()))
+    return [
+        Comparison(
+            metric="kl_nats",
+            better_name=better,
+            other_name=other,
+            difference=measure_tokens.kl_difference(tokens.kl[better], tokens.kl[other], tokens.windows, seed),
+        )
+        for better, other in pairwise(ranked)
+    ]
+
+
+def _intervals(seed: int) -> Intervals:
+    return Intervals(
+        level=bootstrap.LEVEL,
+        method=bootstrap.METHOD,
+        resamples=bootstrap.RESAMPLES,
+        seed=seed,
+        clusters=_CLUSTERS,
+    )
+
+
+def _provenance(run: RunRecord) -> Provenance:
+    copied = (
+        "command", "started", "finished", "seconds", "peak_rss_bytes", "seed", "environment", "calibration",
+    )  # fmt: skip
+    return Provenance(**{name: getattr(run, name) for name in copied})

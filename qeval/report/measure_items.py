@@ -1,7 +1,7 @@
 """From paired answers to metrics. Where a log-likelihood is not finite, nothing of its task is averaged.
 
-Intervals resample subjects. Where there is but one (a task without subjects, one subject's own row), they resample its
-questions.
+Intervals resample subjects. Where there is but one (a task without subjects, one subject's own row), they
+resample its questions.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _UNCATEGORIZED = "uncategorized"
 
 
 def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:
-    """One model's accuracy: weighted by questions, by subject, and length-normalized where the task has it."""
+    """One model's accuracy: by questions, by subject, and length-normalized where the task has it."""
     bad = int(rows.non_finite().sum())
     names = [f"{task}_acc", f"{task}_acc_macro", *([f"{task}_acc_norm"] if rows.acc_norm is not None else [])]
     if bad:
@@ -47,8 +47,7 @@ def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics
     if bad:
         units = {name: "nats" if name.endswith("nats") else "fraction" for name in kinds}
         return {
-            f"{task}_{name}": Metric.broken(units[name], better, len(rows.items), bad)
-            for name, better in kinds.items()
+            f"{task}_{name}": Metric.broken(units[name], better, len(rows.items), bad) for name, better in kinds.items()
         }
     clusters = subjects_or_questions(rows.subjects)
     shares = {

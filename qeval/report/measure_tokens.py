@@ -1,10 +1,11 @@
-"""From paired token rows to metrics. What is not finite is counted, and then nothing of its kind is averaged."""
+"""From paired token rows to metrics. What is not finite is counted, and nothing of its kind is averaged."""
 
 import numpy as np
 
 from qeval.report.model import Curve, Metric, Metrics
 from qeval.report.pairing import TokenRows
 from qeval.stats import estimates
+from qeval.stats.bootstrap import Clusters, Floats
 from qeval.types import Better, Estimate
 
 KL_LEVELS = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
@@ -71,15 +72,13 @@ def nll_metrics(rows: TokenRows, baseline: TokenRows, seed: int) -> Metrics:
         {
             "ppl": estimates.perplexity(nll, clusters, seed=seed),
             "ppl_ratio": estimates.perplexity_ratio(nll, base, clusters, seed=seed),
-            "nll_diff_nats": estimates.difference(
-                nll, base, clusters, unit="nats", better="lower", seed=seed
-            ),
+            "nll_diff_nats": estimates.difference(nll, base, clusters, unit="nats", better="lower", seed=seed),
         }
     )
 
 
 def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
-    """The change of the true token's probability: mean and root mean square; nothing where it is not scored."""
+    """The change of the true token's probability: mean and root mean square; none where not scored."""
     total = int(rows.scored["delta_p"].sum())
     if not total:
         return {}
@@ -90,19 +89,14 @@ def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
     return as_metrics(
         {
             "delta_p": estimates.mean(delta, clusters, unit="probability", better="higher", seed=seed),
-            "delta_p_rms": estimates.root_mean_square(
-                delta, clusters, unit="probability", better="lower", seed=seed
-            ),
+            "delta_p_rms": estimates.root_mean_square(delta, clusters, unit="probability", better="lower", seed=seed),
         }
     )
 
 
-def kl_difference(rows: TokenRows, others: TokenRows, seed: int) -> Metric:
-    """The mean of two variants' paired differences in KL."""
-    mine, theirs, clusters = rows.of("kl_nats"), others.of("kl_nats"), rows.clusters("kl_nats")
-    return Metric.of(
-        estimates.difference(mine, theirs, clusters, unit="nats", better="lower", seed=seed)
-    )
+def kl_difference(kl: Floats, other: Floats, windows: Clusters, seed: int) -> Metric:
+    """The mean of two variants' paired differences in KL, from their rows [rows]."""
+    return Metric.of(estimates.difference(kl, other, windows, unit="nats", better="lower", seed=seed))
 
 
 def as_metrics(found: dict[str, Estimate]) -> Metrics:

@@ -54,8 +54,6 @@ from qeval.store.run import (
 )
 from qeval.types import Better, Estimate
 
-SCHEMA_VERSION = 1
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -81,9 +79,7 @@ class Metric(_Part):
     @classmethod
     def broken(cls, unit: str, better: Better, n: int, non_finite: int) -> "Metric":
         """The metric that `non_finite` of `n` rows left without a value."""
-        return cls(
-            value=None, low=None, high=None, unit=unit, better=better, n=n, clusters=0, non_finite=non_finite
-        )
+        return cls(value=None, low=None, high=None, unit=unit, better=better, n=n, clusters=0, non_finite=non_finite)
 
 
 Metrics = dict[str, Metric]
@@ -115,7 +111,7 @@ class TaskResult(_Part):
 
 
 class Curve(_Part):
-    """The distribution of KL over tokens: a share `share[i]` of the positions has a KL above `kl_nats[i]`."""
+    """The distribution of KL over tokens: `share[i]` of the positions have at least `kl_nats[i]`."""
 
     share: list[float]
     kl_nats: list[float]

@@ -1,6 +1,7 @@
-"""One pass a corpus: every token metric of a variant from the same forward pass, against the baseline's cached states."""
+"""One pass a corpus: every token metric from the same forward pass, against the baseline's cached states."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,41 @@ METRICS_VERSION = 1
 """Part of every key: raise it when a metric's definition changes."""
 
 
+_SHARD_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive windows of a corpus, the first of them number `first`: what one job scores."""
+
+    first: int
+    windows: tuple[Window, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to run."""
+        return sum(len(window.tokens) for window in self.windows)
+
+    def key(self) -> dict[str, Any]:
+        """What of it changes numbers: the token ids and the positions that are scored."""
+        return {
+            "first": self.first,
+            "windows": [[w.tokens, w.kl_positions, w.nll_positions] for w in self.windows],
+        }
+
+
+def shards_of(windows: Sequence[Window]) -> tuple[Shard, ...]:
+    """Windows in runs of about 4,096 tokens; never depends on batch sizes, so that finished rows are found again."""
+    per_shard = max(1, _SHARD_TOKENS // max(len(window.tokens) for window in windows))
+    return tuple(Shard(i, tuple(windows[i : i + per_shard])) for i in range(0, len(windows), per_shard))
+
+
 def state_positions(window: Window) -> list[int]:
     """The positions whose states a window's rows need: those compared, and those that predict a scored token."""
     return sorted({*window.kl_positions, *(position - 1 for position in window.nll_positions)})
 
 
-def window_states(
-    session: Session, windows: Sequence[Window], batch_tokens: int, advance: Advance
-) -> Tensor:
+def window_states(session: Session, windows: Sequence[Window], batch_tokens: int, advance: Advance) -> Tensor:
     """The final states [positions of all windows, width] on the CPU, as many windows a batch as `batch_tokens` hold.
 
     `advance` is told the tokens of each batch.
@@ -40,12 +68,10 @@ def window_states(
     return torch.cat(parts)
 
 
-def baseline_columns(
-    session: Session, windows: Sequence[Window], states: Tensor, names: dict[str, str]
-) -> dict[str, Any]:
+def baseline_columns(session: Session, shard: Shard, states: Tensor, names: dict[str, str]) -> dict[str, Any]:
     """The baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
-    own = own_numbers(session.logits, states, _targets(windows))
-    return _columns(windows, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
+    own = own_numbers(session.logits, states, _targets(shard.windows))
+    return _columns(shard, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
 
 
 def variant_columns(
@@ -53,14 +79,14 @@ def variant_columns(
     base_states: Tensor,
     session: Session,
     states: Tensor,
-    windows: Sequence[Window],
+    shard: Shard,
     names: dict[str, str],
 ) -> dict[str, Any]:
     """A variant's token rows, compared with the baseline's distributions at the same positions.
 
     The states of both sides are [positions of all windows, width].
     """
-    found = distance(base_logits, base_states, session.logits, states, _targets(windows))
+    found = distance(base_logits, base_states, session.logits, states, _targets(shard.windows))
     values = {
         "log_p": found.own.log_p,
         "entropy_nats": found.own.entropy_nats,
@@ -70,7 +96,7 @@ def variant_columns(
         "kl_abs_modelopt": found.kl_abs_modelopt,
         "top1_agreement": found.top1_agreement,
     }
-    return _columns(windows, names, values)
+    return _columns(shard, names, values)
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
@@ -93,9 +119,9 @@ def _targets(windows: Sequence[Window]) -> Tensor:
     return torch.tensor(targets)
 
 
-def _columns(windows: Sequence[Window], names: dict[str, str], values: dict[str, Tensor]) -> dict[str, Any]:
+def _columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> dict[str, Any]:
     """Rows from states: what a state predicts goes to the next token's row, what it is compared in to its own."""
-    rows = _Layout(windows)
+    rows = _Layout(shard)
     arrays = {name: value.cpu().numpy() for name, value in values.items()}
     columns: dict[str, Any] = {name: _constant(value, len(rows.position)) for name, value in names.items()}
     columns |= {"window": rows.window, "position": rows.position, "token": rows.token}
@@ -108,17 +134,17 @@ def _columns(windows: Sequence[Window], names: dict[str, str], values: dict[str,
 
 
 class _Layout:
-    """Where each row of some windows finds its states, as indices into all states; -1 for none."""
+    """Where each row of a shard finds its states, as indices into all states; -1 for none."""
 
-    def __init__(self, windows: Sequence[Window]) -> None:
+    def __init__(self, shard: Shard) -> None:
         window, position, token, own, previous = [], [], [], [], []
         start = 0
-        for w in windows:
+        for number, w in enumerate(shard.windows, shard.first):
             index = {p: start + i for i, p in enumerate(state_positions(w))}
             start += len(index)
             compared, scored = set(w.kl_positions), set(w.nll_positions)
             for p in sorted(compared | scored):
-                window.append(w.index)
+                window.append(number)
                 position.append(p)
                 token.append(w.tokens[p])
                 own.append(index[p] if p in compared else -1)

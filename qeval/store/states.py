@@ -21,7 +21,10 @@ class StateStore:
     def write(self, key: str, states: Tensor) -> Path:
         """Keep states [positions, width]."""
         return write_record(
-            self._folder, key, _SUFFIX, lambda path: save_file({_NAME: states.float().cpu().contiguous()}, path)
+            self._folder,
+            key,
+            _SUFFIX,
+            lambda path: save_file({_NAME: states.float().cpu().contiguous()}, path),
         )
 
     def read(self, key: str) -> Tensor | None:

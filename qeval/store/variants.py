@@ -26,7 +26,6 @@ from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Variant
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
-FORMAT_VERSION = 1
 
 
 class _Part(BaseModel):
@@ -191,7 +190,7 @@ def _weight(entry: WeightEntry, tensors: Mapping[str, Tensor]) -> QWeight:
 
 def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest:
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=1,
         key=variant.key,
         recipe=origin.recipe,
         model=origin.model,

@@ -56,7 +56,11 @@ def test_positional_layers_of_30_are_those_of_the_reference():
 
 
 def test_positional_names_are_v_and_down():
-    names = [f"model.layers.{i}.{p}.weight" for i in range(8) for p in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
+    names = [
+        f"model.layers.{i}.{p}.weight"
+        for i in range(8)
+        for p in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    ]
     found = positional_names(names, 8)
     assert "model.layers.0.self_attn.v_proj.weight" in found
     assert "model.layers.7.mlp.down_proj.weight" in found

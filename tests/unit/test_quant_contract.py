@@ -197,7 +197,9 @@ def test_awq_scales_never_lose_to_plain_rounding_and_help_skewed_inputs():
     inputs, weights = skewed_inputs(), [matrix(64, 96), matrix(32, 96, seed=9)]
     choice = choose_scales(weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs))
     assert choice.loss < 0.8 * choice.plain_loss
-    assert choice.plain_loss == output_loss(weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs), torch.ones(96))
+    assert choice.plain_loss == output_loss(
+        weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs), torch.ones(96)
+    )
 
 
 @every_grid
@@ -208,7 +210,7 @@ def test_clipping_never_loses_to_the_full_range_on_its_own_loss(grid):
         assert clip.shape == grid.scale_shape(*weight.shape)
         moments = torch.eye(200) if seen is None else inputs.sketch.T @ inputs.sketch
 
-        def loss(shares):
+        def loss(shares, moments=moments):
             error = quantize(weight, grid, shares).dequantize() - weight
             total = 0.0
             size = grid.block_size(200)

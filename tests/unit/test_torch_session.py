@@ -9,6 +9,7 @@ from qeval.calibrate.stream import collect
 from qeval.config import parse_method
 from qeval.errors import QevalError
 from qeval.models.graph import describe
+from qeval.models.head import head_of
 from qeval.types import Request
 from tests.fixtures.tiny import tiny_llama
 
@@ -26,7 +27,7 @@ def model():
 
 @pytest.fixture
 def backend(model):
-    return TorchBackend(model, describe(model), torch.float32)
+    return TorchBackend(model, describe(model), head_of(model), torch.float32)
 
 
 def made(model, backend, name):
@@ -61,13 +62,20 @@ def test_a_shared_prefix_changes_nothing(sliding):
         from transformers import MistralConfig, MistralForCausalLM
 
         config = MistralConfig(
-            vocab_size=256, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, sliding_window=sliding, initializer_range=0.15,
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            sliding_window=sliding,
+            initializer_range=0.15,
         )
         torch.manual_seed(0)
         model = MistralForCausalLM(config).eval().requires_grad_(False)
     prefix, rests = tokens(23), [tokens(n, seed=n) for n in (5, 1, 12)]
-    with TorchBackend(model, describe(model), torch.float32).open(None) as session:
+    with TorchBackend(model, describe(model), head_of(model), torch.float32).open(None) as session:
         kept = session.prefill(prefix)
         shared = [session.states([Request(rest, (len(rest) - 1,)) for rest in rests], kept) for _ in range(2)]
         whole = [session.states([Request(prefix + rest, (22 + len(rest),))])[0] for rest in rests]
@@ -104,7 +112,7 @@ def test_a_second_variant_or_the_baseline_cannot_be_opened_inside(model, backend
 
 def test_a_tied_head_can_be_quantized_without_touching_the_embedding():
     model = tiny_llama(tie_word_embeddings=True)
-    backend = TorchBackend(model, describe(model), torch.float32)
+    backend = TorchBackend(model, describe(model), head_of(model), torch.float32)
     embedding = model.get_input_embeddings().weight.clone()
     variant = made(model, backend, "rtn:g32-head")
     assert "lm_head.weight" in variant.weights

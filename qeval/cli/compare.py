@@ -1,0 +1,127 @@
+"""`qeval compare`: variants of a model against its baseline, and a report."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from qeval.cli import options
+from qeval.cli.progress import ConsoleProgress
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.config import Defaults, load_recipes, parse_budget, parse_methods
+from qeval.errors import UsageError
+
+_DEFAULT_METHODS = "rtn,awq,mixed"
+
+
+def compare(
+    model: options.Model,
+    revision: options.Revision = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Comma-separated; see `qeval methods`. Default: rtn,awq,mixed."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file of recipes.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="NAME=FOLDER of a variant made before; may be repeated."),
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", help="torch: fake-quantized weights in PyTorch.")] = "torch",
+    device: options.Device = "cpu",
+    compute: options.Compute = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Comma-separated: kl, ppl, mmlu, or any lm-eval task of choices.")
+    ] = "kl,ppl,mmlu",
+    corpus: Annotated[str | None, typer.Option("--corpus", help="wikitext2, pydoc, or a text file.")] = None,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="A named protocol; see `qeval tasks`.")] = None,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens a window.")] = None,
+    stride: Annotated[int | None, typer.Option("--stride", help="Tokens between windows; equal: no overlap.")] = None,
+    max_windows: Annotated[int | None, typer.Option("--max-windows", help="Only the first N windows.")] = None,
+    bos: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option("--bos", help="BOS token; auto: as the tokenizer does."),
+    ] = "auto",
+    mmlu_dir: Annotated[
+        Path | None,
+        typer.Option("--mmlu-dir", help="Folder with dev/ and test/ in MMLU's csv layout, or 'hub'."),
+    ] = None,
+    subjects: Annotated[str | None, typer.Option("--subjects", help="Comma-separated MMLU subjects.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Questions a subject.")] = None,
+    shots: Annotated[int, typer.Option("--shots", help="Examples in a prompt.")] = 5,
+    calibration: options.Calibration = "pydoc",
+    calibration_samples: options.CalibrationSamples = 16,
+    calibration_length: options.CalibrationLength = 512,
+    budget: options.Budget = None,
+    importance: options.Importance = "measured",
+    quantize_head: options.QuantizeHead = False,
+    batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", help="Tokens a batch.")] = None,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    out: options.Out = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Quantize a model each way, score every variant against the baseline, and write a report."""
+    del debug  # read by the program's own error handler
+    defaults = Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
+    recipes = load_recipes(config, defaults) if config else []
+    given = tuple(_named_path(text) for text in variant or [])
+    if methods is not None or (not recipes and not given):
+        recipes += parse_methods(methods or _DEFAULT_METHODS, defaults)
+    settings = Settings(
+        model=ModelChoice(model, revision, device, options.compute_type(compute)),
+        recipes=tuple(recipes),
+        variants=given,
+        tasks=_names(tasks),
+        corpus=CorpusChoice(corpus, protocol, window, stride, max_windows, bos),
+        questions=TaskChoice(mmlu_dir, _names(subjects), limit, shots),
+        calibration=CalibrationChoice(calibration, calibration_samples, calibration_length),
+        out=out or Path("reports") / slug(model),
+        backend=backend,
+        batch_tokens=batch_tokens,
+        threads=threads,
+        seed=seed,
+        command=shlex.join(["qeval", *sys.argv[1:]]),
+    )
+    return _run(settings, as_json=as_json, quiet=quiet)
+
+
+def slug(model: str) -> str:
+    """A folder's name for a model's: `meta-llama/Llama-3.2-3B` -> `meta-llama--llama-3.2-3b`."""
+    name = Path(model).name if Path(model).exists() else model.replace("/", "--")
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
+
+
+def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
+    # torch, transformers and lm-eval take seconds to import, which `qeval --help` need not wait for
+    from qeval.cli.show import show_plan, show_result  # noqa: PLC0415
+    from qeval.compare.prepare import prepare  # noqa: PLC0415
+    from qeval.compare.run import failed, run  # noqa: PLC0415
+    from qeval.report import render  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    progress = ConsoleProgress(console, quiet=quiet)
+    plan = prepare(settings)
+    if not quiet:
+        show_plan(plan, console)
+    record = run(plan, progress)
+    with progress.phase("report", 1):
+        rendered = render(settings.out)
+    show_result(settings.out, rendered, console, as_json=as_json)
+    return 3 if failed(record.variants) else 0
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for name in (part.strip() for part in (text or "").split(",")) if name))
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not separator or not name or not path:
+        raise UsageError(f"--variant takes NAME=FOLDER, not '{text}'.")
+    return name, Path(path)

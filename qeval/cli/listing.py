@@ -1,0 +1,52 @@
+"""`qeval models`, `qeval methods`, `qeval tasks`: what can be named, with one line each."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from qeval.config import METHODS
+from qeval.models.aliases import list_models
+from qeval.tasks.names import TASKS
+from qeval.tasks.protocols import PROTOCOLS
+
+_GRIDS = (
+    ("rtn:int8-channel", "INT8, one scale a row"),
+    ("rtn:int4-g32-asym", "INT4, blocks of 32, with zero points"),
+    ("awq:noclip", "the scales alone, without the clip search"),
+    ("mixed-rtn:4.8bpw", "under a size budget in bits per weight"),
+    ("mixed:positional", "INT8 by position (first and last eighth, every third between), as other tools do"),
+)
+
+
+def models() -> None:
+    """The model aliases, and what else --model takes."""
+    _show("alias", ((m.name, f"{m.hub_id or 'PyPI'}: {m.description}") for m in list_models()))
+    _say("--model also takes a hub id such as org/name, a local folder, or a .gguf file.")
+
+
+def methods() -> None:
+    """The quantization methods, and how their names carry parameters."""
+    _show("method", METHODS.items())
+    _say("Plain names mean INT4, blocks of 128, symmetric; the head and the embedding stay in float.")
+    _show("for example", _GRIDS)
+    _say("Parameters: int2..int8, gN | channel | tensor, sym | asym, clip | noclip, Nbpw, measured | positional, head.")
+
+
+def tasks() -> None:
+    """The tasks and the named protocols."""
+    _show("task", TASKS.items())
+    _show("protocol", ((p.name, p.description) for p in PROTOCOLS.values()))
+
+
+def _show(kind: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(kind, no_wrap=True)
+    table.add_column("what it is")
+    for name, line in rows:
+        table.add_row(name, line)
+    Console().print(table)
+
+
+def _say(line: str) -> None:
+    Console().print(f"\n{line}\n", highlight=False)

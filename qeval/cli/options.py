@@ -1,0 +1,49 @@
+"""The flags that several commands share, with one help text each."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qeval.errors import unknown
+
+Model = Annotated[
+    str,
+    typer.Option("--model", help="An alias (see `qeval models`), a hub id, a local folder, or a .gguf file."),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+Compute = Annotated[
+    str | None,
+    typer.Option("--compute", "--dtype", help="fp32, bf16 or fp16; on the CPU fp32, elsewhere the checkpoint's."),
+]
+Calibration = Annotated[
+    str, typer.Option("--calibration", help="pydoc, wikitext2, pile-val, cnn_dailymail, or a text file.")
+]
+CalibrationSamples = Annotated[int, typer.Option("--calibration-samples", help="Calibration sequences.")]
+CalibrationLength = Annotated[int, typer.Option("--calibration-length", help="Tokens in each.")]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="Size of mixed variants, such as 4.8bpw; else the positional rule's own."),
+]
+Importance = Annotated[
+    Literal["measured", "positional"],
+    typer.Option("--importance", help="How mixed variants pick INT8 layers."),
+]
+QuantizeHead = Annotated[bool, typer.Option("--quantize-head", help="Quantize lm_head too (a tied embedding stays).")]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: all cores.")]
+Seed = Annotated[int, typer.Option("--seed", help="Decides the calibration sketch and the bootstrap.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No plan, no progress; warnings and the result only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
+
+_COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+_COMPUTE |= {"fp16": "float16", "float16": "float16"}
+
+
+def compute_type(text: str | None) -> str | None:
+    """The torch name of a compute type, or None for the device's default."""
+    if text is None or text in _COMPUTE:
+        return None if text is None else _COMPUTE[text]
+    raise unknown("compute type", text, ("fp32", "bf16", "fp16"))

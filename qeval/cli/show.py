@@ -1,0 +1,45 @@
+"""What a person sees before and after a run."""
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qeval.compare.prepare import Plan
+from qeval.compare.run import estimate
+from qeval.report import Rendered, build, summary_table
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Model, variants, tasks, tokens, and an estimate of time and memory."""
+    cost = estimate(plan)
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "model", f"{plan.model.name} ({plan.model.architecture}, {plan.model.parameters / 1e6:.0f} M weights)"
+    )
+    table.add_row("baseline", f"{plan.model.weight_dtype} weights computed in {plan.model.compute_dtype}")
+    names = [recipe.name for recipe in plan.settings.recipes] + [entry.name for entry in plan.given]
+    table.add_row("variants", ", ".join(names))
+    if plan.protocol:
+        p = plan.protocol
+        table.add_row("corpus", f"{p.name}: {p.windows} of {p.windows_available} windows, {plan.corpus_tokens} tokens")
+    for task in plan.tasks:
+        table.add_row("questions", f"{task.title}: {task.items} in {len(task.subjects)} subjects")
+    table.add_row("estimate", f"about {_duration(cost.seconds)} from nothing, {cost.peak_bytes / 2**30:.1f} GiB")
+    table.add_row("report", str(plan.settings.out))
+    console.print(table, highlight=False)
+
+
+def show_result(out: Path, rendered: Rendered, console: Console, *, as_json: bool) -> None:
+    """The final table and where the report lies; with `as_json` what report.json holds, on stdout."""
+    if as_json:
+        typer.echo(rendered.json.read_text(encoding="utf-8"))
+        return
+    Console().print(summary_table(build(out)))
+    console.print(f"report: {rendered.html}", highlight=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes else f"{max(1, round(seconds))} s"

@@ -1,0 +1,182 @@
+"""From settings to a plan: the model loaded, the texts tokenized, every bad input found before any long work."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+from qeval.backends.torch import TorchBackend
+from qeval.calibrate.build import quantizable
+from qeval.compare.estimate import Shape
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry
+from qeval.errors import UsageError
+from qeval.identity import digest
+from qeval.models.graph import describe
+from qeval.models.head import head_of
+from qeval.models.load import LoadedModel, load, resolve
+from qeval.score.corpus import Shard, shards_of
+from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
+from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus
+from qeval.tasks.harness import Suite, load_suite
+from qeval.tasks.protocols import choose
+from qeval.tasks.windows import tokens_sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run that can start: everything that was asked for is there and fits."""
+
+    settings: Settings
+    loaded: LoadedModel
+    source: Loaded
+    backend: TorchBackend
+    model: ModelRecord
+    protocol: ProtocolRecord | None
+    shards: tuple[Shard, ...]
+    suites: tuple[Suite, ...]
+    tasks: tuple[TaskRecord, ...]
+    given: tuple[Entry, ...]
+    calibration: Callable[[], Calibration]
+    shape: Shape
+
+    @property
+    def baseline_key(self) -> str:
+        """The identity of the baseline's numbers: its weights, and the type and kind of device that compute."""
+        kind = self.settings.model.device.partition(":")[0]
+        return digest({"weights": self.model.weights_sha256, "compute": self.model.compute_dtype, "device": kind})
+
+    @property
+    def corpus_tokens(self) -> int:
+        """Tokens that one model runs for the corpus."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens a batch: what was asked for, else what suits the device."""
+        on_gpu = self.settings.model.device.startswith("cuda")
+        return self.settings.batch_tokens or (32768 if on_gpu else 2048)
+
+
+def prepare(settings: Settings) -> Plan:
+    """Load and check everything that `settings` names.
+
+    Raises:
+        UsageError: something that was asked for is not there or does not fit.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    loaded, source = source_of_model(settings.model)
+    check_recipes(settings.recipes, source.description)
+    backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
+    protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
+    suites = _suites(settings, loaded)
+    return Plan(
+        settings=settings,
+        loaded=loaded,
+        source=source,
+        backend=backend,
+        model=ModelRecord(**asdict(loaded.info)),
+        protocol=protocol,
+        shards=shards,
+        suites=suites,
+        tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
+        given=tuple(given_entry(name, path, loaded.info.weights_sha256) for name, path in settings.variants),
+        calibration=cache(lambda: calibration_of(settings.calibration, loaded)),
+        shape=_shape(loaded, quantizable(source.description)),
+    )
+
+
+def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
+    """The model that a choice names, and what variants are made from."""
+    loaded = load(resolve(choice.name, choice.revision), device=choice.device, dtype=choice.compute)
+    return loaded, Loaded(
+        model=loaded.model,
+        description=describe(loaded.model),
+        head=head_of(loaded.model),
+        weights_sha256=loaded.info.weights_sha256,
+        name=choice.name,
+        weight_dtype=getattr(torch, loaded.info.weight_dtype),
+    )
+
+
+def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
+    parameters = dict(loaded.model.named_parameters())
+    return Shape(
+        layer_weights=sum(parameters[name].numel() for name in names),
+        head_weights=loaded.model.get_output_embeddings().weight.numel(),
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        bytes_per_parameter=next(iter(parameters.values())).element_size(),
+    )
+
+
+def _corpus(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
+    protocol = choose(name=asked.protocol, corpus=asked.corpus, window=asked.window, stride=asked.stride)
+    if protocol.window > loaded.info.context_length:
+        raise UsageError(
+            f"A window of {protocol.window} tokens is longer than the model's context of "
+            f"{loaded.info.context_length}; give a smaller --window."
+        )
+    corpus = load_corpus(protocol.corpus)
+    windows = protocol.windows(
+        encode(loaded.tokenizer, corpus.text),
+        bos=bos_token(loaded.tokenizer, asked.bos),
+        max_windows=asked.max_windows,
+    )
+    record = ProtocolRecord(
+        name=protocol.name,
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        tokens_sha256=windows.tokens_sha256,
+        window=protocol.window,
+        stride=protocol.stride,
+        windows=len(windows.windows),
+        windows_available=windows.available,
+        bos=windows.bos is not None,
+        kl_positions=windows.kl_count,
+        nll_positions=windows.nll_count,
+    )
+    return record, shards_of(windows.windows)
+
+
+def _suites(settings: Settings, loaded: LoadedModel) -> tuple[Suite, ...]:
+    asked = settings.questions
+    return tuple(
+        load_suite(
+            name,
+            loaded.tokenizer,
+            max_length=loaded.info.context_length,
+            bos=settings.corpus.bos,
+            shots=asked.shots,
+            limit=asked.limit,
+            folder=asked.mmlu_dir,
+            subjects=asked.subjects,
+        )
+        for name in settings.question_tasks
+    )
+
+
+def calibration_of(asked: CalibrationChoice, loaded: LoadedModel) -> Calibration:
+    """The calibration samples: the first tokens of the source, cut into sequences.
+
+    Raises:
+        UsageError: the text is too short.
+    """
+    text = load_calibration(asked.source)
+    ids = encode(loaded.tokenizer, text.text)
+    needed = asked.samples * asked.length
+    if len(ids) < needed:
+        raise UsageError(
+            f"The calibration text '{text.name}' holds {len(ids)} tokens, fewer than {asked.samples} samples of "
+            f"{asked.length}; give a longer text or fewer --calibration-samples."
+        )
+    samples = tuple(ids[start : start + asked.length] for start in range(0, needed, asked.length))
+    record = CalibrationRecord(
+        source=text.name,
+        text_sha256=text.sha256,
+        tokens_sha256=tokens_sha256(ids[:needed]),
+        samples=asked.samples,
+        length=asked.length,
+    )
+    return Calibration(samples, record.model_dump())

@@ -1,0 +1,39 @@
+"""What is known of a loaded model, in plain values."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The baseline's weights: where they came from and what they are. Dtypes are torch's names, `float16`.
+
+    `weights_sha256` hashes the names, dtypes, shapes and bytes of the checkpoint's tensors, however they are sharded.
+    `weight_dtype` is the checkpoint's, `compute_dtype` what it is computed in. `revision` is the hub's commit.
+    `notes` are sentences that a reader of the results must know.
+    """
+
+    name: str
+    source: Literal["hub", "folder", "gguf", "demo"]
+    hub_id: str | None
+    revision: str | None
+    architecture: str
+    weights_sha256: str
+    weight_dtype: str
+    compute_dtype: str
+    layers: int
+    hidden_size: int
+    vocab_size: int
+    parameters: int
+    tied_embeddings: bool
+    context_length: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A transformers causal language model in eval mode without gradients, its tokenizer, and what is known of it."""
+
+    model: Any
+    tokenizer: Any
+    info: ModelInfo

@@ -1,0 +1,69 @@
+"""What `--model` may say, and what it means: an alias, a hub id, a folder, or a GGUF file."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qeval.errors import UsageError, unknown
+from qeval.models.aliases import aliases
+
+Kind = Literal["hub", "folder", "gguf", "demo"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from. `name` is as the user typed it; of `hub_id` and `path` the kind has one or neither."""
+
+    name: str
+    kind: Kind
+    hub_id: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+
+
+def resolve(name: str, revision: str | None = None) -> ModelSource:
+    """What `name` means. A path that exists comes before a hub id, an alias before both (say `./demo` for a folder).
+
+    Raises:
+        UsageError: nothing goes by that name (the nearest aliases are listed), or a revision is given where there is none.
+    """
+    table = aliases()
+    if name in table:
+        alias = table[name]
+        if alias.hub_id is None:
+            return _local(ModelSource(name, "demo"), revision)
+        return ModelSource(name, "hub", hub_id=alias.hub_id, revision=revision or alias.revision)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _local(ModelSource(name, "folder", path=path), revision)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"The GGUF file '{name}' does not exist.")
+        return _local(ModelSource(name, "gguf", path=path), revision)
+    if path.is_file():
+        raise UsageError(_not_a_model_file(name, path))
+    if name.startswith((".", "~")) or path.is_absolute():
+        raise UsageError(f"The model folder '{name}' does not exist.")
+    if _HUB_ID.fullmatch(name):
+        return ModelSource(name, "hub", hub_id=name, revision=revision)
+    error = unknown("model", name, table)
+    raise UsageError(f"{error} Or give a hub id 'org/name', a folder, or a .gguf file.")
+
+
+def _local(source: ModelSource, revision: str | None) -> ModelSource:
+    if revision is not None:
+        raise UsageError(f"--revision {revision} needs a model on the hub; '{source.name}' is not one. Leave it out.")
+    return source
+
+
+def _not_a_model_file(name: str, path: Path) -> str:
+    if path.suffix.lower() in _PICKLES:
+        return (
+            f"'{name}' is a pickle, which can run any code when it is read; "
+            "convert the weights to safetensors and give their folder."
+        )
+    return f"'{name}' is a file; give the folder that holds config.json and the weights, or a .gguf file."

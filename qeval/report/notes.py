@@ -1,0 +1,45 @@
+"""What a reader must be told about the numbers before reading them, in sentences."""
+
+from qeval.report.model import Metrics, Task
+from qeval.stats.bootstrap import FEW_CLUSTERS
+from qeval.store.run import RunRecord
+
+
+def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
+    """The model's own notes, then what follows from how much was scored, and how."""
+    found = list(run.model.notes)
+    if run.protocol and run.protocol.windows < FEW_CLUSTERS:
+        found.append(_few("Token metrics", run.protocol.windows, "windows"))
+    for task in tasks:
+        found += _task_notes(task, baseline)
+    return found
+
+
+def at_chance(task: Task) -> str:
+    """The sentence about a baseline that does no better than guessing."""
+    return (
+        f"The baseline's interval on {task.record.title} includes chance ({task.chance:.0%}): its accuracy "
+        "cannot be told from guessing, so neither can a loss of accuracy. Flips and the KL over the choices "
+        "still say what changed."
+    )
+
+
+def _task_notes(task: Task, baseline: Metrics) -> list[str]:
+    record = task.record
+    found = [at_chance(task)] if task.baseline_at_chance else []
+    clusters = baseline[f"{record.name}_acc"].clusters
+    if clusters < FEW_CLUSTERS:
+        what = "subjects" if len(record.subjects) > 1 else "questions"
+        found.append(_few(record.title, clusters, what))
+    if record.items_with_fewer_shots:
+        found.append(
+            f"{record.title}: {record.items_with_fewer_shots} of {record.items} prompts did not fit the "
+            f"context with {record.shots} examples and were given fewer, dropped from the front."
+        )
+    return found
+
+
+def _few(what: str, clusters: int, unit: str) -> str:
+    if clusters < 2:
+        return f"{what} rest on one of the {unit} alone, so they have no interval."
+    return f"{what} rest on {clusters} {unit}: intervals from fewer than {FEW_CLUSTERS} are a rough guide."

@@ -1,0 +1,72 @@
+"""The nouns of a page: what the markdown and the HTML template, and the terminal, lay out each in its way."""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qeval.report import words
+from qeval.report.model import Metric
+
+_NUMERIC = re.compile(r"[\d+−–]")  # a digit, a sign, or the dash of an absent number
+
+
+class Cell(NamedTuple):
+    """One cell: its text, the interval of its number, and a remark in words such as `at chance`."""
+
+    text: str
+    interval: str | None = None
+    remark: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows. `folded` tables open on demand where the medium can."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str | None = None
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse rows that do not fit the columns."""
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"Table '{self.caption}': {len(row)} cells in {len(self.columns)} columns.")
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers alone, so that it is set to the right."""
+        return column > 0 and all(_NUMERIC.match(row[column].text) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure as files: `name` is the file's stem, `alt` says in words what it shows."""
+
+    name: str
+    title: str
+    alt: str
+    svg: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: sentences, then plots, then tables."""
+
+    id: str
+    title: str
+    sentences: tuple[str, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+NOTHING = Cell(words.MISSING)
+
+
+def metric_cell(metric: Metric | None, *, signed: bool = False, remark: str | None = None) -> Cell:
+    """A cell with a metric, its interval beside it; a dash where it is absent."""
+    if metric is None:
+        return NOTHING
+    text = words.value_text(metric, signed=signed)
+    return Cell(text, words.interval_text(metric, signed=signed), remark)

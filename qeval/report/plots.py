@@ -1,0 +1,255 @@
+"""The report's plots, drawn from the Report alone. Each has a title, an alternative in words, SVG and PNG."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from qeval.report import style, words
+from qeval.report.build import quality
+from qeval.report.model import Metric, Report, Task, Variant
+from qeval.report.page import Plot
+from qeval.report.tables import baseline_name
+from qeval.stats.bootstrap import Floats
+
+_ROW = 0.34  # inches a bar or dot row takes
+_LOG_FROM = 20  # ratio of largest to smallest above which an axis is logarithmic
+
+
+def quality_against_size(report: Report) -> Plot | None:
+    """KL (or the perplexity ratio) against size on disk, the Pareto front joined; None below two variants."""
+    points = [(i, v, q) for i, v in enumerate(report.variants) if (q := quality(v)) is not None]
+    if len(points) < 2:
+        return None
+    name = "kl_nats" if "kl_nats" in points[0][1].metrics else "ppl_ratio"
+    made, axes = style.figure(3.6)
+    front = sorted((v.size_bytes / 1e6, q) for _, v, q in points if v.pareto)
+    axes.plot(*zip(*front, strict=True), color=style.MUTED, linewidth=1.2, zorder=1, label="Pareto front")
+    for index, variant, _ in points:
+        _point(axes, variant.size_bytes / 1e6, variant.metrics[name], index, variant)
+    if name == "kl_nats" and all(value > 0 for *_, value in points):
+        axes.set_yscale("log")
+    axes.set_xlabel("Size on disk (MB)")
+    axes.set_ylabel("KL from the baseline (nats)" if name == "kl_nats" else "Perplexity, times the baseline's")
+    axes.grid(True)
+    axes.margins(0.08)
+    made.legend(loc="outside lower center", ncols=2)
+    return _plot(
+        made,
+        "quality-size",
+        "Quality against size",
+        f"{axes.get_ylabel()} against size on disk, one point a variant with its 95 % interval. "
+        f"Filled points are on the Pareto front: {words.listed([v.name for _, v, _ in points if v.pareto])}.",
+    )
+
+
+def kl_distribution(report: Report) -> Plot | None:
+    """Which share of tokens has at least which KL; None where no variant has a KL."""
+    curves = [(i, v, v.kl_curve) for i, v in enumerate(report.variants) if v.kl_curve is not None]
+    if not curves:
+        return None
+    made, axes = style.figure(3.7)
+    for index, variant, curve in curves:
+        kl, share = np.asarray(curve.kl_nats), np.asarray(curve.share)
+        seen = kl > 0
+        axes.plot(
+            kl[seen],
+            share[seen],
+            style.dash(index),
+            color=style.colour(index),
+            linewidth=1.6,
+            label=variant.name,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("KL of a token (nats)")
+    axes.set_ylabel("Share of tokens with at least that KL")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.set_xlim(left=max(min(c.kl_nats[len(c.kl_nats) * 9 // 10] for *_, c in curves), 1e-9))
+    axes.grid(True)
+    made.legend(loc="outside lower center", ncols=2)
+    medians = [
+        f"{v.name} {words.value_text(v.metrics['kl_nats_p50'])}, 99 % below "
+        f"{words.value_text(v.metrics['kl_nats_p99'])}"
+        for _, v, _ in curves
+    ]
+    return _plot(
+        made,
+        "kl-distribution",
+        "Distribution of KL over tokens",
+        f"Share of tokens with at least a given KL, both axes logarithmic. Medians in nats: {'; '.join(medians)}.",
+    )
+
+
+def perplexity_bars(report: Report) -> Plot | None:
+    """Perplexity of the baseline and of every variant, with intervals; None where it was not measured."""
+    base = report.baseline.metrics.get("ppl")
+    rows = [(v.name, v.metrics.get("ppl"), style.colour(i)) for i, v in enumerate(report.variants)]
+    measured = [(name, m, c) for name, m, c in rows if m is not None and m.value is not None]
+    if base is None or base.value is None or not measured:
+        return None
+    bars = [(baseline_name(report), base, style.MUTED), *measured]
+    made, axes = style.figure(0.9 + _ROW * len(bars))
+    values = [metric.value or 0.0 for _, metric, _ in bars]
+    for row, (_, metric, colour) in enumerate(bars):
+        axes.barh(row, values[row], height=0.62, color=colour, alpha=0.85)
+        _whisker(axes, metric, row, style.INK)
+        top = metric.high if metric.high is not None else values[row]
+        axes.annotate(words.value_text(metric), (top, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    if max(values) > _LOG_FROM * min(values):
+        axes.set_xscale("log")
+    axes.set_xlim(right=axes.get_xlim()[1] * (2 if axes.get_xscale() == "log" else 1.12))
+    _name_rows(axes, [name for name, _, _ in bars])
+    axes.set_xlabel("Perplexity (lower is better)")
+    said = "; ".join(f"{name} {words.metric_text(metric)}" for name, metric, _ in bars)
+    return _plot(made, "perplexity", "Perplexity", f"Perplexity with 95 % intervals: {said}.")
+
+
+def accuracy_by_category(report: Report, task: Task) -> Plot | None:
+    """Accuracy of every model in every category of a task; None where no model has any."""
+    key = task.record.name
+    models = [(baseline_name(report), report.baseline.tasks.get(key), style.INK, "o")]
+    models += [(v.name, v.tasks.get(key), style.colour(i), style.marker(i)) for i, v in enumerate(report.variants)]
+    shown = [(name, r.by_category, c, m) for name, r, c, m in models if r is not None and r.by_category]
+    if len(shown) < 2:
+        return None
+    categories = list(shown[0][1])
+    made, axes = style.figure(1.5 + len(categories) * (0.24 + 0.13 * len(shown)))
+    for place, (name, scores, colour, mark) in enumerate(shown):
+        shift = (place - (len(shown) - 1) / 2) * 0.78 / len(shown)
+        for row, category in enumerate(categories):
+            metric = scores[category].acc
+            _whisker(axes, metric, row + shift, colour, scale=100)
+            axes.plot(
+                100 * (metric.value or 0.0), row + shift, mark, color=colour, markersize=4.5,
+                label=name if row == 0 else None,
+            )  # fmt: skip
+    axes.axvline(100 * task.chance, color=style.MUTED, linestyle=":", linewidth=1.2, label="guessing")
+    _name_rows(axes, [words.category(category) for category in categories])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
+    axes.set_xlabel(f"Accuracy, {task.record.title}")
+    made.legend(loc="outside lower center", ncols=2)
+    remark = " The baseline's accuracy includes guessing." if task.baseline_at_chance else ""
+    return _plot(
+        made,
+        f"{slug(key)}-categories",
+        f"{task.record.title} by category",
+        f"Accuracy by category with 95 % intervals, {len(shown)} models in {len(categories)} categories; the "
+        f"table holds the numbers.{remark}",
+    )
+
+
+def layer_map(index: int, variant: Variant) -> Plot | None:
+    """Layer by kind of linear: sensitivity as colour, the high bit width as a dot; None without a mix."""
+    if variant.mix is None:
+        return None
+    groups = variant.mix.groups
+    kinds = list(dict.fromkeys(group.kind for group in groups))
+    layers = sorted({group.layer for group in groups})
+    alone = np.full((len(layers), len(kinds)), np.nan)
+    for group in groups:
+        alone[layers.index(group.layer), kinds.index(group.kind)] = np.nan if group.kl_low is None else group.kl_low
+    made, axes = style.figure(min(1.6 + 0.155 * len(layers), 9.5))
+    measured = alone[np.isfinite(alone)]
+    edges = np.arange(len(kinds) + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
+    image = axes.pcolormesh(
+        *edges,
+        np.ma.masked_invalid(alone),
+        cmap="cividis",
+        norm=_norm(measured),
+        edgecolors=style.PAPER,
+        linewidth=0.6,
+    )
+    low, high = min(g.bits for g in groups), max(g.bits for g in groups)
+    if measured.size:
+        made.colorbar(image, ax=axes, pad=0.03).set_label(f"KL with this group alone at INT{low} (nats)")
+    else:
+        axes.set_facecolor(style.GRID)
+    chosen = [(kinds.index(g.kind), layers.index(g.layer)) for g in groups if g.bits == high and high > low]
+    if chosen:
+        axes.scatter(
+            [kind for kind, _ in chosen],
+            [layer for _, layer in chosen],
+            s=26,
+            color="#ffffff",
+            edgecolors="#000000",
+            linewidths=0.9,
+            label=f"INT{high}",
+        )
+        made.legend(loc="outside lower center")
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: str(layers[int(at)]) if 0 <= at < len(layers) else ""))
+    axes.set_ylabel("Layer")
+    axes.invert_yaxis()
+    return _plot(
+        made,
+        f"layers-{index + 1}-{slug(variant.name)}",
+        f"{variant.name}: where INT{high} went",
+        f"Layers down, kinds of linears across; a dot marks INT{high}: {len(chosen)} of {len(groups)}. "
+        + ("Colour is the KL with that group alone at the low width." if measured.size else "Chosen by position."),
+    )
+
+
+def all_plots(report: Report) -> list[Plot]:
+    """Every plot that the report's content allows."""
+    drawn: list[Callable[[], Plot | None]] = [
+        partial(quality_against_size, report),
+        partial(kl_distribution, report),
+        partial(perplexity_bars, report),
+        *(partial(accuracy_by_category, report, task) for task in report.tasks),
+        *(partial(layer_map, index, variant) for index, variant in enumerate(report.variants)),
+    ]
+    with style.styled():
+        return [plot for draw in drawn if (plot := draw()) is not None]
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name.
+
+    >>> slug("mixed-rtn:4.8bpw")
+    'mixed-rtn-4.8bpw'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "unnamed"
+
+
+def _plot(made: Figure, name: str, title: str, alt: str) -> Plot:
+    svg, png = style.save(made)
+    return Plot(name=name, title=title, alt=alt, svg=svg, png=png)
+
+
+def _point(axes: Axes, x: float, metric: Metric, index: int, variant: Variant) -> None:
+    """A variant in the plane: filled when it is on the front, hollow when not."""
+    value = metric.value or 0.0
+    if metric.low is not None and metric.high is not None:
+        axes.vlines(x, metric.low, metric.high, color=style.colour(index), linewidth=1.4, zorder=2)
+    axes.plot(
+        x, value, style.marker(index), color=style.colour(index), markersize=7, zorder=3, label=variant.name,
+        markerfacecolor=style.colour(index) if variant.pareto else style.PAPER, linestyle="none",
+    )  # fmt: skip
+
+
+def _whisker(axes: Axes, metric: Metric, row: float, colour: str, scale: float = 1.0) -> None:
+    if metric.low is not None and metric.high is not None:
+        axes.hlines(row, scale * metric.low, scale * metric.high, color=colour, linewidth=1.2)
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    """Rows from the top down, named, with lines to read along."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(True, axis="x")
+
+
+def _norm(values: Floats) -> Normalize | None:
+    """Logarithmic where the values allow it and need it."""
+    if not values.size:
+        return None
+    low, high = float(values.min()), float(values.max())
+    return LogNorm(low, high) if low > 0 and high > _LOG_FROM * low else Normalize(low, high)
