@@ -67,8 +67,8 @@ def estimate(plan: Plan) -> Cost:
     """What the whole run costs from nothing; what the cache and OUT hold already comes off it."""
     shape, models = plan.shape, 1 + len(plan.settings.recipes) + len(plan.given)
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
-    asked = sum(question_tokens(suite.questions(s)) for suite in plan.suites for s in suite.subjects)
-    items = sum(len(suite.questions(s)) for suite in plan.suites for s in suite.subjects)
+    asked = sum(question_tokens(suite.questions) for suite in plan.suites)
+    items = sum(suite.info.items for suite in plan.suites)
     flops = models * shape.forward_flops(plan.corpus_tokens + asked, 2 * scored + items)
     if any(recipe.calibrated for recipe in plan.settings.recipes):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)

@@ -14,7 +14,13 @@ from qeval.identity import digest
 from qeval.metrics.tokens import Logits
 from qeval.progress import Advance, Progress
 from qeval.quant.variant import Variant
-from qeval.score.choices import QUESTIONS_VERSION, item_columns, question_tokens, score_questions
+from qeval.score.choices import (
+    QUESTIONS_VERSION,
+    item_columns,
+    prompt_sha256,
+    question_tokens,
+    score_questions,
+)
 from qeval.score.corpus import (
     METRICS_VERSION,
     Shard,
@@ -25,7 +31,7 @@ from qeval.score.corpus import (
 from qeval.store.rows import Kind, RowStore
 from qeval.store.states import StateStore
 from qeval.store.variants import load_variant
-from qeval.tasks.harness import Suite
+from qeval.tasks.harness import Question, Suite
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +52,7 @@ class Work:
         """The jobs of one model on everything."""
         return {
             "tokens": [scorer.corpus_job(self, shard) for shard in self.shards],
-            "items": [scorer.question_job(self, suite, subject) for suite in self.suites for subject in suite.subjects],
+            "items": [scorer.question_job(self, suite, part) for suite in self.suites for part in suite.parts()],
         }
 
 
@@ -83,15 +89,15 @@ class Scorer:
 
         return Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)
 
-    def question_job(self, work: Work, suite: Suite, subject: str) -> Job:
-        """Item rows of one subject."""
-        questions = suite.questions(subject)
-        tokens = [[q.prompt_ids, *q.choice_ids] for q in questions]
-        key = digest({**self._identity(), "questions": QUESTIONS_VERSION, "task": suite.name, "ids": tokens})
+    def question_job(self, work: Work, suite: Suite, questions: Sequence[Question]) -> Job:
+        """Item rows of some questions of one subject."""
+        asked = [[q.subject, q.item, q.gold, prompt_sha256(q)] for q in questions]
+        key = digest({**self._identity(), "questions": QUESTIONS_VERSION, "task": suite.info.name, "asked": asked})
 
         def run(advance: Advance) -> Path:
             scores = score_questions(self._opened(), questions, work.batch_tokens, advance)
-            return work.rows.write("items", key, item_columns(suite, questions, scores, self.name, self._backend.name))
+            columns = item_columns(suite, questions, scores, self.name, self._backend.name)
+            return work.rows.write("items", key, columns)
 
         units = question_tokens(questions)
         return Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)

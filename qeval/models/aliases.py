@@ -45,7 +45,7 @@ def read_aliases(path: Path) -> Mapping[str, Alias]:
     """A table of aliases from YAML.
 
     Raises:
-        UsageError: the file is missing or no mapping, an entry has an unknown key (the nearest is named) or a wrong value.
+        UsageError: no mapping; an entry has an unknown key (the nearest is named) or a wrong value.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))

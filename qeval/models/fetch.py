@@ -1,6 +1,6 @@
 """A model's files from the hub: safetensors, configuration and tokenizer, never a pickle.
 
-The hub, its token and its cache are the ones of huggingface_hub: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`.
+The hub, its token and its cache are huggingface_hub's own: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`.
 """
 
 import errno
@@ -18,7 +18,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but exported lazily
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from qeval.errors import QevalError, UsageError
 from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, pickle_refused
@@ -35,8 +39,26 @@ _FILES = [
     "merges.txt",
     "chat_template*",
 ]
-_TransportError = HfHubHTTPError.__bases__[0]
+_TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
 """The HTTP client's own base error (huggingface_hub changed its client twice), which need not be an OSError."""
+_USER_CAN_ACT: tuple[tuple[type[Exception], str], ...] = (  # subclasses first
+    (
+        GatedRepoError,
+        "Access to {model} is restricted: accept its terms on its page on the hub, then log in (`hf auth login`) "
+        "or set HF_TOKEN.",
+    ),
+    (RevisionNotFoundError, "'{hub_id}' has no revision '{revision}'; give a branch, a tag or a full commit."),
+    (
+        RepositoryNotFoundError,
+        "The hub has no model '{hub_id}', or it is private: check the name, or log in (`hf auth login`).",
+    ),
+    (HFValidationError, "'{hub_id}' is no hub id; it should look like 'org/name'."),
+    (
+        LocalEntryNotFoundError,
+        "The hub can't be reached, and {model} is not whole in its cache: connect, or give a folder, a .gguf file, "
+        "or 'demo'.",
+    ),
+)
 _REFUSED = [f"*{suffix}" for suffix in PICKLE_SUFFIXES] + ["*.py"]
 
 
@@ -50,9 +72,7 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
     """
     try:
         with _bars_on_terminals_only():
-            folder = Path(
-                snapshot_download(hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_REFUSED)
-            )
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_REFUSED))
         if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
             raise UsageError(_no_weights(hub_id, folder.name))
     except (OSError, ValueError, _TransportError) as error:
@@ -85,29 +105,13 @@ def _no_weights(hub_id: str, commit: str) -> str:
 def _told(error: Exception, hub_id: str, revision: str | None) -> QevalError:
     """What went wrong between us and the hub, as a sentence."""
     model = f"'{hub_id}'" + (f" at revision '{revision}'" if revision else "")
-    match error:
-        case GatedRepoError():
-            return UsageError(
-                f"Access to {model} is restricted: accept its terms on its page on the hub, then log in "
-                "(`hf auth login`) or set HF_TOKEN."
-            )
-        case RevisionNotFoundError():
-            return UsageError(f"'{hub_id}' has no revision '{revision}'; give a branch, a tag or a full commit.")
-        case RepositoryNotFoundError():
-            return UsageError(
-                f"The hub has no model '{hub_id}', or it is private: check the name, or log in (`hf auth login`)."
-            )
-        case HFValidationError():
-            return UsageError(f"'{hub_id}' is no hub id: {_first_line(error)}.")
-        case HfHubHTTPError() if error.response.status_code in (401, 403):
-            return UsageError(f"The hub refused access to {model}: log in (`hf auth login`) or set HF_TOKEN.")
-        case LocalEntryNotFoundError():
-            return UsageError(
-                f"The hub can't be reached, and {model} is not whole in its cache: connect, or give a folder, "
-                "a .gguf file, or 'demo'."
-            )
-        case OSError() if error.errno == errno.ENOSPC:
-            return QevalError(f"The disk is full: {model} could not be downloaded; what came is kept.")
+    for kind, sentence in _USER_CAN_ACT:
+        if isinstance(error, kind):
+            return UsageError(sentence.format(model=model, hub_id=hub_id, revision=revision))
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return UsageError(f"The hub refused access to {model}: log in (`hf auth login`) or set HF_TOKEN.")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return QevalError(f"The disk is full: {model} could not be downloaded; what came is kept.")
     return QevalError(f"The download of {model} failed ({_first_line(error)}); run again to go on.")
 
 

@@ -1,11 +1,5 @@
-"""GGUF files become checkpoint folders, once: dequantized, with their tokenizer, in the cache, named by content.
+"""GGUF files become checkpoint folders, once: dequantized, with their tokenizer, in the cache, named by content."""
 
-A folder appears whole or not at all. Its `qeval.json` says which file it was made from and what a reader of results
-must know about it: weights that come from a quantized file already lie on that file's grid.
-"""
-
-import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -16,19 +10,17 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from huggingface_hub.utils import WeakFileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from qeval import paths
-from qeval.errors import BrokenRecordError, QevalError, UsageError
+from qeval.errors import UsageError
 from qeval.identity import digest
+from qeval.models.cache import build_once
 from qeval.models.quiet import quiet
 from qeval.models.weights import file_sha256
 
 CONVERSION_VERSION = 1
 """Raise it when the same file converts to other weights."""
 
-_RECORD = "qeval.json"
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -53,9 +45,9 @@ class Contents:
         total = sum(count for _, count in self.types)
         listed = ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in self.types)
         if not self.quantized:
-            return f"The weights come from the GGUF file {file} ({listed} of the matrices' parameters)."
+            return f"The weights come from the GGUF file {file} ({listed} of the parameters)."
         return (
-            f"The weights come from the quantized GGUF file {file} ({listed} of the matrices' parameters), dequantized: "
+            f"The weights come from the quantized GGUF file {file} ({listed} of the parameters), dequantized: "
             "the baseline is that file, not the original model, and grids that match its own look better than they are."
         )
 
@@ -87,24 +79,31 @@ def converted(path: Path) -> Path:
         QevalError: the cache can't be written.
     """
     contents = read_contents(path)
-    return convert(path, file_sha256(path), "gguf", [contents.sentence(path.name)], contents.dtype)
+    notes = [contents.sentence(path.name)]
+    return convert(path, file_sha256(path), "gguf", notes=notes, dtype=contents.dtype)
 
 
-def converted_folder(sha256: str, prefix: str) -> Path:
-    """Where the file of that sha256 lies, or would lie, converted."""
+def convert(path: Path, sha256: str, prefix: str, *, notes: Sequence[str], dtype: torch.dtype) -> Path:
+    """The folder `prefix-…` of the file whose content is `sha256`, made unless it is in the cache."""
+    return build_once(folder_name(prefix, sha256), notes, lambda folder: _make(path, folder, dtype))
+
+
+def folder_name(prefix: str, sha256: str) -> str:
+    """How the cache calls the folder of a file with this content."""
     key = digest({"gguf_sha256": sha256, "conversion": CONVERSION_VERSION})
-    return paths.home() / "models" / f"{prefix}-{key[:16]}"
+    return f"{prefix}-{key[:16]}"
 
 
-def convert(path: Path, sha256: str, prefix: str, notes: Sequence[str], dtype: torch.dtype) -> Path:
-    """Convert `path` into the cache unless it is there; `notes` are kept with it. One process at a time."""
-    folder = converted_folder(sha256, prefix)
-    if not folder.is_dir():
-        try:
-            with locked_models() as root:
-                if not folder.is_dir():
-                    _make(path, sha256, folder, root / f"{_TEMPORARY}{folder.name}", notes, dtype)
-        except OSError as error:
-            raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
-    read_notes(folder)
-    return folder
+def _make(path: Path, folder: Path, dtype: torch.dtype) -> None:
+    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        # Its progress bar does not ask transformers' own switch; nothing else is written there.
+        with quiet(), redirect_stderr(StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (ValueError, NotImplementedError, KeyError, RuntimeError) as error:
+        raise UsageError(f"'{path}' can't be converted: {error}.") from error

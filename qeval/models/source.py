@@ -29,7 +29,7 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
     """What `name` means. A path that exists comes before a hub id, an alias before both (say `./demo` for a folder).
 
     Raises:
-        UsageError: nothing goes by that name (the nearest aliases are listed), or a revision is given where there is none.
+        UsageError: nothing goes by that name (the nearest aliases are listed), or a revision is given off the hub.
     """
     table = aliases()
     if name in table:

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files, read as they lie on disk: which they are, whether they are whole, what they hash to.
+"""A checkpoint's safetensors files, as they lie on disk: which they are, whether they are whole, what they hash to.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header that maps
 each tensor's name to dtype, shape and byte range, then the bytes.
@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def read_entries(paths: Sequence[Path]) -> list[TensorEntry]:
         UsageError: a file is torn or not safetensors, or two files hold a tensor of one name.
     """
     entries = sorted((entry for path in paths for entry in _file_entries(path)), key=lambda entry: entry.name)
-    for first, second in zip(entries, entries[1:], strict=False):
+    for first, second in pairwise(entries):
         if first.name == second.name:
             raise UsageError(f"'{first.path}' and '{second.path}' both hold the tensor {first.name}.")
     return entries

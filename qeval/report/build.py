@@ -70,8 +70,6 @@ def build(run_dir: Path) -> Report:
         table = store.read("items")
         items, backend = [_items(table, task, done, run.seed) for task in run.tasks], _baseline_backend(table)
     metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in done)])
-    if broken := _broken(metrics[BASELINE]):
-        raise QevalError(f"Nothing can be compared with this baseline. {broken}")
     variants = [_variant(each, run, metrics, results, tokens.curves) for each in run.variants]
     tasks = [each.task for each in items]
     return Report(
@@ -126,6 +124,7 @@ def _tokens(table: pa.Table, run: RunRecord, protocol: ProtocolRecord, done: lis
     pairing.check_protocol(baseline, protocol)
     wants_ppl = "ppl" in run.metrics
     metrics = {BASELINE: measure_tokens.baseline_perplexity(baseline, run.seed) if wants_ppl else {}}
+    _require_finite(metrics[BASELINE])
     curves: dict[str, Curve | None] = {}
     kl: dict[str, Floats] = {}
     windows = None
@@ -156,6 +155,7 @@ def _items(table: pa.Table, record: TaskRecord, done: list[VariantRecord], seed:
     baseline = pairing.item_rows(pairing.select(table, BASELINE, None), record, BASELINE)
     models = {BASELINE: baseline}
     metrics = {BASELINE: measure_items.accuracies(task, baseline, seed)}
+    _require_finite(metrics[BASELINE])
     for variant in done:
         name = variant.name
         rows = pairing.item_rows(pairing.select(table, name, variant.backend), record, name)
@@ -185,6 +185,11 @@ def _merged(
             metrics[name] |= each.metrics[name]
     results = {name: {each.task.record.name: each.results[name] for each in items} for name in names}
     return metrics, results
+
+
+def _require_finite(baseline: Metrics) -> None:
+    if broken := _broken(baseline):
+        raise QevalError(f"Nothing can be compared with this baseline. {broken}")
 
 
 def _broken(metrics: Metrics) -> str | None:

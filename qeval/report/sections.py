@@ -14,7 +14,7 @@ def sections(report: Report, plots: list[Plot]) -> list[Section]:
         _summary(report, drawn),
         _variants(report),
         *([_perplexity(report, drawn)] if "ppl" in report.baseline.metrics else []),
-        *([_kl(report, drawn)] if "kl" in report.metrics_asked and report.protocol else []),
+        *([_kl(report)] if "kl" in report.metrics_asked and report.protocol else []),
         *(_task(report, task, drawn) for task in report.tasks),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
         _provenance(report),
@@ -54,9 +54,9 @@ def _perplexity(report: Report, drawn: dict[str, Plot]) -> Section:
     )
 
 
-def _kl(report: Report, drawn: dict[str, Plot]) -> Section:
+def _kl(report: Report) -> Section:
     compared = (tables.comparisons(report),) if report.comparisons else ()
-    return Section(id="kl", title="KL-divergence", tables=(tables.kl(report), *compared))
+    return Section(id="kl", title="KL-divergence", tables=(tables.kl(report), tables.kl_tail(report), *compared))
 
 
 def _task(report: Report, task: Task, drawn: dict[str, Plot]) -> Section:

@@ -95,26 +95,38 @@ def perplexity(report: Report) -> Table:
 
 
 def kl(report: Report) -> Table:
-    """KL-divergence from the baseline: mean, tail, agreement; Model Optimizer's own quantity kept apart."""
+    """KL-divergence from the baseline, and agreement; Model Optimizer's own quantity kept apart."""
     names = {
-        "kl_nats": "KL mean, nats", "kl_nats_p50": "Median", "kl_nats_p90": "p90", "kl_nats_p99": "p99",
-        "kl_nats_p99_9": "p99.9", "kl_nats_max": "Max", "top1_agreement": "Same top token",
-        "reverse_kl_nats": "Reverse KL, nats", "kl_abs_modelopt": "kl_abs_modelopt, nats",
-    }  # fmt: skip
+        "kl_nats": "KL mean, nats",
+        "top1_agreement": "Same top token",
+        "reverse_kl_nats": "Reverse KL, nats",
+        "kl_abs_modelopt": "kl_abs_modelopt, nats",
+    }
     rows = [
         (
-            Cell(v.name), Cell(v.method), Cell(v.granularity), Cell(v.backend),
+            Cell(v.name),
+            Cell(v.method),
+            Cell(v.granularity),
             *(metric_cell(v.metrics.get(name)) for name in names),
+            Cell(v.backend),
         )
         for v in report.variants
-    ]  # fmt: skip
-    columns = ("Variant", "Method", "Granularity", "Backend", *names.values())
+    ]
+    columns = ("Variant", "Method", "Granularity", *names.values(), "Backend")
     note = (
         "KL(baseline ‖ variant) over the whole vocabulary, every position. kl_abs_modelopt is the sum of "
         "p·|log p − log q| that Model Optimizer's benchmark page prints as 'KL-divergence': an upper bound, "
         "not a KL; compare it with that page and with nothing else."
     )
     return Table("KL-divergence from the baseline", columns, tuple(rows), note)
+
+
+def kl_tail(report: Report) -> Table:
+    """How KL is distributed over tokens."""
+    names = {"p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max"}
+    rows = [(Cell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names)) for v in report.variants]
+    note = "A maximum has no interval: no resample holds a larger one."
+    return Table("KL over tokens, nats", ("Variant", *names.values()), tuple(rows), note)
 
 
 def comparisons(report: Report) -> Table:
@@ -164,7 +176,12 @@ def task_groups(report: Report, task: Task, what: str) -> Table:
         first = metric_cell(score.acc, remark=_remark(score.acc, task, "_acc"))
         rows.append((Cell(f"{word(label)} ({score.acc.n})"), first, *cells))
     columns = (f"{what.capitalize()} (questions)", baseline_name(report), *(v.name for v in report.variants))
-    note = "Accuracy; for the variants with the paired difference from the baseline in points."
+    note = (
+        "Accuracy; under a variant's, the paired difference from the baseline in points. An interval without "
+        "width means that no answer there changed, not that none would."
+    )
+    if what == "subject":
+        note += " A subject's own interval resamples its questions."
     caption = f"{task.record.title} by {what}"
     return Table(caption, columns, tuple(rows), note, folded=len(rows) >= _FOLD_FROM)
 

@@ -18,14 +18,15 @@ _CATEGORIES = {
 
 
 def number(value: float, decimals: int, *, signed: bool = False) -> str:
-    """A number with so many decimals.
+    """A number with so many decimals; in powers of ten where they would show nothing of it.
 
     >>> number(-0.25, 1), number(3, 0, signed=True)
     ('−0.2', '+3')
     """
     text = f"{abs(value):.{decimals}f}"
-    zero = float(text) == 0
-    sign = "" if zero else MINUS if value < 0 else "+" if signed else ""
+    if decimals == _MOST_DECIMALS and 0 < abs(value) < 10.0**-_MOST_DECIMALS:
+        text = f"{abs(value):.1e}"
+    sign = "" if float(text) == 0 else MINUS if value < 0 else "+" if signed else ""
     return sign + text
 
 

@@ -7,7 +7,7 @@ methods that calibrate.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ BosPolicy = Literal["auto", "always", "never"]
 Part = Literal["test", "calibration"]
 
 _CALIBRATION_DOCUMENTS = 4096
-"""How many documents (WikiText-2: lines) of a hub data set are read to calibrate on: some 300 thousand tokens or more."""
+"""How many documents (WikiText-2: lines) of a hub data set are calibrated on: 300 thousand tokens or more."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,10 @@ def bos_token(tokenizer: Any, policy: BosPolicy) -> int | None:
             raise UsageError("--bos always: this model's tokenizer has no BOS token; use --bos auto or never.")
         return bos
     with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return bos if bos is not None and with_special[:1] == [bos] else None
+    return bos if bos is not None and with_special[:2] == [bos, *encode(tokenizer, "a")][:2] else None
 
 
-def _load(
-    name: str, kind: str, hub: Mapping[str, HubText], part: Part, *, documents: int | None
-) -> Corpus:
+def _load(name: str, kind: str, hub: Mapping[str, HubText], part: Part, *, documents: int | None) -> Corpus:
     if name == "pydoc":
         return _corpus(name, pydoc_text(part))
     if name in hub:
@@ -157,10 +155,10 @@ def pydoc_text(part: Part, topics: Mapping[str, str] | None = None) -> str:
 def _distinct_topics(topics: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = [part.strip("\n") for part in topics[name].split("\n\n") if part.strip()]
-        new = [part for part in dict.fromkeys(paragraphs) if part.strip() not in seen]
-        seen.update(part.strip() for part in paragraphs)
-        if 2 * sum(map(len, new)) >= sum(map(len, paragraphs)) and new:
+        paragraphs = {part.strip(): part.strip("\n") for part in topics[name].split("\n\n") if part.strip()}
+        new = [text for key, text in paragraphs.items() if key not in seen]
+        seen.update(paragraphs)
+        if new and 2 * sum(map(len, new)) >= sum(map(len, paragraphs.values())):
             yield name, "\n\n".join(new)
 
 

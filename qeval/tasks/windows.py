@@ -106,9 +106,7 @@ def tokens_sha256(ids: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()
 
 
-def _check_sizes(
-    window: int, stride: int, scoring: Scoring, bos: BosPlacement | None, max_windows: int | None
-) -> None:
+def _check_sizes(window: int, stride: int, scoring: Scoring, bos: BosPlacement | None, max_windows: int | None) -> None:
     smallest = 3 if bos == "window" or scoring == "second_half" else 2
     if window < smallest:
         raise UsageError(f"A window of {window} tokens leaves nothing to score; --window must be {smallest} or more.")

@@ -1,0 +1,121 @@
+"""Models from the hub, against a server on this machine that stands in for it."""
+
+import errno
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from qeval.errors import QevalError, UsageError
+from qeval.models import fetch as fetch_module
+from qeval.models.fetch import fetch
+from qeval.models.load import load
+from qeval.models.source import resolve
+from tests.fixtures.hub import COMMIT, FakeHub, serve
+from tests.fixtures.tiny import save_tiny
+
+MODEL = "org/tiny"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("hub") / "tiny", bos=True)
+    held = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return held | {
+        "pytorch_model.bin": b"pickle",
+        "modeling_own.py": b"import os",
+        "consolidated.safetensors": b"the same weights again",
+        "original/model.safetensors": b"and again",
+    }
+
+
+@pytest.fixture
+def hub(files, tmp_path, monkeypatch):
+    fake = FakeHub({MODEL: files, "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
+                    "org/gated": files, "org/ggufs": {"m.Q4_0.gguf": b"GGUF"}, "org/empty": {"README.md": b"-"}},
+                   gated=frozenset({"org/gated"}))  # fmt: skip
+    with serve(fake) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+        fake.url = url
+        yield fake
+
+
+def test_only_safetensors_config_and_tokenizer_are_fetched(hub, files):
+    folder = fetch(MODEL)
+    assert folder.name == COMMIT
+    fetched = {path.name for path in folder.iterdir()}
+    assert fetched == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                       "tokenizer_config.json"}  # fmt: skip
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert not any("pytorch_model" in path or path.endswith(".py") for path in hub.requests)
+
+
+def test_a_hub_model_loads_and_knows_its_commit(hub):
+    loaded = load(resolve(MODEL))
+    assert (loaded.info.source, loaded.info.hub_id, loaded.info.revision) == ("hub", MODEL, COMMIT)
+    assert loaded.info.name == MODEL
+
+
+def test_a_fetched_model_needs_no_hub(hub, monkeypatch):
+    folder = fetch(MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert fetch(MODEL) == folder
+    assert len(hub.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "says"),
+    [
+        ("org/none", None, r"The hub has no model 'org/none', or it is private"),
+        (MODEL, "v9", r"'org/tiny' has no revision 'v9'; give a branch"),
+        ("org/gated", None, r"Access to 'org/gated' is restricted: accept its terms"),
+        ("org/pickled", None, r"'org/pickled' has its weights as pickles only \(pytorch_model\.bin\), which can run"),
+        ("org/ggufs", None, r"holds GGUF files only"),
+        ("org/empty", None, r"'org/empty' has no weights"),
+        ("org/" + "x" * 120, None, r"is no hub id"),
+    ],
+)
+def test_what_the_hub_refuses_is_a_sentence(hub, name, revision, says):
+    with pytest.raises(UsageError, match=says):
+        fetch(name, revision)
+
+
+def test_a_hub_that_is_offline_is_a_sentence(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="can't be reached, and 'org/tiny' is not whole in its cache"):
+        fetch(MODEL)
+
+
+def test_a_hub_that_nothing_answers_for_is_a_sentence(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UsageError, match="can't be reached"):
+        fetch(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full: 'org/tiny'"),
+        (ConnectionResetError("reset by peer"), r"The download of 'org/tiny' failed \(reset by peer\); run again"),
+    ],
+)
+def test_a_download_that_breaks_is_a_failure_not_wrong_use(monkeypatch, error, says):
+    def snapshot_download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
+    with pytest.raises(QevalError, match=says) as caught:
+        fetch(MODEL)
+    assert not isinstance(caught.value, UsageError)
+
+
+def test_the_bars_of_the_hub_library_are_left_as_they_were(hub):
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
+    fetch(MODEL)
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
