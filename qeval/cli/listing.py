@@ -21,7 +21,7 @@ _GRIDS = (
 
 def models() -> None:
     """The model aliases, and what else --model takes."""
-    _show("alias", ((m.name, f"{m.hub_id or 'PyPI'}: {m.description}") for m in list_models()))
+    _show("alias", ((name, f"{hub_id}: {line}") for name, hub_id, line in list_models()))
     _say("--model also takes a hub id such as org/name, a local folder, or a .gguf file.")
 
 

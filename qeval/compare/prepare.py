@@ -15,7 +15,9 @@ from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.graph import describe
 from qeval.models.head import head_of
-from qeval.models.load import LoadedModel, load, resolve
+from qeval.models.info import LoadedModel
+from qeval.models.load import load
+from qeval.models.source import resolve
 from qeval.score.corpus import Shard, shards_of
 from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
 from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus

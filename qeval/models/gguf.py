@@ -16,7 +16,7 @@ from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.cache import build_once
 from qeval.models.quiet import quiet
-from qeval.models.weights import file_sha256
+from qeval.models.weights import check_complete, file_sha256
 
 CONVERSION_VERSION = 1
 """Raise it when the same file converts to other weights."""
@@ -96,14 +96,19 @@ def folder_name(prefix: str, sha256: str) -> str:
 
 def _make(path: Path, folder: Path, dtype: torch.dtype) -> None:
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
-    try:
-        # Its progress bar does not ask transformers' own switch; nothing else is written there.
-        with quiet(), redirect_stderr(StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, quantization_config=GgufConfig(dequantize=True), dtype=dtype, **where
+    # The progress bars of a conversion do not ask transformers' own switch; nothing else is written there.
+    with quiet(), redirect_stderr(StringIO()):
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                output_loading_info=True,
+                **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except (ValueError, NotImplementedError, KeyError, RuntimeError) as error:
-        raise UsageError(f"'{path}' can't be converted: {error}.") from error
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise UsageError(f"'{path}' can't be converted: {str(error).rstrip('.')}.") from error
+        check_complete(report["missing_keys"], str(path))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

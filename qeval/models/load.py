@@ -1,7 +1,7 @@
 """From a source to a model that runs, with everything about it checked before it is returned."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from qeval.models.source import ModelSource
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_NAMED_AT_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -174,12 +173,9 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"'{folder}' can't be loaded: {_first_line(error)}.") from error
-    # transformers fills what it does not find with random numbers, and goes on.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UsageError(f"The checkpoint in '{folder}' lacks tensors that its model needs: {_listed(missing)}.")
+    weights.check_complete(report["missing_keys"], str(folder))
     unused = sorted(report["unexpected_keys"])
-    notes = [f"The model does not use some tensors of the checkpoint: {_listed(unused)}."] if unused else []
+    notes = [f"The model does not use some tensors of the checkpoint: {weights.listed(unused)}."] if unused else []
     return model.eval().requires_grad_(False), notes
 
 
@@ -219,11 +215,6 @@ def _context_length(config: Any, folder: Path) -> int:
     if not isinstance(length, int):
         raise UsageError(f"The config in '{folder}' names no context length (max_position_embeddings).")
     return length
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _first_line(error: BaseException) -> str:

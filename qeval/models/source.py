@@ -38,7 +38,7 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
             return _local(ModelSource(name, "demo"), revision)
         return ModelSource(name, "hub", hub_id=alias.hub_id, revision=revision or alias.revision)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _local(ModelSource(name, "folder", path=path), revision)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():

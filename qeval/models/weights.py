@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LONGEST_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 20
+_NAMED_AT_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,23 @@ def pickle_refused(where: str, pickles: Sequence[str]) -> str:
         f"'{where}' has its weights as pickles only ({pickles[0]}), which can run any code when they are read; "
         "take a revision that has safetensors, or convert them with save_pretrained in an environment that you trust."
     )
+
+
+def check_complete(missing: Iterable[str], where: str) -> None:
+    """Refuse a checkpoint that lacks tensors: transformers would fill them with random numbers, and go on.
+
+    Raises:
+        UsageError: it names them.
+    """
+    names = sorted(missing)
+    if names:
+        raise UsageError(f"'{where}' lacks tensors that its model needs: {listed(names)}.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def read_entries(paths: Sequence[Path]) -> list[TensorEntry]:

@@ -25,6 +25,7 @@ _DELTA_KINDS: dict[str, tuple[str, Better]] = {
     "delta_p_rms": ("probability", "lower"),
 }
 _CURVE_POINTS = 160
+_LARGEST_EXPONENT = 700.0  # exp of more than 709 is infinite in float64
 
 
 def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
@@ -56,7 +57,7 @@ def kl_curve(rows: TokenRows) -> Curve | None:
 
 def baseline_perplexity(rows: TokenRows, seed: int) -> Metrics:
     """The baseline's own perplexity."""
-    bad = _count_bad(rows, ("nll",))
+    bad = _count_bad_nll(rows)
     if bad:
         return _broken({"ppl": _NLL_KINDS["ppl"]}, int(rows.scored["nll"].sum()), bad)
     return as_metrics({"ppl": estimates.perplexity(rows.of("nll"), rows.clusters("nll"), seed=seed)})
@@ -64,7 +65,7 @@ def baseline_perplexity(rows: TokenRows, seed: int) -> Metrics:
 
 def nll_metrics(rows: TokenRows, baseline: TokenRows, seed: int) -> Metrics:
     """Perplexity, its ratio to the baseline's, and the paired difference of NLL."""
-    bad = _count_bad(rows, ("nll",))
+    bad = _count_bad_nll(rows)
     if bad:
         return _broken(_NLL_KINDS, int(rows.scored["nll"].sum()), bad)
     nll, base, clusters = rows.of("nll"), baseline.of("nll"), rows.clusters("nll")
@@ -106,6 +107,15 @@ def as_metrics(found: dict[str, Estimate]) -> Metrics:
 
 def _broken(kinds: dict[str, tuple[str, Better]], total: int, bad: int) -> Metrics:
     return {name: Metric.broken(unit, better, total, bad) for name, (unit, better) in kinds.items()}
+
+
+def _count_bad_nll(rows: TokenRows) -> int:
+    """As `_count_bad`; all rows, where they are finite but a window's perplexity is not a float64 any more."""
+    bad = _count_bad(rows, ("nll",))
+    if bad or not rows.scored["nll"].any():
+        return bad
+    clusters, nll = rows.clusters("nll"), rows.of("nll")
+    return nll.size if (clusters.sums(nll) / clusters.sizes()).max() > _LARGEST_EXPONENT else 0
 
 
 def _count_bad(rows: TokenRows, columns: tuple[str, ...]) -> int:

@@ -1,7 +1,7 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
 from qeval.report import tables, words
-from qeval.report.model import Report, Task
+from qeval.report.model import Report, Task, Variant
 from qeval.report.page import Cell, Plot, Section, Table
 from qeval.report.plots import slug
 from qeval.report.summary import summary
@@ -114,7 +114,7 @@ def _provenance(report: Report) -> Section:
             Cell(words.duration(v.quantize_seconds)),
             Cell(words.duration(v.score_seconds)),
             Cell(v.key),
-            Cell("; ".join(f"{key}: {value}" for key, value in v.details.items()) or words.MISSING),
+            Cell(_details(v)),
         )
         for v in report.variants
     )
@@ -180,6 +180,14 @@ def _protocol(report: Report) -> str:
         f"{p.name}: {p.windows} of {p.windows_available} windows of {p.window} tokens of {p.corpus}, "
         f"stride {p.stride}, {start}; NLL over {p.nll_positions} positions, KL over {p.kl_positions}."
     )
+
+
+def _details(variant: Variant) -> str:
+    """The method's options in words, and the linears whose input is multiplied explicitly."""
+    found = [f"{key}: {value}" for key, value in variant.details.items()]
+    if variant.input_scales:
+        found.append(f"explicit input scales: {', '.join(variant.input_scales)}")
+    return "; ".join(found) or words.MISSING
 
 
 def _pick(drawn: dict[str, Plot], *names: str) -> tuple[Plot, ...]:

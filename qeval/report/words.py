@@ -8,6 +8,7 @@ MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EN DASH}"
 _PERPLEXITY_DIGITS = 4  # variants often differ from the fourth digit on
 _MOST_DECIMALS = 6
+_LARGEST_PLAIN = 1e7
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 _CATEGORIES = {
     "stem": "STEM",
@@ -26,6 +27,8 @@ def number(value: float, decimals: int, *, signed: bool = False) -> str:
     text = f"{abs(value):.{decimals}f}"
     if decimals == _MOST_DECIMALS and 0 < abs(value) < 10.0**-_MOST_DECIMALS:
         text = f"{abs(value):.1e}"
+    if abs(value) >= _LARGEST_PLAIN:
+        text = f"{abs(value):.3g}"
     sign = "" if float(text) == 0 else MINUS if value < 0 else "+" if signed else ""
     return sign + text
 

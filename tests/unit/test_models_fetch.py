@@ -41,7 +41,6 @@ def hub(files, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
-        fake.url = url
         yield fake
 
 

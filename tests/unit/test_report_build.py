@@ -226,6 +226,15 @@ def test_a_variant_with_values_that_are_not_finite_is_broken_not_averaged(tmp_pa
     assert "awq" not in {c.better_name for c in report.comparisons} | {c.other_name for c in report.comparisons}
 
 
+@pytest.mark.parametrize("nll", [60.0, 800.0])
+def test_a_perplexity_beyond_all_bounds_is_a_number_or_broken(tmp_path, nll):
+    edit = changed("awq", "nll", lambda column: [None if old is None else nll for old in column])
+    variant = build(make_run(tmp_path, replace(SMALL, edits={"tokens": edit}))).variants[2]
+    expected = pytest.approx(np.exp(nll)) if nll < 700 else None
+    assert variant.metrics["ppl"].value == expected
+    assert variant.status == ("done" if nll < 700 else "broken")
+
+
 def test_a_log_likelihood_that_is_not_finite_breaks_the_task_alone(tmp_path):
     edit = changed("awq", "choice_loglikelihoods", put(2, [-1.0, -np.inf, -2.0, -3.0]))
     broken = build(make_run(tmp_path, replace(SMALL, edits={"items": edit}))).variants[2]

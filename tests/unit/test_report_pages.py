@@ -184,6 +184,20 @@ def test_any_part_of_the_metrics_makes_a_page(tmp_path, metrics):
     assert ('id="task-mmlu"' in html) == ("mmlu" in metrics)
 
 
+def test_variants_equal_to_the_baseline_and_far_from_it_are_drawn(tmp_path):
+    def edit(name, columns):
+        if name == "baseline":
+            return columns
+        alike = name == "awq"
+        nll = [None if old is None else old if alike else 60.0 for old in columns["nll"]]
+        kl = [0.0 if alike else 58.0] * len(nll)
+        return columns | {"kl_nats": kl, "reverse_kl_nats": kl, "nll": nll}
+
+    run = make_run(tmp_path, replace(SMALL, variants=SEVEN[2:4], edits={"tokens": edit}))
+    text = render(run).html.read_text(encoding="utf-8")
+    assert "awq lost least: KL 0 [0, 0] nats" in text
+
+
 def test_a_run_without_any_finished_variant_still_makes_a_page(tmp_path):
     run = make_run(tmp_path, replace(SMALL, variants=()))
     assert "0 quantized variants" in render(run).html.read_text(encoding="utf-8")

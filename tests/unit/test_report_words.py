@@ -21,6 +21,7 @@ def metric(value, low=None, high=None, unit="nats", non_finite=0):
         (metric(-0.0125, -0.033, 0.008, "fraction"), True, "−1.2 pts [−3.3, +0.8]"),
         (metric(0.0, 0.0, 0.0, "fraction"), True, "0.0 pts [0.0, 0.0]"),
         (metric(12345.678, 12000.0, 13000.0), False, "12346 [12000, 13000]"),
+        (metric(3.2e12, 1e12, 6e12, "ppl"), False, "3.2e+12 [1e+12, 6e+12]"),
         (metric(None), False, "–"),
         (metric(None, non_finite=4), False, "not finite (4 of 10)"),
     ],

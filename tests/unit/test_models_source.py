@@ -1,0 +1,102 @@
+"""What `--model` may say: aliases, hub ids, folders, GGUF files; and the table of aliases."""
+
+import pytest
+
+from qeval.errors import UsageError
+from qeval.models.aliases import aliases, list_models, read_aliases
+from qeval.models.source import ModelSource, resolve
+
+PROMISED = {
+    "llama-2-7b",
+    "llama-2-13b",
+    "llama-3.1-8b",
+    "llama-3.2-1b",
+    "llama-3.2-3b",
+    "mistral-7b",
+    "codellama-7b",
+    "phi-2",
+    "phi-3.5-mini",
+    "phi-4-mini",
+    "gemma-2b",
+    "qwen2.5-1.5b",
+    "deepseek-r1-distill-qwen-1.5b",
+    "orca-2-7b",
+    "smollm2-135m",
+    "demo",
+}
+
+
+def test_every_promised_alias_is_there_with_one_line():
+    listed = {name: (where, line) for name, where, line in list_models()}
+    assert set(listed) == PROMISED
+    for name, (where, line) in listed.items():
+        assert line and "\n" not in line
+        assert where.count("/") == 1 or name == "demo"
+
+
+def test_an_alias_is_its_hub_id_at_the_revision_asked_for():
+    hub_id = aliases()["phi-2"].hub_id
+    assert resolve("phi-2") == ModelSource("phi-2", "hub", hub_id=hub_id)
+    assert resolve("phi-2", "abc").revision == "abc"
+    assert resolve("demo") == ModelSource("demo", "demo")
+
+
+def test_hub_ids_folders_and_files_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    (tmp_path / "m.GGUF").write_bytes(b"GGUF")
+    (tmp_path / "demo").mkdir()
+    assert resolve("some/model", "v1") == ModelSource("some/model", "hub", hub_id="some/model", revision="v1")
+    assert resolve("org/model").kind == "folder"
+    assert resolve("org").kind == "folder"
+    assert resolve(str(tmp_path / "m.GGUF")).kind == "gguf"
+    assert resolve("demo").kind == "demo"
+    assert resolve("./demo").kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lama-3.2-3b", "Unknown model 'lama-3.2-3b'; nearest: llama-3.2-3b"),
+        ("./none", r"The model folder './none' does not exist"),
+        ("/none/of/it", "does not exist"),
+        ("x/none.gguf", "GGUF file 'x/none.gguf' does not exist"),
+        ("a/b/c", "Unknown model 'a/b/c'"),
+        ("", "Unknown model ''"),
+        ("pytorch_model.bin", "is a pickle, which can run any code"),
+        ("model.safetensors", "give the folder"),
+    ],
+)
+def test_what_is_no_model_is_refused(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UsageError, match=says):
+        resolve(name)
+
+
+def test_a_revision_needs_the_hub(tmp_path):
+    for name in ("demo", str(tmp_path)):
+        with pytest.raises(UsageError, match="--revision v1 needs a model on the hub"):
+            resolve(name, "v1")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: {hub: org/m, line: x}", "in 'a': Unknown key 'hub'; nearest: hub_id"),
+        ("a: {hub_id: org/m}", "a.line: Field required"),
+        ("a: {hub_id: 3, line: x}", "a.hub_id: Input should be a valid string"),
+        ("a: {line: x}", "either hub_id or demo"),
+        ("a: {line: x, demo: true, revision: v1}", "a revision belongs to a hub_id"),
+        ("a: 3", "'a' must map"),
+        ("- a", "must map names"),
+        ("a: [", "Cannot read the model table"),
+    ],
+)
+def test_a_wrong_table_is_refused_with_the_place(tmp_path, text, says):
+    path = tmp_path / "models.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says) as caught:
+        read_aliases(path)
+    assert str(path) in str(caught.value)
