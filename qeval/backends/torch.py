@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qeval.backends.base import Prefix
 from qeval.errors import QevalError
 from qeval.models.graph import Description
 from qeval.models.head import Head, head_of
@@ -86,7 +87,7 @@ class TorchSession:
         return TorchPrefix(len(tokens), cache)
 
     @torch.inference_mode()
-    def states(self, requests: Sequence[Request], prefix: TorchPrefix | None = None) -> list[Tensor]:
+    def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
         """The final hidden states at each request's positions, [positions, d_model] fp32.
 
         Raises:
@@ -97,6 +98,8 @@ class TorchSession:
         if total > self.max_length:
             raise QevalError(f"A sequence of {total} tokens is longer than the context of {self.max_length}.")
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
+        if prefix is not None and not isinstance(prefix, TorchPrefix):
+            raise TypeError("A prefix belongs to the session that made it.")
         hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 

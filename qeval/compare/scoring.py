@@ -34,6 +34,9 @@ from qeval.store.variants import load_variant
 from qeval.tasks.harness import Question, Suite
 
 
+_LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions"}
+
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """What every variant of a run is scored on, and where the rows go."""
@@ -128,7 +131,7 @@ def score(work: Work, scorer: Scorer) -> dict[Kind, list[Path]]:
         _complete_baseline(work, scorer, jobs["tokens"])
     done: dict[Kind, list[Path]] = {"tokens": [], "items": []}
     try:
-        for kind, label in (("tokens", "corpus"), ("items", "questions")):
+        for kind, label in _LABELS.items():
             units = sum(job.units for job in jobs[kind])
             if units:
                 with work.progress.phase(f"score {scorer.name}: {label}", units) as advance:

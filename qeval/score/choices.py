@@ -45,9 +45,7 @@ def pair_tokens(pairs: Sequence[tuple[Ids, Ids]]) -> int:
     return sum(len(sequence.tokens) for sequence in _sequences(pairs))
 
 
-def score_pairs(
-    session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance
-) -> list[Score]:
+def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance) -> list[Score]:
     """The score of every continuation after its context, in order.
 
     `advance` is told the tokens that are done, `pair_tokens(pairs)` in all. Scores do not depend on

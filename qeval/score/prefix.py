@@ -6,6 +6,7 @@ tokens; a group costs a few tokens itself, since its prefix is a forward pass of
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 _GROUP_COST = 64
@@ -27,7 +28,7 @@ class _Choice(NamedTuple):
 def group_by_prefix(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> list[PrefixGroup]:
     """Groups that cover every sequence once. At most `limits[i]` tokens of sequence i may be in a prefix."""
     order = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
-    common = [_common(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    common = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
     groups = _best(order, common, sequences, limits).groups if order else ()
     whole = tuple(member for group in groups if group.length == 0 for member in group.members)
     return [group for group in groups if group.length] + ([PrefixGroup(0, whole)] if whole else [])
@@ -40,7 +41,7 @@ def _best(
     shared = min((*common, *(limits[index] for index in order))) if len(order) > 1 else 0
     saved = shared * (len(order) - 1) - _GROUP_COST
     together = _Choice(lengths - max(saved, 0), (PrefixGroup(shared if saved > 0 else 0, tuple(order)),))
-    if len(order) == 1 or min(common) == max(common) and shared == min(common):
+    if len(order) == 1 or (min(common) == max(common) and shared == min(common)):
         return together
     parts = [_best(o, c, sequences, limits) for o, c in _cut(order, common)]
     apart = _Choice(sum(part.cost for part in parts), tuple(group for part in parts for group in part.groups))

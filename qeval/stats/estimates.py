@@ -67,15 +67,11 @@ def perplexity_ratio(nll: ArrayLike, baseline_nll: ArrayLike, clusters: Clusters
     )
 
 
-def root_mean_square(
-    values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int
-) -> Estimate:
+def root_mean_square(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int) -> Estimate:
     """The root of the mean square over rows."""
     array = finite(values)
     squares = clusters.sums(array**2)
-    return ratio(
-        squares, clusters.sizes(), n=array.size, unit=unit, better=better, seed=seed, transform=np.sqrt
-    )
+    return ratio(squares, clusters.sizes(), n=array.size, unit=unit, better=better, seed=seed, transform=np.sqrt)
 
 
 def difference(
@@ -90,9 +86,7 @@ def macro_mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Bett
     array = finite(values)
     sizes = clusters.sizes()
     means = clusters.sums(array) / sizes if array.size else sizes
-    return ratio(
-        means, np.ones_like(means), n=array.size, unit=unit, better=better, seed=seed, transform=None
-    )
+    return ratio(means, np.ones_like(means), n=array.size, unit=unit, better=better, seed=seed, transform=None)
 
 
 def ratio(
@@ -134,10 +128,7 @@ def quantiles(
         return [Estimate(point, None, None, unit, better, n, count) for point in points]
     resampled = quantile_resamples(ordered, levels, seed)
     ends = [interval(row, count) for row in resampled]
-    return [
-        Estimate(point, end.low, end.high, unit, better, n, count)
-        for point, end in zip(points, ends, strict=True)
-    ]
+    return [Estimate(point, end.low, end.high, unit, better, n, count) for point, end in zip(points, ends, strict=True)]
 
 
 def maximum(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better) -> Estimate:

@@ -104,7 +104,7 @@ class Encoder:
         """The token ids of some texts, BOS in front where the policy says so, exactly once."""
         first = bos_token(self.tokenizer, self.bos)
         ids = self.tokenizer(list(texts), add_special_tokens=self.bos == "auto", verbose=False)["input_ids"]
-        if self.bos == "always":
+        if self.bos == "always" and first is not None:
             return [(first, *sequence) for sequence in ids]
         return [tuple(sequence) for sequence in ids]
 

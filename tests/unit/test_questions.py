@@ -154,7 +154,9 @@ def test_the_shipped_sample_is_whole():
 
 
 sequences = st.lists(
-    st.tuples(st.sampled_from([(), (1,) * 70, (1,) * 70 + (2,) * 80]), st.lists(st.integers(0, 2), min_size=1, max_size=9)),
+    st.tuples(
+        st.sampled_from([(), (1,) * 70, (1,) * 70 + (2,) * 80]), st.lists(st.integers(0, 2), min_size=1, max_size=9)
+    ),
     min_size=1,
     max_size=12,
 ).map(lambda parts: list(dict.fromkeys((*head, *tail) for head, tail in parts)))

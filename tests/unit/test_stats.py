@@ -28,9 +28,7 @@ def slow_resamples(statistic, values, clusters, seed):
     drawn = bootstrap.weights(clusters.count, seed).astype(int)
     return np.array(
         [
-            statistic(
-                np.concatenate([m for m, times in zip(members, row, strict=True) for _ in range(times)])
-            )
+            statistic(np.concatenate([m for m, times in zip(members, row, strict=True) for _ in range(times)]))
             for row in drawn
         ]
     )
