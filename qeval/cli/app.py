@@ -3,26 +3,26 @@
 Exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 a failure while running, 130 interrupted.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from qeval import __version__
 from qeval.cli.compare import compare
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
-from qeval.errors import QevalError
+from qeval.errors import QevalError, UsageError
 
 _INTERRUPTED = 130
 
 app = typer.Typer(
     name="qeval",
     help="What a quantized language model lost against its FP16 original, with error bars.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -58,27 +58,25 @@ def run(arguments: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     console = Console(stderr=True)
     try:
-        code = app(args=list(arguments), standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        console.print("Interrupted. What is done is kept; the same command goes on from there.")
-        return _INTERRUPTED
+        given = list(arguments) or ["--help"]
+        code = app(args=given, prog_name="qeval", standalone_mode=False, obj=shlex.join(["qeval", *given]))
+    except typer.TyperException as error:
+        sentence = f"{error.format_message()} (--help lists what there is)"
+        return _told(console, sentence, UsageError.exit_code, debug=False)
     except QevalError as error:
-        if "--debug" in arguments:
-            console.print_exception()
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        return error.exit_code
-    except Exception as error:
-        if "--debug" in arguments:
-            raise
-        console.print(
-            f"[red]error:[/red] {type(error).__name__}: {error} (--debug shows where)",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return QevalError.exit_code
+        return _told(console, str(error), error.exit_code, debug="--debug" in arguments)
+    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line and an exit code
+        debug = "--debug" in arguments
+        where = "" if debug else " (--debug shows where)"
+        return _told(console, f"{type(error).__name__}: {error}{where}", QevalError.exit_code, debug=debug)
+    if code == _INTERRUPTED:  # typer makes this of KeyboardInterrupt
+        console.print("Interrupted. What is done is kept; the same command goes on from there.", soft_wrap=True)
     return code if isinstance(code, int) else 0
+
+
+def _told(console: Console, sentence: str, code: int, *, debug: bool) -> int:
+    """Say what went wrong, after its traceback if asked for; the sentence is text, whatever brackets it holds."""
+    if debug:
+        console.print_exception()
+    console.print(Text.assemble(("error:", "red"), " ", sentence), soft_wrap=True)
+    return code

@@ -1,8 +1,6 @@
 """`qeval compare`: variants of a model against its baseline, and a report."""
 
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +17,7 @@ _DEFAULT_METHODS = "rtn,awq,mixed"
 
 
 def compare(
+    context: typer.Context,
     model: options.Model,
     revision: options.Revision = None,
     methods: Annotated[
@@ -86,7 +85,7 @@ def compare(
         batch_tokens=batch_tokens,
         threads=threads,
         seed=seed,
-        command=shlex.join(["qeval", *sys.argv[1:]]),
+        command=str(context.obj),
     )
     return _run(settings, as_json=as_json, quiet=quiet)
 

@@ -12,6 +12,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from qeval.progress import Advance
 
@@ -46,4 +47,4 @@ class ConsoleProgress:
     def warn(self, message: str) -> None:
         """Show a warning at once and keep it for the report."""
         self.warnings.append(message)
-        self._console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+        self._console.print(Text.assemble(("warning:", "yellow"), " ", message), soft_wrap=True)

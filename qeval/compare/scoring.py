@@ -33,7 +33,6 @@ from qeval.store.states import StateStore
 from qeval.store.variants import load_variant
 from qeval.tasks.harness import Question, Suite
 
-
 _LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions"}
 
 

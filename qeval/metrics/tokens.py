@@ -12,8 +12,8 @@ from torch import Tensor
 
 Logits = Callable[[Tensor], Tensor]
 
-_BLOCK_NUMBERS = 1 << 23
-"""Logits of one model in memory at a time (32 MiB), so that peak memory does not grow with window or vocabulary."""
+_BLOCK_NUMBERS = 1 << 22
+"""Logits of one model in memory at a time (16 MiB), so that peak memory does not grow with window or vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,52 +41,58 @@ def own_numbers(logits: Logits, states: Tensor, targets: Tensor) -> Own:
 
     `states` [n, width] go through `logits` in blocks; `targets` [n] token ids.
     """
-    parts = [_own(_log_softmax(logits(s)), t) for s, t in _blocks(logits, states, targets)]
-    return Own(torch.cat([p.log_p for p in parts]), torch.cat([p.entropy_nats for p in parts]))
+    own = Own(*_empty(len(states), 2))
+    for rows in _blocks(logits, states):
+        _fill_own(own, rows, _log_softmax(logits(states[rows])), targets[rows])
+    return own
 
 
 def distance(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor, targets: Tensor) -> Distance:
     """The distances of a variant's distributions from the baseline's, position by position."""
-    parts = [
-        _distance(_log_softmax(base_logits(b)), _log_softmax(logits(s)), t)
-        for b, s, t in _blocks(base_logits, base_states, states, targets)
-    ]
-    return Distance(
-        kl_nats=torch.cat([p.kl_nats for p in parts]),
-        reverse_kl_nats=torch.cat([p.reverse_kl_nats for p in parts]),
-        kl_abs_modelopt=torch.cat([p.kl_abs_modelopt for p in parts]),
-        top1_agreement=torch.cat([p.top1_agreement for p in parts]),
-        own=Own(torch.cat([p.own.log_p for p in parts]), torch.cat([p.own.entropy_nats for p in parts])),
-        base_log_p=torch.cat([p.base_log_p for p in parts]),
-    )
+    kl, reverse, absolute, base_log_p, *own = _empty(len(states), 6)
+    agreement = torch.empty(len(states), dtype=torch.bool)
+    found = Distance(kl, reverse, absolute, agreement, Own(*own), base_log_p)
+    for rows in _blocks(base_logits, base_states):
+        log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(logits(states[rows]))
+        _fill_distance(found, rows, log_p, log_q, targets[rows])
+    return found
 
 
 def mean_kl(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor) -> float:
     """The mean KL(base || other) in nats over n positions, and nothing else."""
     total = 0.0
-    for base, state in _blocks(base_logits, base_states, states):
-        log_p, log_q = _log_softmax(base_logits(base)), _log_softmax(logits(state))
+    for rows in _blocks(base_logits, base_states):
+        log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(logits(states[rows]))
         total += float(log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dtype=torch.float64))
     return total / len(states)
 
 
-def _distance(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Distance:
-    own, base = _own(log_q, targets), _target(log_p, targets)
-    agreement = log_p.argmax(-1) == log_q.argmax(-1)
+def _fill_distance(found: Distance, rows: slice, log_p: Tensor, log_q: Tensor, targets: Tensor) -> None:
+    """One block of positions; `log_p` and `log_q` are used up."""
+    _fill_own(found.own, rows, log_q, targets)
+    found.base_log_p[rows] = _target(log_p, targets)
+    found.top1_agreement[rows] = (log_p.argmax(-1) == log_q.argmax(-1)).cpu()
     difference = log_p - log_q
-    q = log_q.exp_()
-    reverse = -_sum(q.mul_(difference))
+    found.reverse_kl_nats[rows] = -_sum(log_q.exp_().mul_(difference))
     weighted = log_p.exp_().mul_(difference)
-    return Distance(_sum(weighted), reverse, _sum(weighted.abs_()), agreement, own, base)
+    found.kl_nats[rows] = _sum(weighted)
+    found.kl_abs_modelopt[rows] = _sum(weighted.abs_())
 
 
-def _own(log_p: Tensor, targets: Tensor) -> Own:
-    return Own(_target(log_p, targets), -_sum(log_p.exp().mul_(log_p)))
+def _fill_own(own: Own, rows: slice, log_p: Tensor, targets: Tensor) -> None:
+    own.log_p[rows] = _target(log_p, targets)
+    own.entropy_nats[rows] = -_sum(log_p.exp().mul_(log_p))
+
+
+def _empty(count: int, columns: int) -> list[Tensor]:
+    """Columns on the CPU, there before the first block: a result kept between large blocks would pin the heap."""
+    return [torch.empty(count, dtype=torch.float64) for _ in range(columns)]
 
 
 def _target(log_p: Tensor, targets: Tensor) -> Tensor:
-    found = log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1).double()
-    return found.masked_fill(targets < 0, torch.nan)
+    wanted = targets.to(log_p.device)
+    found = log_p.gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1).double()
+    return found.masked_fill(wanted < 0, torch.nan).cpu()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -94,10 +100,10 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _sum(values: Tensor) -> Tensor:
-    return values.sum(-1, dtype=torch.float64)
+    return values.sum(-1, dtype=torch.float64).cpu()
 
 
-def _blocks(logits: Logits, states: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(logits: Logits, states: Tensor) -> Iterator[slice]:
     vocabulary = logits(states[:1]).shape[-1]
     rows = max(1, _BLOCK_NUMBERS // vocabulary)
-    return zip(*(torch.split(tensor, rows) for tensor in (states, *others)), strict=True)
+    return (slice(start, start + rows) for start in range(0, len(states), rows))

@@ -1,0 +1,151 @@
+"""The command line is a promise: these flags, these defaults, these exit codes; and `--help` answers at once."""
+
+import shlex
+import subprocess
+import sys
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import typer
+
+from qeval import __version__
+from qeval.cli.app import app, main, run
+from qeval.cli.compare import compare
+
+SHARED = {
+    "--model": None,
+    "--revision": None,
+    "--device": "cpu",
+    "--compute": None,
+    "--calibration": "pydoc",
+    "--calibration-samples": 16,
+    "--calibration-length": 512,
+    "--budget": None,
+    "--importance": "measured",
+    "--quantize-head": False,
+    "--threads": None,
+    "--seed": 0,
+    "--out": None,
+    "--json": False,
+    "--quiet": False,
+    "--debug": False,
+}
+COMPARE = SHARED | {
+    "--methods": None,
+    "--config": None,
+    "--variant": None,
+    "--backend": "torch",
+    "--tasks": "kl,ppl,mmlu",
+    "--corpus": None,
+    "--protocol": None,
+    "--window": None,
+    "--stride": None,
+    "--max-windows": None,
+    "--bos": "auto",
+    "--mmlu-dir": None,
+    "--subjects": None,
+    "--limit": None,
+    "--shots": 5,
+    "--batch-tokens": None,
+}
+QUANTIZE = SHARED | {"--method": None}
+REQUIRED = {"compare": {"--model"}, "quantize": {"--model", "--method"}}
+
+
+def parameters(command):
+    return typer.main.get_command(app).commands[command].params
+
+
+@pytest.mark.parametrize(("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE)])
+def test_flags_and_their_defaults_are_frozen(command, frozen):
+    found = {p.opts[0]: p for p in parameters(command)}
+    assert all(p.param_type_name == "option" for p in found.values())
+    assert set(found) == set(frozen)
+    assert {name for name, p in found.items() if p.required} == REQUIRED[command]
+    optional = {name: p.default for name, p in found.items() if not p.required}
+    assert optional == {name: value for name, value in frozen.items() if name in optional}
+    assert {name for p in found.values() for name in p.opts[1:] + p.secondary_opts} == {"--dtype"}
+
+
+def test_the_choices_of_a_flag_are_frozen():
+    hints = get_type_hints(compare).items()
+    found = {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
+    assert found == {"bos": ("auto", "always", "never"), "importance": ("measured", "positional")}
+
+
+def test_only_variant_may_be_repeated():
+    assert [p.opts[0] for p in parameters("compare") if p.multiple] == ["--variant"]
+
+
+def test_every_command_and_flag_says_what_it_is_for():
+    for name, command in typer.main.get_command(app).commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.opts)
+    assert set(typer.main.get_command(app).commands) == {"compare", "quantize", "models", "methods", "tasks"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["methods"], ["tasks"], ["models"]])
+def test_what_needs_no_model_imports_nothing_heavy(arguments):
+    heavy = ("torch", "transformers", "lm_eval", "matplotlib", "datasets")
+    code = (
+        "import sys\n"
+        "from qeval.cli.app import run\n"
+        f"code = run({arguments!r})\n"
+        f"print('heavy:', [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "heavy: []\n"
+    assert done.stdout
+
+
+def test_exit_codes_of_what_is_asked_and_what_is_wrong(capfd):
+    assert run(["--version"]) == 0
+    assert capfd.readouterr().out == f"qeval {__version__}\n"
+    assert run(["compare", "--help"]) == 0
+    assert run(["methods"]) == 0
+    assert capfd.readouterr().err == ""
+    assert run([]) == 0
+    assert "Usage: qeval" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("compair", "No such command 'compair'"),
+        ("compare", "Missing option '--model'"),
+        ("compare --model m --methodz rtn", "No such option: --methodz"),
+        ("compare --model m --window wide", "Invalid value for '--window'"),
+        ("compare --model m --bos often", "Invalid value for '--bos'"),
+        ("compare --model m words", "unexpected extra argument"),
+        ("compare --model", "'--model' requires an argument"),
+    ],
+)
+def test_what_the_parser_refuses_is_code_2_and_one_line(arguments, said, capfd):
+    assert run(shlex.split(arguments)) == 2
+    heard = capfd.readouterr()
+    assert heard.out == ""
+    assert heard.err.startswith("error: ")
+    assert said in heard.err
+    assert heard.err.count("\n") == 1
+
+
+def test_main_exits_with_the_code_of_run(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--model", "./nowhere"])
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == "error: The model folder './nowhere' does not exist.\n"
+
+
+def test_a_failure_that_nobody_foresaw_is_one_line_and_code_3(monkeypatch, capfd):
+    def fail(*_, **__):
+        raise RuntimeError("[/odd] words")
+
+    monkeypatch.setattr("qeval.cli.compare.load_recipes", fail)
+    arguments = shlex.split("compare --model ./m --config c.yaml")
+    assert run(arguments) == 3
+    assert capfd.readouterr().err == "error: RuntimeError: [/odd] words (--debug shows where)\n"
+    assert run([*arguments, "--debug"]) == 3
+    assert "Traceback" in capfd.readouterr().err
