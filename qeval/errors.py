@@ -6,6 +6,9 @@ Exit codes: 0 done, 1 a gate failed, 2 wrong use (what the user gave is wrong), 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LISTED_AT_MOST = 60
+"""Of more names than this (MMLU has 57 subjects) only the nearest are told."""
+
 
 class QevalError(Exception):
     """A failure while running, told in one sentence."""
@@ -30,6 +33,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     "Unknown method 'rtm'; nearest: rtn. Choices: awq, rtn."
     """
     known = sorted(choices)
+    listed = f"Choices: {', '.join(known)}." if len(known) <= _LISTED_AT_MOST else f"There are {len(known)} choices."
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(near)}" if near else ""
-    return UsageError(f"Unknown {kind} '{name}'{hint}. Choices: {', '.join(known)}.")
+    return UsageError(f"Unknown {kind} '{name}'{hint}. {listed}")

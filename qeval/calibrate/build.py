@@ -83,6 +83,17 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     )
 
 
+def check(source: Source, recipe: Recipe) -> None:
+    """Refuse what `build` would refuse, without its work: no calibration is needed.
+
+    Raises:
+        UsageError: as `build`.
+    """
+    grids, _ = _assign(source, recipe, parse(recipe.grid))
+    if recipe.mixed:
+        _mixed_budget(source, recipe, grids)
+
+
 def quantizable(description: Description) -> list[str]:
     """The names of all linears in decoder layers, in the order of the computation."""
     return [name for group in description.groups for name in group.names]
@@ -149,16 +160,10 @@ def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
 def _mix(
     source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+    budget = _mixed_budget(source, recipe, low)  # refused before the long measurement, not after
     if recipe.importance == "positional":
-        if recipe.budget is not None:
-            raise UsageError(
-                f"'{recipe.name}': the positional rule has its own size; leave --budget out, "
-                "or take --importance measured."
-            )
         grids, _ = positional_budget(source, recipe, low)
         return grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low))
-    high = {name: high_grid(recipe) for name in low}
-    budget = _budget_bits(source, recipe, low, high)  # refused before the long measurement, not after
     kls = measure(
         source.model,
         source.description,
@@ -167,7 +172,7 @@ def _mix(
         _effective(source, recipe, low),
         advance,
     )
-    return _under_budget(source, low, high, budget, kls)
+    return _under_budget(source, low, {name: high_grid(recipe) for name in low}, budget, kls)
 
 
 def _under_budget(
@@ -195,8 +200,17 @@ def _under_budget(
     )
 
 
-def _budget_bits(source: Source, recipe: Recipe, low: dict[str, Grid], high: dict[str, Grid]) -> int:
-    """The bits that may be spent on codes, scales and zero points, what AWQ's input scales may need taken off."""
+def _mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
+    """The bits that may be spent on codes, scales and zero points, what AWQ's input scales may need taken off.
+
+    Raises:
+        UsageError: no choice meets the recipe's budget.
+    """
+    if recipe.importance == "positional" and recipe.budget is not None:
+        raise UsageError(
+            f"'{recipe.name}': the positional rule has its own size; leave --budget out, or take --importance measured."
+        )
+    high = {name: high_grid(recipe) for name in low}
     parameters = source.search.parameters
     weights = sum(parameters[name].numel() for name in low)
     if recipe.budget is None:

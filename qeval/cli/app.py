@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 a failure while running, 130 interrupted.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from qeval.cli.quantize import quantize
 from qeval.errors import QevalError, UsageError
 
 _INTERRUPTED = 130
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+"""Threads that wait give way: spinning at barriers makes torch several times slower on a CPU that others use too."""
 
 app = typer.Typer(
     name="qeval",

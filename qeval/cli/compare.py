@@ -50,7 +50,7 @@ def compare(
     ] = None,
     subjects: Annotated[str | None, typer.Option("--subjects", help="Comma-separated MMLU subjects.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions a subject.")] = None,
-    shots: Annotated[int, typer.Option("--shots", help="Examples in a prompt.")] = 5,
+    shots: Annotated[int, typer.Option("--shots", min=0, help="Examples in a prompt.")] = 5,
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,

@@ -20,8 +20,8 @@ Compute = Annotated[
 Calibration = Annotated[
     str, typer.Option("--calibration", help="pydoc, wikitext2, pile-val, cnn_dailymail, or a text file.")
 ]
-CalibrationSamples = Annotated[int, typer.Option("--calibration-samples", help="Calibration sequences.")]
-CalibrationLength = Annotated[int, typer.Option("--calibration-length", help="Tokens in each.")]
+CalibrationSamples = Annotated[int, typer.Option("--calibration-samples", min=1, help="Calibration sequences.")]
+CalibrationLength = Annotated[int, typer.Option("--calibration-length", min=1, help="Tokens in each.")]
 Budget = Annotated[
     str | None,
     typer.Option("--budget", help="Size of mixed variants, such as 4.8bpw; else the positional rule's own."),
@@ -31,8 +31,8 @@ Importance = Annotated[
     typer.Option("--importance", help="How mixed variants pick INT8 layers."),
 ]
 QuantizeHead = Annotated[bool, typer.Option("--quantize-head", help="Quantize lm_head too (a tied embedding stays).")]
-Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: all cores.")]
-Seed = Annotated[int, typer.Option("--seed", help="Decides the calibration sketch and the bootstrap.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides the calibration sketch and the bootstrap.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No plan, no progress; warnings and the result only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]

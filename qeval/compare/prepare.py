@@ -70,10 +70,13 @@ def prepare(settings: Settings) -> Plan:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     loaded, source = source_of_model(settings.model)
-    check_recipes(settings.recipes, source.description)
+    check_recipes(settings.recipes, source)
     backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
+    calibration = cache(lambda: calibration_of(settings.calibration, loaded))
+    if any(recipe.calibrated for recipe in settings.recipes):
+        calibration()
     return Plan(
         settings=settings,
         loaded=loaded,
@@ -85,7 +88,7 @@ def prepare(settings: Settings) -> Plan:
         suites=suites,
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
         given=tuple(given_entry(name, path, loaded.info.weights_sha256) for name, path in settings.variants),
-        calibration=cache(lambda: calibration_of(settings.calibration, loaded)),
+        calibration=calibration,
         shape=_shape(loaded, quantizable(source.description)),
     )
 

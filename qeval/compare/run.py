@@ -114,7 +114,7 @@ def _scored(plan: Plan, work: Work, entry: Entry, records: dict[Kind, list[Path]
         done = score(work, _scorer(plan, entry.name, manifest.key, entry.folder))
     except UsageError:
         raise
-    except QevalError as error:
+    except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
         work.progress.warn(f"{entry.name} failed: {error}")
         return failed_record(entry.name, entry.method, backend, str(error))
     for kind, paths in done.items():

@@ -75,7 +75,7 @@ class Settings:
         """Refuse a run that could not say anything.
 
         Raises:
-            UsageError: nothing to compare or to score, two variants of one name, numbers below one.
+            UsageError: nothing to compare or to score, two variants of one name, numbers below one, a file as --out.
         """
         check_distinct((*self.recipes, *(Recipe(name, "rtn") for name, _ in self.variants)))
         if not self.recipes and not self.variants:
@@ -84,6 +84,8 @@ class Settings:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
         if self.backend != "torch":
             raise UsageError(f"Backend '{self.backend}' is not in this version of qeval; take --backend torch.")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {
             "--limit": self.questions.limit,
             "--max-windows": self.corpus.max_windows,

@@ -1,5 +1,6 @@
 """The variants of a run: made once, kept in the cache under what they were made from, read back when scored."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qeval.calibrate.build import Source, build, quantizable, source_of
+from qeval.calibrate.build import Source, build, check, quantizable, source_of
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.stream import collect
 from qeval.config import Recipe
@@ -95,6 +96,7 @@ class Workshop:
         except UsageError:
             raise
         except QevalError as error:
+            self._progress.warn(f"{recipe.name} failed: {error}")
             return Entry(recipe.name, recipe.method, None, str(error))
 
     def folder(self, recipe: Recipe) -> Path:
@@ -152,6 +154,7 @@ class Workshop:
             verify_variant(folder)
         except (BrokenRecordError, UsageError) as error:
             self._progress.warn(f"{error} It is made again.")
+            shutil.rmtree(folder, ignore_errors=True)
             return False
         return True
 
@@ -171,7 +174,18 @@ def given_entry(name: str, folder: Path, weights_sha256: str) -> Entry:
     return Entry(name, str(manifest.recipe.get("method", "given")), folder)
 
 
-def check_recipes(recipes: Sequence[Recipe], description: Description) -> None:
-    """Refuse recipes for a model without linears before any work starts."""
-    if recipes and not quantizable(description):
+def check_recipes(recipes: Sequence[Recipe], loaded: Loaded) -> None:
+    """Refuse recipes that no variant of this model can be made from, before any work starts.
+
+    Raises:
+        UsageError: it names the recipe.
+    """
+    if recipes and not quantizable(loaded.description):
         raise UsageError("This model has no linear layers that could be quantized.")
+    source = source_of(loaded.model, loaded.description, loaded.head, (), {})
+    for recipe in recipes:
+        try:
+            check(source, recipe)
+        except UsageError as error:
+            named = f"'{recipe.name}'" in str(error)
+            raise UsageError(str(error) if named else f"'{recipe.name}': {error}") from error

@@ -176,11 +176,11 @@ def read_run(folder: Path) -> RunRecord:
     """
     path = folder / "run.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise UsageError(f"'{folder}' holds no run: there is no {path.name} in it.") from error
     try:
-        return RunRecord.model_validate_json(text)
+        return RunRecord.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"

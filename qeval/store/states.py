@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qeval.store.records import Warn, find_record, write_record
+from qeval.store.tensors import save_tensors
 
 _SUFFIX = ".safetensors"
 _NAME = "states"
@@ -24,7 +25,7 @@ class StateStore:
             self._folder,
             key,
             _SUFFIX,
-            lambda path: save_file({_NAME: states.float().cpu().contiguous()}, path),
+            lambda path: save_tensors({_NAME: states.float().cpu().contiguous()}, path),
         )
 
     def read(self, key: str) -> Tensor | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qeval.errors import BrokenRecordError, QevalError, UsageError
@@ -24,6 +24,7 @@ from qeval.quant.grid import parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Variant
+from qeval.store.tensors import save_tensors
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 
@@ -100,15 +101,14 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
         UsageError: the folder exists and holds something else.
         QevalError: it cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise UsageError(f"'{folder}' exists and is no variant; name another folder.")
+    check_free(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
     try:
-        save_file(_tensors(variant), part / WEIGHTS)
+        save_tensors(_tensors(variant), part / WEIGHTS)
         manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
         (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
         part.chmod(0o755)
@@ -120,6 +120,18 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a place where something else than a variant lies.
+
+    Raises:
+        UsageError: it is a file, or a folder that holds something else.
+    """
+    if folder.is_dir() and ((folder / MANIFEST).exists() or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise UsageError(f"'{folder}' exists and is no variant; name another folder.")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a variant's folder.
 
@@ -129,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UsageError(f"'{folder}' holds no variant: there is no {MANIFEST} in it.") from error
     except ValidationError as error:

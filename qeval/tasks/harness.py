@@ -17,6 +17,7 @@ import lm_eval
 import yaml
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
 from qeval.errors import UsageError, unknown
@@ -111,9 +112,9 @@ class Encoder:
     def pairs(self, arguments: Sequence[tuple[str, str]]) -> list[tuple[Ids, Ids]]:
         """Contexts and continuations as ids; spaces that end a context go to its continuation."""
         moved = [(c.rstrip(), c[len(c.rstrip()) :] + rest) if c.strip() else (c, rest) for c, rest in arguments]
-        contexts = self.encode([context for context, _ in moved])
-        wholes = self.encode([context + rest for context, rest in moved])
-        return [(context, whole[len(context) :]) for context, whole in zip(contexts, wholes, strict=True)]
+        texts = list(dict.fromkeys(text for context, rest in moved for text in (context, context + rest)))
+        ids = dict(zip(texts, self.encode(texts), strict=True))  # choices share their context: it is encoded once
+        return [(ids[context], ids[context + rest][len(ids[context]) :]) for context, rest in moved]
 
 
 def load_suite(
@@ -225,12 +226,13 @@ def _category(subject: str) -> str:
 def _harness_tasks(name: str) -> dict[str, Any]:
     manager = TaskManager()
     if name not in manager.all_tasks:
-        raise unknown("task", name, manager.all_tasks)
+        raise unknown("task", name, [*manager.all_tasks, "kl", "ppl"])
     try:
         tasks = dict(manager.load([name])["tasks"])
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"The data of task '{name}' can't be loaded: {_first_line(error)}") from error
     for leaf, task in tasks.items():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as the harness does: else examples are drawn anew every time
         if task.OUTPUT_TYPE != "multiple_choice":
             raise UsageError(
                 f"Task '{leaf}' asks for {task.OUTPUT_TYPE}; qeval scores multiple-choice tasks, such as hellaswag."

@@ -49,7 +49,9 @@ def read_subjects(folder: Path, names: Sequence[str], shots: int) -> list[Subjec
 
 def _read_subject(folder: Path, name: str, shots: int) -> Subject:
     dev_path = folder / "dev" / f"{name}_dev.csv"
-    dev = _read_rows(dev_path) if dev_path.exists() else ()
+    if shots and not dev_path.exists():
+        raise UsageError(f"{dev_path} is missing: it holds the examples for --shots {shots}.")
+    dev = _read_rows(dev_path) if shots else ()
     if len(dev) < shots:
         raise UsageError(f"{dev_path} holds {len(dev)} examples, fewer than --shots {shots}.")
     test = _read_rows(folder / "test" / f"{name}_test.csv")
@@ -59,12 +61,20 @@ def _read_subject(folder: Path, name: str, shots: int) -> Subject:
 
 
 def _read_rows(path: Path) -> tuple[Row, ...]:
+    """The rows of a file; a broken one is named by the line where it starts, for a cell may hold line breaks."""
+    rows: list[Row] = []
+    line = 1
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file, strict=True)
-            return tuple(_row(cells, f"{path}, line {reader.line_num}") for cells in reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            for cells in reader:
+                rows.append(_row(cells, f"{path}, line {line}"))
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {line}: the row's quotes or commas are broken ({error}).") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read as csv: {error}.") from error
+    return tuple(rows)
 
 
 def _row(cells: list[str], where: str) -> Row:

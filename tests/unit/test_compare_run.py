@@ -202,7 +202,6 @@ def test_a_variant_that_fails_leaves_the_others_scored(place, tmp_path, monkeypa
     for name in NAMES[1:]:
         assert rows(out, "tokens", name) == rows(place.out, "tokens", name)
     assert "not finite" in (out / "report.md").read_text()
-    monkeypatch.undo()
 
 
 def test_the_baselines_weights_are_back_after_a_failure(place, tmp_path, monkeypatch):
