@@ -136,15 +136,15 @@ def parse_methods(text: str, defaults: Defaults = Defaults()) -> list[Recipe]:
     return [parse_method(name, defaults) for name in names]
 
 
-def parse_budget(text: str) -> float:
-    """The bits per weight of `4.8bpw` (or `4.8`).
+def parse_budget(text: str, where: str = "--budget") -> float:
+    """The bits per weight of `4.8bpw` (or `4.8`); `where` is what an error names.
 
     >>> parse_budget("4.8bpw")
     4.8
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:bpw)?", text.strip())
     if not match:
-        raise UsageError(f"--budget takes bits per weight such as 4.8bpw, not '{text}'.")
+        raise UsageError(f"{where} takes bits per weight such as 4.8bpw, not '{text}'.")
     return float(match[1])
 
 
@@ -208,7 +208,7 @@ def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
     if fields.get("importance") not in (None, "measured", "positional"):
         raise unknown(f"importance in {where}", fields["importance"], ("measured", "positional"))
     if "budget" in fields:
-        fields["budget"] = parse_budget(str(fields["budget"]))
+        fields["budget"] = parse_budget(str(fields["budget"]), f"{where}: 'budget'")
     if "rules" in fields:
         fields["rules"] = tuple(_rule(rule, where) for rule in fields["rules"])
     return replace(recipe, **fields)

@@ -26,7 +26,7 @@ class Prefix(Protocol):
 
 class Session(Protocol):
     """A model that answers. Results depend neither on how requests are batched nor on whether a prefix is shared
-    (within 1e-4 nats in fp32); a forward that fails raises."""
+    (within 1e-4 nats in fp32); a sequence longer than `max_length` and a forward that fails raise."""
 
     @property
     def max_length(self) -> int:

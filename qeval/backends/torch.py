@@ -81,7 +81,12 @@ class TorchSession:
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int]) -> TorchPrefix:
-        """Run a prefix once and keep its keys and values."""
+        """Run a prefix once and keep its keys and values.
+
+        Raises:
+            QevalError: it is longer than the model's context.
+        """
+        self._check_length(len(tokens))
         cache = Cache(layers=[_PrefixLayer() for _ in range(self._model.config.num_hidden_layers)])
         self._forward(self._ids([tokens]), cache)
         return TorchPrefix(len(tokens), cache)
@@ -94,9 +99,7 @@ class TorchSession:
             QevalError: a sequence is longer than the model's context.
         """
         longest = max(len(request.tokens) for request in requests)
-        total = longest + (prefix.length if prefix else 0)
-        if total > self.max_length:
-            raise QevalError(f"A sequence of {total} tokens is longer than the context of {self.max_length}.")
+        self._check_length(longest + (prefix.length if prefix else 0))
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         if prefix is not None and not isinstance(prefix, TorchPrefix):
             raise TypeError("A prefix belongs to the session that made it.")
@@ -107,6 +110,10 @@ class TorchSession:
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, d_model]."""
         return self._head.logits(states.to(self._model.device))
+
+    def _check_length(self, total: int) -> None:
+        if total > self.max_length:
+            raise QevalError(f"A sequence of {total} tokens is longer than the context of {self.max_length}.")
 
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)

@@ -25,6 +25,10 @@ Score = tuple[float, bool]
 """The summed log-likelihood (nats) of a continuation, and whether it is what the model would say greedily."""
 
 _BLOCK_NUMBERS = 1 << 23
+_CLOSE = 0.75
+"""Sequences of this share of a batch's longest are run with it."""
+_LEAST_SHARE = 1 / 8
+"""A batch is filled to this share of its tokens whatever that pads."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,16 @@ def _sequences(pairs: Sequence[tuple[Ids, Ids]]) -> list[_Sequence]:
 
 
 def _batches(sequences: Sequence[_Sequence], group: PrefixGroup, batch_tokens: int) -> Iterator[list[_Sequence]]:
-    """A group's sequences, the longest first, as many a batch as `batch_tokens` hold after padding."""
+    """A group's sequences, the longest first, at most `batch_tokens` a batch after padding.
+
+    Padding is work: once a batch holds its least share, much shorter sequences are left to the next one.
+    """
     ordered = sorted((sequences[index] for index in group.members), key=lambda s: (-len(s.tokens), s.tokens))
     while ordered:
         own = len(ordered[0].tokens) - group.length
-        count = max(1, batch_tokens // own)
+        close = sum(len(s.tokens) - group.length >= _CLOSE * own for s in ordered)
+        least = int(_LEAST_SHARE * batch_tokens) // own
+        count = max(1, min(batch_tokens // own, max(close, least)))
         yield ordered[:count]
         ordered = ordered[count:]
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.store.atomic import write_text
@@ -19,6 +20,8 @@ from qeval.store.schema import ITEMS, TOKENS
 Kind = Literal["tokens", "items"]
 SCHEMAS: dict[Kind, pa.Schema] = {"tokens": TOKENS, "items": ITEMS}
 _SUFFIX = ".parquet"
+_INDEX = TypeAdapter(dict[str, list[str]])
+"""Names of shards by kind."""
 
 
 class RowStore:
@@ -53,7 +56,7 @@ class RowStore:
         """
         index_path = self.root / "index.json"
         try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))
+            index = _INDEX.validate_json(index_path.read_bytes())
         except FileNotFoundError as error:
             raise UsageError(f"'{self.root.parent}' holds no finished rows ({index_path} is missing).") from error
         except ValueError as error:

@@ -128,3 +128,27 @@ def test_scores_are_sums_in_fp64():
     rest = tuple(torch.randint(0, VOCAB, (300,), generator=torch.Generator().manual_seed(0)).tolist())
     ((score, _),) = score_pairs(session, [((1,), rest)], 4096, nobody)
     assert score == pytest.approx(slowly(session, (1,), rest)[0], abs=1e-10)
+
+
+class Watched(ReplaySession):
+    """Remembers the lengths of every batch."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.batches = []
+
+    def states(self, requests, prefix=None):
+        self.batches.append([len(request.tokens) for request in requests])
+        return super().states(requests, prefix)
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40, unique=True), batch_tokens=st.integers(1, 4096))
+@settings(deadline=None, max_examples=40)
+def test_batches_keep_their_budget_and_pad_little(lengths, batch_tokens):
+    session = Watched(VOCAB)
+    pairs = [((i % VOCAB, i // VOCAB, *(5,) * n), (1,)) for i, n in enumerate(lengths)]
+    score_pairs(session, pairs, batch_tokens, nobody)
+    for batch in session.batches:
+        padded = max(batch) * len(batch)
+        assert len(batch) == 1 or padded <= batch_tokens
+        assert sum(batch) >= 0.75 * padded or padded <= batch_tokens / 8
