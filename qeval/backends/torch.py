@@ -5,6 +5,7 @@ One weight set is held. A variant's matrices are dequantized into the model's ow
 cannot see it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -55,10 +56,19 @@ class _PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
 @dataclass(frozen=True, eq=False)
 class TorchPrefix:
-    """The keys and values of a prefix of `length` tokens."""
+    """The keys and values of the prefix `tokens`."""
 
-    length: int
+    tokens: tuple[int, ...]
     cache: Any
+
+    @property
+    def length(self) -> int:
+        """How many tokens the prefix holds."""
+        return len(self.tokens)
+
+    def before(self, request: Request) -> Request:
+        """The whole sequence of a request that continues the prefix."""
+        return Request(self.tokens + request.tokens, tuple(p + self.length for p in request.positions))
 
 
 class TorchSession:
@@ -68,6 +78,7 @@ class TorchSession:
         """`model` is in eval mode; `head` replaces its own (a quantized head does)."""
         self._model = model
         self._head = head_of(model) if head is None else head
+        self._rope_limit = _rope_limit(model.config)
 
     @property
     def max_length(self) -> int:
@@ -89,7 +100,7 @@ class TorchSession:
         self._check_length(len(tokens))
         cache = Cache(layers=[_PrefixLayer() for _ in range(self._model.config.num_hidden_layers)])
         self._forward(self._ids([tokens]), cache)
-        return TorchPrefix(len(tokens), cache)
+        return TorchPrefix(tuple(tokens), cache)
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
@@ -98,18 +109,30 @@ class TorchSession:
         Raises:
             QevalError: a sequence is longer than the model's context.
         """
-        longest = max(len(request.tokens) for request in requests)
-        self._check_length(longest + (prefix.length if prefix else 0))
-        padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         if prefix is not None and not isinstance(prefix, TorchPrefix):
             raise TypeError("A prefix belongs to the session that made it.")
-        hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
-        return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
+        skip = prefix.length if prefix else 0
+        self._check_length(skip + max(len(request.tokens) for request in requests))
+        found: dict[int, Tensor] = {}
+        for is_long in (False, True):
+            part = [i for i, r in enumerate(requests) if (skip + len(r.tokens) > self._rope_limit) == is_long]
+            if part:
+                found.update(zip(part, self._run([requests[i] for i in part], prefix), strict=True))
+        return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, d_model]."""
         return self._head.logits(states.to(self._model.device))
+
+    def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
+        """The states of requests that lie on one side of the rotary limit, as one batch."""
+        longest = max(len(request.tokens) for request in requests)
+        if prefix is not None and prefix.length <= self._rope_limit < prefix.length + longest:
+            return self._run([prefix.before(request) for request in requests], None)  # its keys were turned otherwise
+        padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
+        hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
+        return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
     def _check_length(self, total: int) -> None:
         if total > self.max_length:
@@ -122,6 +145,17 @@ class TorchSession:
         output = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+
+def _rope_limit(config: Any) -> float:
+    """The length beyond which a sequence is turned by other rotary frequencies from its first token on (LongRoPE).
+
+    Ding et al., arXiv 2402.13753; Phi-3's and Phi-4's. Infinite for models of one set of frequencies.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # some have a set a kind of layer
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(limits, default=math.inf)
 
 
 class TorchBackend:

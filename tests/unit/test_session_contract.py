@@ -22,6 +22,24 @@ SESSIONS = {
         for family in ("Mistral", "Gemma2", "Phi")  # sliding windows, soft caps, parallel attention
     },
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0 + i for i in range(8)],
+}
+ORIGINAL = 16
+
+
+def long_rope():
+    """Phi-3.5's way: sequences beyond 16 tokens have other rotary frequencies, from their first token on."""
+    model = tiny_family(
+        "Phi3", vocab_size=VOCABULARY, rope_parameters=LONG_ROPE, original_max_position_embeddings=ORIGINAL
+    )
+    return TorchSession(model)
+
+
+SESSIONS["torch-longrope"] = long_rope
 """Makers of sessions; two calls of one give sessions that answer alike."""
 
 
@@ -82,6 +100,13 @@ def test_batches_of_any_size_and_order_give_the_same_states(session):
         assert_close(turned, one)
 
 
+def test_answers_do_not_depend_on_what_was_asked_before(session):
+    short, long = Request(tokens(9), (8,)), Request(tokens(60), (59,))
+    first = logits(session, short)
+    logits(session, long)
+    assert torch.equal(logits(session, short), first)
+
+
 def test_asking_for_fewer_positions_changes_none(session):
     ids = tokens(25)
     every = session.states([Request(ids, tuple(range(25)))])[0]
@@ -89,7 +114,7 @@ def test_asking_for_fewer_positions_changes_none(session):
 
 
 def test_a_position_sees_what_is_before_it_and_nothing_after(session):
-    ids = tokens(20)
+    ids = tokens(14)
     early = session.states([Request(ids, (9,))])[0]
     assert_close(session.states([last(ids[:10])])[0], early)
     other = (ids[9] + 1) % VOCABULARY
