@@ -101,7 +101,7 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     from qeval.cli.show import show_plan, show_result  # noqa: PLC0415
     from qeval.compare.prepare import prepare  # noqa: PLC0415
     from qeval.compare.run import failed, run  # noqa: PLC0415
-    from qeval.report import render  # noqa: PLC0415
+    from qeval.report import build, write  # noqa: PLC0415
 
     console = Console(stderr=True)
     progress = ConsoleProgress(console, quiet=quiet)
@@ -110,8 +110,9 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
         show_plan(plan, console)
     record = run(plan, progress)
     with progress.phase("report", 1):
-        rendered = render(settings.out)
-    show_result(settings.out, rendered, console, as_json=as_json)
+        report = build(settings.out)
+        rendered = write(report, settings.out)
+    show_result(record, report, rendered.html, console, as_json=as_json)
     return 3 if failed(record.variants) else 0
 
 

@@ -8,7 +8,11 @@ from rich.table import Table
 
 from qeval.compare.prepare import Plan
 from qeval.compare.run import estimate
-from qeval.report import Rendered, build, summary_table
+from qeval.report import Report, report_json, summary_table
+from qeval.store.run import RunRecord
+
+_FILE_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe, which have no width of their own."""
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -31,13 +35,18 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def show_result(out: Path, rendered: Rendered, console: Console, *, as_json: bool) -> None:
-    """The final table and where the report lies; with `as_json` what report.json holds, on stdout."""
+def show_result(record: RunRecord, report: Report, page: Path, console: Console, *, as_json: bool) -> None:
+    """The final table, what the run took and where the report lies; with `as_json` the report, on stdout."""
     if as_json:
-        typer.echo(rendered.json.read_text(encoding="utf-8"))
+        typer.echo(report_json(report))
         return
-    Console().print(summary_table(build(out)))
-    console.print(f"report: {rendered.html}", highlight=False, soft_wrap=True)
+    stdout = Console()
+    if not stdout.is_terminal:
+        stdout.width = max(stdout.width, _FILE_WIDTH)
+    stdout.print(summary_table(report))
+    took = f"took {_duration(record.seconds)}, peak memory {record.peak_rss_bytes / 2**30:.2f} GiB"
+    console.print(took, highlight=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
