@@ -45,8 +45,7 @@ def show_result(record: RunRecord, report: Report, page: Path, console: Console,
         stdout.width = max(stdout.width, _FILE_WIDTH)
     stdout.print(summary_table(report))
     took = f"took {_duration(record.seconds)}, peak memory {record.peak_rss_bytes / 2**30:.2f} GiB"
-    console.print(took, highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page} ({took})", highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
