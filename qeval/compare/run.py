@@ -15,7 +15,7 @@ from qeval.config import BASELINE
 from qeval.errors import QevalError, UsageError
 from qeval.paths import home
 from qeval.progress import Progress
-from qeval.score.choices import question_tokens
+from qeval.score.choices import shared_tokens
 from qeval.store.atomic import write_text
 from qeval.store.rows import Kind, RowStore
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
@@ -67,7 +67,7 @@ def estimate(plan: Plan) -> Cost:
     """What the whole run costs from nothing; what the cache and OUT hold already comes off it."""
     shape, models = plan.shape, 1 + len(plan.settings.recipes) + len(plan.given)
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
-    asked = sum(question_tokens(suite.questions) for suite in plan.suites)
+    asked = sum(shared_tokens(part) for suite in plan.suites for part in suite.parts())
     items = sum(suite.info.items for suite in plan.suites)
     flops = models * shape.forward_flops(plan.corpus_tokens + asked, 2 * scored + items)
     if any(recipe.calibrated for recipe in plan.settings.recipes):

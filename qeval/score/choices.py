@@ -49,6 +49,13 @@ def pair_tokens(pairs: Sequence[tuple[Ids, Ids]]) -> int:
     return sum(len(sequence.tokens) for sequence in _sequences(pairs))
 
 
+def shared_tokens(questions: Sequence[Question]) -> int:
+    """Tokens that are run for some questions when their prefixes are shared."""
+    sequences = _sequences([pair for question in questions for pair in question.pairs])
+    groups = group_by_prefix([s.tokens for s in sequences], [s.positions[0] for s in sequences])
+    return sum(len(s.tokens) for s in sequences) - sum(g.length * (len(g.members) - 1) for g in groups)
+
+
 def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance) -> list[Score]:
     """The score of every continuation after its context, in order.
 

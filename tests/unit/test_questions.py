@@ -183,3 +183,13 @@ def test_a_shared_header_and_a_shared_passage_are_both_found():
     made = [header + one + (i,) for i in range(4)] + [header + two + (i,) for i in range(4)]
     groups = group_by_prefix(made, [500] * 8)
     assert sorted(group.length for group in groups) == [500, 500]
+
+
+def test_the_tokens_that_are_run_are_counted_for_the_estimate(tmp_path):
+    from qeval.backends.replay import ReplaySession
+    from qeval.score.choices import question_tokens, shared_tokens
+
+    made = suite(write(tmp_path))
+    session = ReplaySession(256, max_length=2048)
+    score_questions(session, made.questions, 4096, nobody)
+    assert session.tokens_run == shared_tokens(made.questions) < question_tokens(made.questions)
