@@ -69,7 +69,8 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     if recipe.mixed:
         grids, choices = _mix(source, recipe, grids, advance)
     scales = source.search.scales(source.description.groups, grids) if recipe.uses_awq else {}
-    weights = quantize_groups(source.search, source.description.groups, grids, scales, clip=recipe.clips)
+    divisors = row_divisors(scales, source.search.parameters)
+    weights = quantize_groups(source.search, source.description.groups, grids, scales, divisors, clip=recipe.clips)
     if source.description.head in grids:
         weights[source.description.head] = _quantize_head(source, grids)
     return Variant(
@@ -210,11 +211,11 @@ def _mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
         raise UsageError(
             f"'{recipe.name}': the positional rule has its own size; leave --budget out, or take --importance measured."
         )
+    if recipe.budget is None:
+        return positional_budget(source, recipe, low)[1]
     high = {name: high_grid(recipe) for name in low}
     parameters = source.search.parameters
     weights = sum(parameters[name].numel() for name in low)
-    if recipe.budget is None:
-        return positional_budget(source, recipe, low)[1]
     reserved = _explicit_bits(source, low) if recipe.uses_awq else 0
     smallest = (_bits(low, parameters) + reserved) / weights
     largest = (_bits(high, parameters) + reserved) / weights
@@ -238,7 +239,7 @@ def _effective(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> Cal
     divisors = row_divisors(scales, search.parameters)
 
     def of(group: Group) -> dict[str, torch.Tensor]:
-        weights = quantize_groups(search, [group], grids, scales, clip=recipe.clips)
+        weights = quantize_groups(search, [group], grids, scales, divisors, clip=recipe.clips)
         scaled = scales.get(group.names[0])
         return {name: effective(name, weight, scaled, divisors) for name, weight in weights.items()}
 

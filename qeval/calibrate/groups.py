@@ -124,10 +124,15 @@ def explicit_scales(scales: Scales) -> dict[str, Tensor]:
 
 
 def quantize_groups(
-    search: Search, groups: Sequence[Group], grids: Grids, scales: Scales, *, clip: bool
+    search: Search,
+    groups: Sequence[Group],
+    grids: Grids,
+    scales: Scales,
+    divisors: Mapping[str, Tensor],
+    *,
+    clip: bool,
 ) -> dict[str, QWeight]:
     """Every quantized matrix of `groups`: rows divided, columns multiplied, blocks clipped, rounded."""
-    divisors = row_divisors(scales, search.parameters)
     weights = {}
     for group in groups:
         scaled = scales.get(group.names[0])

@@ -14,7 +14,7 @@ _BUFFERS_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate: seconds of work not yet done, and the largest resident memory in bytes."""
+    """An estimate: seconds of the whole work, and the largest resident memory in bytes."""
 
     seconds: float
     peak_bytes: int
@@ -40,7 +40,7 @@ class Shape:
 
 
 def flops_per_second(device: str, dtype: torch.dtype) -> float:
-    """The rate of a matrix product of 1024 by 1024 here and now, the better of two."""
+    """The rate of a matrix product of 1024 by 1024 here and now, the best of three."""
     a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
     return 2.0 * _SIDE**3 / min(_seconds(a) for _ in range(3))
 

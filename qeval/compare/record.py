@@ -1,7 +1,5 @@
 """The run's record: what each variant is and what it was measured on, in the words that reports use."""
 
-from dataclasses import asdict
-
 from qeval.quant.grid import describe, parse
 from qeval.store.run import GroupRecord, KeptRecord, VariantRecord
 from qeval.store.variants import Manifest
@@ -63,11 +61,6 @@ def failed_record(name: str, method: str, backend: str, error: str) -> VariantRe
         quantize_seconds=0.0,
         score_seconds=0.0,
     )
-
-
-def plain(value: object) -> dict[str, object]:
-    """A dataclass instance's fields as plain values, for a record of the same fields."""
-    return asdict(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _grids(manifest: Manifest) -> list[str]:

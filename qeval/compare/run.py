@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.compare.environment import describe_environment, peak_rss_bytes
 from qeval.compare.estimate import Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
@@ -21,8 +22,6 @@ from qeval.store.rows import Kind, RowStore
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
 from qeval.store.states import StateStore
 from qeval.store.variants import read_manifest
-
-_SENSITIVITY_TOKENS = 512
 
 
 def run(plan: Plan, progress: Progress) -> RunRecord:
@@ -64,7 +63,7 @@ def run(plan: Plan, progress: Progress) -> RunRecord:
 
 
 def estimate(plan: Plan) -> Cost:
-    """What the whole run costs from nothing; what the cache and OUT hold already comes off it."""
+    """What the whole run costs from nothing; what the cache and OUT hold already is not taken off."""
     shape, models = plan.shape, 1 + len(plan.settings.recipes) + len(plan.given)
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
     asked = sum(shared_tokens(part) for suite in plan.suites for part in suite.parts())
@@ -75,7 +74,8 @@ def estimate(plan: Plan) -> Cost:
     groups = len(plan.source.description.groups)
     for recipe in plan.settings.recipes:
         if recipe.mixed and recipe.importance == "measured":
-            flops += groups * shape.forward_flops(_SENSITIVITY_TOKENS // 2, _SENSITIVITY_TOKENS // 4)
+            tokens = SAMPLES * LENGTH
+            flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)
     dtype = next(plan.loaded.model.parameters()).dtype
     return cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +48,6 @@ class Work:
     baseline_key: str
     batch_tokens: int
     progress: Progress
-    records: dict[Kind, list[Path]] = field(default_factory=lambda: {"tokens": [], "items": []})
 
     def jobs(self, scorer: "Scorer") -> dict[Kind, list[Job]]:
         """The jobs of one model on everything."""
@@ -80,10 +79,10 @@ class Scorer:
         def run(advance: Advance) -> Path:
             names = {"variant": self.name, "backend": self._backend.name, "corpus": work.corpus}
             if self.is_baseline:
-                base = _baseline_states(work, shard, self._backend, advance)
+                base = self.baseline_states(work, shard, advance)
                 columns = baseline_columns(self._opened(), shard, base, names)
             else:
-                base = _baseline_states(work, shard, self._backend, _to_nobody)
+                base = self.baseline_states(work, shard, _to_nobody)
                 session = self._opened()
                 states = window_states(session, shard.windows, work.batch_tokens, advance)
                 columns = variant_columns(self._base_logits, base, session, states, shard, names)
@@ -104,9 +103,15 @@ class Scorer:
         units = question_tokens(questions)
         return Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)
 
-    def baseline_states(self, work: Work, shard: Shard) -> Tensor:
-        """The baseline's final states of a shard, computed where the cache lacks them."""
-        return _baseline_states(work, shard, self._backend, _to_nobody)
+    def baseline_states(self, work: Work, shard: Shard, advance: Advance) -> Tensor:
+        """The baseline's final states of a shard, from the cache or computed; never while a variant is installed."""
+        key = digest({"baseline": work.baseline_key, **shard.key()})
+        states = work.states.read(key)
+        if states is None:
+            with torch.inference_mode(), self._backend.open(None) as session:
+                states = window_states(session, shard.windows, work.batch_tokens, advance)
+            work.states.write(key, states)
+        return states
 
     @property
     def is_baseline(self) -> bool:
@@ -144,18 +149,7 @@ def _complete_baseline(work: Work, scorer: Scorer, jobs: Sequence[Job]) -> None:
     """Make sure of the baseline's states before a variant takes its place in memory."""
     for shard, job in zip(work.shards, jobs, strict=True):
         if job.find() is None:
-            scorer.baseline_states(work, shard)
-
-
-def _baseline_states(work: Work, shard: Shard, backend: Backend, advance: Advance) -> Tensor:
-    """The baseline's final states of a shard, from the cache or computed; never while a variant is installed."""
-    key = digest({"baseline": work.baseline_key, **shard.key()})
-    states = work.states.read(key)
-    if states is None:
-        with torch.inference_mode(), backend.open(None) as session:
-            states = window_states(session, shard.windows, work.batch_tokens, advance)
-        work.states.write(key, states)
-    return states
+            scorer.baseline_states(work, shard, _to_nobody)
 
 
 def _to_nobody(done: int) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from qeval.backends.base import Prefix, Session
 from qeval.errors import QevalError
 from qeval.progress import Advance
 from qeval.score.prefix import PrefixGroup, group_by_prefix
+from qeval.store.schema import constant_column
 from qeval.tasks.harness import Ids, Question, Suite
 from qeval.types import Request
 
@@ -52,8 +52,8 @@ def pair_tokens(pairs: Sequence[tuple[Ids, Ids]]) -> int:
 def shared_tokens(questions: Sequence[Question]) -> int:
     """Tokens that are run for some questions when their prefixes are shared."""
     sequences = _sequences([pair for question in questions for pair in question.pairs])
-    groups = group_by_prefix([s.tokens for s in sequences], [s.positions[0] for s in sequences])
-    return sum(len(s.tokens) for s in sequences) - sum(g.length * (len(g.members) - 1) for g in groups)
+    spared = sum(group.length * (len(group.members) - 1) for group in _groups(sequences))
+    return sum(len(sequence.tokens) for sequence in sequences) - spared
 
 
 def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance) -> list[Score]:
@@ -67,8 +67,7 @@ def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens
     """
     scores: list[Score | None] = [None] * len(pairs)
     sequences = _sequences(pairs)
-    groups = group_by_prefix([s.tokens for s in sequences], [s.positions[0] for s in sequences])
-    for group in groups:
+    for group in _groups(sequences):
         first = sequences[group.members[0]].tokens[: group.length]
         prefix = session.prefill(first) if group.length else None
         for batch in _batches(sequences, group, batch_tokens):
@@ -97,8 +96,8 @@ def item_columns(
     judged = [suite.judge(question, found) for question, found in zip(questions, scores, strict=True)]
     values = [[score for score, _ in found[: q.choices]] for q, found in zip(questions, scores, strict=True)]
     return {
-        "variant": _constant(variant, len(questions)),
-        "backend": _constant(backend, len(questions)),
+        "variant": constant_column(variant, len(questions)),
+        "backend": constant_column(backend, len(questions)),
         "task": [suite.info.name] * len(questions),
         "subject": [question.subject for question in questions],
         "item": [question.item for question in questions],
@@ -129,6 +128,11 @@ def _sequences(pairs: Sequence[tuple[Ids, Ids]]) -> list[_Sequence]:
     return [_Sequence(tokens, tuple(entries)) for tokens, entries in asked.items()]
 
 
+def _groups(sequences: Sequence[_Sequence]) -> list[PrefixGroup]:
+    """Which sequences share a prefix; no position that is read lies inside one."""
+    return group_by_prefix([s.tokens for s in sequences], [s.positions[0] for s in sequences])
+
+
 def _batches(sequences: Sequence[_Sequence], group: PrefixGroup, batch_tokens: int) -> Iterator[list[_Sequence]]:
     """A group's sequences, the longest first, at most `batch_tokens` a batch after padding.
 
@@ -148,15 +152,19 @@ def _score_batch(
     session: Session, batch: Sequence[_Sequence], prefix: Prefix | None, skip: int, scores: list[Score | None]
 ) -> None:
     requests = [Request(s.tokens[skip:], tuple(p - skip for p in s.positions)) for s in batch]
-    for sequence, states in zip(batch, session.states(requests, prefix), strict=True):
-        rows = {position: row for row, position in enumerate(sequence.positions)}
-        wanted = [(rows[start + i], token) for start, ids, _ in sequence.asked for i, token in enumerate(ids)]
-        log_p, greedy = _read(session, states, wanted)
-        taken = 0
-        for _, ids, index in sequence.asked:
-            part = slice(taken, taken + len(ids))
-            scores[index] = (float(log_p[part].sum()), bool(greedy[part].all()))
-            taken += len(ids)
+    states = torch.cat(session.states(requests, prefix))  # one head product for the batch, not one a sequence
+    wanted: list[tuple[int, int]] = []
+    parts: list[tuple[int, slice]] = []
+    first = 0
+    for sequence in batch:
+        rows = {position: first + row for row, position in enumerate(sequence.positions)}
+        first += len(rows)
+        for start, ids, index in sequence.asked:
+            parts.append((index, slice(len(wanted), len(wanted) + len(ids))))
+            wanted += [(rows[start + i], token) for i, token in enumerate(ids)]
+    log_p, greedy = _read(session, states, wanted)
+    for index, part in parts:
+        scores[index] = (float(log_p[part].sum()), bool(greedy[part].all()))
 
 
 def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -173,7 +181,3 @@ def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]]) -
     if not bool(torch.isfinite(log_p).all()):
         raise QevalError("The model's logits are not finite; its weights are broken or its compute type overflows.")
     return log_p, greedy
-
-
-def _constant(value: str, rows: int) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, dtype=np.int16)), pa.array([value]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from qeval.backends.base import Session
 from qeval.metrics.tokens import Logits, distance, own_numbers
 from qeval.progress import Advance
-from qeval.store.schema import TOKENS
+from qeval.store.schema import TOKENS, constant_column
 from qeval.tasks.windows import Window
 from qeval.types import Request
 
@@ -123,7 +123,7 @@ def _columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> 
     """Rows from states: what a state predicts goes to the next token's row, what it is compared in to its own."""
     rows = _Layout(shard)
     arrays = {name: value.cpu().numpy() for name, value in values.items()}
-    columns: dict[str, Any] = {name: _constant(value, len(rows.position)) for name, value in names.items()}
+    columns: dict[str, Any] = {name: constant_column(value, len(rows.position)) for name, value in names.items()}
     columns |= {"window": rows.window, "position": rows.position, "token": rows.token}
     columns["nll"] = rows.predicted(-arrays.pop("log_p"))
     if "delta_p" in arrays:
@@ -159,7 +159,3 @@ class _Layout:
     def predicted(self, values: NDArray[Any]) -> pa.Array:
         """`values` by state, at the rows whose token the state predicts; null elsewhere."""
         return pa.array(values[self._previous], mask=self._previous < 0)
-
-
-def _constant(value: str, rows: int) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, dtype=np.int16)), pa.array([value]))

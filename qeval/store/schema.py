@@ -8,6 +8,7 @@ next token) with the baseline's, and are null in the baseline's own rows and whe
 Item rows: one a question. `item` is the question's index in its file.
 """
 
+import numpy as np
 import pyarrow as pa
 
 ROWS_VERSION = 1
@@ -51,3 +52,8 @@ ITEMS = pa.schema(
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )
+
+
+def constant_column(value: str, rows: int) -> pa.Array:
+    """A column that says `value` in every row, in the type of the schemas' names."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, dtype=np.int16)), pa.array([value]))
