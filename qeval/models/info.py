@@ -1,6 +1,7 @@
 """What is known of a loaded model, in plain values."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -32,8 +33,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A transformers causal language model in eval mode without gradients, its tokenizer, and what is known of it."""
+    """A transformers causal language model in eval mode without gradients, its tokenizer, what is known of it,
+    and the folder of its checkpoint."""
 
     model: Any
     tokenizer: Any
     info: ModelInfo
+    folder: Path

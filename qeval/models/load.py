@@ -70,7 +70,7 @@ def load(source: ModelSource, *, device: str = "cpu", dtype: str | None = None) 
         context_length=_context_length(text, checkpoint.folder),
         notes=(*checkpoint.notes, *unused),
     )
-    return LoadedModel(model, tokenizer, info)
+    return LoadedModel(model, tokenizer, info, checkpoint.folder)
 
 
 def check_device(name: str) -> torch.device:

@@ -1,0 +1,227 @@
+"""From a checkpoint to ONNX folders: the float graph once, compared with torch, then a variant's integers put into it.
+
+Route A is the model builder of onnxruntime-genai, whose folders its runtime loads and generates from; route B is
+torch's own exporter, for families that the builder doesn't take.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qeval.backends.onnx import dynamo
+from qeval.backends.onnx.files import GENAI_CONFIG
+from qeval.backends.onnx.folder import QDQ_LEVEL, opened
+from qeval.backends.onnx.locate import locate, read_places
+from qeval.backends.onnx.packages import require_builder, require_dynamo
+from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.swap import NBITS, Style, apply, make_exact
+from qeval.backends.torch import TorchSession
+from qeval.errors import QevalError
+from qeval.identity import digest
+from qeval.metrics.tokens import near_kl
+from qeval.models.cache import build_once
+from qeval.models.info import LoadedModel
+from qeval.quant.variant import Variant
+from qeval.types import Request
+
+EXPORT_VERSION = 1
+"""Raise it when the same checkpoint gives another float graph."""
+
+Route = Literal["genai", "dynamo"]
+MODEL = "model.onnx"
+_DATA = "model.onnx.data"
+_PLACES = "places.json"
+_OWN = (MODEL, _DATA, _PLACES, "qeval.json")
+_MOST_KL = 1e-8
+_PROBE = 128
+_TEXT = (
+    "A quantized model answers almost as its original does, and the question is always how much 'almost' is. "
+    "In 1854 the engineers of the railway measured 3,217 rails twice, with two instruments, before they trusted one."
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An exported graph against torch on the same tokens: mean KL in nats, largest difference of a logit."""
+
+    tokens: int
+    kl_nats: float
+    max_logit_difference: float
+
+
+class Exporter:
+    """Makes ONNX folders of one loaded model."""
+
+    def __init__(self, loaded: LoadedModel, names: Iterable[str], exporter: str, threads: int) -> None:
+        """`names` are the parameters that quantizers touch, the head's included; `exporter` is auto, genai or dynamo.
+
+        Raises:
+            UsageError: what the exporter needs is not installed.
+        """
+        if exporter == "dynamo":
+            require_dynamo()
+        else:
+            require_builder()
+        self._loaded, self.asked, self._threads = loaded, exporter, threads
+        parameters = dict(loaded.model.named_parameters())
+        self._parameters: dict[str, Tensor] = parameters | {n: loaded.model.get_parameter(n) for n in names}
+        self.route: Route | None = None
+        """The route that made the float graph; None before it is made."""
+        self.refused: str | None = None
+        """Why the builder did not take the model, where `auto` went on to torch's exporter."""
+
+    def float_folder(self) -> Path:
+        """The float graph in fp32, made and compared with torch once, then kept in the cache.
+
+        Raises:
+            QevalError: no route takes the model, or the graph's answers are not torch's.
+        """
+        if self.asked == "auto":
+            try:
+                return self._made("genai")
+            except QevalError as error:
+                self.refused = str(error)
+                require_dynamo()
+                return self._made("dynamo")
+        return self._made("dynamo" if self.asked == "dynamo" else "genai")
+
+    def write(self, variant: Variant | None, style: Style, out: Path) -> None:
+        """Write a variant's (or the float model's) folder to `out`, which must not exist; it appears whole.
+
+        Raises:
+            QevalError: the graph has no place for something of the variant, or can't be written.
+            UsageError: the kernel takes no block of a grid's size.
+        """
+        source = self.float_folder()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            part = Path(temporary) / "folder"
+            if variant is None:
+                shutil.copytree(source, part, ignore=shutil.ignore_patterns("qeval.json", _PLACES))
+            else:
+                part.mkdir()
+                _copy_others(source, part)
+                model = ir.load(source / MODEL)
+                places = read_places(model.graph, json.loads((source / _PLACES).read_text(encoding="utf-8")))
+                apply(model.graph, places, variant, style)
+                _save(model, part)
+                _check_written(part, variant, style)
+                if style.format == "qdq":
+                    _ask_level(part / GENAI_CONFIG, style.accuracy_level)
+            try:
+                part.rename(out)
+            except OSError as error:
+                raise QevalError(f"Cannot write {out}: {error.strerror or error}.") from error
+
+    def parity(self, folder: Path, session: TorchSession) -> Parity:
+        """A folder's answers on the CPU against a torch session's, over a short text."""
+        ids = self._probe()
+        request = Request(tuple(ids), tuple(range(len(ids))))
+        with opened(folder, choose("cpu"), threads=self._threads) as found, torch.inference_mode():
+            theirs, ours = found.session.states([request])[0], session.states([request])[0]
+            kl = near_kl(session.logits, ours, found.session.logits, theirs)
+            worst = max(
+                float((session.logits(ours[i : i + 16]).cpu() - found.session.logits(theirs[i : i + 16])).abs().max())
+                for i in range(0, len(ids), 16)
+            )
+        return Parity(len(ids), float(kl.mean()), worst)
+
+    def _made(self, route: Route) -> Path:
+        self.route = route
+        info = self._loaded.info
+        key = digest({"export": EXPORT_VERSION, "route": route, "weights": info.weights_sha256})[:16]
+        return build_once(f"onnx-{route}-{key}", (), lambda folder: self._build(route, folder))
+
+    def _build(self, route: Route, folder: Path) -> None:
+        checkpoint = self._loaded.folder
+        raw = folder / "raw"
+        if route == "genai":
+            _run_builder(checkpoint, raw)
+        else:
+            dynamo.export_dynamo(checkpoint, raw)
+            _copy_others(checkpoint, raw)
+        _copy_others(raw, folder)
+        model = ir.load(raw / MODEL)
+        places = locate(model.graph, self._parameters)
+        make_exact(places, self._parameters)
+        _save(model, folder)
+        (folder / _PLACES).write_text(json.dumps(places.spelled()), encoding="utf-8")
+        del model
+        shutil.rmtree(raw)
+        parity = self.parity(folder, TorchSession(self._loaded.model))
+        if not parity.kl_nats <= _MOST_KL:
+            raise QevalError(
+                f"The {route} export of {self._loaded.info.architecture} is not the model: over {parity.tokens} tokens "
+                f"its KL from torch is {parity.kl_nats:.2g} nats (largest logit difference "
+                f"{parity.max_logit_difference:.2g}), where {_MOST_KL:g} is allowed; try the other --exporter."
+            )
+
+    def _probe(self) -> list[int]:
+        ids: list[int] = self._loaded.tokenizer(_TEXT).input_ids
+        window = getattr(self._loaded.model.config.get_text_config(), "sliding_window", None) or 0
+        length = min(self._loaded.info.context_length, max(_PROBE, window + 64 if window <= 1024 else 0))
+        return (ids * (1 + length // len(ids)))[:length]
+
+
+def _run_builder(checkpoint: Path, out: Path) -> None:
+    """The model builder in a process of its own: its memory, its noise and its hub client stay there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qeval.backends.onnx.genai_child", str(checkpoint.resolve()), str(out.resolve()), "cpu"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    shutil.rmtree(out / "cache", ignore_errors=True)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1].rstrip(".") if lines else f"exit code {done.returncode}"
+        raise QevalError(f"The model builder of onnxruntime-genai did not take '{checkpoint}': {reason}.")
+
+
+def _copy_others(source: Path, out: Path) -> None:
+    """Configuration and tokenizer: everything small that is neither weights nor our own record."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        weights = path.name in _OWN or path.suffix in (".safetensors", ".bin", ".gguf")
+        if path.is_file() and not weights:
+            shutil.copyfile(path, out / path.name)
+
+
+def _save(model: ir.Model, folder: Path) -> None:
+    try:
+        ir.save(model, folder / MODEL, external_data=_DATA)
+    except OSError as error:
+        raise QevalError(f"Cannot write {folder / MODEL}: {error.strerror or error}.") from error
+
+
+def _check_written(folder: Path, variant: Variant, style: Style) -> None:
+    """Read the attributes back: builders are known to drop options without a word, and so might we."""
+    nodes = list(ir.load(folder / MODEL).graph)
+    op = NBITS if style.format == "nbits" else "DequantizeLinear"
+    found = Counter(node.op_type for node in nodes)[op]
+    if found < len(variant.weights):
+        raise QevalError(f"{folder} holds {found} {op} nodes for {len(variant.weights)} quantized weights.")
+    for node in nodes:
+        if node.op_type == NBITS and node.attributes["accuracy_level"].as_int() != style.accuracy_level:
+            raise QevalError(f"{folder}: {node.name} has another accuracy level than {style.accuracy_level}.")
+
+
+def _ask_level(config: Path, level: int) -> None:
+    """Have onnxruntime-genai fuse DequantizeLinear + MatMul at an accuracy level; its default is int8 activations."""
+    if not config.is_file():
+        return
+    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    content["model"]["decoder"]["session_options"][QDQ_LEVEL] = str(level)
+    config.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

@@ -1,0 +1,152 @@
+"""Which files an ONNX folder holds, and that none is missing or cut short; the weights aren't read."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from qeval.errors import UsageError
+
+GENAI_CONFIG = "genai_config.json"
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """The files of a decoder's folder."""
+
+    folder: Path
+    model: Path
+    config: Path
+    """genai_config.json, or transformers' config.json."""
+    tokenizer: tuple[Path, ...]
+    settings: Mapping[str, Any]
+    """What the configuration says of the model."""
+    decoder: Mapping[str, Any]
+    """genai_config.json's section about the decoder; empty for a config.json."""
+
+
+def find_files(folder: Path, *, needs_tokenizer: bool = True) -> Files:
+    """The files of a decoder's folder.
+
+    Raises:
+        UsageError: the folder has no graph (or several, and no genai_config.json that names one), no configuration,
+            or, where `needs_tokenizer`, no tokenizer.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}: give one that holds an ONNX model.")
+    config, content = _config(folder)
+    decoder = _decoder(config, content)
+    model = _model_file(folder, decoder)
+    tokenizer = _tokenizer(folder)
+    if needs_tokenizer and not tokenizer:
+        raise UsageError(f"{folder} has no tokenizer (tokenizer.json): copy the one of the model it was made from.")
+    return Files(folder, model, config, tokenizer, content["model"] if decoder else content, decoder)
+
+
+def load_graph(model_file: Path) -> ir.Model:
+    """A graph whose external data is all there, none of it read.
+
+    Raises:
+        UsageError: the file isn't ONNX or holds no graph; external data is missing, cut short, or outside the folder.
+    """
+    try:
+        model = ir.load(model_file)
+    except (DecodeError, ir.serde.SerdeError, ValueError) as error:
+        raise UsageError(f"{model_file} is no ONNX model, or is cut short: copy or export it again.") from error
+    if not len(model.graph):
+        raise UsageError(f"{model_file} holds no graph: copy or export it again.")
+    _check_external(model_file, model)
+    return model
+
+
+def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The configuration: genai_config.json, or transformers' config.json."""
+    for name in (GENAI_CONFIG, "config.json"):
+        file = folder / name
+        if file.is_file():
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UsageError(f"{file} is no JSON ({error}): copy or export it again.") from error
+            if not isinstance(config, dict):
+                raise UsageError(f"{file} holds no settings: copy or export it again.")
+            return file, config
+    if not any(folder.glob("*.onnx")):
+        raise UsageError(_no_model(folder))
+    raise UsageError(f"{folder} has neither {GENAI_CONFIG} nor config.json: copy the one that came with the model.")
+
+
+def _decoder(config_file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of a genai_config.json about the decoder; empty for a config.json."""
+    if config_file.name != GENAI_CONFIG:
+        return {}
+    model = config.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not isinstance(decoder, dict):
+        raise UsageError(f"{config_file} describes no decoder (model.decoder): only language models can be scored.")
+    if "pipeline" in decoder:
+        raise UsageError(f"{config_file} splits the decoder into a pipeline of graphs: export it as a single one.")
+    return decoder
+
+
+def _model_file(folder: Path, decoder: Mapping[str, Any]) -> Path:
+    if name := decoder.get("filename"):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} lacks {name}, the model that its {GENAI_CONFIG} names: copy it there.")
+        return folder / str(name)
+    files = sorted(folder.glob("*.onnx"))
+    if not files:
+        raise UsageError(_no_model(folder))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UsageError(
+            f"{folder} holds several models ({names}), and no {GENAI_CONFIG} names one: keep one to a folder."
+        )
+    return files[0]
+
+
+def _no_model(folder: Path) -> str:
+    below = sorted({str(file.parent.relative_to(folder)) for file in folder.glob("*/*.onnx")})
+    hint = f"there is one in {below[0]}" if len(below) == 1 else "give the folder that holds model.onnx"
+    return f"{folder} holds no ONNX model: {hint}."
+
+
+def _tokenizer(folder: Path) -> tuple[Path, ...]:
+    for names in _TOKENIZERS:
+        files = tuple(folder / name for name in names)
+        if all(file.is_file() for file in files):
+            return files
+    return ()
+
+
+def _check_external(model_file: Path, model: ir.Model) -> None:
+    needed: dict[str, int] = {}
+    for tensor in _external(model):
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        location = str(tensor.location)
+        needed[location] = max(needed.get(location, 0), end)
+    for location, size_bytes in needed.items():
+        path = PurePosixPath(location)
+        if path.is_absolute() or ".." in path.parts:
+            raise UsageError(f"{model_file} points to data outside its folder ({location}): move it next to the model.")
+        file = model_file.parent / path
+        if not file.is_file():
+            raise UsageError(f"{file} is missing, which holds weights of {model_file.name}: copy it next to the model.")
+        if file.stat().st_size < size_bytes:
+            raise UsageError(
+                f"{file} is cut short: {model_file.name} needs {size_bytes:,} bytes of it and it has "
+                f"{file.stat().st_size:,}: copy it again."
+            )
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        held = [value.const_value for value in graph.initializers.values()]
+        attributes = (each for node in graph for each in node.attributes.values() if isinstance(each, ir.Attr))
+        held += [each.as_tensor() for each in attributes if each.type == ir.AttributeType.TENSOR]
+        yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))

@@ -1,0 +1,223 @@
+"""Where a model's parameters lie in an exported graph: found by their content, whatever the exporter called them.
+
+An exporter names, transposes, splits and offsets as it likes. Every float initializer is compared with the parameters
+themselves; so the same code serves the GenAI builder, torch's exporter and a graph of next year, and a weight that
+isn't where it should be is noticed before anything is swapped.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float32]
+Spelled = dict[str, list[list[Any]]]
+"""Places by parameter name: initializer, first row, row after the last, transposed, offset."""
+
+_CLOSE = 2e-3
+"""Relative: a gain of 1 + weight that was summed in fp16, or a whole graph in fp16, is still that parameter."""
+_BLOCK, _BIG_BLOCK = 1 << 12, 1 << 20
+_LEAST_ROWS = 16
+"""Shorter vectors are constants, not rows of a parameter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A node that multiplies its first input by rows `rows` of a parameter [rows, columns]."""
+
+    node: ir.Node
+    rows: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """An initializer that holds rows of a parameter, transposed or not, plus an offset (Gemma's gain is 1 + weight)."""
+
+    value: ir.Value
+    rows: slice
+    transposed: bool
+    offset: float
+
+    def of(self, parameter: Floats) -> Floats:
+        """What the initializer holds for a parameter's values."""
+        part = parameter[self.rows] + np.float32(self.offset)
+        return np.ascontiguousarray(part.T if self.transposed else part)
+
+
+@dataclass
+class Places:
+    """By parameter name: the nodes that multiply by it, and the initializers that hold it."""
+
+    matrices: dict[str, list[Matrix]] = field(default_factory=lambda: defaultdict(list))
+    held: dict[str, list[Held]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, name: str, held: Held) -> None:
+        """Note an initializer that holds a parameter, and the products by it."""
+        self.held[name].append(held)
+        self.matrices[name] += _multiplied(held.value, held.rows, held.transposed)
+
+    def covers(self, name: str, rows: int) -> bool:
+        """Whether the nodes that multiply by a parameter use each of its rows once."""
+        spans = sorted((m.rows.start or 0, rows if m.rows.stop is None else m.rows.stop) for m in self.matrices[name])
+        edges = [0, *(stop for _, stop in spans)]
+        return edges[-1] == rows and [start for start, _ in spans] == edges[:-1]
+
+    def spelled(self) -> Spelled:
+        """The places in plain values, for `read_places`."""
+        return {
+            name: [
+                [held.value.name, held.rows.start, held.rows.stop, held.transposed, held.offset] for held in all_held
+            ]
+            for name, all_held in self.held.items()
+        }
+
+
+def read_places(graph: ir.Graph, spelled: Spelled) -> Places:
+    """The places that `Places.spelled` wrote down, in the same graph read again."""
+    places = Places()
+    for name, entries in spelled.items():
+        for initializer, start, stop, transposed, offset in entries:
+            places.add(name, Held(graph.initializers[initializer], slice(start, stop), transposed, offset))
+    return places
+
+
+def locate(graph: ir.Graph, parameters: Mapping[str, Tensor]) -> Places:
+    """The places of `parameters` (by name, of one or two dimensions) in `graph`; two names may be of one tensor.
+
+    What isn't found is left out; whoever needs it says so.
+    """
+    values = {name: as_floats(tensor) for name, tensor in parameters.items() if tensor.dim() in (1, 2)}
+    tied = {name: tensor.data_ptr() for name, tensor in parameters.items()}
+    index = _by_width(values)
+    places = Places()
+    for initializer in list(graph.initializers.values()):
+        array = _float_array(initializer)
+        if array is None:
+            continue
+        found = _candidates(array, index, values)
+        nearest = _nearest_names(initializer.name or "", [each.name for each in found])
+        tensors = {tied[name] for name in nearest}
+        for each in found:
+            if tied[each.name] in tensors:
+                places.add(each.name, Held(initializer, each.rows, each.transposed, each.offset))
+    return places
+
+
+def as_floats(tensor: Tensor) -> Floats:
+    """A tensor's values on the CPU as fp32; no copy where it is that already."""
+    result: Floats = tensor.detach().float().cpu().numpy()
+    return result
+
+
+class _Found(NamedTuple):
+    name: str
+    rows: slice
+    transposed: bool
+    offset: float
+    whole: bool
+    error: float
+
+
+def _float_array(initializer: ir.Value) -> Floats | None:
+    tensor = initializer.const_value
+    wanted = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if tensor is None or tensor.dtype not in wanted or len(tensor.shape) not in (1, 2):
+        return None
+    return np.asarray(tensor.numpy(), dtype=np.float32)
+
+
+def _by_width(values: Mapping[str, Floats]) -> dict[int, list[str]]:
+    """Parameter names by the columns of a matrix, 0 for vectors."""
+    index: dict[int, list[str]] = defaultdict(list)
+    for name, value in values.items():
+        index[_width(value)].append(name)
+    return index
+
+
+def _width(array: Floats) -> int:
+    return array.shape[1] if array.ndim == 2 else 0
+
+
+def _candidates(array: Floats, index: Mapping[int, list[str]], values: Mapping[str, Floats]) -> list[_Found]:
+    """The parameters that an initializer may hold: the nearest whole ones, else those it is some rows of."""
+    found = []
+    for transposed in (True, False) if array.ndim == 2 else (False,):
+        part = array.T if transposed else array
+        for name in index.get(_width(part), ()):
+            for offset in (0.0,) if array.ndim == 2 else (0.0, 1.0):
+                if match := _nearest_rows(part, values[name], offset):
+                    rows = slice(match.start, match.start + len(part))
+                    whole = len(part) == len(values[name])
+                    found.append(_Found(name, rows, transposed, offset, whole, match.error))
+    found = [each for each in found if each.whole] or found
+    best = min((each.error for each in found), default=0.0)
+    return [each for each in found if each.error == best]
+
+
+class _Match(NamedTuple):
+    start: int
+    error: float
+
+
+def _nearest_rows(part: Floats, whole: Floats, offset: float) -> _Match | None:
+    """The row of `whole` (plus `offset`) where `part` begins and how far off it is; None where it isn't in it."""
+    starts: Iterable[int] = (0,)
+    if len(part) != len(whole):
+        if not _LEAST_ROWS <= len(part) < len(whole):
+            return None
+        first, column = part.flat[0], whole.reshape(len(whole), -1)[: len(whole) - len(part) + 1, 0]
+        starts = np.flatnonzero(np.abs(column + offset - first) <= _CLOSE * abs(first))
+    matches = (_Match(int(start), _error(part, whole[start : start + len(part)], offset)) for start in starts)
+    best = min(matches, key=lambda match: match.error, default=None)
+    return best if best is not None and best.error < inf else None
+
+
+def _error(a: Floats, b: Floats, offset: float) -> float:
+    """The largest difference between `a` and `b + offset`, infinite beyond what rounding to fp16 explains.
+
+    A few rows at a time: most pairs differ at once, and a vocabulary's matrix is not copied whole.
+    """
+    width = max(1, a[0].size)
+    worst, start, rows = 0.0, 0, max(1, _BLOCK // width)
+    while start < len(a):
+        part, expected = a[start : start + rows], b[start : start + rows] + np.float32(offset)
+        difference = float(np.abs(part - expected).max(initial=0.0))
+        if not difference <= _CLOSE * float(np.abs(expected).max(initial=0.0)):
+            return inf
+        worst, start, rows = max(worst, difference), start + rows, max(1, _BIG_BLOCK // width)
+    return worst
+
+
+def _multiplied(initializer: ir.Value, rows: slice, transposed: bool) -> Iterator[Matrix]:
+    """The matrix products by an initializer, straight or through a Transpose: `x @ weight.T` in torch's terms."""
+    for node, index in initializer.uses():
+        if node.op_type == "Transpose":
+            yield from _multiplied(node.outputs[0], rows, not transposed)
+        elif (node.op_type == "MatMul" and index == 1 and transposed) or (
+            node.op_type == "Gemm" and index == 1 and bool(_integer(node, "transB")) != transposed
+        ):
+            yield Matrix(node, rows)
+
+
+def _integer(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return 0 if attribute is None else attribute.as_int()
+
+
+def _nearest_names(initializer: str, names: Sequence[str]) -> set[str]:
+    """Of parameters with the same content, those whose name shares most words with the initializer's."""
+    words = _words(initializer)
+    shared = {name: len(words & _words(name)) for name in names}
+    best = max(shared.values(), default=0)
+    return {name for name in names if shared[name] == best}
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[./_]", name.lower()))

@@ -1,0 +1,142 @@
+"""Scoring on ONNX Runtime: token ids in, final states out, through the file's own kernels.
+
+Padding is on the right only: a causal graph can't see it there, while GroupQueryAttention gives wrong answers to
+padding on the left without a word. Log-softmax and everything after it is the caller's, in fp32, outside the graph.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qeval.backends.base import Prefix
+from qeval.backends.onnx.decoder import COUNT, HIDDEN, LOGITS, SCORED, STATES, Decoder
+from qeval.backends.onnx.packages import first_line, runtime_errors
+from qeval.errors import QevalError
+from qeval.types import Request
+
+Feeds = dict[str, Any]
+"""Values of ONNX Runtime by input name."""
+
+
+@dataclass(frozen=True, eq=False)
+class OrtPrefix:
+    """The keys and values of a prefix of `length` tokens, on the device, by input name."""
+
+    length: int
+    values: Feeds
+    spread: dict[int, Feeds] = field(default_factory=dict)
+    """The same for batches of several rows, made when first asked for."""
+
+
+class OrtSession:
+    """A decoder's body and head as two ONNX Runtime sessions; states are final hidden states, fp32."""
+
+    def __init__(self, decoder: Decoder, body: Any, head: Any, value_of: Callable[[Any], Any], max_length: int) -> None:
+        """`body` and `head` are open sessions of the decoder's two graphs; `value_of` puts an array on a device."""
+        self._decoder, self._body, self._head, self._value_of = decoder, body, head, value_of
+        self._max_length = max_length
+        self._empty = {
+            past.name: value_of(np.zeros((1, past.heads, 0, past.head_size), past.dtype)) for past in decoder.pasts
+        }
+
+    @property
+    def max_length(self) -> int:
+        """The context length that the folder's configuration states."""
+        return self._max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of a row of logits."""
+        return self._decoder.vocab_size
+
+    def prefill(self, tokens: Sequence[int]) -> OrtPrefix:
+        """Run a prefix once and keep its keys and values.
+
+        Raises:
+            QevalError: it is longer than the context, the graph keeps no keys and values, or the forward failed.
+        """
+        if not self._decoder.pasts:
+            raise QevalError("This graph takes no past keys and values, so no prefix can be shared.")
+        names = [past.present for past in self._decoder.pasts]
+        found = self._forward([tokens], [0], None, [COUNT, *names])[1:]
+        return OrtPrefix(len(tokens), dict(zip(self._empty, found, strict=True)))
+
+    def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
+        """The final hidden states at each request's positions, [positions, d_model] fp32.
+
+        Raises:
+            QevalError: a sequence is longer than the context, the forward failed, or gave fewer positions than asked.
+        """
+        if prefix is not None and not isinstance(prefix, OrtPrefix):
+            raise TypeError("A prefix belongs to the session that made it.")
+        if prefix is not None and not self._decoder.batches_past:
+            return [self._batch([request], prefix)[0] for request in requests]
+        return self._batch(requests, prefix)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The fp32 logits [n, vocab] of states [n, d_model]."""
+        if not len(states):
+            return torch.empty(0, self.vocab_size)
+        rows = states.float().cpu().contiguous().numpy()[None]
+        result = self._run(self._head, [LOGITS], {HIDDEN: self._value_of(rows)})[0].numpy()
+        return torch.from_numpy(result.reshape(len(states), -1))
+
+    def _batch(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
+        longest = max(len(request.tokens) for request in requests)
+        padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
+        wanted = [row * longest + position for row, r in enumerate(requests) for position in r.positions]
+        states = torch.from_numpy(self._forward(padded, wanted, prefix, [COUNT, STATES])[1].numpy())
+        return list(torch.split(states, [len(request.positions) for request in requests]))
+
+    def _forward(
+        self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], prefix: OrtPrefix | None, outputs: Sequence[str]
+    ) -> list[Any]:
+        """The outputs of one forward pass over [batch, length] tokens; the first, `COUNT`, has been checked."""
+        past = prefix.length if prefix else 0
+        batch, length = len(tokens), len(tokens[0])
+        if past + length > self.max_length:
+            raise QevalError(f"A sequence of {past + length} tokens is longer than the context of {self.max_length}.")
+        feeds = {self._decoder.ids: self._ids(tokens), SCORED: self._ids(wanted)} | self._past(prefix, batch)
+        if self._decoder.mask:
+            feeds[self._decoder.mask] = self._ids(np.ones((batch, past + length)))
+        if self._decoder.positions:
+            feeds[self._decoder.positions] = self._ids(np.tile(np.arange(past, past + length), (batch, 1)))
+        found = self._run(self._body, outputs, feeds)
+        rows = int(found[0].numpy()[0])
+        if rows != batch * length:
+            raise QevalError(
+                f"The graph gave states of {rows} positions for {batch} x {length} tokens; it can't be scored."
+            )
+        return found
+
+    def _past(self, prefix: OrtPrefix | None, batch: int) -> Feeds:
+        if prefix is None and batch == 1:
+            return self._empty
+        if prefix is None:
+            return {
+                past.name: self._value_of(np.zeros((batch, past.heads, 0, past.head_size), past.dtype))
+                for past in self._decoder.pasts
+            }
+        if batch == 1:
+            return prefix.values
+        if batch not in prefix.spread:
+            prefix.spread[batch] = {
+                name: self._value_of(np.repeat(value.numpy(), batch, axis=0)) for name, value in prefix.values.items()
+            }
+        return prefix.spread[batch]
+
+    def _ids(self, values: Sequence[Any] | NDArray[Any]) -> Any:
+        return self._value_of(np.asarray(values, dtype=np.int64))
+
+    @staticmethod
+    def _run(session: Any, outputs: Sequence[str], feeds: Feeds) -> list[Any]:
+        try:
+            found: list[Any] = session.run_with_ort_values(list(outputs), feeds)
+        except runtime_errors() as error:
+            raise QevalError(f"ONNX Runtime failed in a forward pass: {first_line(error)}.") from error
+        return found
