@@ -88,9 +88,9 @@ def build(run_dir: Path) -> Report:
 
 
 def quality(variant: Variant) -> float | None:
-    """What variants are ranked by, lower being better: KL, else the perplexity ratio."""
+    """What variants are ranked by, lower being better: KL, else the perplexity ratio; None for the noise floor."""
     for name in ("kl_nats", "ppl_ratio"):
-        if variant.status == "done" and name in variant.metrics:
+        if variant.status == "done" and variant.role == "variant" and name in variant.metrics:
             return variant.metrics[name].value
     return None
 
@@ -123,7 +123,7 @@ def _tokens(paired: PairedRun) -> _Tokens:
         metrics[name] = _token_metrics(rows, baseline, run)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
-            if not metrics[name]["kl_nats"].non_finite:
+            if variant.role == "variant" and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
     return _Tokens(metrics, curves, kl, windows)
 
@@ -146,8 +146,8 @@ def _items(paired: PairedRun, record: TaskRecord) -> _Items:
         rows = models[variant.name] = paired.items(record, variant)
         metrics[variant.name] = measure_items.accuracies(task, rows, seed)
         metrics[variant.name] |= measure_items.changes(task, rows, baseline, seed)
-    guess, acc = measure_items.chance(baseline), metrics[BASELINE][f"{task}_acc"]
-    at_chance = acc.low is not None and acc.high is not None and acc.low <= guess <= acc.high
+    guess = measure_items.chance(baseline)
+    at_chance = measure_items.at_chance(metrics[BASELINE][f"{task}_acc"], guess)
     results = measure_items.results(record, models, BASELINE, seed)
     return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
 
@@ -193,7 +193,7 @@ def _variant(
             groups=record.groups,
         )
     copied = (
-        "name", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
+        "name", "role", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
         "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
     )  # fmt: skip
     return Variant(
