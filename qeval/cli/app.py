@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from qeval import __version__
 from qeval.cli.compare import compare
+from qeval.cli.explain import explain
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
 from qeval.errors import QevalError, UsageError
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(quantize)
+app.command()(explain)
 app.command()(models)
 app.command()(methods)
 app.command()(tasks)

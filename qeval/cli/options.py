@@ -36,6 +36,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides the calibratio
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No plan, no progress; warnings and the result only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Run = Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
 
 _COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}

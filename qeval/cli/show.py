@@ -6,13 +6,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from qeval.cli.printing import stdout
 from qeval.compare.prepare import Plan
 from qeval.compare.run import estimate
 from qeval.report import Report, report_json, summary_table
 from qeval.store.run import RunRecord
-
-_FILE_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe, which have no width of their own."""
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -40,10 +38,7 @@ def show_result(record: RunRecord, report: Report, page: Path, console: Console,
     if as_json:
         typer.echo(report_json(report))
         return
-    stdout = Console()
-    if not stdout.is_terminal:
-        stdout.width = max(stdout.width, _FILE_WIDTH)
-    stdout.print(summary_table(report))
+    stdout().print(summary_table(report))
     took = f"took {_duration(record.seconds)}, peak memory {record.peak_rss_bytes / 2**30:.2f} GiB"
     console.print(f"report: {page} ({took})", highlight=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ from qeval.compare.estimate import Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
 from qeval.compare.record import failed_record, variant_record
 from qeval.compare.scoring import Scorer, Work, score
+from qeval.compare.texts import keep_texts
 from qeval.compare.variants import Entry, Workshop
 from qeval.config import BASELINE
 from qeval.errors import QevalError, UsageError
@@ -37,6 +38,7 @@ def run(plan: Plan, progress: Progress) -> RunRecord:
     baseline_seconds = time.perf_counter() - before
     variants = [_scored(plan, work, entry, records) for entry in entries]
     work.rows.keep_only(records)
+    keep_texts(plan.settings.out, plan.loaded.tokenizer, plan.shards, plan.suites)
     record = RunRecord(
         run_version=1,
         command=plan.settings.command,

@@ -5,11 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from qeval.errors import QevalError
-from qeval.report import measure_items, measure_tokens, pairing
+from qeval.report import measure_items, measure_tokens
 from qeval.report.model import (
     Baseline,
     Comparison,
@@ -25,11 +22,11 @@ from qeval.report.model import (
     Variant,
 )
 from qeval.report.notes import notes
+from qeval.report.paired import PairedRun
 from qeval.report.pairing import BASELINE, TokenRows
 from qeval.stats import bootstrap
 from qeval.stats.bootstrap import Clusters, Floats
-from qeval.store.rows import RowStore
-from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord, read_run
+from qeval.store.run import RunRecord, TaskRecord, VariantRecord
 
 _CLUSTERS = "windows for tokens; subjects for questions, and questions where there is but one subject"
 
@@ -59,17 +56,11 @@ def build(run_dir: Path) -> Report:
         BrokenRecordError: rows are missing, doubled, or not on the baseline's tokens and questions.
         QevalError: the baseline's own numbers are not finite.
     """
-    run = read_run(run_dir)
-    store = RowStore(run_dir)
-    done = [variant for variant in run.variants if variant.status == "done"]
-    tokens, items, backend = _NO_TOKENS, list[_Items](), None
-    if run.protocol and {"kl", "ppl"} & set(run.metrics):
-        table = store.read("tokens")
-        tokens, backend = _tokens(table, run, run.protocol, done), _baseline_backend(table)
-    if run.tasks:
-        table = store.read("items")
-        items, backend = [_items(table, task, done, run.seed) for task in run.tasks], _baseline_backend(table)
-    metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in done)])
+    rows = PairedRun(run_dir)
+    run = rows.record
+    tokens = _tokens(rows) if rows.protocol else _NO_TOKENS
+    items = [_items(rows, task) for task in run.tasks]
+    metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in rows.done)])
     variants = [_variant(each, run, metrics, results, tokens.curves) for each in run.variants]
     tasks = [each.task for each in items]
     return Report(
@@ -77,7 +68,7 @@ def build(run_dir: Path) -> Report:
         model=run.model,
         baseline=Baseline(
             label=run.baseline_label,
-            backend=backend,
+            backend=rows.backend,
             bits_per_weight=run.baseline_bits_per_weight,
             size_bytes=run.baseline_size_bytes,
             metrics=metrics[BASELINE],
@@ -97,9 +88,9 @@ def build(run_dir: Path) -> Report:
 
 
 def quality(variant: Variant) -> float | None:
-    """What variants are ranked by, lower being better: KL, else the perplexity ratio."""
+    """What variants are ranked by, lower being better: KL, else the perplexity ratio; None for the noise floor."""
     for name in ("kl_nats", "ppl_ratio"):
-        if variant.status == "done" and name in variant.metrics:
+        if variant.status == "done" and variant.role == "variant" and name in variant.metrics:
             return variant.metrics[name].value
     return None
 
@@ -118,61 +109,47 @@ def mark_pareto(variants: list[Variant]) -> list[Variant]:
 _NO_TOKENS = _Tokens({}, {}, {}, None)
 
 
-def _tokens(table: pa.Table, run: RunRecord, protocol: ProtocolRecord, done: list[VariantRecord]) -> _Tokens:
+def _tokens(paired: PairedRun) -> _Tokens:
     """One model after the other, so that only one variant's rows are held beside the baseline's."""
-    baseline = pairing.token_rows(pairing.select(table, BASELINE, None), BASELINE)
-    pairing.check_protocol(baseline, protocol)
+    run, baseline = paired.record, paired.baseline_tokens
     wants_ppl = "ppl" in run.metrics
     metrics = {BASELINE: measure_tokens.baseline_perplexity(baseline, run.seed) if wants_ppl else {}}
     _require_finite(metrics[BASELINE])
     curves: dict[str, Curve | None] = {}
     kl: dict[str, Floats] = {}
     windows = None
-    for variant in done:
-        name = variant.name
-        rows = pairing.token_rows(pairing.select(table, name, variant.backend), name)
-        pairing.pair_tokens(rows, baseline, name)
-        metrics[name] = _token_metrics(rows, baseline, run, name)
+    for variant in paired.done:
+        name, rows = variant.name, paired.tokens(variant)
+        metrics[name] = _token_metrics(rows, baseline, run)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
-            if not metrics[name]["kl_nats"].non_finite:
+            if variant.role == "variant" and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
     return _Tokens(metrics, curves, kl, windows)
 
 
-def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, name: str) -> Metrics:
+def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord) -> Metrics:
     metrics: Metrics = {}
-    if "kl" in run.metrics and run.protocol:
-        pairing.check_kl(rows, run.protocol, name)
+    if "kl" in run.metrics:
         metrics |= measure_tokens.kl_metrics(rows, run.seed)
     if "ppl" in run.metrics:
         metrics |= measure_tokens.nll_metrics(rows, baseline, run.seed)
     return metrics | measure_tokens.delta_metrics(rows, run.seed)
 
 
-def _items(table: pa.Table, record: TaskRecord, done: list[VariantRecord], seed: int) -> _Items:
-    task = record.name
-    baseline = pairing.item_rows(pairing.select(table, BASELINE, None), record, BASELINE)
+def _items(paired: PairedRun, record: TaskRecord) -> _Items:
+    task, seed, baseline = record.name, paired.record.seed, paired.baseline_items(record)
     models = {BASELINE: baseline}
     metrics = {BASELINE: measure_items.accuracies(task, baseline, seed)}
     _require_finite(metrics[BASELINE])
-    for variant in done:
-        name = variant.name
-        rows = pairing.item_rows(pairing.select(table, name, variant.backend), record, name)
-        pairing.pair_items(rows, baseline, task, name)
-        models[name] = rows
-        metrics[name] = measure_items.accuracies(task, rows, seed)
-        metrics[name] |= measure_items.changes(task, rows, baseline, seed)
-    guess, acc = measure_items.chance(baseline), metrics[BASELINE][f"{task}_acc"]
-    at_chance = acc.low is not None and acc.high is not None and acc.low <= guess <= acc.high
+    for variant in paired.done:
+        rows = models[variant.name] = paired.items(record, variant)
+        metrics[variant.name] = measure_items.accuracies(task, rows, seed)
+        metrics[variant.name] |= measure_items.changes(task, rows, baseline, seed)
+    guess = measure_items.chance(baseline)
+    at_chance = measure_items.at_chance(metrics[BASELINE][f"{task}_acc"], guess)
     results = measure_items.results(record, models, BASELINE, seed)
     return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
-
-
-def _baseline_backend(table: pa.Table) -> str | None:
-    rows = pairing.select(table, BASELINE, None)
-    found: list[str] = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
-    return found[0] if found else None
 
 
 def _merged(
@@ -216,7 +193,7 @@ def _variant(
             groups=record.groups,
         )
     copied = (
-        "name", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
+        "name", "role", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
         "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
     )  # fmt: skip
     return Variant(

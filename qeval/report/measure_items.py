@@ -38,7 +38,7 @@ def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:
 
 def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics:
     """What changed from the baseline, question by question."""
-    went = _transitions(rows, baseline)
+    went = transitions(rows, baseline)
     kinds: dict[str, Better] = {
         "acc_diff": "higher", "flips": "lower", "right_to_wrong": "lower", "wrong_to_right": "higher",
         "wrong_to_other": "lower", "choice_kl_nats": "lower",
@@ -65,17 +65,11 @@ def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics
 def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed: int) -> dict[str, TaskResult]:
     """A task taken apart for every model of `models`; differences are from the model named `first`."""
     finite = {name: rows for name, rows in models.items() if not rows.non_finite().any()}
-    category = record.categories
-    groups = {
-        "by_category": [category.get(subject, _UNCATEGORIZED) for subject in models[first].subjects],
-        "by_subject": list(models[first].subjects),
-    }
     tables: dict[str, dict[str, dict[str, GroupScore]]] = {name: {} for name in finite}
-    for what, labels in groups.items():
+    for what, masks in group_masks(record, models[first]).items():
         for name in finite:
             tables[name][what] = {}
-        for label in dict.fromkeys(labels):
-            chosen = np.asarray([each == label for each in labels])
+        for label, chosen in masks.items():
             for name, score in _scores(finite, chosen, first, seed).items():
                 tables[name][what][label] = score
     empty: dict[str, dict[str, GroupScore]] = {"by_category": {}, "by_subject": {}}
@@ -88,9 +82,24 @@ def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed
     }
 
 
+def group_masks(record: TaskRecord, rows: ItemRows) -> dict[str, dict[str, Mask]]:
+    """Which questions belong to each category and subject, [questions] each; categories first."""
+    subjects = rows.subjects.astype(str)
+    categories = np.asarray([record.categories.get(subject, _UNCATEGORIZED) for subject in subjects])
+    return {
+        what: {str(label): labels == label for label in dict.fromkeys(labels.tolist())}
+        for what, labels in (("by_category", categories), ("by_subject", subjects))
+    }
+
+
+def at_chance(accuracy: Metric, guess: float) -> bool:
+    """Whether an accuracy's interval includes what guessing gives."""
+    return accuracy.low is not None and accuracy.high is not None and accuracy.low <= guess <= accuracy.high
+
+
 def flips(rows: ItemRows, baseline: ItemRows) -> Flips:
     """What became of the answers, in numbers of questions."""
-    return Flips(**{name: int(went.sum()) for name, went in _transitions(rows, baseline).items()})
+    return Flips(**{name: int(went.sum()) for name, went in transitions(rows, baseline).items()})
 
 
 def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
@@ -101,8 +110,7 @@ def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
 
 def chance(rows: ItemRows) -> float:
     """The expected accuracy of guessing: the mean of 1 / (number of choices)."""
-    counts = np.diff(rows.starts, append=len(rows.choices))
-    return float(np.mean(1 / counts))
+    return float(np.mean(1 / rows.counts()))
 
 
 def subjects_or_questions(subjects: NDArray[np.object_]) -> Clusters:
@@ -122,7 +130,8 @@ def _scores(models: Mapping[str, ItemRows], chosen: Mask, first: str, seed: int)
     return scores
 
 
-def _transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
+def transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
+    """Which questions went which way, [questions] each; every question went one of them."""
     was, now = baseline.pred == baseline.gold, rows.pred == rows.gold
     same = rows.pred == baseline.pred
     return {
@@ -136,7 +145,7 @@ def _transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
 
 def _log_softmax(rows: ItemRows) -> Floats:
     """The log-likelihoods, normalized over each question's choices; [choices of all questions]."""
-    question = np.repeat(np.arange(len(rows.starts)), np.diff(rows.starts, append=len(rows.choices)))
+    question = np.repeat(np.arange(len(rows.starts)), rows.counts())
     shifted = rows.choices - np.maximum.reduceat(rows.choices, rows.starts)[question]
     return np.asarray(shifted - np.log(np.add.reduceat(np.exp(shifted), rows.starts))[question], np.float64)
 

@@ -137,6 +137,7 @@ class Variant(_Part):
     """One variant: how it was made, how big it is, what it lost."""
 
     name: str
+    role: Literal["variant", "floor"] = "variant"  # the baseline itself in another type or backend: the noise floor
     method: str
     backend: str
     status: Literal["done", "broken", "failed"]

@@ -17,8 +17,13 @@ def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
 
 def at_chance(task: Task) -> str:
     """The sentence about a baseline that does no better than guessing."""
+    return chance_sentence(task.record.title, task.chance)
+
+
+def chance_sentence(title: str, chance: float) -> str:
+    """The same from the task's title and the accuracy of guessing."""
     return (
-        f"The baseline's interval on {task.record.title} includes chance ({task.chance:.0%}): its accuracy "
+        f"The baseline's interval on {title} includes chance ({chance:.0%}): its accuracy "
         "cannot be told from guessing, so neither can a loss of accuracy. Flips and the KL over the choices "
         "still say what changed."
     )

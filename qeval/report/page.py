@@ -20,13 +20,19 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names its rows. `folded` tables open on demand where the medium can."""
+    """A table whose first column names its rows. `folded` tables open on demand where the medium can.
+
+    A `live` table can be sorted and searched where the medium can; `filters` are the columns of few values that
+    rows are picked by.
+    """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str | None = None
     folded: bool = False
+    live: bool = False
+    filters: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse rows that do not fit the columns."""

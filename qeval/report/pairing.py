@@ -62,6 +62,10 @@ class ItemRows:
     choices: Floats
     starts: Ints
 
+    def counts(self) -> Ints:
+        """How many choices each question has."""
+        return np.diff(self.starts, append=len(self.choices))
+
     def non_finite(self) -> Mask:
         """Which questions have a log-likelihood that is NaN or infinite."""
         return np.add.reduceat(~np.isfinite(self.choices), self.starts) > 0

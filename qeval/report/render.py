@@ -1,6 +1,7 @@
 """`render` writes a run's report beside its rows: report.json, report.md, report.html and the plots.
 
-Every file appears whole or not at all. The page needs nothing but itself: its style and plots are inside.
+Every file appears whole or not at all. The page needs nothing but itself: its style, its
+plots and the script that sorts and filters its tables are inside.
 """
 
 import re
@@ -12,8 +13,10 @@ from markupsafe import Markup
 
 from qeval.report import style
 from qeval.report.build import build
+from qeval.report.explain import highlights
+from qeval.report.explain.section import TOKENS_SHOWN, rows_section
 from qeval.report.model import Report, report_json
-from qeval.report.page import Cell, Plot
+from qeval.report.page import Cell, Plot, Section
 from qeval.report.plots import all_plots
 from qeval.report.sections import sections
 from qeval.report.tables import baseline_name
@@ -49,13 +52,14 @@ def write(report: Report, folder: Path) -> Rendered:
             written.append(folder / "plots" / f"{plot.name}{suffix}")
             write_bytes(written[-1], data)
     found = Rendered(folder / "report.json", folder / "report.md", folder / "report.html", written)
-    write_text(found.markdown, page("report.md.j2", report, plots))
-    write_text(found.html, page("report.html.j2", report, plots))
+    rows = rows_section(report, highlights(folder, TOKENS_SHOWN))
+    write_text(found.markdown, page("report.md.j2", report, sections(report, plots)))
+    write_text(found.html, page("report.html.j2", report, sections(report, plots, rows)))
     write_text(found.json, report_json(report))
     return found
 
 
-def page(template: str, report: Report, plots: list[Plot]) -> str:
+def page(template: str, report: Report, parts: list[Section]) -> str:
     """One template, filled."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -70,8 +74,9 @@ def page(template: str, report: Report, plots: list[Plot]) -> str:
         report=report,
         title=f"{report.model.name}: what quantization lost",
         baseline=baseline_name(report),
-        sections=sections(report, plots),
+        sections=parts,
         css=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        live=Markup((_TEMPLATES / "live.js").read_text(encoding="utf-8")),
     )
 
 

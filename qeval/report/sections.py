@@ -7,8 +7,8 @@ from qeval.report.plots import slug
 from qeval.report.summary import summary
 
 
-def sections(report: Report, plots: list[Plot]) -> list[Section]:
-    """All sections that the report's content fills, in the order of reading."""
+def sections(report: Report, plots: list[Plot], rows: Section | None = None) -> list[Section]:
+    """All sections that the report's content fills, in the order of reading; `rows` is the one about single rows."""
     drawn = {plot.name: plot for plot in plots}
     return [
         _summary(report, drawn),
@@ -16,6 +16,7 @@ def sections(report: Report, plots: list[Plot]) -> list[Section]:
         *([_perplexity(report, drawn)] if "ppl" in report.baseline.metrics else []),
         *([_kl(report)] if "kl" in report.metrics_asked and report.protocol else []),
         *(_task(report, task, drawn) for task in report.tasks),
+        *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
         _provenance(report),
     ]

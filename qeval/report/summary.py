@@ -13,7 +13,7 @@ def summary(report: Report) -> list[str]:
     if ranked:
         found.append(_best(report, ranked[0][1]))
         found += _front(report, ranked[0][1])
-    found += _order(report.comparisons)
+    found += _order(report.comparisons) + _floor(report)
     found += [_task(report, task) for task in report.tasks if ranked]
     found += [f"{v.name} {_TROUBLE[v.status]}: {v.error}" for v in report.variants if v.status != "done"]
     return found
@@ -24,7 +24,7 @@ _TROUBLE = {"failed": "failed and was not scored", "broken": "is broken and was 
 
 def _scope(report: Report) -> str:
     base = report.baseline
-    count = len(report.variants)
+    count = sum(v.role == "variant" for v in report.variants)
     p = report.protocol
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
@@ -73,10 +73,22 @@ def _order(comparisons: list[Comparison]) -> list[str]:
     ]
 
 
+def _floor(report: Report) -> list[str]:
+    """The baseline against itself, and the variants whose KL is no larger than that: nothing is known of them."""
+    floors = [(m, v.name) for v in report.variants if v.role == "floor" and (m := v.metrics.get("kl_nats")) and m.value]
+    if not floors:
+        return []
+    floor, name = max(floors, key=lambda pair: pair[0].value or 0.0)
+    under = [v.name for v in report.variants if (loss := quality(v)) is not None and loss <= (floor.value or 0.0)]
+    told = f"; {words.listed(under)} lie no higher: inconclusive, not better" if under else ""
+    return [f"The noise floor ({name}: the baseline against itself) is a KL of {words.metric_text(floor)} nats{told}."]
+
+
 def _task(report: Report, task: Task) -> str:
     key = f"{task.record.name}_acc"
     base = report.baseline.metrics[key]
-    diffs = [(v.name, d) for v in report.variants if (d := v.metrics.get(f"{key}_diff")) and d.value is not None]
+    variants = [v for v in report.variants if v.role == "variant"]
+    diffs = [(v.name, d) for v in variants if (d := v.metrics.get(f"{key}_diff")) and d.value is not None]
     lost = [f"{name} ({words.metric_text(d, signed=True)})" for name, d in diffs if d.high is not None and d.high < 0]
     told = f"{words.listed(lost)} lost accuracy" if lost else "no variant's loss of accuracy is resolved"
     chance = ", which guessing would give too" if task.baseline_at_chance else ""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from qeval.report import words
+from qeval.report.measure_items import at_chance
 from qeval.report.model import Baseline, GroupScore, Kept, Metric, Report, Task, Variant
 from qeval.report.page import NOTHING, Cell, Table, metric_cell
 
@@ -270,7 +271,8 @@ def kept(report: Report) -> Table:
 
 
 def _overview_row(variant: Variant, names: list[str]) -> tuple[Cell, ...]:
-    remark = None if variant.status == "done" else variant.status
+    remark = "noise floor" if variant.role == "floor" else None
+    remark = remark if variant.status == "done" else variant.status
     return (
         Cell(variant.name, remark=remark),
         Cell(f"{variant.bits_per_weight:.2f}"),
@@ -315,9 +317,9 @@ def _group_cell(score: GroupScore | None) -> Cell:
 
 def _remark(metric: Metric | None, task: Task, name: str) -> str | None:
     """`at chance` beside an accuracy whose interval includes what guessing gives."""
-    if metric is None or metric.low is None or metric.high is None or name.endswith(("_diff", "_nats")):
+    if metric is None or name.endswith(("_diff", "_nats")):
         return None
-    return "at chance" if metric.low <= task.chance <= metric.high else None
+    return "at chance" if at_chance(metric, task.chance) else None
 
 
 def _resolved(metric: Metric) -> bool:

@@ -10,6 +10,8 @@ _PERPLEXITY_DIGITS = 4  # variants often differ from the fourth digit on
 _MOST_DECIMALS = 6
 _LARGEST_PLAIN = 1e7
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+_LETTERS = 26
+_DRAWN = {"\n": "↵", "\r": "↵", "\t": "⇥"}
 _CATEGORIES = {
     "stem": "STEM",
     "humanities": "Humanities",
@@ -133,6 +135,25 @@ def spans(values: list[int]) -> str:
         else:
             runs.append([value])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}\N{EN DASH}{run[-1]}" for run in runs)
+
+
+def visible(text: str, most: int | None = None) -> str:
+    """A text on one line, its line ends and tabs drawn, what can't be printed as a dot; cut in front if too long.
+
+    >>> visible("a\\n b\\x00"), visible("abcdef", 4)
+    ('a↵ b·', '…def')
+    """
+    drawn = "".join(_DRAWN.get(c, c if c.isprintable() else "\N{MIDDLE DOT}") for c in text)
+    return drawn if most is None or len(drawn) <= most else "\N{HORIZONTAL ELLIPSIS}" + drawn[len(drawn) - most + 1 :]
+
+
+def letter(choice: int) -> str:
+    """A choice, counted from 0, as a reader calls it.
+
+    >>> letter(2), letter(30)
+    ('C', '31')
+    """
+    return chr(ord("A") + choice) if choice < _LETTERS else str(choice + 1)
 
 
 def listed(names: list[str]) -> str:

@@ -96,6 +96,7 @@ class VariantRecord(_Record):
     name: str  # unique in the run, as typed: "awq", "rtn:int8-channel"
     method: str  # "rtn", "awq", "mixed", "mixed-rtn"
     backend: str  # "torch"
+    role: Literal["variant", "floor"] = "variant"  # "floor": the baseline itself in another type or backend
     status: Literal["done", "failed"]
     error: str | None
     key: str  # the identity of the quantized weights

@@ -86,7 +86,8 @@ def test_html_is_well_formed_and_needs_nothing_else(html):
     outward = {link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))}
     assert outward == set()
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert [found for tag, found in page.tags if tag == "script"] == [{}]  # one, and it loads nothing
     assert not re.search(r"@import|url\((?!#)", html)
 
 
@@ -102,6 +103,17 @@ def test_html_is_accessible(html):
     assert all(found.get("tabindex") == "0" and found["aria-label"] for found in scrolling)
     assert ("html", {"lang": "en"}) in page.tags
     assert "prefers-color-scheme: dark" in html
+
+
+def test_tables_of_rows_can_be_sorted_and_filtered_in_the_page_itself(html, markdown):
+    page = Outline(html)
+    live = [found for tag, found in page.tags if tag == "table" and found.get("class") == "live"]
+    assert len(live) == 4  # answers, subjects, tokens, layers
+    assert sum("data-filter" in found for tag, found in page.tags if tag == "th") == 6
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
+    assert not re.search(r"https?:|fetch|import\b|XMLHttp|eval|innerHTML", script)
+    assert 'id="rows"' in html
+    assert "live" not in markdown
 
 
 def test_every_number_of_the_overview_stands_in_both_pages(rendered, html, markdown):
@@ -145,7 +157,9 @@ def test_names_are_escaped(tmp_path):
     run = make_run(tmp_path, replace(SMALL, variants=(SEVEN[2], evil)))
     files = render(run)
     html, markdown = (path.read_text(encoding="utf-8") for path in (files.html, files.markdown))
-    assert "<script" not in html
+    assert "<script>&quot;x" not in html
+    assert '<script>"x' not in html
+    assert html.count("<script") == 1
     assert "&lt;script&gt;" in html
     assert "<script" not in markdown
     assert r"\|y" in markdown

@@ -1,0 +1,125 @@
+"""`explain`: one variant's loss from a finished run's folder; `highlights`: the rows of all that the page shows."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qeval.errors import BrokenRecordError
+from qeval.report import notes
+from qeval.report.explain.layers import layers_loss
+from qeval.report.explain.model import Changed, Explanation, LayersLoss, TaskLoss, TokensLoss
+from qeval.report.explain.questions import changed, task_loss
+from qeval.report.explain.tokens import tokens_loss
+from qeval.report.paired import PairedRun
+from qeval.store.run import TaskRecord, VariantRecord
+from qeval.store.texts import Texts, read_texts
+
+TOKENS = 100
+"""How many of the tokens with the largest KL are kept."""
+
+_NO_TEXTS = (
+    "This run kept no texts of its tokens and questions, so their numbers stand for them; run the same command again, "
+    "which scores nothing anew, to have them."
+)
+_FLOOR = "This is the baseline itself in another type or on another backend: what it shows is the noise floor, no loss."
+
+
+class Highlights(NamedTuple):
+    """A variant's rows for the report's page: changed answers by task, worst tokens, layers."""
+
+    variant: str
+    changed: dict[str, list[Changed]]
+    tokens: TokensLoss | None
+    layers: LayersLoss | None
+
+
+def explain(run_dir: Path, name: str) -> Explanation:
+    """Why the variant called `name` lost what it lost.
+
+    Raises:
+        UsageError: `run_dir` holds no run, or the run has no such variant.
+        BrokenRecordError: the variant failed, or its rows are missing, doubled or not on the baseline's.
+    """
+    run = PairedRun(run_dir)
+    record, texts = run.variant(name), read_texts(run_dir)
+    _require_rows(run)
+    tokens = _tokens(run, record, texts, TOKENS)
+    tasks = [loss for task in run.record.tasks if (loss := _task(run, record, task, texts)) is not None]
+    return Explanation(
+        schema_version=1,
+        variant=name,
+        role=record.role,
+        backend=record.backend,
+        model=run.record.model.name,
+        tasks=tasks,
+        tokens=tokens,
+        layers=layers_loss(record.groups, tokens.mean_kl_nats if tokens else None),
+        notes=_notes(run, record, tasks, texts),
+    )
+
+
+def highlights(run_dir: Path, tokens: int) -> list[Highlights]:
+    """The rows of every variant that has any; `tokens` is how many of the worst are wanted of each."""
+    run, texts = PairedRun(run_dir), read_texts(run_dir)
+    return [
+        Highlights(
+            variant=record.name,
+            changed={task.name: _changed(run, record, task, texts) for task in run.record.tasks},
+            tokens=(worst := _tokens(run, record, texts, tokens)),
+            layers=layers_loss(record.groups, worst.mean_kl_nats if worst else None),
+        )
+        for record in run.done
+        if record.role != "floor"
+    ]
+
+
+def _require_rows(run: PairedRun) -> None:
+    if not run.record.tasks and not run.protocol:
+        raise BrokenRecordError(f"The run '{run.folder}' is empty: it scored no tokens and no questions.")
+
+
+def _tokens(run: PairedRun, record: VariantRecord, texts: Texts | None, count: int) -> TokensLoss | None:
+    if run.protocol is None or "kl" not in run.record.metrics:
+        return None
+    rows = run.tokens(record)
+    if not np.isfinite(rows.of("kl_nats")).all():
+        return None
+    return tokens_loss(rows, run.baseline_tokens, texts, count)
+
+
+def _changed(run: PairedRun, record: VariantRecord, task: TaskRecord, texts: Texts | None) -> list[Changed]:
+    rows, baseline = run.items(task, record), run.baseline_items(task)
+    if rows.non_finite().any() or baseline.non_finite().any():
+        return []
+    return changed(task, rows, baseline, texts.task(task.name) if texts else {})
+
+
+def _task(run: PairedRun, record: VariantRecord, task: TaskRecord, texts: Texts | None) -> TaskLoss | None:
+    rows, baseline = run.items(task, record), run.baseline_items(task)
+    if rows.non_finite().any() or baseline.non_finite().any():
+        return None
+    return task_loss(task, rows, baseline, run.record.seed, _changed(run, record, task, texts))
+
+
+def _notes(run: PairedRun, record: VariantRecord, tasks: list[TaskLoss], texts: Texts | None) -> list[str]:
+    found = [_FLOOR] if record.role == "floor" else []
+    found += [notes.chance_sentence(task.title, task.chance) for task in tasks if task.baseline_at_chance]
+    found += [_NO_TEXTS] if texts is None else []
+    return found + _not_finite(run, record)
+
+
+def _not_finite(run: PairedRun, record: VariantRecord) -> list[str]:
+    """What is left out because some of it is NaN or infinite, counted."""
+    found = []
+    if run.protocol and "kl" in run.record.metrics:
+        kl = run.tokens(record).of("kl_nats")
+        found += _broken("Tokens", int((~np.isfinite(kl)).sum()), len(kl))
+    for task in run.record.tasks:
+        bad = run.items(task, record).non_finite() | run.baseline_items(task).non_finite()
+        found += _broken(task.title, int(bad.sum()), len(bad))
+    return found
+
+
+def _broken(what: str, count: int, total: int) -> list[str]:
+    return [f"{what}: {count} of {total} values are not finite, so nothing of them is shown."] if count else []

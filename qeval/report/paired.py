@@ -1,0 +1,105 @@
+"""A finished run's rows beside its baseline's, read when they are asked for: what every verdict starts from."""
+
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qeval.errors import BrokenRecordError, unknown
+from qeval.report import pairing
+from qeval.report.pairing import BASELINE, ItemRows, TokenRows
+from qeval.store.rows import RowStore
+from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord, read_run
+
+
+class PairedRun:
+    """A run folder: its record, and one model's rows at a time, checked against the baseline's.
+
+    The baseline's rows are kept; a variant's are made anew each time, so that only one is held beside them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the record; rows are read when the first of their kind are asked for.
+
+        Raises:
+            UsageError: `folder` holds no run.
+            BrokenRecordError: its record is torn or of another version.
+        """
+        self.folder = folder
+        self.record: RunRecord = read_run(folder)
+        self._store = RowStore(folder)
+        self._items: dict[str, ItemRows] = {}
+
+    @property
+    def done(self) -> list[VariantRecord]:
+        """The variants that have rows."""
+        return [variant for variant in self.record.variants if variant.status == "done"]
+
+    @property
+    def protocol(self) -> ProtocolRecord | None:
+        """How token rows were made; None where the run has none."""
+        return self.record.protocol if {"kl", "ppl"} & set(self.record.metrics) else None
+
+    @property
+    def backend(self) -> str | None:
+        """The baseline's backend; None where the run has no rows."""
+        table = self._item_table if self.record.tasks else self._token_table if self.protocol else None
+        if table is None:
+            return None
+        rows = pairing.select(table, BASELINE, None)
+        found: list[str] = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
+        return found[0] if found else None
+
+    def variant(self, name: str) -> VariantRecord:
+        """The record of a variant.
+
+        Raises:
+            UsageError: the run has none of that name; the nearest are listed.
+            BrokenRecordError: it failed, so it has no rows.
+        """
+        found = {variant.name: variant for variant in self.record.variants}
+        if name not in found:
+            raise unknown(f"variant of the run '{self.folder}'", name, found)
+        if found[name].status != "done":
+            raise BrokenRecordError(f"'{name}' failed in this run and has no rows: {found[name].error}")
+        return found[name]
+
+    @cached_property
+    def baseline_tokens(self) -> TokenRows:
+        """The baseline's token rows, as many as the run says it scored."""
+        rows = pairing.token_rows(pairing.select(self._token_table, BASELINE, None), BASELINE)
+        if self.protocol:
+            pairing.check_protocol(rows, self.protocol)
+        return rows
+
+    def tokens(self, variant: VariantRecord) -> TokenRows:
+        """A variant's token rows, on the baseline's tokens."""
+        name = variant.name
+        rows = pairing.token_rows(pairing.select(self._token_table, name, variant.backend), name)
+        pairing.pair_tokens(rows, self.baseline_tokens, name)
+        if self.protocol and "kl" in self.record.metrics:
+            pairing.check_kl(rows, self.protocol, name)
+        return rows
+
+    def baseline_items(self, task: TaskRecord) -> ItemRows:
+        """The baseline's answers to a task's questions."""
+        if task.name not in self._items:
+            rows = pairing.select(self._item_table, BASELINE, None)
+            self._items[task.name] = pairing.item_rows(rows, task, BASELINE)
+        return self._items[task.name]
+
+    def items(self, task: TaskRecord, variant: VariantRecord) -> ItemRows:
+        """A variant's answers to a task's questions, which are the baseline's."""
+        rows = pairing.select(self._item_table, variant.name, variant.backend)
+        found = pairing.item_rows(rows, task, variant.name)
+        pairing.pair_items(found, self.baseline_items(task), task.name, variant.name)
+        return found
+
+    @cached_property
+    def _token_table(self) -> pa.Table:
+        return self._store.read("tokens")
+
+    @cached_property
+    def _item_table(self) -> pa.Table:
+        return self._store.read("items")
