@@ -176,6 +176,12 @@ class TorchBackend:
         """The baseline's own head."""
         return self._head
 
+    def head_for(self, variant: Variant) -> Head:
+        """The head that a variant's states go through: its own where it quantizes one; a tied embedding stays."""
+        if self._head_name not in variant.weights:
+            return self._head
+        return replace(self._head, weight=variant.weights[self._head_name].dequantize().to(self._head.weight))
+
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[TorchSession]:
         """A session of `variant`, or of the baseline with None; one variant at a time.
@@ -188,10 +194,7 @@ class TorchBackend:
         if variant is None:
             yield TorchSession(self._model, self._head)
             return
-        head = self._head
-        if self._head_name in variant.weights:  # a tied embedding keeps its floats
-            values = variant.weights[self._head_name].dequantize()
-            head = replace(head, weight=values.to(head.weight))
+        head = self.head_for(variant)
         self._is_lent = True
         try:
             with installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype):

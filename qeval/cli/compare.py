@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qeval.cli import options
 from qeval.cli.progress import ConsoleProgress
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
 from qeval.config import Defaults, load_recipes, parse_budget, parse_methods
 from qeval.errors import UsageError
 
@@ -27,9 +27,17 @@ def compare(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file of recipes.")] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option("--variant", help="NAME=FOLDER of a variant made before; may be repeated."),
+        typer.Option("--variant", help="NAME=FOLDER, a variant or an ONNX folder made before; may be repeated."),
     ] = None,
-    backend: Annotated[str, typer.Option("--backend", help="torch: fake-quantized weights in PyTorch.")] = "torch",
+    backend: Annotated[
+        str, typer.Option("--backend", help="torch (fake-quantized weights), ort (ONNX Runtime's kernels), or both.")
+    ] = "torch",
+    accuracy_level: Annotated[
+        str, typer.Option("--accuracy-level", help="ONNX Runtime's: 1, fp32 activations; 4, int8 activations; 1,4.")
+    ] = "1",
+    ep: options.Ep = "cpu",
+    exporter: options.Exporter = "auto",
+    format: options.Format = "nbits",
     device: options.Device = "cpu",
     compute: options.Compute = None,
     tasks: Annotated[
@@ -81,7 +89,7 @@ def compare(
         questions=TaskChoice(mmlu_dir, _names(subjects), limit, shots),
         calibration=CalibrationChoice(calibration, calibration_samples, calibration_length),
         out=out or Path("reports") / slug(model),
-        backend=backend,
+        backends=BackendChoice(_names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format),
         batch_tokens=batch_tokens,
         threads=threads,
         seed=seed,

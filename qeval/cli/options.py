@@ -31,6 +31,18 @@ Importance = Annotated[
     typer.Option("--importance", help="How mixed variants pick INT8 layers."),
 ]
 QuantizeHead = Annotated[bool, typer.Option("--quantize-head", help="Quantize lm_head too (a tied embedding stays).")]
+Ep = Annotated[
+    str,
+    typer.Option("--ep", help="ONNX Runtime's provider: cpu, cuda, tensorrt, trt-rtx, dml, openvino, qnn, webgpu."),
+]
+Exporter = Annotated[
+    Literal["auto", "genai", "dynamo"],
+    typer.Option("--exporter", help="Who makes the ONNX graph; auto: the GenAI model builder, else torch's exporter."),
+]
+Format = Annotated[
+    Literal["nbits", "qdq"],
+    typer.Option("--format", help="nbits: MatMulNBits; qdq: DequantizeLinear + MatMul."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides the calibration sketch and the bootstrap.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -41,6 +53,12 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes."
 
 _COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _COMPUTE |= {"fp16": "float16", "float16": "float16"}
+
+
+def accuracy_levels(text: str) -> tuple[int, ...]:
+    """The accuracy levels of `1`, `4` or `1,4`, each once."""
+    words = dict.fromkeys(word.strip() for word in text.split(","))
+    return tuple(int(word) if word.isdigit() else 0 for word in words)
 
 
 def compute_type(text: str | None) -> str | None:

@@ -1,20 +1,23 @@
 """From settings to a plan: the model loaded, the texts tokenized, every bad input found before any long work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from qeval.backends.onnx.packages import require_graphs, require_runtime
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
-from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry
+from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.graph import describe
-from qeval.models.head import head_of
+from qeval.models.head import Head, head_of
 from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.source import resolve
@@ -22,8 +25,11 @@ from qeval.score.corpus import Shard, shards_of
 from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
 from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, load_suite
-from qeval.tasks.protocols import choose
+from qeval.tasks.protocols import Protocol, choose
 from qeval.tasks.windows import tokens_sha256
+
+if TYPE_CHECKING:
+    from qeval.compare.onnx import Foreign, Runtime
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,8 @@ class Plan:
     suites: tuple[Suite, ...]
     tasks: tuple[TaskRecord, ...]
     given: tuple[Entry, ...]
+    foreign: "tuple[Foreign, ...]"
+    runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
     shape: Shape
 
@@ -53,6 +61,13 @@ class Plan:
     def corpus_tokens(self) -> int:
         """Tokens that one model runs for the corpus."""
         return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def models(self) -> int:
+        """How many models are scored: the baseline, and every variant on every backend."""
+        floor, ort = (1, len(self.runtime.backends)) if self.runtime else (0, 0)
+        backends = self.settings.backends.uses_torch + ort
+        return 1 + floor + len(self.foreign) + backends * (len(self.settings.recipes) + len(self.given))
 
     @property
     def batch_tokens(self) -> int:
@@ -74,6 +89,7 @@ def prepare(settings: Settings) -> Plan:
     backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
+    given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     if any(recipe.calibrated for recipe in settings.recipes):
         calibration()
@@ -87,7 +103,9 @@ def prepare(settings: Settings) -> Plan:
         shards=shards,
         suites=suites,
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
-        given=tuple(given_entry(name, path, loaded.info.weights_sha256) for name, path in settings.variants),
+        given=tuple(given_entry(name, path, loaded.info.weights_sha256) for name, path in given),
+        foreign=_foreign(settings, loaded, source.head, suites),
+        runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
         shape=_shape(loaded, quantizable(source.description)),
     )
@@ -106,6 +124,45 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
     )
 
 
+def require_onnx() -> None:
+    """Refuse work on ONNX where its packages are missing.
+
+    Raises:
+        UsageError: it says which extra to install.
+    """
+    require_runtime()
+    require_graphs()
+
+
+def _runtime(choice: BackendChoice, loaded: LoadedModel, source: Loaded) -> "Runtime":
+    require_onnx()
+    from qeval.compare.onnx import runtime_of  # noqa: PLC0415 - an extra
+
+    return runtime_of(choice, loaded, source.description)
+
+
+def _is_onnx(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "genai_config.json").exists() or any(folder.glob("*.onnx")))
+
+
+def _foreign(settings: Settings, loaded: LoadedModel, head: Head, suites: Sequence[Suite]) -> "tuple[Foreign, ...]":
+    """The ONNX folders among --variant, each found to speak of the baseline's tokens in the texts of this run."""
+    found = [(name, path) for name, path in settings.variants if not is_variant(path) and _is_onnx(path)]
+    if not found:
+        return ()
+    require_onnx()
+    from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
+
+    texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
+    if settings.scores_tokens:
+        texts.append(load_corpus(_protocol(settings.corpus).corpus).text)
+    return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), texts) for name, path in found)
+
+
+def _protocol(asked: CorpusChoice) -> Protocol:
+    return choose(name=asked.protocol, corpus=asked.corpus, window=asked.window, stride=asked.stride)
+
+
 def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
     parameters = dict(loaded.model.named_parameters())
     return Shape(
@@ -117,7 +174,7 @@ def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
 
 
 def _corpus(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
-    protocol = choose(name=asked.protocol, corpus=asked.corpus, window=asked.window, stride=asked.stride)
+    protocol = _protocol(asked)
     if protocol.window > loaded.info.context_length:
         raise UsageError(
             f"A window of {protocol.window} tokens is longer than the model's context of "

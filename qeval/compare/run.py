@@ -1,28 +1,25 @@
 """`compare`: make the variants, score the baseline and each of them on the same tokens, render the report."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
+from qeval.compare.candidates import Contender, baseline_of, contenders, states_folder
 from qeval.compare.environment import describe_environment, peak_rss_bytes
 from qeval.compare.estimate import Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
-from qeval.compare.record import failed_record, variant_record
-from qeval.compare.scoring import Scorer, Work, score
+from qeval.compare.scoring import Kept, Scorer, Work, score
 from qeval.compare.texts import keep_texts
 from qeval.compare.variants import Entry, Workshop
-from qeval.config import BASELINE
 from qeval.errors import QevalError, UsageError
-from qeval.paths import home
 from qeval.progress import Progress
 from qeval.score.choices import shared_tokens
 from qeval.store.atomic import write_text
 from qeval.store.rows import Kind, RowStore
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
-from qeval.store.states import StateStore
-from qeval.store.variants import read_manifest
 
 
 def run(plan: Plan, progress: Progress) -> RunRecord:
@@ -32,12 +29,15 @@ def run(plan: Plan, progress: Progress) -> RunRecord:
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     entries = _make(plan, progress)
-    work = _work(plan, progress)
+    baseline = baseline_of(plan, progress)
+    work = _work(plan, baseline, progress)
     before = time.perf_counter()
-    records = score(work, _scorer(plan, BASELINE, plan.baseline_key, None))
+    records = score(work, Scorer(baseline.candidate))
     baseline_seconds = time.perf_counter() - before
-    variants = [_scored(plan, work, entry, records) for entry in entries]
+    variants = [_scored(work, each, records) for each in contenders(plan, entries, baseline, progress)]
     work.rows.keep_only(records)
+    if not failed(variants):
+        shutil.rmtree(states_folder(plan.settings.out), ignore_errors=True)
     keep_texts(plan.settings.out, plan.loaded.tokenizer, plan.shards, plan.suites)
     record = RunRecord(
         run_version=1,
@@ -66,7 +66,7 @@ def run(plan: Plan, progress: Progress) -> RunRecord:
 
 def estimate(plan: Plan) -> Cost:
     """What the whole run costs from nothing; what the cache and OUT hold already is not taken off."""
-    shape, models = plan.shape, 1 + len(plan.settings.recipes) + len(plan.given)
+    shape, models = plan.shape, plan.models
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
     asked = sum(shared_tokens(part) for suite in plan.suites for part in suite.parts())
     items = sum(suite.info.items for suite in plan.suites)
@@ -88,40 +88,33 @@ def _make(plan: Plan, progress: Progress) -> list[Entry]:
     return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
 
 
-def _work(plan: Plan, progress: Progress) -> Work:
+def _work(plan: Plan, baseline: Kept, progress: Progress) -> Work:
     return Work(
         shards=plan.shards,
         corpus=plan.protocol.corpus if plan.protocol else "",
         suites=plan.suites,
         rows=RowStore(plan.settings.out),
-        states=StateStore(home() / "states" / plan.baseline_key, progress.warn),
-        baseline_key=plan.baseline_key,
+        baseline=baseline,
         batch_tokens=plan.batch_tokens,
         progress=progress,
     )
 
 
-def _scorer(plan: Plan, name: str, key: str, folder: Path | None) -> Scorer:
-    return Scorer(plan.backend, name, f"{plan.baseline_key}-{key}", folder, plan.backend.head.logits)
-
-
-def _scored(plan: Plan, work: Work, entry: Entry, records: dict[Kind, list[Path]]) -> VariantRecord:
-    """One variant's rows added to `records`, and its own record."""
-    backend = plan.backend.name
-    if entry.folder is None:
-        return failed_record(entry.name, entry.method, backend, entry.error or "it could not be made")
-    manifest = read_manifest(entry.folder)
+def _scored(work: Work, contender: Contender, records: dict[Kind, list[Path]]) -> VariantRecord:
+    """One model's rows added to `records`, and its own record."""
+    if contender.error is not None:
+        return contender.failed(contender.error)
     start = time.perf_counter()
     try:
-        done = score(work, _scorer(plan, entry.name, manifest.key, entry.folder))
+        done = score(work, contender.scorer())
     except UsageError:
         raise
     except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
-        work.progress.warn(f"{entry.name} failed: {error}")
-        return failed_record(entry.name, entry.method, backend, str(error))
+        work.progress.warn(f"{contender.name} failed: {error}")
+        return contender.failed(str(error))
     for kind, paths in done.items():
         records[kind] += paths
-    return variant_record(entry.name, backend, manifest, time.perf_counter() - start)
+    return contender.record(time.perf_counter() - start)
 
 
 def _baseline_label(plan: Plan) -> str:

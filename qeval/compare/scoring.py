@@ -1,19 +1,19 @@
-"""The jobs of a run: the baseline's and each variant's rows, over shards of windows and subjects of questions."""
+"""The jobs of a run: the baseline's and each model's rows, over shards of windows and subjects of questions."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Backend, Session
+from qeval.backends.base import Session
 from qeval.executors.local import Job, run_jobs
 from qeval.identity import digest
 from qeval.metrics.tokens import Logits
 from qeval.progress import Advance, Progress
-from qeval.quant.variant import Variant
 from qeval.score.choices import (
     QUESTIONS_VERSION,
     item_columns,
@@ -30,22 +30,61 @@ from qeval.score.corpus import (
 )
 from qeval.store.rows import Kind, RowStore
 from qeval.store.states import StateStore
-from qeval.store.variants import load_variant
 from qeval.tasks.harness import Question, Suite
 
 _LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions"}
 
+Opener = Callable[[], AbstractContextManager[Session]]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One model to score: the name and backend in its rows, what of it changes numbers, and how to open it.
+
+    `is_baseline`: what all others are compared with. `keeps_states`: its states are wanted by another candidate.
+    """
+
+    name: str
+    backend: str
+    key: Mapping[str, Any]
+    open: Opener
+    is_baseline: bool = False
+    keeps_states: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Final states of a model, read from a store, or computed with the model opened for it."""
+
+    candidate: Candidate
+    store: StateStore
+    logits: Callable[[], Logits]
+    """The head that makes logits of the states; asked for when they are needed."""
+
+    def states(self, shard: Shard, batch_tokens: int, advance: Advance) -> Tensor:
+        """The states of a shard's windows, [positions, width]."""
+        key = self.key(shard)
+        states = self.store.read(key)
+        if states is None:
+            with torch.inference_mode(), self.candidate.open() as session:
+                states = window_states(session, shard.windows, batch_tokens, advance)
+            self.store.write(key, states)
+        return states
+
+    def key(self, shard: Shard) -> str:
+        """What the states of a shard are kept under."""
+        return digest({"states": dict(self.candidate.key), **shard.key()})
+
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What every variant of a run is scored on, and where the rows go."""
+    """What every model of a run is scored on, what it is compared with, and where the rows go."""
 
     shards: tuple[Shard, ...]
     corpus: str
     suites: tuple[Suite, ...]
     rows: RowStore
-    states: StateStore
-    baseline_key: str
+    baseline: Kept
     batch_tokens: int
     progress: Progress
 
@@ -60,10 +99,10 @@ class Work:
 class Scorer:
     """One model of a run: opened only if one of its records is missing."""
 
-    def __init__(self, backend: Backend, name: str, key: str, folder: Path | None, base_logits: Logits) -> None:
-        """The baseline has no folder; `key` is the identity of the weights."""
-        self.name = name
-        self._backend, self._key, self._folder, self._base_logits = backend, key, folder, base_logits
+    def __init__(self, candidate: Candidate, *, twin: Kept | None = None, kept: Kept | None = None) -> None:
+        """`twin`: the same weights on another backend, to compare with; `kept`: where own states go."""
+        self.candidate = candidate
+        self._twin, self._kept = twin, kept
         self._open = ExitStack()
         self._session: Session | None = None
 
@@ -74,18 +113,18 @@ class Scorer:
 
     def corpus_job(self, work: Work, shard: Shard) -> Job:
         """Token rows of one shard."""
-        key = digest({**self._identity(), "metrics": METRICS_VERSION, "corpus": work.corpus, **shard.key()})
+        twin = None if self._twin is None else dict(self._twin.candidate.key)
+        key = digest(
+            {**self._identity(), "twin": twin, "metrics": METRICS_VERSION, "corpus": work.corpus, **shard.key()}
+        )
 
         def run(advance: Advance) -> Path:
-            names = {"variant": self.name, "backend": self._backend.name, "corpus": work.corpus}
-            if self.is_baseline:
-                base = self.baseline_states(work, shard, advance)
+            names = {"variant": self.candidate.name, "backend": self.candidate.backend, "corpus": work.corpus}
+            if self.candidate.is_baseline:
+                base = work.baseline.states(shard, work.batch_tokens, advance)
                 columns = baseline_columns(self._opened(), shard, base, names)
             else:
-                base = self.baseline_states(work, shard, _to_nobody)
-                session = self._opened()
-                states = window_states(session, shard.windows, work.batch_tokens, advance)
-                columns = variant_columns(self._base_logits, base, session, states, shard, names)
+                columns = self._compared(work, shard, names, advance)
             return work.rows.write("tokens", key, columns)
 
         return Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)
@@ -97,59 +136,54 @@ class Scorer:
 
         def run(advance: Advance) -> Path:
             scores = score_questions(self._opened(), questions, work.batch_tokens, advance)
-            columns = item_columns(suite, questions, scores, self.name, self._backend.name)
+            columns = item_columns(suite, questions, scores, self.candidate.name, self.candidate.backend)
             return work.rows.write("items", key, columns)
 
         units = question_tokens(questions)
         return Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)
 
-    def baseline_states(self, work: Work, shard: Shard, advance: Advance) -> Tensor:
-        """The baseline's final states of a shard, from the cache or computed; never while a variant is installed."""
-        key = digest({"baseline": work.baseline_key, **shard.key()})
-        states = work.states.read(key)
-        if states is None:
-            with torch.inference_mode(), self._backend.open(None) as session:
-                states = window_states(session, shard.windows, work.batch_tokens, advance)
-            work.states.write(key, states)
-        return states
+    def _compared(self, work: Work, shard: Shard, names: dict[str, str], advance: Advance) -> dict[str, Any]:
+        base = work.baseline.states(shard, work.batch_tokens, _to_nobody)
+        twin = None
+        if self._twin is not None:
+            twin = (self._twin.logits(), self._twin.states(shard, work.batch_tokens, _to_nobody))
+        session = self._opened()
+        states = window_states(session, shard.windows, work.batch_tokens, advance)
+        if self._kept is not None:
+            self._kept.store.write(self._kept.key(shard), states)
+        return variant_columns(work.baseline.logits(), base, session, states, shard, names, twin)
 
-    @property
-    def is_baseline(self) -> bool:
-        """Whether this is the unquantized model."""
-        return self._folder is None
-
-    def _identity(self) -> dict[str, str]:
-        return {"name": self.name, "backend": self._backend.name, "weights": self._key}
+    def _identity(self) -> dict[str, Any]:
+        return {"name": self.candidate.name, "backend": self.candidate.backend, "model": dict(self.candidate.key)}
 
     def _opened(self) -> Session:
         if self._session is None:
-            variant: Variant | None = None if self._folder is None else load_variant(self._folder)
-            self._session = self._open.enter_context(self._backend.open(variant))
+            self._session = self._open.enter_context(self.candidate.open())
         return self._session
 
 
 def score(work: Work, scorer: Scorer) -> dict[Kind, list[Path]]:
     """All records of one model; what is there already is not made again."""
     jobs = work.jobs(scorer)
-    if not scorer.is_baseline:
-        _complete_baseline(work, scorer, jobs["tokens"])
+    if not scorer.candidate.is_baseline:
+        _complete_baseline(work, jobs["tokens"])
     done: dict[Kind, list[Path]] = {"tokens": [], "items": []}
     try:
         for kind, label in _LABELS.items():
             units = sum(job.units for job in jobs[kind])
             if units:
-                with work.progress.phase(f"score {scorer.name}: {label}", units) as advance:
+                with work.progress.phase(f"score {scorer.candidate.name}: {label}", units) as advance:
                     done[kind] = run_jobs(jobs[kind], advance)
     finally:
         scorer.close()
     return done
 
 
-def _complete_baseline(work: Work, scorer: Scorer, jobs: Sequence[Job]) -> None:
+def _complete_baseline(work: Work, jobs: Sequence[Job]) -> None:
     """Make sure of the baseline's states before a variant takes its place in memory."""
     for shard, job in zip(work.shards, jobs, strict=True):
         if job.find() is None:
-            scorer.baseline_states(work, shard, _to_nobody)
+            work.baseline.states(shard, work.batch_tokens, _to_nobody)
 
 
 def _to_nobody(done: int) -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 from qeval.config import Recipe, check_distinct
-from qeval.errors import UsageError
+from qeval.errors import UsageError, unknown
 
 Bos = Literal["auto", "always", "never"]
+Format = Literal["nbits", "qdq"]
+BACKENDS = ("torch", "ort")
+EXPORTERS = ("auto", "genai", "dynamo")
+FORMATS = ("nbits", "qdq")
 TOKEN_METRICS = ("kl", "ppl")
 """What one pass over a corpus gives; everything else in `tasks` is a task of questions."""
 
@@ -54,6 +58,43 @@ class CalibrationChoice:
 
 
 @dataclass(frozen=True)
+class BackendChoice:
+    """Which backends score the variants; the rest says how ONNX Runtime does it."""
+
+    names: tuple[str, ...] = ("torch",)
+    accuracy_levels: tuple[int, ...] = (1,)
+    ep: str = "cpu"
+    exporter: str = "auto"
+    format: Format = "nbits"
+
+    def __post_init__(self) -> None:
+        """Refuse what no backend is.
+
+        Raises:
+            UsageError: an unknown backend, exporter, format or accuracy level.
+        """
+        for kind, value, choices in (
+            *(("backend", name, BACKENDS) for name in self.names or ("",)),
+            ("exporter", self.exporter, EXPORTERS),
+            ("format", self.format, FORMATS),
+        ):
+            if value not in choices:
+                raise unknown(kind, value, choices)
+        if not self.accuracy_levels or set(self.accuracy_levels) - {1, 4}:
+            raise UsageError("--accuracy-level takes 1 (fp32 activations), 4 (int8 activations), or 1,4.")
+
+    @property
+    def uses_torch(self) -> bool:
+        """Whether fake-quantized weights are scored in torch."""
+        return "torch" in self.names
+
+    @property
+    def uses_ort(self) -> bool:
+        """Whether ONNX Runtime scores the variants."""
+        return "ort" in self.names
+
+
+@dataclass(frozen=True)
 class Settings:
     """One run."""
 
@@ -65,7 +106,7 @@ class Settings:
     questions: TaskChoice
     calibration: CalibrationChoice
     out: Path
-    backend: str = "torch"
+    backends: BackendChoice = BackendChoice()
     batch_tokens: int | None = None
     threads: int | None = None
     seed: int = 0
@@ -82,8 +123,6 @@ class Settings:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
-        if self.backend != "torch":
-            raise UsageError(f"Backend '{self.backend}' is not in this version of qeval; take --backend torch.")
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {

@@ -21,7 +21,7 @@ from qeval.paths import home
 from qeval.progress import Progress
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
-from qeval.store.variants import Origin, save_variant, verify_variant
+from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
 
 QUANTIZERS_VERSION = 1
 """Part of every variant's key: raise it when the same recipe gives other integers."""
@@ -157,6 +157,11 @@ class Workshop:
             shutil.rmtree(folder, ignore_errors=True)
             return False
         return True
+
+
+def is_variant(folder: Path) -> bool:
+    """Whether a folder holds a variant of qeval's, and not some other model."""
+    return (folder / MANIFEST).exists()
 
 
 def given_entry(name: str, folder: Path, weights_sha256: str) -> Entry:

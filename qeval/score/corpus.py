@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval.backends.base import Session
-from qeval.metrics.tokens import Logits, distance, own_numbers
+from qeval.metrics.tokens import Logits, distance, near_kl, own_numbers
 from qeval.progress import Advance
 from qeval.store.schema import TOKENS, constant_column
 from qeval.tasks.windows import Window
 from qeval.types import Request
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Part of every key: raise it when a metric's definition changes."""
 
 
@@ -81,10 +81,12 @@ def variant_columns(
     states: Tensor,
     shard: Shard,
     names: dict[str, str],
+    twin: tuple[Logits, Tensor] | None = None,
 ) -> dict[str, Any]:
     """A variant's token rows, compared with the baseline's distributions at the same positions.
 
-    The states of both sides are [positions of all windows, width].
+    The states of both sides are [positions of all windows, width]; so are those of `twin`, the same weights on
+    another backend, whose distance goes to `kernel_kl_nats`.
     """
     found = distance(base_logits, base_states, session.logits, states, _targets(shard.windows))
     values = {
@@ -96,6 +98,8 @@ def variant_columns(
         "kl_abs_modelopt": found.kl_abs_modelopt,
         "top1_agreement": found.top1_agreement,
     }
+    if twin is not None:
+        values["kernel_kl_nats"] = near_kl(*twin, session.logits, states)
     return _columns(shard, names, values)
 
 

@@ -90,6 +90,19 @@ class KeptRecord(_Record):
     reason: str
 
 
+class RuntimeRecord(_Record):
+    """How ONNX Runtime ran a model."""
+
+    runtime: str  # "onnxruntime 1.31.1"
+    provider: str  # "CPUExecutionProvider"
+    nodes: dict[str, int]  # how many nodes each provider was given
+    exporter: str | None  # "genai" or "dynamo"; None for a folder made elsewhere
+    format: str | None  # "nbits" or "qdq"
+    accuracy_level: int | None  # 1: fp32 activations; 4: int8 activations; None for a folder made elsewhere
+    shares_prefixes_in_batches: bool
+    facts: list[str]  # what the folder holds, in sentences
+
+
 class VariantRecord(_Record):
     """A quantized model: how it was made and how big it is."""
 
@@ -116,6 +129,8 @@ class VariantRecord(_Record):
     groups: list[GroupRecord]
     quantize_seconds: float
     score_seconds: float
+    twin: str | None = None  # the same weights on torch: what `kernel_kl_nats` compares with
+    runtime: RuntimeRecord | None = None  # None on torch
 
 
 class CalibrationRecord(_Record):

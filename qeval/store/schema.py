@@ -11,7 +11,7 @@ Item rows: one a question. `item` is the question's index in its file.
 import numpy as np
 import pyarrow as pa
 
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 
 _name = pa.dictionary(pa.int16(), pa.string())
 
@@ -30,6 +30,7 @@ TOKENS = pa.schema(
         pa.field("top1_agreement", pa.bool_()),  # the same most likely next token
         pa.field("delta_p", pa.float64()),  # p_variant - p_base of the true token at `position` (as nll)
         pa.field("entropy_nats", pa.float64()),  # of this variant's own distribution after the position
+        pa.field("kernel_kl_nats", pa.float64()),  # KL(the same weights in torch || this), where both were run
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )

@@ -40,7 +40,7 @@ class OrtBackend:
 
     def __init__(self, exporter: Exporter, style: Style, provider: Provider, threads: int, device_id: int = 0) -> None:
         """`threads` are the CPU's."""
-        self._exporter, self._style, self._provider = exporter, style, provider
+        self._exporter, self.style, self._provider = exporter, style, provider
         self._threads, self._device_id = threads, device_id
         self._runtime = require_runtime()
         self.ran: Ran | None = None
@@ -49,7 +49,7 @@ class OrtBackend:
     @property
     def name(self) -> str:
         """`ort`, or `ort-acc4` where activations are rounded to int8."""
-        return "ort" if self._style.accuracy_level == 1 else f"ort-acc{self._style.accuracy_level}"
+        return "ort" if self.style.accuracy_level == 1 else f"ort-acc{self.style.accuracy_level}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -57,8 +57,8 @@ class OrtBackend:
         return {
             "export": EXPORT_VERSION,
             "exporter": self._exporter.route or self._exporter.asked,
-            "format": self._style.format,
-            "accuracy_level": self._style.accuracy_level,
+            "format": self.style.format,
+            "accuracy_level": self.style.accuracy_level,
             "provider": self._provider.onnx_name,
             "options": dict(self._provider.options),
             "runtime": f"{self._runtime.distribution} {self._runtime.version}",
@@ -76,7 +76,7 @@ class OrtBackend:
                 yield session
             return
         with _workplace() as folder:
-            self._exporter.write(variant, self._style, folder / "model")
+            self._exporter.write(variant, self.style, folder / "model")
             with self._opened(folder / "model") as session:
                 yield session
 

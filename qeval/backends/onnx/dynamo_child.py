@@ -42,7 +42,7 @@ def export(checkpoint: Path, out: Path) -> None:
     """Write `out`/model.onnx and model.onnx.data, the model of the folder `checkpoint` in fp32.
 
     Raises:
-        QevalError: the model keeps something else than keys and values, or the graph has a fixed size.
+        QevalError: the model has experts, keeps something else than keys and values, or has a size that is fixed.
         Exception: whatever torch's exporter stumbles on.
     """
     with quiet(), torch.no_grad():

@@ -1,0 +1,158 @@
+"""What `compare` and `export` need of ONNX Runtime; imported only when it is asked for."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qeval.backends.onnx.backend import FolderBackend, OrtBackend, Ran
+from qeval.backends.onnx.decoder import read_decoder
+from qeval.backends.onnx.export import Exporter
+from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
+from qeval.backends.onnx.matrices import Matrix
+from qeval.backends.onnx.packages import require_runtime
+from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.swap import Style
+from qeval.compare.settings import BackendChoice
+from qeval.errors import UsageError
+from qeval.identity import digest_file
+from qeval.models.graph import Description
+from qeval.models.hashes import remembered
+from qeval.models.info import LoadedModel
+from qeval.models.quiet import quiet
+from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor, describe
+from qeval.store.run import KeptRecord, RuntimeRecord, VariantRecord
+from qeval.tasks.corpus import encode
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """ONNX Runtime for one model: who exports it, and a backend an accuracy level."""
+
+    exporter: Exporter
+    backends: tuple[OrtBackend, ...]
+
+
+def runtime_of(choice: BackendChoice, loaded: LoadedModel, description: Description) -> Runtime:
+    """The exporter and the backends that a run asks for.
+
+    Raises:
+        UsageError: the provider is unknown, or packages are missing.
+    """
+    provider, threads = choose(choice.ep), torch.get_num_threads()
+    names = [name for group in description.groups for name in group.names] + [description.head]
+    exporter = Exporter(loaded, names, choice.exporter, threads)
+    styles = [Style(choice.format, level) for level in choice.accuracy_levels]
+    return Runtime(exporter, tuple(OrtBackend(exporter, style, provider, threads) for style in styles))
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """An ONNX folder that someone else made, found to answer the baseline's token ids."""
+
+    name: str
+    folder: Path
+    facts: OnnxFacts
+    sha256: str
+
+    def backend(self, choice: BackendChoice) -> FolderBackend:
+        """What runs it."""
+        return FolderBackend(self.folder, choose(choice.ep), torch.get_num_threads())
+
+    def record(self, backend: str, runtime: RuntimeRecord | None, seconds: float) -> VariantRecord:
+        """What a run says of it."""
+        facts = self.facts
+        grids = [grid for grid, _ in Counter(_grid(matrix) for matrix in facts.quantized).most_common()]
+        kept = [KeptRecord(name=m.weight, parameters=m.parameters, reason=reason) for m, reason in facts.kept]
+        quantized = sum(matrix.parameters for matrix in facts.quantized)
+        total = quantized + sum(each.parameters for each in kept)
+        return VariantRecord(
+            name=self.name,
+            method="onnx",
+            backend=backend,
+            status="done",
+            error=None,
+            key=self.sha256,
+            grid=" + ".join(str(grid) for grid in grids) or "float",
+            granularity=" + ".join(dict.fromkeys(describe(grid) for grid in grids)) or "none",
+            symmetric=all(grid.symmetric for grid in grids),
+            bits_per_weight=facts.bits_per_weight or facts.size_bytes * 8 / total,
+            bits_per_weight_model=facts.size_bytes * 8 / total,
+            size_bytes=facts.size_bytes,
+            quantized_weights=len(facts.quantized),
+            quantized_parameters=quantized,
+            kept=kept,
+            input_scales=[],
+            details={"made by": facts.producer, "folder": self.folder.name},
+            importance=None,
+            budget_bits_per_weight=None,
+            groups=[],
+            quantize_seconds=0.0,
+            score_seconds=seconds,
+            runtime=runtime,
+        )
+
+
+def foreign(name: str, folder: Path, loaded: LoadedModel, vocabulary: int, texts: Sequence[str]) -> Foreign:
+    """The ONNX folder of `--variant NAME=FOLDER`, checked before anything is scored.
+
+    `vocabulary` is the width of the baseline's logits; the tokens of `texts` must be the baseline's.
+
+    Raises:
+        UsageError: files are missing or cut short, the graph can't be scored, or it speaks of other tokens.
+    """
+    facts = inspect_folder(folder)
+    decoder = read_decoder(facts)
+    if decoder.vocab_size != vocabulary:
+        raise UsageError(
+            f"--variant {name}={folder} gives logits of {decoder.vocab_size} tokens and the baseline of {vocabulary}, "
+            "so their distributions cannot be compared."
+        )
+    _check_tokens(name, folder, loaded.tokenizer, texts)
+    files = [facts.files.model, *sorted(facts.files.model.parent.glob(f"{facts.files.model.name}?*"))]
+    sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
+    return Foreign(name, folder, facts, sha256)
+
+
+def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level: int | None) -> RuntimeRecord:
+    """How a model ran, in the words of a run's record; no route and level for a folder made elsewhere."""
+    versions = require_runtime()
+    return RuntimeRecord(
+        runtime=f"{versions.distribution} {versions.version}",
+        provider=ran.provider,
+        nodes=ran.nodes,
+        exporter=route,
+        format=choice.format if route else None,
+        accuracy_level=level,
+        shares_prefixes_in_batches=ran.batches_prefixes,
+        facts=ran.facts,
+    )
+
+
+def _check_tokens(name: str, folder: Path, tokenizer: Any, texts: Iterable[str]) -> None:
+    try:
+        with quiet():
+            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UsageError(f"The tokenizer in '{folder}' can't be read: {error}.") from error
+    for text in texts:
+        ours, other = encode(tokenizer, text), encode(theirs, text)
+        if ours != other:
+            where = next((i for i, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), None)
+            first = "one is longer" if where is None else f"the first at token {where}: {ours[where]}, {other[where]}"
+            raise UsageError(
+                f"--variant {name}={folder} has other token ids than the baseline for the same text ({first}), "
+                "so nothing of it could be compared."
+            )
+
+
+def _grid(matrix: Matrix) -> Grid:
+    how = matrix.quantization
+    assert how is not None
+    if how.block:
+        return Grid(how.bits, PerBlock(how.block), how.symmetric)
+    return Grid(how.bits, PerTensor() if how.granularity == "tensor" else PerChannel(), how.symmetric)
