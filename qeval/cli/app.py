@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from qeval import __version__
 from qeval.cli.compare import compare
 from qeval.cli.explain import explain
+from qeval.cli.export import export
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
 from qeval.errors import QevalError, UsageError
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(quantize)
+app.command()(export)
 app.command()(explain)
 app.command()(models)
 app.command()(methods)

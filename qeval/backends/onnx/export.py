@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from qeval.backends.onnx.packages import require_builder, require_dynamo
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import NBITS, Style, apply, make_exact
 from qeval.backends.torch import TorchSession
-from qeval.errors import QevalError
+from qeval.errors import QevalError, UsageError
 from qeval.identity import digest
 from qeval.metrics.tokens import near_kl
 from qeval.models.cache import build_once
@@ -39,16 +39,28 @@ EXPORT_VERSION = 1
 """Raise it when the same checkpoint gives another float graph."""
 
 Route = Literal["genai", "dynamo"]
+Precision = Literal["fp32", "fp16"]
 MODEL = "model.onnx"
 _DATA = "model.onnx.data"
 _PLACES = "places.json"
 _OWN = (MODEL, _DATA, _PLACES, "qeval.json")
-_MOST_KL = 1e-8
+_MOST_KL: Mapping[Precision, float] = {"fp32": 1e-8, "fp16": 1e-3}
+_BUILDER_EPS = {"cuda": "cuda", "tensorrt": "cuda", "trt-rtx": "NvTensorRtRtx", "dml": "dml", "webgpu": "webgpu"}
+"""The builder's names of providers; the others run the graphs that it makes for the CPU."""
+
 _PROBE = 128
 _TEXT = (
     "A quantized model answers almost as its original does, and the question is always how much 'almost' is. "
     "In 1854 the engineers of the railway measured 3,217 rails twice, with two instruments, before they trusted one."
 )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a graph is made for: an execution provider, and the type of its activations and floats."""
+
+    ep: str = "cpu"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -63,12 +75,17 @@ class Parity:
 class Exporter:
     """Makes ONNX folders of one loaded model."""
 
-    def __init__(self, loaded: LoadedModel, names: Iterable[str], exporter: str, threads: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, names: Iterable[str], exporter: str, threads: int, target: Target = Target()
+    ) -> None:
         """`names` are the parameters that quantizers touch, the head's included; `exporter` is auto, genai or dynamo.
 
         Raises:
-            UsageError: what the exporter needs is not installed.
+            UsageError: what the exporter needs is not installed, or it can't make graphs for the target.
         """
+        if exporter == "dynamo" and target.precision != "fp32":
+            raise UsageError("--exporter dynamo writes fp32 graphs only; take --exporter genai, or --precision fp32.")
+        self._target = target
         if exporter == "dynamo":
             require_dynamo()
         else:
@@ -81,6 +98,11 @@ class Exporter:
         self.refused: str | None = None
         """Why the builder did not take the model, where `auto` went on to torch's exporter."""
 
+    @property
+    def weights_sha256(self) -> str:
+        """The identity of the checkpoint."""
+        return self._loaded.info.weights_sha256
+
     def float_folder(self) -> Path:
         """The float graph in fp32, made and compared with torch once, then kept in the cache.
 
@@ -91,13 +113,19 @@ class Exporter:
             try:
                 return self._made("genai")
             except QevalError as error:
+                if self._target.precision != "fp32":
+                    raise
                 self.refused = str(error)
                 require_dynamo()
                 return self._made("dynamo")
         return self._made("dynamo" if self.asked == "dynamo" else "genai")
 
-    def write(self, variant: Variant | None, style: Style, out: Path) -> None:
+    def write(
+        self, variant: Variant | None, style: Style, out: Path, finish: Callable[[Path], None] | None = None
+    ) -> None:
         """Write a variant's (or the float model's) folder to `out`, which must not exist; it appears whole.
+
+        `finish` may add files to the folder before it appears.
 
         Raises:
             QevalError: the graph has no place for something of the variant, or can't be written.
@@ -119,6 +147,8 @@ class Exporter:
                 _check_written(part, variant, style)
                 if style.format == "qdq":
                     _ask_level(part / GENAI_CONFIG, style.accuracy_level)
+            if finish is not None:
+                finish(part)
             try:
                 part.rename(out)
             except OSError as error:
@@ -140,14 +170,16 @@ class Exporter:
     def _made(self, route: Route) -> Path:
         self.route = route
         info = self._loaded.info
-        key = digest({"export": EXPORT_VERSION, "route": route, "weights": info.weights_sha256})[:16]
+        key = digest({"export": EXPORT_VERSION, "route": route, "weights": info.weights_sha256, **vars(self._target)})[
+            :16
+        ]
         return build_once(f"onnx-{route}-{key}", (), lambda folder: self._build(route, folder))
 
     def _build(self, route: Route, folder: Path) -> None:
         checkpoint = self._loaded.folder
         raw = folder / "raw"
         if route == "genai":
-            _run_builder(checkpoint, raw)
+            _run_builder(checkpoint, raw, self._target)
         else:
             dynamo.export_dynamo(checkpoint, raw)
             _copy_others(checkpoint, raw)
@@ -160,11 +192,12 @@ class Exporter:
         del model
         shutil.rmtree(raw)
         parity = self.parity(folder, TorchSession(self._loaded.model))
-        if not parity.kl_nats <= _MOST_KL:
+        most = _MOST_KL[self._target.precision]
+        if not parity.kl_nats <= most:
             raise QevalError(
                 f"The {route} export of {self._loaded.info.architecture} is not the model: over {parity.tokens} tokens "
                 f"its KL from torch is {parity.kl_nats:.2g} nats (largest logit difference "
-                f"{parity.max_logit_difference:.2g}), where {_MOST_KL:g} is allowed; try the other --exporter."
+                f"{parity.max_logit_difference:.2g}), where {most:g} is allowed; try the other --exporter."
             )
 
     def _probe(self) -> list[int]:
@@ -174,10 +207,12 @@ class Exporter:
         return (ids * (1 + length // len(ids)))[:length]
 
 
-def _run_builder(checkpoint: Path, out: Path) -> None:
+def _run_builder(checkpoint: Path, out: Path, target: Target) -> None:
     """The model builder in a process of its own: its memory, its noise and its hub client stay there."""
+    ep = _BUILDER_EPS.get(target.ep, "cpu")
+    arguments = [str(checkpoint.resolve()), str(out.resolve()), ep, target.precision]
     done = subprocess.run(
-        [sys.executable, "-m", "qeval.backends.onnx.genai_child", str(checkpoint.resolve()), str(out.resolve()), "cpu"],
+        [sys.executable, "-m", "qeval.backends.onnx.genai_child", *arguments],
         capture_output=True,
         text=True,
         errors="replace",

@@ -1,8 +1,8 @@
-"""The model builder of onnxruntime-genai in a process of its own: `python -m ...genai_child CHECKPOINT OUT EP`.
+"""The model builder of onnxruntime-genai in a process of its own: `genai_child CHECKPOINT OUT EP PRECISION`.
 
-A float model goes in and comes out in fp32, nothing fused that a recipe may want apart. Three habits of builder 0.18
-would make the graph another model than the checkpoint; they are set right here, and the result is compared with torch
-by whoever called:
+A float model goes in and comes out in fp32 or fp16, nothing fused that a recipe may want apart. Three habits of
+builder 0.18 would make the graph another model than the checkpoint; they are set right here, and the result is
+compared with torch by whoever called:
 
 - Gemma's embedding scale is rounded to two decimals;
 - Gemma 3's rotary parameters are looked up where transformers 4 kept them (a KeyError with 5);
@@ -22,11 +22,11 @@ OPTIONS = ("fuse_qkv=false", "windowed_kv_cache=false", "hf_remote=false")
 
 
 def main() -> None:
-    """Build the graph of the folder argv[1] in the folder argv[2] for the execution provider argv[3]."""
-    source, out, ep = sys.argv[1:4]
+    """Build the graph of the folder argv[1] in the folder argv[2] for the builder's provider argv[3]."""
+    source, out, ep, precision = sys.argv[1:5]
     _mend_gemma()
-    extra = builder.parse_extra_options(None, source, out, "fp32", ep, f"{out}/cache", list(OPTIONS))
-    builder.create_model(None, source, out, "fp32", ep, f"{out}/cache", **extra)
+    extra = builder.parse_extra_options(None, source, out, precision, ep, f"{out}/cache", list(OPTIONS))
+    builder.create_model(None, source, out, precision, ep, f"{out}/cache", **extra)
 
 
 def _mend_gemma() -> None:

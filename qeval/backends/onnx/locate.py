@@ -7,7 +7,7 @@ isn't where it should be is noticed before anything is swapped.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple
@@ -94,20 +94,53 @@ def locate(graph: ir.Graph, parameters: Mapping[str, Tensor]) -> Places:
     What isn't found is left out; whoever needs it says so.
     """
     values = {name: as_floats(tensor) for name, tensor in parameters.items() if tensor.dim() in (1, 2)}
-    tied = {name: tensor.data_ptr() for name, tensor in parameters.items()}
     index = _by_width(values)
+    found = [
+        (initializer, _candidates(array, index, values))
+        for initializer in list(graph.initializers.values())
+        if (array := _float_array(initializer)) is not None
+    ]
+    tensors = {name: tensor.data_ptr() for name, tensor in parameters.items()}
     places = Places()
-    for initializer in list(graph.initializers.values()):
-        array = _float_array(initializer)
-        if array is None:
-            continue
-        found = _candidates(array, index, values)
-        nearest = _nearest_names(initializer.name or "", [each.name for each in found])
-        tensors = {tied[name] for name in nearest}
-        for each in found:
-            if tied[each.name] in tensors:
-                places.add(each.name, Held(initializer, each.rows, each.transposed, each.offset))
+    for initializer, candidates in _told_apart(found, tensors):
+        for each in candidates:
+            places.add(each.name, Held(initializer, each.rows, each.transposed, each.offset))
     return places
+
+
+def _told_apart(
+    found: Iterable[tuple[ir.Value, list["_Found"]]], tensors: Mapping[str, int]
+) -> Iterator[tuple[ir.Value, list["_Found"]]]:
+    """Each initializer with the parameter it holds (under all its names).
+
+    Several parameters may have the same content, as gains of one in a fresh model do. The one whose name is most like
+    the initializer's is taken, the surest first, and none twice; where names don't tell, none is.
+    """
+    sure: dict[int, set[int]] = {}
+    open_ = []
+    for initializer, candidates in found:
+        wanted = {tensors[each.name] for each in candidates}
+        if len(wanted) == 1:
+            sure[id(initializer)] = wanted
+        elif wanted:
+            open_.append((initializer, candidates))
+    taken = set().union(*sure.values()) if sure else set()
+    for initializer, candidates in sorted(open_, key=lambda pair: -_likeness(pair[0], pair[1])[0][0]):
+        free = [pair for pair in _likeness(initializer, candidates) if tensors[pair[1]] not in taken]
+        best = {tensors[name] for likeness, name in free if likeness == free[0][0]}
+        sure[id(initializer)] = best if len(best) == 1 else set()
+        taken |= sure[id(initializer)]
+    for initializer, candidates in found:
+        wanted = sure.get(id(initializer), set())
+        yield initializer, [each for each in candidates if tensors[each.name] in wanted]
+
+
+def _likeness(initializer: ir.Value, candidates: Iterable["_Found"]) -> list[tuple[float, str]]:
+    """How alike the names are, 0 to 1, the likest first."""
+    words = _words(initializer.name or "")
+    names = {each.name for each in candidates}
+    shared = {name: len(words & _words(name)) / len(words | _words(name)) for name in names}
+    return sorted(((likeness, name) for name, likeness in shared.items()), reverse=True)
 
 
 def as_floats(tensor: Tensor) -> Floats:
@@ -209,14 +242,6 @@ def _multiplied(initializer: ir.Value, rows: slice, transposed: bool) -> Iterato
 def _integer(node: ir.Node, name: str) -> int:
     attribute = node.attributes.get(name)
     return 0 if attribute is None else attribute.as_int()
-
-
-def _nearest_names(initializer: str, names: Sequence[str]) -> set[str]:
-    """Of parameters with the same content, those whose name shares most words with the initializer's."""
-    words = _words(initializer)
-    shared = {name: len(words & _words(name)) for name in names}
-    best = max(shared.values(), default=0)
-    return {name for name in names if shared[name] == best}
 
 
 def _words(name: str) -> set[str]:

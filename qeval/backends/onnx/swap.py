@@ -35,11 +35,11 @@ class Style:
 
 
 def make_exact(places: Places, parameters: Mapping[str, Tensor]) -> None:
-    """Give every initializer that holds a parameter the parameter's own fp32 values, where an exporter rounded."""
+    """Give every initializer that holds a parameter the parameter's own values, where an exporter rounded."""
     for name, tensor in parameters.items():
         for held in places.held.get(name, ()):
             exact = held.of(as_floats(tensor))
-            if held.value.dtype == ir.DataType.FLOAT and not np.array_equal(_values(held), exact):
+            if not np.array_equal(_values(held), exact.astype(_values(held).dtype)):
                 _set(held, exact)
 
 

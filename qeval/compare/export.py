@@ -1,0 +1,145 @@
+"""`export`: one variant as an ONNX folder that onnxruntime-genai loads, checked against its fake-quantized twin."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from qeval.backends.onnx.export import Exporter, Parity, Precision, Target
+from qeval.backends.onnx.inspection import inspect_folder
+from qeval.backends.onnx.packages import require_runtime
+from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.swap import Style
+from qeval.backends.torch import TorchBackend
+from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
+from qeval.compare.variants import Workshop, check_recipes
+from qeval.config import Recipe
+from qeval.errors import QevalError, UsageError
+from qeval.progress import Progress
+from qeval.quant.variant import Variant
+from qeval.store.variants import Manifest, load_variant, read_manifest
+
+MANIFEST = "qeval.json"
+
+
+class ExportManifest(BaseModel):
+    """All of `qeval.json` in an exported folder: what is in it and how near it is to what was meant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    export_version: Literal[1]
+    model: dict[str, str]
+    recipe: dict[str, object] | None  # None for the float model
+    variant_key: str | None  # the identity of the integers
+    bits_per_weight: float | None  # scales in fp32, as the variant counts them
+    exporter: str  # "genai", "dynamo"
+    runtime: str  # what it was checked with
+    provider: str  # what it was made for
+    precision: str  # "fp32", "fp16": of activations and floats
+    format: str  # "nbits", "qdq"
+    accuracy_level: int
+    loads_in_genai: bool  # whether onnxruntime-genai can load the folder and generate
+    parity: dict[str, float] | None  # against the fake-quantized twin, on the CPU; None where it doesn't run there
+    parity_missing: str | None  # why there is none
+    contents: list[str]  # in sentences
+
+
+def export(
+    model: ModelChoice,
+    recipe: Recipe | None,
+    calibration: CalibrationChoice,
+    choice: BackendChoice,
+    precision: Precision | None,
+    out: Path,
+    *,
+    threads: int | None,
+    seed: int,
+    progress: Progress,
+) -> ExportManifest:
+    """Write the variant of `recipe` (the float model with None) to the folder `out`, which must not exist.
+
+    `precision` None means fp32 for the CPU and fp16 elsewhere.
+
+    Raises:
+        UsageError: bad input; QevalError: no exporter takes the model, or the folder can't be written.
+    """
+    if out.exists():
+        raise UsageError(f"'{out}' exists; name another folder.")
+    choose(choice.ep)
+    if threads:
+        torch.set_num_threads(threads)
+    loaded, source = source_of_model(model)
+    if recipe is not None:
+        check_recipes([recipe], source)
+    names = [name for group in source.description.groups for name in group.names] + [source.description.head]
+    target = Target(choice.ep, precision or ("fp32" if choice.ep == "cpu" else "fp16"))
+    exporter = Exporter(loaded, names, choice.exporter, torch.get_num_threads(), target)
+    variant, made = None, None
+    if recipe is not None:
+        workshop = Workshop(source, lambda: calibration_of(calibration, loaded), seed, progress)
+        folder = workshop.folder(recipe)
+        variant, made = load_variant(folder), read_manifest(folder)
+    with progress.phase("export the float graph", 1) as advance:
+        exporter.float_folder()
+        advance(1)
+    if exporter.refused:
+        progress.warn(f"{exporter.refused} torch's own exporter made the graph instead.")
+    style = Style(choice.format, choice.accuracy_levels[0])
+    backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
+    written: list[ExportManifest] = []
+
+    def finish(part: Path) -> None:
+        parity, missing = _parity(exporter, backend, variant, part)
+        manifest = _manifest(exporter, choice, target, model, made, part, parity, missing)
+        (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+        written.append(manifest)
+
+    with progress.phase("write and check", 1) as advance:
+        exporter.write(variant, style, out, finish)
+        advance(1)
+    return written[0]
+
+
+def _parity(
+    exporter: Exporter, backend: TorchBackend, variant: Variant | None, part: Path
+) -> tuple[Parity | None, str | None]:
+    """The written folder against its fake-quantized twin on the CPU, or why it can't be compared there."""
+    try:
+        with backend.open(variant) as session:
+            return exporter.parity(part, session), None
+    except (QevalError, UsageError) as error:
+        return None, str(error)
+
+
+def _manifest(
+    exporter: Exporter,
+    choice: BackendChoice,
+    target: Target,
+    model: ModelChoice,
+    made: Manifest | None,
+    part: Path,
+    parity: Parity | None,
+    missing: str | None,
+) -> ExportManifest:
+    versions = require_runtime()
+    return ExportManifest(
+        export_version=1,
+        model={"name": model.name, "weights_sha256": exporter.weights_sha256},
+        recipe=made.recipe if made else None,
+        variant_key=made.key if made else None,
+        bits_per_weight=made.bits_per_weight if made else None,
+        exporter=str(exporter.route),
+        runtime=f"{versions.distribution} {versions.version}",
+        provider=choose(target.ep).onnx_name,
+        precision=target.precision,
+        format=choice.format,
+        accuracy_level=choice.accuracy_levels[0],
+        loads_in_genai=exporter.route == "genai",
+        parity=asdict(parity) if parity else None,
+        parity_missing=missing,
+        contents=inspect_folder(part, needs_tokenizer=False).describe(),
+    )
