@@ -14,6 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from qeval import __version__
+from qeval.cli.card import card
 from qeval.cli.compare import compare
 from qeval.cli.explain import explain
 from qeval.cli.listing import methods, models, tasks
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(compare)
 app.command()(quantize)
 app.command()(explain)
+app.command()(card)
 app.command()(models)
 app.command()(methods)
 app.command()(tasks)

@@ -82,7 +82,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "explain", "models", "methods", "tasks"}
+    known = {"compare", "quantize", "explain", "card", "models", "methods", "tasks"}
     assert set(typer.main.get_command(app).commands) == known
 
 
