@@ -82,11 +82,11 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "explain", "card", "models", "methods", "tasks"}
+    known = {"compare", "quantize", "explain", "gate", "card", "models", "methods", "tasks"}
     assert set(typer.main.get_command(app).commands) == known
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["methods"], ["tasks"], ["models"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["gate", "--help"], ["methods"], ["tasks"], ["models"]])
 def test_what_needs_no_model_imports_nothing_heavy(arguments):
     heavy = ("torch", "transformers", "lm_eval", "matplotlib", "datasets")
     code = (
