@@ -86,7 +86,9 @@ def test_every_command_and_flag_says_what_it_is_for():
     assert set(typer.main.get_command(app).commands) == known
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["gate", "--help"], ["methods"], ["tasks"], ["models"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["gate", "--help"], ["methods"], ["tasks"], ["models"]]
+)
 def test_what_needs_no_model_imports_nothing_heavy(arguments):
     heavy = ("torch", "transformers", "lm_eval", "matplotlib", "datasets")
     code = (
