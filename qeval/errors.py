@@ -1,6 +1,7 @@
 """The errors that a user sees: one clear sentence each, with the exit code that belongs to it.
 
-Exit codes: 0 done, 1 a gate failed, 2 wrong use (what the user gave is wrong), 3 a failure while running.
+Exit codes: 0 done, 1 a gate failed, 2 wrong use (what the user gave is wrong), 3 a failure while running,
+4 a gate could not decide.
 """
 
 from collections.abc import Iterable

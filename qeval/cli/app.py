@@ -1,6 +1,7 @@
 """The program `qeval`: arguments in, calls, exit codes out.
 
-Exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 a failure while running, 130 interrupted.
+Exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 a failure while running, 4 a gate could not
+decide, 130 interrupted.
 """
 
 import os
@@ -14,9 +15,12 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from qeval import __version__
+from qeval.cli.card import card
 from qeval.cli.compare import compare
+from qeval.cli.diff import diff
 from qeval.cli.explain import explain
 from qeval.cli.export import export
+from qeval.cli.gate import gate
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
 from qeval.errors import QevalError, UsageError
@@ -38,6 +42,9 @@ app.command()(compare)
 app.command()(quantize)
 app.command()(export)
 app.command()(explain)
+app.command()(gate)
+app.command()(card)
+app.command()(diff)
 app.command()(models)
 app.command()(methods)
 app.command()(tasks)

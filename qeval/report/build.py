@@ -131,7 +131,7 @@ def _tokens(paired: PairedRun) -> _Tokens:
 def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord) -> Metrics:
     metrics: Metrics = {}
     if "kl" in run.metrics:
-        metrics |= measure_tokens.kl_metrics(rows, run.seed)
+        metrics |= measure_tokens.kl_metrics(rows, run.seed) | measure_tokens.kernel_metrics(rows, run.seed)
     if "ppl" in run.metrics:
         metrics |= measure_tokens.nll_metrics(rows, baseline, run.seed)
     return metrics | measure_tokens.delta_metrics(rows, run.seed)
@@ -195,6 +195,7 @@ def _variant(
     copied = (
         "name", "role", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
         "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
+        "twin", "runtime",
     )  # fmt: skip
     return Variant(
         **{name: getattr(record, name) for name in copied},

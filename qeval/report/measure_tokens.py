@@ -46,6 +46,18 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     return as_metrics(found)
 
 
+def kernel_metrics(rows: TokenRows, seed: int) -> Metrics:
+    """How far the model lies from the same weights in torch; none where it was not compared with them."""
+    total = int(rows.scored["kernel_kl_nats"].sum())
+    if not total:
+        return {}
+    kind: tuple[str, Better] = ("nats", "lower")
+    if bad := _count_bad(rows, ("kernel_kl_nats",)):
+        return _broken({"kernel_kl_nats": kind}, total, bad)
+    kl, clusters = rows.of("kernel_kl_nats"), rows.clusters("kernel_kl_nats")
+    return as_metrics({"kernel_kl_nats": estimates.mean(kl, clusters, unit="nats", better="lower", seed=seed)})
+
+
 def kl_curve(rows: TokenRows) -> Curve | None:
     """Which share of positions has at least which KL, down to the single worst one; None where not finite."""
     kl = np.sort(rows.of("kl_nats"))

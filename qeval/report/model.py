@@ -50,6 +50,7 @@ from qeval.store.run import (
     GroupRecord,
     ModelRecord,
     ProtocolRecord,
+    RuntimeRecord,
     TaskRecord,
 )
 from qeval.types import Better, Estimate
@@ -160,6 +161,8 @@ class Variant(_Part):
     details: dict[str, str]
     quantize_seconds: float
     score_seconds: float
+    twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with
+    runtime: RuntimeRecord | None = None  # how ONNX Runtime ran it; None on torch
 
 
 class Baseline(_Part):

@@ -18,7 +18,7 @@ from qeval.store.run import ProtocolRecord, TaskRecord
 BASELINE = "baseline"
 Mask = NDArray[np.bool_]
 
-_FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p")
+_FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qeval.report import style, words
+from qeval.report import split, style, words
 from qeval.report.build import quality
 from qeval.report.model import Metric, Report, Task, Variant
 from qeval.report.page import Plot
@@ -29,7 +29,7 @@ def quality_against_size(report: Report) -> Plot | None:
     name = "kl_nats" if "kl_nats" in points[0][1].metrics else "ppl_ratio"
     made, axes = style.figure(3.6)
     front = sorted((v.size_bytes / 1e6, q) for _, v, q in points if v.pareto)
-    axes.plot(*zip(*front, strict=True), color=style.MUTED, linewidth=1.2, zorder=1, label="Pareto front")
+    axes.plot(*zip(*front, strict=True), color=style.muted(), linewidth=1.2, zorder=1, label="Pareto front")
     for index, variant, _ in points:
         _point(axes, variant.size_bytes / 1e6, variant.metrics[name], index, variant)
     if name == "kl_nats" and all(value > 0 for *_, value in points):
@@ -93,12 +93,12 @@ def perplexity_bars(report: Report) -> Plot | None:
     measured = [(name, m, c) for name, m, c in rows if m is not None and m.value is not None]
     if base is None or base.value is None or not measured:
         return None
-    bars = [(baseline_name(report), base, style.MUTED), *measured]
+    bars = [(baseline_name(report), base, style.muted()), *measured]
     made, axes = style.figure(0.9 + _ROW * len(bars))
     values = [metric.value or 0.0 for _, metric, _ in bars]
     for row, (_, metric, colour) in enumerate(bars):
         axes.barh(row, values[row], height=0.62, color=colour, alpha=0.85)
-        _whisker(axes, metric, row, style.INK)
+        _whisker(axes, metric, row, style.ink())
         top = metric.high if metric.high is not None else values[row]
         axes.annotate(words.value_text(metric), (top, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     if max(values) > _LOG_FROM * min(values):
@@ -113,7 +113,7 @@ def perplexity_bars(report: Report) -> Plot | None:
 def accuracy_by_category(report: Report, task: Task) -> Plot | None:
     """Accuracy of every model in every category of a task; None where no model has any."""
     key = task.record.name
-    models = [(baseline_name(report), report.baseline.tasks.get(key), style.INK, "o")]
+    models = [(baseline_name(report), report.baseline.tasks.get(key), style.ink(), "o")]
     models += [(v.name, v.tasks.get(key), style.colour(i), style.marker(i)) for i, v in enumerate(report.variants)]
     shown = [(name, r.by_category, c, m) for name, r, c, m in models if r is not None and r.by_category]
     if len(shown) < 2:
@@ -129,7 +129,7 @@ def accuracy_by_category(report: Report, task: Task) -> Plot | None:
                 100 * (metric.value or 0.0), row + shift, mark, color=colour, markersize=4.5,
                 label=name if row == 0 else None,
             )  # fmt: skip
-    axes.axvline(100 * task.chance, color=style.MUTED, linestyle=":", linewidth=1.2, label="guessing")
+    axes.axvline(100 * task.chance, color=style.muted(), linestyle=":", linewidth=1.2, label="guessing")
     _name_rows(axes, [words.category(category) for category in categories])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
     axes.set_xlabel(f"Accuracy, {task.record.title}")
@@ -162,14 +162,14 @@ def layer_map(index: int, variant: Variant) -> Plot | None:
         np.ma.masked_invalid(alone),
         cmap="cividis",
         norm=_norm(measured),
-        edgecolors=style.PAPER,
+        edgecolors=style.paper(),
         linewidth=0.6,
     )
     low, high = min(g.bits for g in groups), max(g.bits for g in groups)
     if measured.size:
         made.colorbar(image, ax=axes, pad=0.03).set_label(f"KL with this group alone at INT{low} (nats)")
     else:
-        axes.set_facecolor(style.GRID)
+        axes.set_facecolor(style.grid())
     chosen = [(kinds.index(g.kind), layers.index(g.layer)) for g in groups if g.bits == high and high > low]
     if chosen:
         axes.scatter(
@@ -202,6 +202,7 @@ def all_plots(report: Report) -> list[Plot]:
         partial(quality_against_size, report),
         partial(kl_distribution, report),
         partial(perplexity_bars, report),
+        partial(split.bars, report),
         *(partial(accuracy_by_category, report, task) for task in report.tasks),
         *(partial(layer_map, index, variant) for index, variant in enumerate(report.variants)),
     ]
@@ -230,7 +231,7 @@ def _point(axes: Axes, x: float, metric: Metric, index: int, variant: Variant) -
         axes.vlines(x, metric.low, metric.high, color=style.colour(index), linewidth=1.4, zorder=2)
     axes.plot(
         x, value, style.marker(index), color=style.colour(index), markersize=7, zorder=3, label=variant.name,
-        markerfacecolor=style.colour(index) if variant.pareto else style.PAPER, linestyle="none",
+        markerfacecolor=style.colour(index) if variant.pareto else style.paper(), linestyle="none",
     )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""How the plots look: a palette that colour-blind readers tell apart, the same bytes each time.
+"""How the plots look: palettes that colour-blind readers tell apart, the same bytes each time.
+
+A dress (colours and width) is put on by `styled`; inside its block the functions below give the dress's colours.
 
 The colours of ink, grid and paper become the page's variables when a plot stands in the page, so that it
 follows its light and dark dress; as files they stand on white paper.
@@ -7,9 +9,12 @@ follows its light and dark dress; as files they stand on white paper.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import matplotlib as mpl
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,11 +27,27 @@ _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAP
 
 # Okabe and Ito, "Color Universal Design" (2008), without black and yellow, some darkened.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5559c", "#c98500", "#3b9bdc", "#8a6d3b", "#7b68c8")
+DARK_PALETTE = ("#58a9e0", "#ff8f57", "#35c79c", "#de8fcb", "#e9b44c", "#9ad0f5", "#c9a86f", "#ab9df2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 DASHES = ("-", "--", "-.", ":")
 
 WIDTH = 4.9
 """Inches: narrow enough that the letters stay legible when the page is 390 px wide."""
+
+
+@dataclass(frozen=True)
+class Dress:
+    """The colours of a plot and its width in inches."""
+
+    ink: str = INK
+    muted: str = MUTED
+    grid: str = GRID
+    paper: str = PAPER
+    palette: tuple[str, ...] = PALETTE
+    width: float = WIDTH
+
+
+LIGHT = Dress()
 
 _RC = {
     "svg.hashsalt": "qeval",
@@ -34,20 +55,9 @@ _RC = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.facecolor": PAPER,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -57,22 +67,51 @@ _PNG_DPI = 200
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def styled(dress: Dress = LIGHT) -> Iterator[None]:
     """Draw and save inside this block."""
-    with mpl.rc_context(_RC):
+    colours = {
+        dress.ink: ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
+        dress.muted: ("axes.edgecolor", "xtick.color", "ytick.color"),
+        dress.grid: ("grid.color",),
+        dress.paper: ("axes.facecolor", "figure.facecolor", "savefig.facecolor"),
+    }
+    own: dict[str, Any] = {key: colour for colour, keys in colours.items() for key in keys}
+    own |= {"axes.prop_cycle": cycler(color=dress.palette), "figure.figsize": (dress.width, dress.width)}
+    with mpl.rc_context(_RC | own):
         yield
 
 
-def figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """A figure with one axes, apart from pyplot's global state."""
-    made = Figure(figsize=(width, height), layout="constrained")
+def figure(height: float) -> tuple[Figure, Axes]:
+    """A figure with one axes, as wide as the dress and `height` inches high, apart from pyplot's global state."""
+    made = Figure(figsize=(mpl.rcParams["figure.figsize"][0], height), layout="constrained")
     FigureCanvasAgg(made)
     return made, made.add_subplot()
 
 
+def ink() -> str:
+    """The colour of letters."""
+    return str(mpl.rcParams["text.color"])
+
+
+def muted() -> str:
+    """The colour of what stands back: axes, the baseline, lines between points."""
+    return str(mpl.rcParams["axes.edgecolor"])
+
+
+def grid() -> str:
+    """The colour of grid lines."""
+    return str(mpl.rcParams["grid.color"])
+
+
+def paper() -> str:
+    """The colour that plots stand on."""
+    return str(mpl.rcParams["axes.facecolor"])
+
+
 def colour(index: int) -> str:
     """The colour of the variant at this place; it comes round again after the last."""
-    return PALETTE[index % len(PALETTE)]
+    palette: list[str] = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
+    return palette[index % len(palette)]
 
 
 def marker(index: int) -> str:

@@ -49,6 +49,13 @@ COMPARE = SHARED | {
     "--batch-tokens": None,
 }
 QUANTIZE = SHARED | {"--method": None}
+READERS = {
+    "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},
+    "card": {"run": None, "--variant": None, "--into": None, "--debug": False},
+    "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
+}
+"""Commands that read finished runs: their arguments by name, then their flags."""
+
 REQUIRED = {"compare": {"--model"}, "quantize": {"--model", "--method"}}
 
 
@@ -67,6 +74,16 @@ def test_flags_and_their_defaults_are_frozen(command, frozen):
     assert {name for p in found.values() for name in p.opts[1:] + p.secondary_opts} == {"--dtype"}
 
 
+@pytest.mark.parametrize(("command", "frozen"), READERS.items())
+def test_arguments_and_flags_of_what_reads_runs_are_frozen(command, frozen):
+    found = {p.opts[0]: p for p in parameters(command)}
+    assert set(found) == set(frozen)
+    assert {name for name, p in found.items() if p.required} == {name for name in frozen if not name.startswith("-")}
+    assert {n: p.default for n, p in found.items() if not p.required} == {
+        name: value for name, value in frozen.items() if name.startswith("-")
+    }
+
+
 def test_the_choices_of_a_flag_are_frozen():
     hints = get_type_hints(compare).items()
     found = {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
@@ -82,11 +99,13 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "explain", "models", "methods", "tasks"}
+    known = {"compare", "quantize", "explain", "gate", "card", "diff", "models", "methods", "tasks"}
     assert set(typer.main.get_command(app).commands) == known
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["methods"], ["tasks"], ["models"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["gate", "--help"], ["methods"], ["tasks"], ["models"]]
+)
 def test_what_needs_no_model_imports_nothing_heavy(arguments):
     heavy = ("torch", "transformers", "lm_eval", "matplotlib", "datasets")
     code = (

@@ -1,0 +1,140 @@
+"""A variant's figures with their bounds, from a finished run's paired rows; no torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from qeval.errors import QevalError
+from qeval.gate.kinds import QUANTILES, kind_of, split
+from qeval.report import measure_items
+from qeval.report.notes import chance_sentence
+from qeval.report.paired import PairedRun
+from qeval.report.pairing import ItemRows, TokenRows
+from qeval.stats import bounds
+from qeval.stats.bootstrap import NonFiniteError
+from qeval.stats.bounds import Bounded
+from qeval.store.run import TaskRecord, VariantRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """What a rule limits: a value in the metric's own unit, and its bounds where it rests on rows.
+
+    `rows` and `clusters` say what of ("questions" in "subjects"); `at_chance` is the sentence about a baseline
+    that is no better than guessing.
+    """
+
+    value: float
+    bounded: Bounded | None = None
+    rows: str = ""
+    clusters: str = ""
+    at_chance: str | None = None
+
+
+class Figures:
+    """One variant of a run; rows are read when the first rule asks for them."""
+
+    def __init__(self, run: PairedRun, variant: VariantRecord) -> None:
+        """Nothing is read yet."""
+        self._run, self._variant = run, variant
+        self._items: dict[str, ItemRows] = {}
+
+    def of(self, metric: str) -> Figure:
+        """A metric's figure.
+
+        Raises:
+            QevalError: the run lacks what it takes, its rows are broken, or some are not finite.
+        """
+        try:
+            return self._of(metric)
+        except NonFiniteError as error:
+            raise QevalError(f"{metric} cannot be told: {error}") from error
+
+    def _of(self, metric: str) -> Figure:
+        task, name = split(metric)
+        if task is not None:
+            return self._of_task(task, name)
+        if kind_of(metric).source == "size":
+            return Figure(self._size(name))
+        self._require(kind_of(metric).source)
+        return Figure(bound.value, bound, "tokens", "windows") if (bound := self._of_tokens(name)) else _nothing(metric)
+
+    def _size(self, name: str) -> float:
+        record = self._variant
+        if record.size_bytes <= 0:
+            raise QevalError(f"The run's record gives '{record.name}' no size.")
+        sizes = {
+            "size_ratio": self._run.record.baseline_size_bytes / record.size_bytes,
+            "size_bytes": float(record.size_bytes),
+            "bits_per_weight": record.bits_per_weight,
+        }
+        return sizes[name]
+
+    def _of_tokens(self, name: str) -> Bounded | None:
+        rows = self._tokens
+        column = "nll" if name in ("ppl_increase", "nll_diff_nats") else "kl_nats" if name in QUANTILES else name
+        values, windows = rows.of(column), rows.clusters(column)
+        if not values.size:
+            return None
+        if name in QUANTILES:
+            return bounds.quantile_of(values, QUANTILES[name], windows)
+        if name == "top1_agreement":
+            return bounds.share_of(values, windows)
+        if column != "nll":
+            return bounds.mean_of(values, windows)
+        change = values - self._run.baseline_tokens.of("nll")
+        return (bounds.increase_of if name == "ppl_increase" else bounds.mean_of)(change, windows)
+
+    def _of_task(self, task: str, name: str) -> Figure:
+        record = self._task(task)
+        rows, baseline = self._answers(record), self._run.baseline_items(record)
+        subjects = measure_items.subjects_or_questions(rows.subjects)
+        said = None
+        if name == "acc_drop":
+            bound: Bounded = bounds.drop_of(baseline.acc, rows.acc, subjects)
+            said = self._at_chance(record, baseline)
+        elif name == "choice_kl_nats":
+            bound = bounds.mean_of(measure_items.choice_kl_nats(rows, baseline), subjects)
+        else:
+            went = measure_items.transitions(rows, baseline)
+            kinds = ("right_to_wrong",) if name == "right_to_wrong" else ("right_to_wrong", "wrong_to_right")
+            bound = bounds.share_of(sum(went[kind].astype(float) for kind in kinds), subjects)
+        clusters = "subjects" if subjects.count < len(rows.items) else "questions"
+        return Figure(bound.value, bound, "questions", clusters, said)
+
+    def _at_chance(self, record: TaskRecord, baseline: ItemRows) -> str | None:
+        accuracy = measure_items.accuracies(record.name, baseline, self._run.record.seed)[f"{record.name}_acc"]
+        guess = measure_items.chance(baseline)
+        return chance_sentence(record.title, guess) if measure_items.at_chance(accuracy, guess) else None
+
+    @cached_property
+    def _tokens(self) -> TokenRows:
+        return self._run.tokens(self._variant)
+
+    def _answers(self, record: TaskRecord) -> ItemRows:
+        if record.name not in self._items:
+            if not record.items:
+                raise QevalError(f"The run scored no question of '{record.name}'.")
+            rows = self._run.items(record, self._variant)
+            bad = int((rows.non_finite() | self._run.baseline_items(record).non_finite()).sum())
+            if bad:
+                raise NonFiniteError(bad, len(rows.items))
+            self._items[record.name] = rows
+        return self._items[record.name]
+
+    def _task(self, name: str) -> TaskRecord:
+        self._require(name)
+        for task in self._run.record.tasks:
+            if task.name == name:
+                return task
+        raise QevalError(f"The run's record does not say what '{name}' is.")
+
+    def _require(self, task: str) -> None:
+        asked = self._run.record.metrics
+        if task not in asked:
+            raise QevalError(
+                f"The run did not measure '{task}'; run it again with --tasks {','.join([*asked, task])} added to it."
+            )
+
+
+def _nothing(metric: str) -> Figure:
+    raise QevalError(f"The run scored no row for {metric}.")

@@ -1,0 +1,182 @@
+"""`judge` a finished run by a policy: each rule by the bound of its interval, never by the mean."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from qeval.errors import QevalError, UsageError, unknown
+from qeval.gate import words
+from qeval.gate.figures import Figure, Figures
+from qeval.gate.kinds import Kind, kind_of
+from qeval.gate.policy import Policy, Rule
+from qeval.gate.verdict import GateVerdict, Outcome, RuleVerdict, VariantVerdict, any_of, every
+from qeval.report.paired import PairedRun
+from qeval.stats.bootstrap import Interval
+from qeval.stats.bounds import factor_to_decide, smallest_effect
+from qeval.store.run import VariantRecord
+
+
+def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdict:
+    """The verdict on the variants named, or on all; the noise floor is never gated.
+
+    Raises:
+        UsageError: `folder` holds no run, or none of a name.
+        BrokenRecordError: its record is torn or of another version.
+        QevalError: the run has no variant.
+    """
+    run = PairedRun(folder)
+    records = _gated(run, names)
+    floors = [_Floor(run, record) for record in run.done if record.role == "floor"]
+    judges = {record.name: _Judge(run, record, policy, floors) for record in records}
+    verdicts = _stepwise(judges) if policy.require == "any" else [each.verdict(1) for each in judges.values()]
+    outcomes = [verdict.outcome for verdict in verdicts]
+    return GateVerdict(
+        run=str(folder),
+        policy=policy.name,
+        outcome=any_of(outcomes) if policy.require == "any" else every(outcomes),
+        correction=words.correction(policy.require, len(records)),
+        variants=tuple(verdicts),
+        notes=tuple(_notes(policy, records)),
+    )
+
+
+def decide(kind: Kind, figure: Figure, bound: Interval, margin: float) -> Outcome:
+    """Pass or fail where the whole of the bound lies on one side of the margin, else inconclusive."""
+    low, high = (figure.value, figure.value) if figure.bounded is None else bound
+    if kind.limit == "at_most":
+        return "pass" if high is not None and high <= margin else "fail" if low is not None and low > margin else _OPEN
+    return "pass" if low is not None and low >= margin else "fail" if high is not None and high < margin else _OPEN
+
+
+_OPEN: Outcome = "inconclusive"
+
+
+class _Doubt(NamedTuple):
+    """What would decide an inconclusive rule, and what the run could have seen."""
+
+    more_rows: int | None
+    smallest_effect: float | None
+
+
+_NO_DOUBT = _Doubt(None, None)
+
+
+class _Floor:
+    """The baseline against itself in another type or backend: effects up to its own are no effects."""
+
+    def __init__(self, run: PairedRun, record: VariantRecord) -> None:
+        self.backend = record.backend
+        figures = Figures(run, record)
+        self.effect = cache(lambda metric: _effect(kind_of(metric), figures.of(metric).value))
+
+
+class _Judge:
+    """One variant under a policy; its figures are read once, whatever the number of levels tried."""
+
+    def __init__(self, run: PairedRun, record: VariantRecord, policy: Policy, floors: list[_Floor]) -> None:
+        self._record, self._policy = record, policy
+        self._figure = cache(Figures(run, record).of)
+        own = [floor for floor in floors if floor.backend == record.backend]
+        self._floors = own or floors
+
+    def verdict(self, among: int) -> VariantVerdict:
+        """Every rule about the variant, at a confidence that is corrected for `among` variants."""
+        name = self._record.name
+        if self._record.status != "done":
+            return VariantVerdict(name, "broken", (), f"'{name}' failed in this run: {self._record.error}")
+        rules = tuple(self._rule(rule, among) for rule in self._policy.rules if rule.holds_for(name))
+        if not rules:
+            return VariantVerdict(name, "broken", (), f"No rule of the policy is about '{name}': nothing was checked.")
+        return VariantVerdict(name, every([rule.counts_as for rule in rules]), rules)
+
+    def _rule(self, rule: Rule, among: int) -> RuleVerdict:
+        confidence = 1 - (1 - self._policy.confidence_of(rule)) / among
+        try:
+            figure = self._figure(rule.metric)
+            floor = self._floor(rule.metric, figure)
+        except QevalError as error:
+            return _verdict(rule, confidence, "broken", "broken", str(error))
+        bound = figure.bounded.bounds(confidence) if figure.bounded else Interval(figure.value, figure.value)
+        outcome = decide(rule.kind, figure, bound, rule.margin)
+        why = [words.reason(rule, figure, bound, confidence, outcome)]
+        lost = floor is not None and _effect(rule.kind, figure.value) <= floor
+        doubt = _NO_DOUBT
+        if figure.at_chance or (lost and (outcome == "fail" or rule.margin < 0)):
+            outcome = "inconclusive"
+        elif outcome == "inconclusive":
+            doubt = _doubt(figure, rule.margin, confidence)
+            why.append(words.advice(rule.kind, figure, doubt.more_rows, doubt.smallest_effect))
+        why += [words.under_floor(rule.kind, floor)] if floor is not None and lost else []
+        why += [remark] if (remark := words.rough(figure)) else []
+        return _verdict(
+            rule, confidence, outcome, self._counts(rule, outcome, chance=bool(figure.at_chance)),
+            ". ".join(filter(None, ["; ".join(filter(None, why)), figure.at_chance])),
+            value=figure.value, low=bound.low, high=bound.high, rows=figure.rows, floor=floor,
+            n=figure.bounded.mean.n if figure.bounded else None,
+            clusters=figure.bounded.mean.clusters if figure.bounded else None,
+            more_rows=doubt.more_rows, smallest_effect=doubt.smallest_effect,
+        )  # fmt: skip
+
+    def _counts(self, rule: Rule, outcome: Outcome, *, chance: bool) -> Outcome:
+        """How the policy takes an outcome: only an inconclusive one may count as another."""
+        if outcome != "inconclusive":
+            return outcome
+        usual = rule.when_inconclusive or self._policy.when_inconclusive
+        return (rule.when_at_chance or usual) if chance else usual
+
+    def _floor(self, metric: str, figure: Figure) -> float | None:
+        if figure.bounded is None or not self._floors:
+            return None
+        return max(floor.effect(metric) for floor in self._floors)
+
+
+def _stepwise(judges: dict[str, _Judge]) -> list[VariantVerdict]:
+    """Holm's step-down: who passes at the level for as many as are left is accepted, and the level is relaxed."""
+    verdicts: dict[str, VariantVerdict] = {}
+    left = list(judges)
+    while left:
+        verdicts |= {name: judges[name].verdict(len(left)) for name in left}
+        accepted = [name for name in left if verdicts[name].outcome == "pass"]
+        left = [name for name in left if name not in accepted] if accepted else []
+    return [verdicts[name] for name in judges]
+
+
+def _gated(run: PairedRun, names: Sequence[str]) -> list[VariantRecord]:
+    variants = {record.name: record for record in run.record.variants if record.role != "floor"}
+    if not variants:
+        raise QevalError(f"The run '{run.folder}' has no variant: there is nothing to gate.")
+    for name in names:
+        if name not in variants and any(record.name == name for record in run.record.variants):
+            raise UsageError(f"'{name}' is the run's noise floor, the baseline against itself; it is never gated.")
+        if name not in variants:
+            raise unknown(f"variant of the run '{run.folder}'", name, variants)
+    return [variants[name] for name in dict.fromkeys(names)] or list(variants.values())
+
+
+def _doubt(figure: Figure, margin: float, confidence: float) -> _Doubt:
+    if figure.bounded is None:
+        return _NO_DOUBT
+    factor = factor_to_decide(figure.bounded, margin, confidence)
+    more = None if factor is None else max(1, round((factor - 1) * figure.bounded.mean.n))
+    return _Doubt(more, smallest_effect(figure.bounded, confidence))
+
+
+def _effect(kind: Kind, value: float) -> float:
+    """How far a figure lies from that of no change at all: agreement from 1, all else from 0."""
+    return 1 - value if kind.limit == "at_least" else abs(value)
+
+
+def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:
+    idle = [rule.text for rule in policy.rules if not any(rule.holds_for(record.name) for record in records)]
+    return [words.unmatched(idle)] if idle else []
+
+
+def _verdict(
+    rule: Rule, confidence: float, outcome: Outcome, counts_as: Outcome, why: str, **figures: float | int | str | None
+) -> RuleVerdict:
+    kind = rule.kind
+    return RuleVerdict(
+        rule.text, rule.metric, kind.title, kind.limit, rule.margin, kind.unit, confidence, outcome, counts_as, why,
+        **figures,  # type: ignore[arg-type]
+    )  # fmt: skip

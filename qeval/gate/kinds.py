@@ -1,0 +1,97 @@
+"""What a policy may limit: every metric with its unit, its direction and what a run must hold for it.
+
+Names are those of `report.json` where the figure is the same; `TASK_` stands for a task's name (`mmlu_flips`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qeval.errors import UsageError, unknown
+
+Unit = Literal["points", "%", "nats", "times", "bits", "MB"]
+Limit = Literal["at_most", "at_least"]
+Source = Literal["kl", "ppl", "task", "size"]
+
+SCALE: dict[Unit, float] = {"points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6}
+"""What a margin's number is multiplied with to stand in a figure's own unit (shares, nats, bytes)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A metric: its words, the unit of its margin, the side that is limited, and where its rows come from."""
+
+    title: str
+    unit: Unit
+    limit: Limit
+    source: Source
+    signed: bool = False  # whether it can lie below zero
+
+
+METRICS: dict[str, Kind] = {
+    "kl_nats": Kind("mean KL", "nats", "at_most", "kl"),
+    "kl_nats_p50": Kind("median KL", "nats", "at_most", "kl"),
+    "kl_nats_p90": Kind("p90 KL", "nats", "at_most", "kl"),
+    "kl_nats_p99": Kind("p99 KL", "nats", "at_most", "kl"),
+    "kl_nats_p99_9": Kind("p99.9 KL", "nats", "at_most", "kl"),
+    "reverse_kl_nats": Kind("mean reverse KL", "nats", "at_most", "kl"),
+    "kl_abs_modelopt": Kind("Model Optimizer's KL", "nats", "at_most", "kl"),
+    "top1_agreement": Kind("top-1 agreement", "%", "at_least", "kl"),
+    "ppl_increase": Kind("increase of perplexity", "%", "at_most", "ppl", signed=True),
+    "nll_diff_nats": Kind("increase of NLL", "nats", "at_most", "ppl", signed=True),
+    "size_ratio": Kind("size, times smaller", "times", "at_least", "size"),
+    "size_bytes": Kind("size", "MB", "at_most", "size"),
+    "bits_per_weight": Kind("bits per weight", "bits", "at_most", "size"),
+}
+QUANTILES = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
+
+TASK_METRICS: dict[str, Kind] = {
+    "acc_drop": Kind("drop", "points", "at_most", "task", signed=True),
+    "flips": Kind("flipped answers", "%", "at_most", "task"),
+    "right_to_wrong": Kind("answers gone wrong", "%", "at_most", "task"),
+    "choice_kl_nats": Kind("mean KL over the choices", "nats", "at_most", "task"),
+}
+
+
+def split(metric: str) -> tuple[str | None, str]:
+    """The task (None where there is none) and the metric's own name.
+
+    Raises:
+        UsageError: no metric of that name is known; the nearest are listed.
+
+    >>> split("kl_nats"), split("mmlu_acc_drop")
+    ((None, 'kl_nats'), ('mmlu', 'acc_drop'))
+    """
+    if metric in METRICS:
+        return None, metric
+    for name in TASK_METRICS:
+        task = metric.removesuffix(f"_{name}")
+        if task and task != metric:
+            return task, name
+    raise unknown("metric", metric, [*METRICS, *(f"TASK_{name}" for name in TASK_METRICS)])
+
+
+def kind_of(metric: str) -> Kind:
+    """A metric's kind; raises as `split` does."""
+    task, name = split(metric)
+    return METRICS[name] if task is None else TASK_METRICS[name]
+
+
+def margin_of(text: str, kind: Kind, metric: str) -> float:
+    """A margin such as '1.0 points' in the figure's own unit (0.01).
+
+    Raises:
+        UsageError: it is no number, or its unit is not the metric's.
+    """
+    words = text.split()
+    try:
+        number = float(words[0])
+        unit = " ".join(words[1:])
+    except (IndexError, ValueError):
+        number, unit = float("nan"), ""
+    if unit != kind.unit or not abs(number) < float("inf"):
+        raise UsageError(
+            f"The margin of {metric} must be a number of {kind.unit}, such as '1.5 {kind.unit}', not '{text}'."
+        )
+    if number < 0 and not kind.signed:
+        raise UsageError(f"The margin of {metric} cannot be below zero, as '{text}' is.")
+    return number * SCALE[kind.unit]
