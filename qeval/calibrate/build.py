@@ -84,15 +84,19 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     )
 
 
-def check(source: Source, recipe: Recipe) -> None:
+def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
     """Refuse what `build` would refuse, without its work: no calibration is needed.
+
+    What each quantized weight may come out as is returned: its grid, or the two that a mixed method chooses between.
 
     Raises:
         UsageError: as `build`.
     """
     grids, _ = _assign(source, recipe, parse(recipe.grid))
-    if recipe.mixed:
-        _mixed_budget(source, recipe, grids)
+    if not recipe.mixed:
+        return {name: (grid,) for name, grid in grids.items()}
+    _mixed_budget(source, recipe, grids)
+    return {name: (grid, high_grid(recipe)) for name, grid in grids.items()}
 
 
 def quantizable(description: Description) -> list[str]:

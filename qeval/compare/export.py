@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qeval.backends.onnx.export import Exporter, Parity, Precision, Target
 from qeval.backends.onnx.inspection import inspect_folder
+from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
@@ -74,7 +75,7 @@ def export(
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
     if recipe is not None:
-        check_recipes([recipe], source)
+        check_recipes([recipe], source, kernel_block)
     names = [name for group in source.description.groups for name in group.names] + [source.description.head]
     target = Target(choice.ep, precision or ("fp32" if choice.ep == "cpu" else "fp16"))
     exporter = Exporter(loaded, names, choice.exporter, torch.get_num_threads(), target)

@@ -19,6 +19,7 @@ from qeval.models.graph import Description
 from qeval.models.head import Head
 from qeval.paths import home
 from qeval.progress import Progress
+from qeval.quant.grid import Grid
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
@@ -179,8 +180,12 @@ def given_entry(name: str, folder: Path, weights_sha256: str) -> Entry:
     return Entry(name, str(manifest.recipe.get("method", "given")), folder)
 
 
-def check_recipes(recipes: Sequence[Recipe], loaded: Loaded) -> None:
-    """Refuse recipes that no variant of this model can be made from, before any work starts.
+FitsKernel = Callable[[str, Grid, int], object]
+"""Raises a UsageError unless a backend's kernel takes a grid: the weight's name, the grid, the row's width."""
+
+
+def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel | None = None) -> None:
+    """Refuse recipes that no variant of this model can be made from, or no kernel takes, before any work starts.
 
     Raises:
         UsageError: it names the recipe.
@@ -190,7 +195,9 @@ def check_recipes(recipes: Sequence[Recipe], loaded: Loaded) -> None:
     source = source_of(loaded.model, loaded.description, loaded.head, (), {})
     for recipe in recipes:
         try:
-            check(source, recipe)
+            possible = check(source, recipe)
+            for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids) if fits else ():
+                fits(name, grid, source.search.parameters[name].shape[1])
         except UsageError as error:
             named = f"'{recipe.name}'" in str(error)
             raise UsageError(str(error) if named else f"'{recipe.name}': {error}") from error

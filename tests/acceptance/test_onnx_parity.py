@@ -110,7 +110,7 @@ def show(request):
 
     def line(text: str) -> None:
         with capture.global_and_fixture_disabled():
-            print(f"\n{text}", end=" ", flush=True)
+            print(f"\n{text}", end=" ", flush=True)  # noqa: T201 - figures for a person
 
     return line
 
