@@ -86,7 +86,7 @@ def prepare(settings: Settings) -> Plan:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     loaded, source = source_of_model(settings.model)
-    check_recipes(settings.recipes, source, kernel_block if settings.backends.uses_ort else None)
+    check_recipes(settings.recipes, source, *([kernel_block] if settings.backends.uses_ort else []))
     backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)

@@ -184,7 +184,11 @@ FitsKernel = Callable[[str, Grid, int], object]
 """Raises a UsageError unless a backend's kernel takes a grid: the weight's name, the grid, the row's width."""
 
 
-def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel | None = None) -> None:
+def _any_grid(name: str, grid: Grid, columns: int) -> None:
+    """Torch computes with any grid."""
+
+
+def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel = _any_grid) -> None:
     """Refuse recipes that no variant of this model can be made from, or no kernel takes, before any work starts.
 
     Raises:
@@ -196,7 +200,7 @@ def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel | 
     for recipe in recipes:
         try:
             possible = check(source, recipe)
-            for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids) if fits else ():
+            for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids):
                 fits(name, grid, source.search.parameters[name].shape[1])
         except UsageError as error:
             named = f"'{recipe.name}'" in str(error)

@@ -95,7 +95,12 @@ def test_arguments_and_flags_of_what_reads_runs_are_frozen(command, frozen):
 def test_the_choices_of_a_flag_are_frozen():
     hints = get_type_hints(compare).items()
     found = {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
-    assert found == {"bos": ("auto", "always", "never"), "importance": ("measured", "positional")}
+    assert found == {
+        "bos": ("auto", "always", "never"),
+        "exporter": ("auto", "genai", "dynamo"),
+        "format": ("nbits", "qdq"),
+        "importance": ("measured", "positional"),
+    }
 
 
 def test_only_variant_may_be_repeated():
@@ -107,7 +112,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "explain", "gate", "card", "diff", "models", "methods", "tasks"}
+    known = {"compare", "quantize", "export", "explain", "gate", "card", "diff", "models", "methods", "tasks"}
     assert set(typer.main.get_command(app).commands) == known
 
 
