@@ -34,6 +34,8 @@ class Distance:
     top1_agreement: Tensor
     own: Own
     base_log_p: Tensor
+    twin_kl_nats: Tensor | None
+    """KL from the same weights on another backend, where that was given."""
 
 
 def own_numbers(logits: Logits, states: Tensor, targets: Tensor) -> Own:
@@ -47,13 +49,26 @@ def own_numbers(logits: Logits, states: Tensor, targets: Tensor) -> Own:
     return own
 
 
-def distance(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor, targets: Tensor) -> Distance:
-    """The distances of a variant's distributions from the baseline's, position by position."""
-    kl, reverse, absolute, base_log_p, *own = _empty(len(states), 6)
+def distance(
+    base_logits: Logits,
+    base_states: Tensor,
+    logits: Logits,
+    states: Tensor,
+    targets: Tensor,
+    twin: tuple[Logits, Tensor] | None = None,
+) -> Distance:
+    """The distances of a variant's distributions from the baseline's, position by position.
+
+    `twin`: the head and the states of the same weights on another backend, to be compared with in the same sweep.
+    """
+    kl, reverse, absolute, base_log_p, near, *own = _empty(len(states), 7)
     agreement = torch.empty(len(states), dtype=torch.bool)
-    found = Distance(kl, reverse, absolute, agreement, Own(*own), base_log_p)
+    found = Distance(kl, reverse, absolute, agreement, Own(*own), base_log_p, None if twin is None else near)
     for rows in _blocks(base_logits, base_states):
-        log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(logits(states[rows]))
+        own_logits = logits(states[rows])
+        if twin is not None:
+            near[rows] = _near_kl(twin[0](twin[1][rows]), own_logits)
+        log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(own_logits)
         _fill_distance(found, rows, log_p, log_q, targets[rows])
     return found
 
@@ -75,12 +90,16 @@ def near_kl(base_logits: Logits, base_states: Tensor, logits: Logits, states: Te
     """
     (found,) = _empty(len(states), 1)
     for rows in _blocks(base_logits, base_states):
-        base = base_logits(base_states[rows]).double()
-        difference = logits(states[rows]).to(base.device, torch.float64).sub_(base)
-        p = torch.softmax(base, dim=-1)
-        difference.sub_((p * difference).sum(-1, keepdim=True))
-        found[rows] = torch.log1p(p.mul_(difference.expm1_()).sum(-1)).cpu()
+        found[rows] = _near_kl(base_logits(base_states[rows]), logits(states[rows]))
     return found
+
+
+def _near_kl(base_logits: Tensor, logits: Tensor) -> Tensor:
+    base = base_logits.double()
+    difference = logits.to(base.device, torch.float64).sub(base)
+    p = torch.softmax(base, dim=-1)
+    difference.sub_((p * difference).sum(-1, keepdim=True))
+    return torch.log1p(p.mul_(difference.expm1_()).sum(-1)).cpu()
 
 
 def _fill_distance(found: Distance, rows: slice, log_p: Tensor, log_q: Tensor, targets: Tensor) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval.backends.base import Session
-from qeval.metrics.tokens import Logits, distance, near_kl, own_numbers
+from qeval.metrics.tokens import Logits, distance, own_numbers
 from qeval.progress import Advance
 from qeval.store.schema import TOKENS, constant_column
 from qeval.tasks.windows import Window
@@ -88,7 +88,7 @@ def variant_columns(
     The states of both sides are [positions of all windows, width]; so are those of `twin`, the same weights on
     another backend, whose distance goes to `kernel_kl_nats`.
     """
-    found = distance(base_logits, base_states, session.logits, states, _targets(shard.windows))
+    found = distance(base_logits, base_states, session.logits, states, _targets(shard.windows), twin)
     values = {
         "log_p": found.own.log_p,
         "entropy_nats": found.own.entropy_nats,
@@ -98,8 +98,8 @@ def variant_columns(
         "kl_abs_modelopt": found.kl_abs_modelopt,
         "top1_agreement": found.top1_agreement,
     }
-    if twin is not None:
-        values["kernel_kl_nats"] = near_kl(*twin, session.logits, states)
+    if found.twin_kl_nats is not None:
+        values["kernel_kl_nats"] = found.twin_kl_nats
     return _columns(shard, names, values)
 
 
