@@ -38,6 +38,7 @@ def compare(
     ep: options.Ep = "cpu",
     exporter: options.Exporter = "auto",
     format: options.Format = "nbits",
+    precision: options.Precision = None,
     device: options.Device = "cpu",
     compute: options.Compute = None,
     tasks: Annotated[
@@ -89,7 +90,9 @@ def compare(
         questions=TaskChoice(mmlu_dir, _names(subjects), limit, shots),
         calibration=CalibrationChoice(calibration, calibration_samples, calibration_length),
         out=out or Path("reports") / slug(model),
-        backends=BackendChoice(_names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format),
+        backends=BackendChoice(
+            _names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format, precision
+        ),
         batch_tokens=batch_tokens,
         threads=threads,
         seed=seed,

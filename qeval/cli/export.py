@@ -1,7 +1,7 @@
 """`qeval export`: one variant of a model as an ONNX folder."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,10 +23,7 @@ def export(
     accuracy_level: Annotated[
         int, typer.Option("--accuracy-level", help="1: fp32 activations; 4: int8 activations, faster and less exact.")
     ] = 1,
-    precision: Annotated[
-        Literal["fp32", "fp16"] | None,
-        typer.Option("--precision", help="Of activations and floats; default: fp32 for the CPU, else fp16."),
-    ] = None,
+    precision: options.Precision = None,
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,
@@ -44,7 +41,7 @@ def export(
     del debug  # read by the program's own error handler
     defaults = Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
     recipe = None if method == "float" else parse_method(method, defaults)
-    choice = BackendChoice(("ort",), (accuracy_level,), ep, exporter, format)
+    choice = BackendChoice(("ort",), (accuracy_level,), ep, exporter, format, precision)
     console = Console(stderr=True)
     from qeval.compare.prepare import require_onnx  # noqa: PLC0415 - torch takes seconds to import
 
@@ -57,7 +54,6 @@ def export(
         recipe,
         CalibrationChoice(calibration, calibration_samples, calibration_length),
         choice,
-        precision,
         folder,
         threads=threads,
         seed=seed,

@@ -43,6 +43,10 @@ Format = Annotated[
     Literal["nbits", "qdq"],
     typer.Option("--format", help="nbits: MatMulNBits; qdq: DequantizeLinear + MatMul."),
 ]
+Precision = Annotated[
+    Literal["fp32", "fp16"] | None,
+    typer.Option("--precision", help="Of an ONNX graph's activations and floats; fp32 on the CPU, elsewhere fp16."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides the calibration sketch and the bootstrap.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from qeval.backends.onnx.export import Exporter, Parity, Precision, Target
+from qeval.backends.onnx.export import Exporter, Parity, Target
 from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
 from qeval.backends.torch import TorchBackend
+from qeval.compare.onnx import target_of
 from qeval.compare.prepare import calibration_of, source_of_model
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes
@@ -54,7 +55,6 @@ def export(
     recipe: Recipe | None,
     calibration: CalibrationChoice,
     choice: BackendChoice,
-    precision: Precision | None,
     out: Path,
     *,
     threads: int | None,
@@ -62,8 +62,6 @@ def export(
     progress: Progress,
 ) -> ExportManifest:
     """Write the variant of `recipe` (the float model with None) to the folder `out`, which must not exist.
-
-    `precision` None means fp32 for the CPU and fp16 elsewhere.
 
     Raises:
         UsageError: bad input; QevalError: no exporter takes the model, or the folder can't be written.
@@ -77,7 +75,7 @@ def export(
     if recipe is not None:
         check_recipes([recipe], source, kernel_block)
     names = [name for group in source.description.groups for name in group.names] + [source.description.head]
-    target = Target(choice.ep, precision or ("fp32" if choice.ep == "cpu" else "fp16"))
+    target = target_of(choice)
     exporter = Exporter(loaded, names, choice.exporter, torch.get_num_threads(), target)
     variant, made = None, None
     if recipe is not None:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend, Ran
 from qeval.backends.onnx.decoder import read_decoder
-from qeval.backends.onnx.export import Exporter
+from qeval.backends.onnx.export import Exporter, Target
 from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
 from qeval.backends.onnx.matrices import Matrix
 from qeval.backends.onnx.packages import require_runtime
@@ -45,9 +45,14 @@ def runtime_of(choice: BackendChoice, loaded: LoadedModel, description: Descript
     """
     provider, threads = choose(choice.ep), torch.get_num_threads()
     names = [name for group in description.groups for name in group.names] + [description.head]
-    exporter = Exporter(loaded, names, choice.exporter, threads)
+    exporter = Exporter(loaded, names, choice.exporter, threads, target_of(choice))
     styles = [Style(choice.format, level) for level in choice.accuracy_levels]
     return Runtime(exporter, tuple(OrtBackend(exporter, style, provider, threads) for style in styles))
+
+
+def target_of(choice: BackendChoice) -> Target:
+    """What graphs are made for: fp32 on the CPU, and on other providers fp16, which their attention kernels take."""
+    return Target(choice.ep, choice.precision or ("fp32" if choice.ep == "cpu" else "fp16"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +133,7 @@ def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level:
         exporter=route,
         format=choice.format if route else None,
         accuracy_level=level,
-        shares_prefixes_in_batches=ran.batches_prefixes,
+        shares_prefixes=ran.sharing,
         facts=ran.facts,
     )
 

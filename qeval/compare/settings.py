@@ -9,6 +9,7 @@ from qeval.errors import UsageError, unknown
 
 Bos = Literal["auto", "always", "never"]
 Format = Literal["nbits", "qdq"]
+Precision = Literal["fp32", "fp16"]
 BACKENDS = ("torch", "ort")
 EXPORTERS = ("auto", "genai", "dynamo")
 FORMATS = ("nbits", "qdq")
@@ -66,6 +67,8 @@ class BackendChoice:
     ep: str = "cpu"
     exporter: str = "auto"
     format: Format = "nbits"
+    precision: Precision | None = None
+    """Of a graph's activations and floats; None means fp32 for the CPU and fp16 for every other provider."""
 
     def __post_init__(self) -> None:
         """Refuse what no backend is.

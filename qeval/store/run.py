@@ -99,7 +99,7 @@ class RuntimeRecord(_Record):
     exporter: str | None  # "genai" or "dynamo"; None for a folder made elsewhere
     format: str | None  # "nbits" or "qdq"
     accuracy_level: int | None  # 1: fp32 activations; 4: int8 activations; None for a folder made elsewhere
-    shares_prefixes_in_batches: bool
+    shares_prefixes: str  # "batch": several questions continue one at once; "one": one at a time; "none"
     facts: list[str]  # what the folder holds, in sentences
 
 

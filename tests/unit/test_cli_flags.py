@@ -30,7 +30,7 @@ SHARED = {
     "--quiet": False,
     "--debug": False,
 }
-RUNTIME = {"--ep": "cpu", "--exporter": "auto", "--format": "nbits"}
+RUNTIME = {"--ep": "cpu", "--exporter": "auto", "--format": "nbits", "--precision": None}
 COMPARE = SHARED | {
     **RUNTIME,
     "--accuracy-level": "1",
@@ -55,7 +55,6 @@ QUANTIZE = SHARED | {"--method": None}
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--device", "--compute")} | {
     **RUNTIME,
     "--accuracy-level": 1,
-    "--precision": None,
 }
 READERS = {
     "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},

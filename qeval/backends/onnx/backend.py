@@ -16,7 +16,7 @@ from qeval.backends.onnx.folder import Opened, opened
 from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import Provider
-from qeval.backends.onnx.session import OrtSession
+from qeval.backends.onnx.session import OrtSession, Sharing
 from qeval.backends.onnx.swap import Style
 from qeval.errors import QevalError
 from qeval.paths import home
@@ -30,7 +30,7 @@ class Ran:
     provider: str
     nodes: dict[str, int]
     """Nodes by execution provider."""
-    batches_prefixes: bool
+    sharing: Sharing
     folder_bytes: int
     facts: list[str]
 
@@ -57,6 +57,7 @@ class OrtBackend:
         return {
             "export": EXPORT_VERSION,
             "exporter": self._exporter.route or self._exporter.asked,
+            "precision": self._exporter.target.precision,
             "format": self.style.format,
             "accuracy_level": self.style.accuracy_level,
             "provider": self._provider.onnx_name,
@@ -128,7 +129,7 @@ def ran(folder: Path, found: Opened, provider: Provider) -> Ran:
     return Ran(
         provider=provider.onnx_name,
         nodes=found.assignment.providers,
-        batches_prefixes=found.decoder.batches_past,
+        sharing=found.session.sharing,
         folder_bytes=facts.size_bytes,
         facts=[*facts.describe(), *([provider.note] if provider.note else [])],
     )

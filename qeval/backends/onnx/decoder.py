@@ -20,7 +20,6 @@ rows, and the head's output in fp32."""
 
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm", "FusedMatMul")
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Tanh")
-_ONE_AT_A_TIME = "GroupQueryAttention"
 _DTYPES: dict[str, type[np.floating]] = {"FLOAT": np.float32, "FLOAT16": np.float16}
 
 
@@ -37,7 +36,7 @@ class PastInput:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a session must know of a graph. `batches_past`: several rows may continue a prefix in one batch."""
+    """What a session must know of a graph."""
 
     ids: str
     mask: str | None
@@ -45,7 +44,6 @@ class Decoder:
     pasts: tuple[PastInput, ...]
     vocab_size: int
     hidden_size: int
-    batches_past: bool
     body: bytes
     head: bytes
 
@@ -74,7 +72,6 @@ def read_decoder(facts: OnnxFacts) -> Decoder:
         pasts=_pasts(facts),
         vocab_size=vocab,
         hidden_size=hidden,
-        batches_past=_ONE_AT_A_TIME not in facts.attention,
         body=_body(path, logits, hidden, unwindow=bool(facts.windowed_caches)),
         head=_head(path, logits, hidden),
     )

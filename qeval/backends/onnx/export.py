@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qeval.backends.onnx import dynamo
-from qeval.backends.onnx.files import GENAI_CONFIG
+from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
 from qeval.backends.onnx.folder import QDQ_LEVEL, opened
 from qeval.backends.onnx.locate import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
@@ -28,7 +28,7 @@ from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import NBITS, Style, apply, make_exact
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, UsageError
-from qeval.identity import digest
+from qeval.identity import digest, digest_file
 from qeval.metrics.tokens import near_kl
 from qeval.models.cache import build_once
 from qeval.models.info import LoadedModel
@@ -44,6 +44,7 @@ MODEL = "model.onnx"
 _DATA = "model.onnx.data"
 _PLACES = "places.json"
 _OWN = (MODEL, _DATA, _PLACES, "qeval.json")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".onnx_data", ".data")
 _MOST_KL: Mapping[Precision, float] = {"fp32": 1e-8, "fp16": 1e-3}
 _BUILDER_EPS = {"cuda": "cuda", "tensorrt": "cuda", "trt-rtx": "NvTensorRtRtx", "dml": "dml", "webgpu": "webgpu"}
 """The builder's names of providers; the others run the graphs that it makes for the CPU."""
@@ -85,7 +86,7 @@ class Exporter:
         """
         if exporter == "dynamo" and target.precision != "fp32":
             raise UsageError("--exporter dynamo writes fp32 graphs only; take --exporter genai, or --precision fp32.")
-        self._target = target
+        self.target = target
         if exporter == "dynamo":
             require_dynamo()
         else:
@@ -109,16 +110,15 @@ class Exporter:
         Raises:
             QevalError: no route takes the model, or the graph's answers are not torch's.
         """
-        if self.asked == "auto":
+        if self.asked == "auto" and self.refused is None:
             try:
                 return self._made("genai")
             except QevalError as error:
-                if self._target.precision != "fp32":
+                if self.target.precision != "fp32":
                     raise
                 self.refused = str(error)
                 require_dynamo()
-                return self._made("dynamo")
-        return self._made("dynamo" if self.asked == "dynamo" else "genai")
+        return self._made("genai" if self.asked == "genai" else "dynamo")
 
     def write(
         self, variant: Variant | None, style: Style, out: Path, finish: Callable[[Path], None] | None = None
@@ -169,21 +169,21 @@ class Exporter:
 
     def _made(self, route: Route) -> Path:
         self.route = route
-        info = self._loaded.info
-        key = digest({"export": EXPORT_VERSION, "route": route, "weights": info.weights_sha256, **vars(self._target)})[
-            :16
-        ]
+        files = {path.name: digest_file(path) for path in _others(self._loaded.folder)}
+        made_from = {"weights": self.weights_sha256, "files": files}
+        key = digest({"export": EXPORT_VERSION, "route": route, **made_from, **vars(self.target)})[:16]
         return build_once(f"onnx-{route}-{key}", (), lambda folder: self._build(route, folder))
 
     def _build(self, route: Route, folder: Path) -> None:
         checkpoint = self._loaded.folder
         raw = folder / "raw"
         if route == "genai":
-            _run_builder(checkpoint, raw, self._target)
+            _run_builder(checkpoint, raw, self.target)
         else:
             dynamo.export_dynamo(checkpoint, raw)
             _copy_others(checkpoint, raw)
         _copy_others(raw, folder)
+        shutil.copyfile(checkpoint / CONFIG, folder / CONFIG)
         model = ir.load(raw / MODEL)
         places = locate(model.graph, self._parameters)
         make_exact(places, self._parameters)
@@ -192,7 +192,7 @@ class Exporter:
         del model
         shutil.rmtree(raw)
         parity = self.parity(folder, TorchSession(self._loaded.model))
-        most = _MOST_KL[self._target.precision]
+        most = _MOST_KL[self.target.precision]
         if not parity.kl_nats <= most:
             raise QevalError(
                 f"The {route} export of {self._loaded.info.architecture} is not the model: over {parity.tokens} tokens "
@@ -225,13 +225,17 @@ def _run_builder(checkpoint: Path, out: Path, target: Target) -> None:
         raise QevalError(f"The model builder of onnxruntime-genai did not take '{checkpoint}': {reason}.")
 
 
-def _copy_others(source: Path, out: Path) -> None:
+def _others(folder: Path) -> Iterator[Path]:
     """Configuration and tokenizer: everything small that is neither weights nor our own record."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in _OWN and path.suffix not in _WEIGHTS:
+            yield path
+
+
+def _copy_others(source: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        weights = path.name in _OWN or path.suffix in (".safetensors", ".bin", ".gguf")
-        if path.is_file() and not weights:
-            shutil.copyfile(path, out / path.name)
+    for path in _others(source):
+        shutil.copyfile(path, out / path.name)
 
 
 def _save(model: ir.Model, folder: Path) -> None:

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from qeval.errors import UsageError
 
-GENAI_CONFIG = "genai_config.json"
+GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
@@ -66,7 +66,7 @@ def load_graph(model_file: Path) -> ir.Model:
 
 def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The configuration: genai_config.json, or transformers' config.json."""
-    for name in (GENAI_CONFIG, "config.json"):
+    for name in (GENAI_CONFIG, CONFIG):
         file = folder / name
         if file.is_file():
             try:

@@ -1,5 +1,7 @@
 """An ONNX folder as users have it: opened on a provider, whoever made it."""
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qeval.backends.onnx.decoder import Decoder, read_decoder
+from qeval.backends.onnx.files import CONFIG
 from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
 from qeval.backends.onnx.packages import import_runtime
 from qeval.backends.onnx.providers import Assignment, Provider, open_session, recorded_assignment
@@ -49,7 +52,8 @@ def opened(folder: Path, provider: Provider, *, threads: int, device_id: int = 0
     def value_of(array: Any) -> Any:
         return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *place)
 
-    session = OrtSession(decoder, body, head, value_of, facts.context_length)
+    session = OrtSession(decoder, body, head, value_of, facts.context_length, rope_limit=_rope_limit(folder))
+    session.find_sharing()
     yield Opened(session, _both(recorded_assignment(body), recorded_assignment(head)), decoder)
 
 
@@ -57,6 +61,18 @@ def session_entries(facts: OnnxFacts) -> dict[str, str]:
     """The session configuration entries that a folder's genai_config.json asks for."""
     options = facts.files.decoder.get("session_options", {})
     return {key: str(value) for key, value in options.items() if key.startswith("session.")}
+
+
+def _rope_limit(folder: Path) -> float:
+    """The length that LongRoPE changes its frequencies at, where a config.json tells; else infinite."""
+    file = folder / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ropes = (config.get("rope_parameters"), config.get("rope_scaling"))
+    kinds = {rope.get("rope_type") or rope.get("type") for rope in ropes if rope}
+    if not kinds & {"longrope", "su"}:
+        return math.inf
+    told = [place.get("original_max_position_embeddings") for place in (config, *ropes) if place]
+    return min(filter(None, told), default=math.inf)
 
 
 def _place(provider: Provider, device_id: int) -> tuple[str, int]:

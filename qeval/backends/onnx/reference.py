@@ -1,4 +1,4 @@
-"""What MatMulNBits computes at accuracy level 4, in torch: activations rounded to int8, a row and weight block at a time.
+"""What MatMulNBits computes at accuracy level 4, in torch: activations in int8, a scale a row and weight block.
 
 ONNX Runtime's CPU kernel (1.31) takes each block of a row of activations to int8, symmetric, the scale its largest
 magnitude / 127, and multiplies integers. In exact arithmetic that is a product of dequantized activations and
@@ -23,11 +23,12 @@ def round_activations(x: Tensor, block: int) -> Tensor:
     [[127.0, 1.0, 1.0, 254.0, 2.0]]
     """
     columns = x.shape[-1]
-    blocks = pad(x.float(), (0, -columns % block)).unflatten(-1, (-1, block))
+    filled = pad(x.float(), (0, -columns % block))
+    blocks = filled.reshape(*filled.shape[:-1], -1, block)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     inverse = torch.full_like(largest, _LARGEST).div_(largest).masked_fill_(largest == 0, 0.0)  # a true division
     rounded = (blocks * inverse).round_().mul_(largest / _LARGEST)
-    return rounded.flatten(-2)[..., :columns]
+    return rounded.reshape(filled.shape)[..., :columns]
 
 
 def int8_linear(x: Tensor, weight: QWeight) -> Tensor:

@@ -4,9 +4,10 @@ Padding is on the right only: a causal graph can't see it there, while GroupQuer
 padding on the left without a word. Log-softmax and everything after it is the caller's, in fp32, outside the graph.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,27 +20,59 @@ from qeval.backends.onnx.packages import first_line, runtime_errors
 from qeval.errors import QevalError
 from qeval.types import Request
 
+Sharing = Literal["batch", "one", "none"]
+"""How a graph continues a prefix: several rows at once, one at a time, or not at all (it is run again then)."""
+
+_CLOSE = 1e-2
+"""Share of the largest state: beyond it a continuation is not a rounding but another answer."""
+_PREFIX, _REST = (1, 2, 3), (4, 5)
+
 Feeds = dict[str, Any]
 """Values of ONNX Runtime by input name."""
 
 
 @dataclass(frozen=True, eq=False)
 class OrtPrefix:
-    """The keys and values of a prefix of `length` tokens, on the device, by input name."""
+    """The keys and values of the prefix `tokens`, on the device, by input name; `owner` is its session's."""
 
-    length: int
+    owner: object
+    tokens: tuple[int, ...]
     values: Feeds
     spread: dict[int, Feeds] = field(default_factory=dict)
     """The same for batches of several rows, made when first asked for."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens the prefix holds."""
+        return len(self.tokens)
+
+    def before(self, request: Request) -> Request:
+        """The whole sequence of a request that continues the prefix."""
+        return Request(self.tokens + request.tokens, tuple(p + self.length for p in request.positions))
 
 
 class OrtSession:
     """A decoder's body and head as two ONNX Runtime sessions; states are final hidden states, fp32."""
 
-    def __init__(self, decoder: Decoder, body: Any, head: Any, value_of: Callable[[Any], Any], max_length: int) -> None:
-        """`body` and `head` are open sessions of the decoder's two graphs; `value_of` puts an array on a device."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        body: Any,
+        head: Any,
+        value_of: Callable[[Any], Any],
+        max_length: int,
+        *,
+        rope_limit: float = math.inf,
+    ) -> None:
+        """`body` and `head` are open sessions of the decoder's two graphs; `value_of` puts an array on a device.
+
+        A sequence longer than `rope_limit` is turned by other rotary frequencies from its first token on (LongRoPE).
+        """
         self._decoder, self._body, self._head, self._value_of = decoder, body, head, value_of
-        self._max_length = max_length
+        self._max_length, self._rope_limit = max_length, rope_limit
+        self._owner = object()
+        self.sharing: Sharing = "none"
+        """How prefixes are shared; `find_sharing` tries what the graph can do."""
         self._empty = {
             past.name: value_of(np.zeros((1, past.heads, 0, past.head_size), past.dtype)) for past in decoder.pasts
         }
@@ -54,17 +87,34 @@ class OrtSession:
         """The width of a row of logits."""
         return self._decoder.vocab_size
 
+    def find_sharing(self) -> None:
+        """Try a short continuation against the whole: attention kernels differ in what they take, and in silence."""
+        request = Request(_REST, tuple(range(len(_REST))))
+        whole = self._batch([Request(_PREFIX + _REST, (len(_PREFIX), len(_PREFIX) + 1))], None)[0]
+        tried: tuple[tuple[Sharing, int], ...] = (("batch", 2), ("one", 1)) if self._decoder.pasts else ()
+        for sharing, rows in tried:
+            try:
+                found = self._batch([request] * rows, self._filled(_PREFIX))
+            except QevalError:
+                continue  # this kernel refuses it, which is the answer
+            if all(torch.allclose(each, whole, rtol=0, atol=_CLOSE * float(whole.abs().max())) for each in found):
+                self.sharing = sharing
+                return
+
     def prefill(self, tokens: Sequence[int]) -> OrtPrefix:
-        """Run a prefix once and keep its keys and values.
+        """Run a prefix once and keep its keys and values; where the graph can't continue one, only its tokens.
 
         Raises:
-            QevalError: it is longer than the context, the graph keeps no keys and values, or the forward failed.
+            QevalError: it is longer than the context, or the forward failed.
         """
-        if not self._decoder.pasts:
-            raise QevalError("This graph takes no past keys and values, so no prefix can be shared.")
+        if self.sharing == "none":
+            return OrtPrefix(self._owner, tuple(tokens), {})
+        return self._filled(tokens)
+
+    def _filled(self, tokens: Sequence[int]) -> OrtPrefix:
         names = [past.present for past in self._decoder.pasts]
         found = self._forward([tokens], [0], None, [COUNT, *names])[1:]
-        return OrtPrefix(len(tokens), dict(zip(self._empty, found, strict=True)))
+        return OrtPrefix(self._owner, tuple(tokens), dict(zip(self._empty, found, strict=True)))
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
         """The final hidden states at each request's positions, [positions, d_model] fp32.
@@ -72,11 +122,15 @@ class OrtSession:
         Raises:
             QevalError: a sequence is longer than the context, the forward failed, or gave fewer positions than asked.
         """
-        if prefix is not None and not isinstance(prefix, OrtPrefix):
+        if prefix is not None and (not isinstance(prefix, OrtPrefix) or prefix.owner is not self._owner):
             raise TypeError("A prefix belongs to the session that made it.")
-        if prefix is not None and not self._decoder.batches_past:
-            return [self._batch([request], prefix)[0] for request in requests]
-        return self._batch(requests, prefix)
+        skip = prefix.length if prefix else 0
+        found: dict[int, Tensor] = {}
+        for is_long in (False, True):
+            part = [i for i, r in enumerate(requests) if (skip + len(r.tokens) > self._rope_limit) == is_long]
+            if part:
+                found.update(zip(part, self._one_side([requests[i] for i in part], prefix), strict=True))
+        return [found[index] for index in range(len(requests))]
 
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, d_model]."""
@@ -85,6 +139,18 @@ class OrtSession:
         rows = states.float().cpu().contiguous().numpy()[None]
         result = self._run(self._head, [LOGITS], {HIDDEN: self._value_of(rows)})[0].numpy()
         return torch.from_numpy(result.reshape(len(states), -1))
+
+    def _one_side(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
+        """The states of requests that lie on one side of the rotary limit."""
+        if prefix is not None and (self.sharing == "none" or self._turns(prefix, requests[0])):
+            requests, prefix = [prefix.before(request) for request in requests], None
+        if prefix is not None and self.sharing == "one":
+            return [self._batch([request], prefix)[0] for request in requests]
+        return self._batch(requests, prefix)
+
+    def _turns(self, prefix: OrtPrefix, request: Request) -> bool:
+        """Whether a request is so long that the prefix's keys would have been turned otherwise."""
+        return prefix.length <= self._rope_limit < prefix.length + len(request.tokens)
 
     def _batch(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
         longest = max(len(request.tokens) for request in requests)
