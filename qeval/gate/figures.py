@@ -71,7 +71,7 @@ class Figures:
 
     def _of_tokens(self, name: str) -> Bounded | None:
         rows = self._tokens
-        column = "nll" if name in ("ppl_increase", "nll_diff_nats") else "kl_nats" if name in QUANTILES else name
+        column = column_of(name)
         values, windows = rows.of(column), rows.clusters(column)
         if not values.size:
             return None
@@ -134,6 +134,13 @@ class Figures:
             raise QevalError(
                 f"The run did not measure '{task}'; run it again with --tasks {','.join([*asked, task])} added to it."
             )
+
+
+def column_of(metric: str) -> str:
+    """The column of token rows that a metric is made from."""
+    if metric in ("ppl_increase", "nll_diff_nats"):
+        return "nll"
+    return "kl_nats" if metric in QUANTILES else metric
 
 
 def _nothing(metric: str) -> Figure:
