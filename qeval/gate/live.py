@@ -24,6 +24,7 @@ from qeval.gate.verdict import GateVerdict, RuleVerdict, VariantVerdict, every
 from qeval.progress import Progress
 from qeval.report.paired import PairedRun
 from qeval.score.corpus import Shard
+from qeval.stats.sequential import BURN_IN
 from qeval.store.run import ProtocolRecord, TaskRecord
 from qeval.tasks.harness import Question, Suite
 from qeval.tasks.windows import Window
@@ -50,9 +51,14 @@ def run_and_judge(settings: Settings, policy: Policy, progress: Progress) -> Gat
     """Score as many rows of the one variant of `settings` as the policy's rules take, and judge them.
 
     Raises:
-        UsageError: something that was asked for is not there or does not fit.
+        UsageError: something that was asked for is not there or does not fit, or there are too few windows.
     """
     pool = Pool(prepare(settings))
+    if 0 < len(pool.windows) < BURN_IN:
+        raise UsageError(
+            f"A gate that may stop early decides nothing from fewer than {BURN_IN} windows, and there are "
+            f"{len(pool.windows)}; give a longer --corpus or a smaller --window, or gate a finished run."
+        )
     open_tasks, part = set(settings.tasks), Part({}, 0)
     for share in LOOKS:
         part = pool.draw(part, share, open_tasks)

@@ -125,6 +125,13 @@ def test_a_policy_that_needs_no_rows_needs_no_run(bench, capfd):
     assert "needs a run" in said
 
 
+def test_too_few_windows_are_refused_before_any_work(bench, capfd):
+    code, said, folder = gated(bench, capfd, "kl_nats at_most 5 nats", "--max-windows", "24", out="short")
+    assert code == 2
+    assert "fewer than 25 windows, and there are 24" in said
+    assert not folder.exists()
+
+
 def pool(bench, seed=0):
     flags = CorpusChoice(str(bench.corpus), None, 64, 64, WINDOWS)
     settings = Settings(

@@ -35,7 +35,7 @@ def test_the_schema_file_is_what_the_module_says():
 def test_the_release_policy_holds_the_margins_that_it_names():
     policy = load_policy(shipped("configs/gates/release.yaml"))
     margins = {(rule.metric, rule.margin) for rule in policy.rules}
-    assert {("kl_nats", 0.05), ("kl_nats_p99_9", 2.0), ("ppl_increase", 0.03), ("mmlu_flips", 0.04)} <= margins
+    assert {("kl_nats", 0.05), ("kl_nats_p99_9", 2.0), ("ppl_increase", 0.03), ("mmlu_flips", 0.1)} <= margins
     assert ("mmlu_acc_drop", 0.01) in margins
     assert policy.confidence == 0.95
 
