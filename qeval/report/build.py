@@ -56,7 +56,11 @@ def build(run_dir: Path) -> Report:
         BrokenRecordError: rows are missing, doubled, or not on the baseline's tokens and questions.
         QevalError: the baseline's own numbers are not finite.
     """
-    rows = PairedRun(run_dir)
+    return build_paired(PairedRun(run_dir))
+
+
+def build_paired(rows: PairedRun) -> Report:
+    """The same from a run whose rows may have been read already."""
     run = rows.record
     tokens = _tokens(rows) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]

@@ -104,7 +104,7 @@ def flips(rows: ItemRows, baseline: ItemRows) -> Flips:
 
 def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
     """KL(baseline || variant) over the softmax of each question's log-likelihoods, [questions]."""
-    log_p, log_q = _log_softmax(baseline), _log_softmax(rows)
+    log_p, log_q = log_softmax(baseline), log_softmax(rows)
     return np.asarray(np.add.reduceat(np.exp(log_p) * (log_p - log_q), rows.starts), np.float64)
 
 
@@ -143,8 +143,8 @@ def transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
     }
 
 
-def _log_softmax(rows: ItemRows) -> Floats:
-    """The log-likelihoods, normalized over each question's choices; [choices of all questions]."""
+def log_softmax(rows: ItemRows) -> Floats:
+    """The log-likelihoods (nats), normalized over each question's choices; [choices of all questions]."""
     question = np.repeat(np.arange(len(rows.starts)), rows.counts())
     shifted = rows.choices - np.maximum.reduceat(rows.choices, rows.starts)[question]
     return np.asarray(shifted - np.log(np.add.reduceat(np.exp(shifted), rows.starts))[question], np.float64)

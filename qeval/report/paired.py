@@ -98,7 +98,7 @@ class PairedRun:
 
     @cached_property
     def _token_table(self) -> pa.Table:
-        return self._store.read("tokens")
+        return self._store.read("tokens", pairing.TOKEN_COLUMNS)
 
     @cached_property
     def _item_table(self) -> pa.Table:

@@ -5,6 +5,7 @@ doubled or other than the baseline's are an error that names them; they are neve
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,8 @@ BASELINE = "baseline"
 Mask = NDArray[np.bool_]
 
 _FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p")
+TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
+"""What of a token row a verdict needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +76,13 @@ class ItemRows:
 
 def select(table: pa.Table, variant: str, backend: str | None) -> pa.Table:
     """The rows of one variant, on its backend; the baseline's (`backend` None) must all be of one backend."""
-    rows = table.filter(pc.equal(table["variant"].cast(pa.string()), variant))
+    rows = table.filter(_is(table["variant"], variant))
     backends = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
     if backend is None and len(backends) > 1:
         raise BrokenRecordError(f"The rows hold baselines of several backends: {sorted(backends)}.")
     if backend is None:
         return rows
-    return rows.filter(pc.equal(rows["backend"].cast(pa.string()), backend))
+    return rows if backends == [backend] else rows.filter(_is(rows["backend"], backend))
 
 
 def token_rows(table: pa.Table, who: str) -> TokenRows:
@@ -155,7 +158,7 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
     Raises:
         BrokenRecordError: questions are missing or doubled, or the harness's accuracy is.
     """
-    rows = table.filter(pc.equal(table["task"], task.name))
+    rows = table.filter(_mask(_objects(table["task"]) == task.name))
     if rows.num_rows != task.items:
         raise BrokenRecordError(
             f"'{who}' has {rows.num_rows} answers of '{task.name}' and the run asked {task.items} questions; "
@@ -171,7 +174,7 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
     if rows["acc"].null_count:
         raise BrokenRecordError(f"'{who}' has answers of '{task.name}' without the harness's accuracy.")
     lists = rows["choice_loglikelihoods"].combine_chunks()
-    lengths = np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False), np.int64)
+    lengths = _ints(pc.list_value_length(lists))
     if not lengths.all():
         raise BrokenRecordError(f"'{who}' has answers of '{task.name}' without any choice.")
     return ItemRows(
@@ -182,7 +185,7 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
         pred=_ints(rows["pred"]),
         acc=_floats(rows["acc"]),
         acc_norm=None if rows["acc_norm"].null_count else _floats(rows["acc_norm"]),
-        choices=np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float64),
+        choices=_floats(lists.flatten()),
         starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
     )
 
@@ -199,23 +202,47 @@ def pair_items(variant: ItemRows, baseline: ItemRows, task: str, who: str) -> No
             )
 
 
+def _is(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """Where a column of names is `name`, by the numbers that stand for names: no string is made of any row."""
+    array = column.unify_dictionaries().combine_chunks()
+    names = array.dictionary.to_pylist()
+    return _mask(_ints(array.indices) == (names.index(name) if name in names else -1))
+
+
+def _mask(chosen: Mask) -> pa.Array:
+    bits = np.packbits(chosen, bitorder="little")
+    return pa.Array.from_buffers(pa.bool_(), len(chosen), [None, pa.py_buffer(bits)])
+
+
 def _missing_window(variant: TokenRows, baseline: TokenRows) -> str:
     missing = np.setdiff1d(baseline.windows, variant.windows)
     return f" (window {missing[0]} is missing)" if len(missing) else ""
 
 
 def _column(column: pa.ChunkedArray, order: Ints) -> tuple[Floats, Mask]:
-    scored = np.asarray(pc.is_valid(column).to_numpy(), np.bool_)[order]
-    return _floats(pc.fill_null(column, False if pa.types.is_boolean(column.type) else 0.0))[order], scored
+    scored = _ints(pc.is_valid(column))[order].astype(np.bool_)
+    return np.where(scored, _floats(column)[order], 0.0), scored
 
 
-def _floats(column: pa.ChunkedArray) -> Floats:
-    return np.asarray(column.to_numpy(), np.float64)
+def _floats(column: pa.ChunkedArray | pa.Array) -> Floats:
+    return np.asarray(_numbers(column, pa.float64(), np.float64), np.float64)
 
 
-def _ints(column: pa.ChunkedArray) -> Ints:
-    return np.asarray(column.to_numpy(), np.int64)
+def _ints(column: pa.ChunkedArray | pa.Array) -> Ints:
+    return np.asarray(_numbers(column, pa.int64(), np.int64), np.int64)
+
+
+def _numbers(column: pa.ChunkedArray | pa.Array, kind: pa.DataType, dtype: type[np.generic]) -> NDArray[Any]:
+    """The numbers of a column, read-only; what stands at a null means nothing.
+
+    They are read from Arrow's own memory: its conversions (and every scalar that it is given) import pandas, which
+    takes longer than all that a reader computes.
+    """
+    array = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).cast(kind)
+    if not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    return np.asarray(column.to_numpy(), np.object_)
+    return np.asarray(column.to_pylist(), np.object_)

@@ -59,9 +59,9 @@ def explain(run_dir: Path, name: str) -> Explanation:
     )
 
 
-def highlights(run_dir: Path, tokens: int) -> list[Highlights]:
+def highlights(run: PairedRun, tokens: int) -> list[Highlights]:
     """The rows of every variant that has any; `tokens` is how many of the worst are wanted of each."""
-    run, texts = PairedRun(run_dir), read_texts(run_dir)
+    texts = read_texts(run.folder)
     return [
         Highlights(
             variant=record.name,
