@@ -37,7 +37,7 @@ def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdic
         outcome=any_of(outcomes) if policy.require == "any" else every(outcomes),
         correction=words.correction(policy.require, len(records)),
         variants=tuple(verdicts),
-        notes=tuple(_notes(policy, records)),
+        notes=(*_notes(policy, records), *_lost_floors(run)),
     )
 
 
@@ -171,3 +171,10 @@ def _effect(kind: Kind, value: float) -> float:
 def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:
     idle = [rule.text for rule in policy.rules if not any(rule.holds_for(record.name) for record in records)]
     return [words.unmatched(idle)] if idle else []
+
+
+def _lost_floors(run: PairedRun) -> list[str]:
+    lost = [record for record in run.record.variants if record.role == "floor" and record.status != "done"]
+    return [
+        f"The noise floor '{record.name}' failed, so no effect is held against it: {record.error}" for record in lost
+    ]

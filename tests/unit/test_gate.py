@@ -5,12 +5,15 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from junitparser import JUnitXml
 from scipy import stats as scipy_stats
 
 from qeval.cli.app import run
 from qeval.gate.figures import Figures
-from qeval.gate.judge import judge
+from qeval.gate.judge import decide, judge
+from qeval.gate.kinds import kind_of
 from qeval.gate.policy import Policy
 from qeval.paths import shipped
 from qeval.report.paired import PairedRun
@@ -306,6 +309,28 @@ def test_an_effect_under_the_noise_floor_is_neither_a_fail_nor_better(floored):
     within = only(floored, at_most("kl_nats", "0.05 nats"))
     assert within.outcome == "pass"
     assert "noise floor" in within.why
+
+
+def test_a_noise_floor_that_failed_is_told(tmp_path):
+    folder = gate_run(tmp_path, variants=(INT8, FLOOR))
+    changed(folder, lambda r: r["variants"][1].update(role="floor", status="failed", error="no bf16 here"))
+    verdict = judge(folder, policy(at_most("kl_nats", "5 nats")))
+    assert verdict.outcome == "pass"
+    assert verdict.notes == ("The noise floor 'baseline:bf16' failed, so no effect is held against it: no bf16 here",)
+
+
+@given(st.floats(1e-4, 0.02), st.floats(1.0, 3.0))
+def test_a_wider_margin_never_makes_a_verdict_worse(demo_kl, margin, wider):
+    order = ["fail", "inconclusive", "pass"]
+    kind, bound = kind_of("kl_nats"), demo_kl.bounded.bounds(0.95)
+    tight, loose = (decide(kind, demo_kl, bound, limit) for limit in (margin, margin * wider))
+    assert order.index(tight) <= order.index(loose)
+
+
+@pytest.fixture(scope="module")
+def demo_kl(demo):
+    paired = PairedRun(demo)
+    return Figures(paired, paired.variant(INT8.name)).of("kl_nats")
 
 
 def test_one_variant_of_several_is_enough_where_the_policy_says_so_at_holms_level(demo):

@@ -88,6 +88,10 @@ def test_a_policy_without_rules_is_no_policy(tmp_path):
         load_policy(tmp_path / "nowhere.yaml")
 
 
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    assert "'at_most' is given twice (line 4)" in rule(tmp_path, "metric: kl_nats, at_most: 1 nats, at_most: 9 nats")
+
+
 def test_a_drop_may_be_asked_to_be_a_gain(tmp_path):
     policy = load_policy(written(tmp_path, "name: p\nrules:\n  - {metric: mmlu_acc_drop, at_most: -0.5 points}\n"))
     assert policy.rules[0].margin == pytest.approx(-0.005)
