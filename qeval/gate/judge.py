@@ -107,7 +107,7 @@ class _Judge:
             return of_rule(rule, confidence, "broken", "broken", str(error))
         bound = figure.bounded.bounds(confidence) if figure.bounded else Interval(figure.value, figure.value)
         outcome = decide(rule.kind, figure, bound, rule.margin)
-        why = [words.reason(rule, figure, bound, confidence, outcome)]
+        why = [words.reason(rule, figure, bound, confidence, outcome), *filter(None, [figure.detail])]
         lost = floor is not None and _effect(rule.kind, figure.value) <= floor
         doubt = _NO_DOUBT
         if figure.at_chance or (lost and (outcome == "fail" or rule.margin < 0)):

@@ -65,7 +65,7 @@ def test_int8_per_channel_passes_release_with_code_0(demo, capfd):
     code, out, err = told(capfd, demo, "--policy", RELEASE, "--variant", "rtn:int8-channel")
     assert (code, err) == (0, "")
     assert "release: pass (exit code 0)" in out
-    assert "includes chance" in out
+    assert "(counts as pass)" in out
 
 
 def test_int4_rtn_fails_release_with_code_1(demo, capfd):
@@ -117,6 +117,28 @@ def test_an_inconclusive_rule_says_what_would_decide_it_and_what_could_be_seen(t
     assert f"about {found.more_rows:,} more questions would decide it" in found.why
     assert "the smallest effect that this run could have seen is" in found.why
     assert "a rough bound, from 12 subjects" in found.why
+
+
+def test_a_drop_tells_flips_both_ways_and_mcnemars_test(tmp_path):
+    folder = gate_run(tmp_path, variants=(INT4,), skill=2.0)
+    paired = PairedRun(folder)
+    task = paired.record.tasks[0]
+    before, now = paired.baseline_items(task).acc, paired.items(task, paired.done[0]).acc
+    lost, won = int((before > now).sum()), int((before < now).sum())
+    p = scipy_stats.binomtest(lost, lost + won).pvalue
+    found = only(folder, at_most("mmlu_acc_drop", "90 points"), names=())
+    assert found.value == pytest.approx((lost - won) / 240)
+    assert f"{lost} lost and {won} won (McNemar's exact test: p = {p:.2g})" in found.why
+
+
+def test_a_tail_that_the_rows_do_not_reach_is_inconclusive_and_says_how_many_would(tmp_path):
+    folder = gate_run(tmp_path, windows=12, length=64)
+    found = only(folder, at_most("kl_nats_p99_9", "2 nats"))
+    assert (found.outcome, found.high) == ("inconclusive", None)
+    assert "no bound from 768 tokens: too few lie that far out" in found.why
+    assert found.more_rows > 2000
+    larger = gate_run(tmp_path / "larger", windows=-(-(768 + found.more_rows) // 64) + 1, length=64)
+    assert only(larger, at_most("kl_nats_p99_9", "2 nats")).outcome == "pass"
 
 
 def test_it_says_in_words_why(tmp_path):
