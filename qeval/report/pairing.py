@@ -21,7 +21,11 @@ Mask = NDArray[np.bool_]
 
 _FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p")
 TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
-"""What of a token row a verdict needs."""
+"""What of a token row a report needs."""
+FEW_TOKEN_COLUMNS = tuple(
+    name for name in TOKEN_COLUMNS if name not in ("reverse_kl_nats", "kl_abs_modelopt", "delta_p")
+)
+"""What an explanation and a diff need: reading takes most of their time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class TokenRows:
     """One model's token rows in the order of (window, position); all [rows].
 
     `scored[column]` says where the column holds a number (which may be NaN or infinite: that is counted
-    later); elsewhere `values[column]` is 0 and means nothing.
+    later); elsewhere `values[column]` is 0 and means nothing. Columns that were not read are absent.
     """
 
     windows: Ints
@@ -107,6 +111,8 @@ def token_rows(table: pa.Table, who: str) -> TokenRows:
         )
     values, scored = {}, {}
     for column in (*_FLOAT_COLUMNS, "top1_agreement"):
+        if column not in table.column_names:
+            continue
         values[column], scored[column] = _column(table[column], order)
     return TokenRows(windows, positions, _ints(table["token"])[order], values, scored)
 
@@ -148,12 +154,12 @@ def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
     if scored != protocol.kl_positions:
         raise BrokenRecordError(f"'{who}' has {scored} KL values; the run scored {protocol.kl_positions}.")
     for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement"):
-        if (variant.scored[column] != variant.scored["kl_nats"]).any():
+        if column in variant.scored and (variant.scored[column] != variant.scored["kl_nats"]).any():
             raise BrokenRecordError(f"'{who}' has {column} at other positions than kl_nats.")
 
 
-def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
-    """One model's answers to a task from the store's table of item rows.
+def item_rows(table: pa.Table, task: TaskRecord, who: str, baseline: ItemRows | None = None) -> ItemRows:
+    """One model's answers to a task from the store's table of item rows; `baseline` helps to name what is missing.
 
     Raises:
         BrokenRecordError: questions are missing or doubled, or the harness's accuracy is.
@@ -161,8 +167,8 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
     rows = table.filter(_mask(_objects(table["task"]) == task.name))
     if rows.num_rows != task.items:
         raise BrokenRecordError(
-            f"'{who}' has {rows.num_rows} answers of '{task.name}' and the run asked {task.items} questions; "
-            "run the same command again."
+            f"'{who}' has {rows.num_rows} answers of '{task.name}' and the run asked {task.items} questions"
+            f"{_missing_questions(rows, baseline)}; run the same command again."
         )
     order = pc.sort_indices(rows, sort_keys=[("subject", "ascending"), ("item", "ascending")])
     rows = rows.take(order)
@@ -212,6 +218,19 @@ def _is(column: pa.ChunkedArray, name: str) -> pa.Array:
 def _mask(chosen: Mask) -> pa.Array:
     bits = np.packbits(chosen, bitorder="little")
     return pa.Array.from_buffers(pa.bool_(), len(chosen), [None, pa.py_buffer(bits)])
+
+
+def _missing_questions(rows: pa.Table, baseline: ItemRows | None) -> str:
+    """How many of the baseline's questions have no row, and the first of them, in brackets."""
+    if baseline is None:
+        return ""
+    there = set(zip(rows["subject"].to_pylist(), rows["item"].to_pylist(), strict=True))
+    asked = zip(baseline.subjects.tolist(), baseline.items.tolist(), strict=True)
+    missing = [question for question in asked if question not in there]
+    if not missing:
+        return ""
+    subject, item = missing[0]
+    return f" ({len(missing)} missing, the first is question {item} of '{subject}')"
 
 
 def _missing_window(variant: TokenRows, baseline: TokenRows) -> str:
