@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qeval.errors import UsageError, unknown
 from qeval.gate.kinds import Kind, kind_of, margin_of
+from qeval.paths import shipped
 
 Counts = Literal["inconclusive", "fail", "pass"]
 
@@ -100,13 +101,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_policy(path: Path) -> Policy:
-    """The policy in a YAML file.
+    """The policy in a YAML file, which may be one that is shipped, such as `configs/gates/release.yaml`.
 
     Raises:
         UsageError: the file is missing, is no YAML, or says what no policy may say; the sentence says where.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        found = path if path.exists() or path.is_absolute() else shipped(str(path))
+        data = yaml.load(found.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"There is no policy '{path}' to read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

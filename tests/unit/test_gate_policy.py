@@ -1,5 +1,7 @@
 """A policy is read strictly: what it cannot mean is refused with what would be right."""
 
+from pathlib import Path
+
 import pytest
 
 from qeval.errors import UsageError
@@ -38,6 +40,14 @@ def test_the_release_policy_holds_the_margins_that_it_names():
     assert {("kl_nats", 0.05), ("kl_nats_p99_9", 2.0), ("ppl_increase", 0.03), ("mmlu_flips", 0.1)} <= margins
     assert ("mmlu_acc_drop", 0.01) in margins
     assert policy.confidence == 0.95
+
+
+def test_a_shipped_policy_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped_one = load_policy(Path("configs/gates/release.yaml"))
+    (tmp_path / "configs" / "gates").mkdir(parents=True)
+    (tmp_path / "configs" / "gates" / "release.yaml").write_text(f"name: mine\nrules:\n{RULE}")
+    assert (shipped_one.name, load_policy(Path("configs/gates/release.yaml")).name) == ("release", "mine")
 
 
 def test_an_unknown_metric_lists_the_nearest(tmp_path):
