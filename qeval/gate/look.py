@@ -40,13 +40,6 @@ class Drawn:
     questions: Mapping[str, tuple[Key, ...]]
     questions_in_all: Mapping[str, int]
 
-    def complete(self, metric: str) -> bool:
-        """Whether every row that a metric rests on is drawn."""
-        task, _ = split(metric)
-        if task is None:
-            return len(self.windows) == self.windows_in_all
-        return len(self.questions[task]) == self.questions_in_all[task]
-
 
 def look(run: PairedRun, variant: VariantRecord, policy: Policy, drawn: Drawn) -> tuple[RuleVerdict, ...]:
     """Every rule about the variant as the rows so far have it; inconclusive while undecided."""
