@@ -1,29 +1,20 @@
 """The gate on finished runs: pass, fail, inconclusive, broken; never a pass by accident."""
 
 import json
-import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from junitparser import JUnitXml
 from scipy import stats as scipy_stats
 
-from qeval.cli.app import run
 from qeval.gate.figures import Figures
 from qeval.gate.judge import decide, judge
 from qeval.gate.kinds import kind_of
 from qeval.gate.policy import Policy
-from qeval.paths import shipped
 from qeval.report.paired import PairedRun
-from tests.fixtures.runs import SUBJECTS, Made, Shape, make_run
-
-RELEASE = str(shipped("configs/gates/release.yaml"))
-INT8 = Made("rtn:int8-channel", "rtn", "int8-channel", "per channel", 8.02, 0.0012)
-INT4 = Made("rtn", "rtn", "int4-g128", "block 128", 4.13, 0.22)
-DEMO = Shape(variants=(INT4, INT8), windows=8, length=1024, subjects=(*SUBJECTS, "virology", "astrology"), skill=0.0)
-"""As large as `make demo`'s run: 8 windows of 1,024 tokens, 280 questions of 14 subjects, a baseline at chance."""
+from tests.fixtures.gate import DEMO, INT4, INT8, RELEASE, gate_run, told
+from tests.fixtures.runs import Made, Shape, make_run
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +33,6 @@ def at_most(metric, margin, **more):
 def only(folder, *rules, names=(INT8.name,), **more):
     (variant,) = judge(folder, policy(*rules, **more), names).variants
     return variant.rules[0] if variant.rules else variant
-
-
-def told(capfd, *arguments):
-    code = run(["gate", *map(str, arguments)])
-    heard = capfd.readouterr()
-    return code, heard.out, heard.err
-
-
-def gate_run(tmp_path, **shape):
-    return make_run(tmp_path / "run", Shape(**({"variants": (INT8,), "windows": 40} | shape)))
 
 
 def test_the_rows_have_the_demos_figures(demo):
@@ -366,54 +347,3 @@ def test_one_variant_of_several_is_enough_where_the_policy_says_so_at_holms_leve
     alone = judge(demo, policy(rule, require="any"), [INT8.name])
     assert alone.variants[0].rules[0].confidence == pytest.approx(0.95)
     assert "Holm" not in alone.correction
-
-
-def test_json_says_all_of_it(demo, capfd):
-    code, out, _ = told(capfd, demo, "--policy", RELEASE, "--variant", "rtn", "--json")
-    found = json.loads(out)
-    assert (found["exit_code"], found["outcome"], found["policy"], found["schema_version"]) == (
-        code,
-        "fail",
-        "release",
-        1,
-    )
-    assert {"metric", "margin", "unit", "low", "high", "why", "more_rows"} <= set(found["variants"][0]["rules"][0])
-
-
-def test_junit_has_a_case_a_rule(demo, tmp_path, capfd):
-    path = tmp_path / "gate.xml"
-    told(capfd, demo, "--policy", RELEASE, "--junit", path)
-    suites = {suite.name: suite for suite in JUnitXml.fromfile(str(path))}
-    assert (suites["rtn"].tests, suites["rtn"].skipped) == (7, 1)
-    assert suites["rtn"].failures >= 3
-    assert (suites["rtn:int8-channel"].failures, suites["rtn:int8-channel"].skipped) == (0, 1)
-    names = [case.get("name") for case in ET.parse(path).getroot().iter("testcase")]
-    assert "kl_nats at most 0.05 nats" in names
-
-
-def test_junit_tells_broken_and_inconclusive_apart(tmp_path, capfd):
-    folder = gate_run(tmp_path, metrics=("kl",), windows=1)
-    file = tmp_path / "p.yaml"
-    file.write_text(
-        "name: p\nrules:\n  - {metric: kl_nats, at_most: 5 nats}\n  - {metric: mmlu_flips, at_most: 4 %}\n"
-        "  - {metric: kl_nats, at_most: 5 nats, variants: [none]}\n"
-    )
-    code, _, _ = told(capfd, folder, "--policy", file, "--junit", tmp_path / "g.xml")
-    (suite,) = JUnitXml.fromfile(str(tmp_path / "g.xml"))
-    assert (code, suite.errors, suite.failures) == (3, 1, 1)
-    assert "no bound from a single one of the windows" in (tmp_path / "g.xml").read_text()
-
-
-def test_markdown_is_written_and_the_step_summary_is_added_to(demo, tmp_path, capfd, monkeypatch):
-    summary = tmp_path / "summary.md"
-    summary.write_text("before\n")
-    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    told(capfd, demo, "--policy", RELEASE, "--variant", "rtn", "--markdown", tmp_path / "m.md")
-    text = (tmp_path / "m.md").read_text()
-    assert text.startswith("## ❌ qeval gate `release`: fail")
-    assert "| `kl_nats at most 0.05 nats` | ❌ fail | mean KL of" in text
-    assert summary.read_text() == f"before\n{text}\n"
-
-
-def test_quiet_says_the_verdict_alone(demo, capfd):
-    assert told(capfd, demo, "--policy", RELEASE, "--variant", "rtn", "--quiet")[1] == "release: fail (exit code 1)\n"
