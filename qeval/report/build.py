@@ -152,7 +152,8 @@ def _items(paired: PairedRun, record: TaskRecord) -> _Items:
         metrics[variant.name] |= measure_items.changes(task, rows, baseline, seed)
     guess = measure_items.chance(baseline)
     at_chance = measure_items.at_chance(metrics[BASELINE][f"{task}_acc"], guess)
-    results = measure_items.results(record, models, BASELINE, seed)
+    found = measure_items.results(record, models, BASELINE, seed)
+    results = measure_items.adjusted(found, [variant.name for variant in paired.done if variant.role == "variant"])
     return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
 
 
