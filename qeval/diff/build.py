@@ -10,6 +10,7 @@ from qeval.errors import BrokenRecordError, UsageError
 from qeval.report.measure_items import accuracies, at_chance, chance
 from qeval.report.notes import chance_sentence
 from qeval.report.paired import PairedRun
+from qeval.report.pairing import FEW_TOKEN_COLUMNS
 from qeval.stats.flips import holm
 from qeval.store.run import RunRecord, TaskRecord, VariantRecord
 
@@ -23,7 +24,7 @@ def diff(run_a: Path, run_b: Path, names: Sequence[tuple[str, str]] = ()) -> Dif
         UsageError: a folder holds no run, the runs can't be paired (it says what differs), or an unknown variant.
         BrokenRecordError: rows are missing, doubled or not finite, or there is nothing to compare.
     """
-    a, b = PairedRun(run_a), PairedRun(run_b)
+    a, b = (PairedRun(folder, FEW_TOKEN_COLUMNS) for folder in (run_a, run_b))
     same_weights(a, b)
     columns, tasks = _shared_columns(a, b), _shared_tasks(a, b)
     if not columns and not tasks:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from qeval.diff.check import finite_items, finite_tokens
 from qeval.diff.model import AnswerChanges, Difference, Verdict
@@ -144,7 +144,7 @@ def _p_value(mean: Mean) -> float | None:
         return None
     if mean.error == 0:
         return 1.0 if mean.value == 0 else 0.0
-    return float(2 * stats.t.sf(abs(mean.value) / mean.error, mean.freedom))
+    return float(2 * special.stdtr(mean.freedom, -abs(mean.value) / mean.error))
 
 
 def _token_floors(runs: Sequence[PairedRun], columns: Sequence[str]) -> dict[str, float]:

@@ -10,8 +10,9 @@ from qeval.report.notes import chance_sentence
 from qeval.report.paired import PairedRun
 from qeval.report.pairing import ItemRows, TokenRows
 from qeval.stats import bounds
-from qeval.stats.bootstrap import NonFiniteError
+from qeval.stats.bootstrap import Floats, NonFiniteError
 from qeval.stats.bounds import Bounded
+from qeval.stats.flips import mcnemar
 from qeval.store.run import TaskRecord, VariantRecord
 
 
@@ -19,14 +20,15 @@ from qeval.store.run import TaskRecord, VariantRecord
 class Figure:
     """What a rule limits: a value in the metric's own unit, and its bounds where it rests on rows.
 
-    `rows` and `clusters` say what of ("questions" in "subjects"); `at_chance` is the sentence about a baseline
-    that is no better than guessing.
+    `rows` and `clusters` say what of ("questions" in "subjects"); `detail` is a remark on the figure; `at_chance` is
+    the sentence about a baseline that is no better than guessing.
     """
 
     value: float
     bounded: Bounded | None = None
     rows: str = ""
     clusters: str = ""
+    detail: str | None = None
     at_chance: str | None = None
 
 
@@ -71,7 +73,7 @@ class Figures:
 
     def _of_tokens(self, name: str) -> Bounded | None:
         rows = self._tokens
-        column = "nll" if name in ("ppl_increase", "nll_diff_nats") else "kl_nats" if name in QUANTILES else name
+        column = column_of(name)
         values, windows = rows.of(column), rows.clusters(column)
         if not values.size:
             return None
@@ -88,10 +90,10 @@ class Figures:
         record = self._task(task)
         rows, baseline = self._answers(record), self._run.baseline_items(record)
         subjects = measure_items.subjects_or_questions(rows.subjects)
-        said = None
+        said = detail = None
         if name == "acc_drop":
             bound: Bounded = bounds.drop_of(baseline.acc, rows.acc, subjects)
-            said = self._at_chance(record, baseline)
+            said, detail = self._at_chance(record, baseline), _both_ways(baseline.acc, rows.acc)
         elif name == "choice_kl_nats":
             bound = bounds.mean_of(measure_items.choice_kl_nats(rows, baseline), subjects)
         else:
@@ -99,7 +101,7 @@ class Figures:
             kinds = ("right_to_wrong",) if name == "right_to_wrong" else ("right_to_wrong", "wrong_to_right")
             bound = bounds.share_of(sum(went[kind].astype(float) for kind in kinds), subjects)
         clusters = "subjects" if subjects.count < len(rows.items) else "questions"
-        return Figure(bound.value, bound, "questions", clusters, said)
+        return Figure(bound.value, bound, "questions", clusters, detail, said)
 
     def _at_chance(self, record: TaskRecord, baseline: ItemRows) -> str | None:
         accuracy = measure_items.accuracies(record.name, baseline, self._run.record.seed)[f"{record.name}_acc"]
@@ -134,6 +136,19 @@ class Figures:
             raise QevalError(
                 f"The run did not measure '{task}'; run it again with --tasks {','.join([*asked, task])} added to it."
             )
+
+
+def _both_ways(before: Floats, now: Floats) -> str:
+    """Flips of accuracy both ways, and whether more went one way."""
+    lost, won = int((before > now).sum()), int((before < now).sum())
+    return f"{lost} lost and {won} won (McNemar's exact test: p = {mcnemar(lost, won):.2g})"
+
+
+def column_of(metric: str) -> str:
+    """The column of token rows that a metric is made from."""
+    if metric in ("ppl_increase", "nll_diff_nats"):
+        return "nll"
+    return "kl_nats" if metric in QUANTILES else metric
 
 
 def _nothing(metric: str) -> Figure:

@@ -10,7 +10,7 @@ from qeval.gate import words
 from qeval.gate.figures import Figure, Figures
 from qeval.gate.kinds import Kind, kind_of
 from qeval.gate.policy import Policy, Rule
-from qeval.gate.verdict import GateVerdict, Outcome, RuleVerdict, VariantVerdict, any_of, every
+from qeval.gate.verdict import GateVerdict, Outcome, RuleVerdict, VariantVerdict, any_of, every, of_rule
 from qeval.report.paired import PairedRun
 from qeval.stats.bootstrap import Interval
 from qeval.stats.bounds import factor_to_decide, smallest_effect
@@ -37,7 +37,7 @@ def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdic
         outcome=any_of(outcomes) if policy.require == "any" else every(outcomes),
         correction=words.correction(policy.require, len(records)),
         variants=tuple(verdicts),
-        notes=tuple(_notes(policy, records)),
+        notes=(*_notes(policy, records), *_lost_floors(run)),
     )
 
 
@@ -47,6 +47,14 @@ def decide(kind: Kind, figure: Figure, bound: Interval, margin: float) -> Outcom
     if kind.limit == "at_most":
         return "pass" if high is not None and high <= margin else "fail" if low is not None and low > margin else _OPEN
     return "pass" if low is not None and low >= margin else "fail" if high is not None and high < margin else _OPEN
+
+
+def counts_as(policy: Policy, rule: Rule, outcome: Outcome, *, chance: bool) -> Outcome:
+    """How the policy takes an outcome: only an inconclusive one may count as another."""
+    if outcome != "inconclusive":
+        return outcome
+    usual = rule.when_inconclusive or policy.when_inconclusive
+    return (rule.when_at_chance or usual) if chance else usual
 
 
 _OPEN: Outcome = "inconclusive"
@@ -96,10 +104,10 @@ class _Judge:
             figure = self._figure(rule.metric)
             floor = self._floor(rule.metric, figure)
         except QevalError as error:
-            return _verdict(rule, confidence, "broken", "broken", str(error))
+            return of_rule(rule, confidence, "broken", "broken", str(error))
         bound = figure.bounded.bounds(confidence) if figure.bounded else Interval(figure.value, figure.value)
         outcome = decide(rule.kind, figure, bound, rule.margin)
-        why = [words.reason(rule, figure, bound, confidence, outcome)]
+        why = [words.reason(rule, figure, bound, confidence, outcome), *filter(None, [figure.detail])]
         lost = floor is not None and _effect(rule.kind, figure.value) <= floor
         doubt = _NO_DOUBT
         if figure.at_chance or (lost and (outcome == "fail" or rule.margin < 0)):
@@ -109,21 +117,14 @@ class _Judge:
             why.append(words.advice(rule.kind, figure, doubt.more_rows, doubt.smallest_effect))
         why += [words.under_floor(rule.kind, floor)] if floor is not None and lost else []
         why += [remark] if (remark := words.rough(figure)) else []
-        return _verdict(
-            rule, confidence, outcome, self._counts(rule, outcome, chance=bool(figure.at_chance)),
+        return of_rule(
+            rule, confidence, outcome, counts_as(self._policy, rule, outcome, chance=bool(figure.at_chance)),
             ". ".join(filter(None, ["; ".join(filter(None, why)), figure.at_chance])),
             value=figure.value, low=bound.low, high=bound.high, rows=figure.rows, floor=floor,
             n=figure.bounded.mean.n if figure.bounded else None,
             clusters=figure.bounded.mean.clusters if figure.bounded else None,
             more_rows=doubt.more_rows, smallest_effect=doubt.smallest_effect,
         )  # fmt: skip
-
-    def _counts(self, rule: Rule, outcome: Outcome, *, chance: bool) -> Outcome:
-        """How the policy takes an outcome: only an inconclusive one may count as another."""
-        if outcome != "inconclusive":
-            return outcome
-        usual = rule.when_inconclusive or self._policy.when_inconclusive
-        return (rule.when_at_chance or usual) if chance else usual
 
     def _floor(self, metric: str, figure: Figure) -> float | None:
         if figure.bounded is None or not self._floors:
@@ -172,11 +173,8 @@ def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:
     return [words.unmatched(idle)] if idle else []
 
 
-def _verdict(
-    rule: Rule, confidence: float, outcome: Outcome, counts_as: Outcome, why: str, **figures: float | int | str | None
-) -> RuleVerdict:
-    kind = rule.kind
-    return RuleVerdict(
-        rule.text, rule.metric, kind.title, kind.limit, rule.margin, kind.unit, confidence, outcome, counts_as, why,
-        **figures,  # type: ignore[arg-type]
-    )  # fmt: skip
+def _lost_floors(run: PairedRun) -> list[str]:
+    lost = [record for record in run.record.variants if record.role == "floor" and record.status != "done"]
+    return [
+        f"The noise floor '{record.name}' failed, so no effect is held against it: {record.error}" for record in lost
+    ]

@@ -11,15 +11,17 @@ A margin says its unit. Unknown keys and metrics, and margins in another unit, a
 
 import json
 import sys
+from collections.abc import Hashable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qeval.errors import UsageError, unknown
 from qeval.gate.kinds import Kind, kind_of, margin_of
+from qeval.paths import shipped
 
 Counts = Literal["inconclusive", "fail", "pass"]
 
@@ -84,14 +86,29 @@ class Policy(_Part):
         return rule.confidence or self.confidence
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error: the second margin would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As SafeLoader does, but for keys that are there already."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                where = f"line {key.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice ({where})", None)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_policy(path: Path) -> Policy:
-    """The policy in a YAML file.
+    """The policy in a YAML file, which may be one that is shipped, such as `configs/gates/release.yaml`.
 
     Raises:
         UsageError: the file is missing, is no YAML, or says what no policy may say; the sentence says where.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = path if path.exists() or path.is_absolute() else shipped(str(path))
+        data = yaml.load(found.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"There is no policy '{path}' to read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

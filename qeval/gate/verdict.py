@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qeval.gate.kinds import Limit, Unit
+from qeval.gate.policy import Rule
 
 Outcome = Literal["pass", "fail", "inconclusive", "broken"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "broken": 3, "inconclusive": 4}
@@ -65,6 +66,17 @@ class GateVerdict:
     def exit_code(self) -> int:
         """0 pass, 1 fail, 3 broken, 4 inconclusive."""
         return EXIT_CODES[self.outcome]
+
+
+def of_rule(
+    rule: Rule, confidence: float, outcome: Outcome, counts_as: Outcome, why: str, **figures: float | int | str | None
+) -> RuleVerdict:
+    """A rule's verdict; `figures` are RuleVerdict's fields that have a default."""
+    kind = rule.kind
+    return RuleVerdict(
+        rule.text, rule.metric, kind.title, kind.limit, rule.margin, kind.unit, confidence, outcome, counts_as, why,
+        **figures,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def every(outcomes: list[Outcome]) -> Outcome:

@@ -30,6 +30,19 @@ def reason(rule: Rule, figure: Figure, bound: Interval, confidence: float, outco
     )
 
 
+def sequential(rule: Rule, figure: Figure, confidence: float, outcome: Outcome, seen: str) -> str:
+    """One sentence on a rule of a run that may stop early: the figure after what was `seen`, and what is certain."""
+    kind, scale, limit = rule.kind, SCALE[rule.kind.unit], rule.given.split()[0]
+    value = number(figure.value / scale, _decimals(figure.value / scale, None, rule.margin / scale))
+    told = f"{kind.title} of {value} {kind.unit} after {seen}"
+    if outcome == "inconclusive":
+        return f"{told}: neither side of {limit} is certain with {100 * confidence:.4g} % confidence"
+    side = (
+        _side(kind, rule.margin, rule.margin) if outcome == "pass" else "over" if kind.limit == "at_most" else "under"
+    )
+    return f"{told}, {side} {limit} with {100 * confidence:.4g} % confidence whenever one stops"
+
+
 def advice(kind: Kind, figure: Figure, more: int | None, smallest: float | None) -> str:
     """What would decide an inconclusive rule, and what this run could have seen."""
     parts = []

@@ -56,7 +56,11 @@ def build(run_dir: Path) -> Report:
         BrokenRecordError: rows are missing, doubled, or not on the baseline's tokens and questions.
         QevalError: the baseline's own numbers are not finite.
     """
-    rows = PairedRun(run_dir)
+    return build_paired(PairedRun(run_dir))
+
+
+def build_paired(rows: PairedRun) -> Report:
+    """The same from a run whose rows may have been read already."""
     run = rows.record
     tokens = _tokens(rows) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
@@ -148,7 +152,8 @@ def _items(paired: PairedRun, record: TaskRecord) -> _Items:
         metrics[variant.name] |= measure_items.changes(task, rows, baseline, seed)
     guess = measure_items.chance(baseline)
     at_chance = measure_items.at_chance(metrics[BASELINE][f"{task}_acc"], guess)
-    results = measure_items.results(record, models, BASELINE, seed)
+    found = measure_items.results(record, models, BASELINE, seed)
+    results = measure_items.adjusted(found, [variant.name for variant in paired.done if variant.role == "variant"])
     return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
 
 

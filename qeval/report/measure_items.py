@@ -4,7 +4,7 @@ Intervals resample subjects. Where there is but one (a task without subjects, on
 resample its questions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from qeval.report.model import Flips, GroupScore, Metric, Metrics, TaskResult
 from qeval.report.pairing import ItemRows, Mask
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats, Ints
+from qeval.stats.flips import holm, mcnemar
 from qeval.store.run import TaskRecord
 from qeval.types import Better, Estimate
 
@@ -72,14 +73,24 @@ def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed
         for label, chosen in masks.items():
             for name, score in _scores(finite, chosen, first, seed).items():
                 tables[name][what][label] = score
-    empty: dict[str, dict[str, GroupScore]] = {"by_category": {}, "by_subject": {}}
+    counts = {name: flips(rows, models[first]) for name, rows in finite.items() if name != first}
+    p_values = {name: mcnemar(found.right_to_wrong, found.wrong_to_right) for name, found in counts.items()}
     return {
         name: TaskResult(
-            **tables.get(name, empty),
-            flips=flips(rows, models[first]) if name in finite and name != first else None,
+            by_category=tables.get(name, {}).get("by_category", {}),
+            by_subject=tables.get(name, {}).get("by_subject", {}),
+            flips=counts.get(name),
+            flips_p=p_values.get(name),
         )
-        for name, rows in models.items()
+        for name in models
     }
+
+
+def adjusted(found: Mapping[str, TaskResult], family: Sequence[str]) -> dict[str, TaskResult]:
+    """The results with the tests of those named in `family` corrected together, after Holm."""
+    tested = {name: p for name in family if (p := found[name].flips_p) is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {name: result.model_copy(update={"flips_p_adjusted": corrected.get(name)}) for name, result in found.items()}
 
 
 def group_masks(record: TaskRecord, rows: ItemRows) -> dict[str, dict[str, Mask]]:
@@ -104,7 +115,7 @@ def flips(rows: ItemRows, baseline: ItemRows) -> Flips:
 
 def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
     """KL(baseline || variant) over the softmax of each question's log-likelihoods, [questions]."""
-    log_p, log_q = _log_softmax(baseline), _log_softmax(rows)
+    log_p, log_q = log_softmax(baseline), log_softmax(rows)
     return np.asarray(np.add.reduceat(np.exp(log_p) * (log_p - log_q), rows.starts), np.float64)
 
 
@@ -143,8 +154,8 @@ def transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
     }
 
 
-def _log_softmax(rows: ItemRows) -> Floats:
-    """The log-likelihoods, normalized over each question's choices; [choices of all questions]."""
+def log_softmax(rows: ItemRows) -> Floats:
+    """The log-likelihoods (nats), normalized over each question's choices; [choices of all questions]."""
     question = np.repeat(np.arange(len(rows.starts)), rows.counts())
     shifted = rows.choices - np.maximum.reduceat(rows.choices, rows.starts)[question]
     return np.asarray(shifted - np.log(np.add.reduceat(np.exp(shifted), rows.starts))[question], np.float64)

@@ -104,11 +104,17 @@ class Flips(_Part):
 
 
 class TaskResult(_Part):
-    """One task, taken apart. Both tables are empty, and `flips` is None, where rows are not finite."""
+    """One task, taken apart. Both tables are empty, and the rest is None, where rows are not finite.
+
+    `flips_p` is McNemar's exact test of whether more answers flipped one way; `flips_p_adjusted` the same after Holm
+    over the run's variants, None for the noise floor, which is not among them.
+    """
 
     by_category: dict[str, GroupScore]
     by_subject: dict[str, GroupScore]
     flips: Flips | None
+    flips_p: float | None = None
+    flips_p_adjusted: float | None = None
 
 
 class Curve(_Part):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from qeval.report import words
@@ -42,7 +43,15 @@ class Table:
 
     def numeric(self, column: int) -> bool:
         """Whether a column holds numbers alone, so that it is set to the right."""
-        return column > 0 and all(_NUMERIC.match(row[column].text) for row in self.rows)
+        return self._numeric[column]
+
+    @cached_property
+    def _numeric(self) -> tuple[bool, ...]:
+        """By column; found once, since a page asks for every cell."""
+        return tuple(
+            place > 0 and all(_NUMERIC.match(row[place].text) for row in self.rows)
+            for place in range(len(self.columns))
+        )
 
 
 @dataclass(frozen=True)

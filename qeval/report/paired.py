@@ -1,5 +1,6 @@
 """A finished run's rows beside its baseline's, read when they are asked for: what every verdict starts from."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +20,8 @@ class PairedRun:
     The baseline's rows are kept; a variant's are made anew each time, so that only one is held beside them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read the record; rows are read when the first of their kind are asked for.
+    def __init__(self, folder: Path, columns: Sequence[str] = pairing.TOKEN_COLUMNS) -> None:
+        """Read the record; rows are read when the first of their kind are asked for, tokens with `columns` alone.
 
         Raises:
             UsageError: `folder` holds no run.
@@ -28,7 +29,7 @@ class PairedRun:
         """
         self.folder = folder
         self.record: RunRecord = read_run(folder)
-        self._store = RowStore(folder)
+        self._store, self._columns = RowStore(folder), columns
         self._items: dict[str, ItemRows] = {}
 
     @property
@@ -91,14 +92,15 @@ class PairedRun:
 
     def items(self, task: TaskRecord, variant: VariantRecord) -> ItemRows:
         """A variant's answers to a task's questions, which are the baseline's."""
+        baseline = self.baseline_items(task)
         rows = pairing.select(self._item_table, variant.name, variant.backend)
-        found = pairing.item_rows(rows, task, variant.name)
-        pairing.pair_items(found, self.baseline_items(task), task.name, variant.name)
+        found = pairing.item_rows(rows, task, variant.name, baseline)
+        pairing.pair_items(found, baseline, task.name, variant.name)
         return found
 
     @cached_property
     def _token_table(self) -> pa.Table:
-        return self._store.read("tokens")
+        return self._store.read("tokens", self._columns)
 
     @cached_property
     def _item_table(self) -> pa.Table:

@@ -5,6 +5,7 @@ doubled or other than the baseline's are an error that names them; they are neve
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,12 @@ BASELINE = "baseline"
 Mask = NDArray[np.bool_]
 
 _FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats")
+TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
+"""What of a token row a report needs."""
+FEW_TOKEN_COLUMNS = tuple(
+    name for name in TOKEN_COLUMNS if name not in ("reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats")
+)
+"""What an explanation and a diff need: reading takes most of their time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +33,7 @@ class TokenRows:
     """One model's token rows in the order of (window, position); all [rows].
 
     `scored[column]` says where the column holds a number (which may be NaN or infinite: that is counted
-    later); elsewhere `values[column]` is 0 and means nothing.
+    later); elsewhere `values[column]` is 0 and means nothing. Columns that were not read are absent.
     """
 
     windows: Ints
@@ -73,13 +80,13 @@ class ItemRows:
 
 def select(table: pa.Table, variant: str, backend: str | None) -> pa.Table:
     """The rows of one variant, on its backend; the baseline's (`backend` None) must all be of one backend."""
-    rows = table.filter(pc.equal(table["variant"].cast(pa.string()), variant))
+    rows = table.filter(_is(table["variant"], variant))
     backends = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
     if backend is None and len(backends) > 1:
         raise BrokenRecordError(f"The rows hold baselines of several backends: {sorted(backends)}.")
     if backend is None:
         return rows
-    return rows.filter(pc.equal(rows["backend"].cast(pa.string()), backend))
+    return rows if backends == [backend] else rows.filter(_is(rows["backend"], backend))
 
 
 def token_rows(table: pa.Table, who: str) -> TokenRows:
@@ -104,6 +111,8 @@ def token_rows(table: pa.Table, who: str) -> TokenRows:
         )
     values, scored = {}, {}
     for column in (*_FLOAT_COLUMNS, "top1_agreement"):
+        if column not in table.column_names:
+            continue
         values[column], scored[column] = _column(table[column], order)
     return TokenRows(windows, positions, _ints(table["token"])[order], values, scored)
 
@@ -145,21 +154,21 @@ def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
     if scored != protocol.kl_positions:
         raise BrokenRecordError(f"'{who}' has {scored} KL values; the run scored {protocol.kl_positions}.")
     for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement"):
-        if (variant.scored[column] != variant.scored["kl_nats"]).any():
+        if column in variant.scored and (variant.scored[column] != variant.scored["kl_nats"]).any():
             raise BrokenRecordError(f"'{who}' has {column} at other positions than kl_nats.")
 
 
-def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
-    """One model's answers to a task from the store's table of item rows.
+def item_rows(table: pa.Table, task: TaskRecord, who: str, baseline: ItemRows | None = None) -> ItemRows:
+    """One model's answers to a task from the store's table of item rows; `baseline` helps to name what is missing.
 
     Raises:
         BrokenRecordError: questions are missing or doubled, or the harness's accuracy is.
     """
-    rows = table.filter(pc.equal(table["task"], task.name))
+    rows = table.filter(_mask(_objects(table["task"]) == task.name))
     if rows.num_rows != task.items:
         raise BrokenRecordError(
-            f"'{who}' has {rows.num_rows} answers of '{task.name}' and the run asked {task.items} questions; "
-            "run the same command again."
+            f"'{who}' has {rows.num_rows} answers of '{task.name}' and the run asked {task.items} questions"
+            f"{_missing_questions(rows, baseline)}; run the same command again."
         )
     order = pc.sort_indices(rows, sort_keys=[("subject", "ascending"), ("item", "ascending")])
     rows = rows.take(order)
@@ -171,7 +180,7 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
     if rows["acc"].null_count:
         raise BrokenRecordError(f"'{who}' has answers of '{task.name}' without the harness's accuracy.")
     lists = rows["choice_loglikelihoods"].combine_chunks()
-    lengths = np.asarray(pc.list_value_length(lists).to_numpy(zero_copy_only=False), np.int64)
+    lengths = _ints(pc.list_value_length(lists))
     if not lengths.all():
         raise BrokenRecordError(f"'{who}' has answers of '{task.name}' without any choice.")
     return ItemRows(
@@ -182,7 +191,7 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str) -> ItemRows:
         pred=_ints(rows["pred"]),
         acc=_floats(rows["acc"]),
         acc_norm=None if rows["acc_norm"].null_count else _floats(rows["acc_norm"]),
-        choices=np.asarray(lists.flatten().to_numpy(zero_copy_only=False), np.float64),
+        choices=_floats(lists.flatten()),
         starts=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
     )
 
@@ -199,23 +208,60 @@ def pair_items(variant: ItemRows, baseline: ItemRows, task: str, who: str) -> No
             )
 
 
+def _is(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """Where a column of names is `name`, by the numbers that stand for names: no string is made of any row."""
+    array = column.unify_dictionaries().combine_chunks()
+    names = array.dictionary.to_pylist()
+    return _mask(_ints(array.indices) == (names.index(name) if name in names else -1))
+
+
+def _mask(chosen: Mask) -> pa.Array:
+    bits = np.packbits(chosen, bitorder="little")
+    return pa.Array.from_buffers(pa.bool_(), len(chosen), [None, pa.py_buffer(bits)])
+
+
+def _missing_questions(rows: pa.Table, baseline: ItemRows | None) -> str:
+    """How many of the baseline's questions have no row, and the first of them, in brackets."""
+    if baseline is None:
+        return ""
+    there = set(zip(rows["subject"].to_pylist(), rows["item"].to_pylist(), strict=True))
+    asked = zip(baseline.subjects.tolist(), baseline.items.tolist(), strict=True)
+    missing = [question for question in asked if question not in there]
+    if not missing:
+        return ""
+    subject, item = missing[0]
+    return f" ({len(missing)} missing, the first is question {item} of '{subject}')"
+
+
 def _missing_window(variant: TokenRows, baseline: TokenRows) -> str:
     missing = np.setdiff1d(baseline.windows, variant.windows)
     return f" (window {missing[0]} is missing)" if len(missing) else ""
 
 
 def _column(column: pa.ChunkedArray, order: Ints) -> tuple[Floats, Mask]:
-    scored = np.asarray(pc.is_valid(column).to_numpy(), np.bool_)[order]
-    return _floats(pc.fill_null(column, False if pa.types.is_boolean(column.type) else 0.0))[order], scored
+    scored = _ints(pc.is_valid(column))[order].astype(np.bool_)
+    return np.where(scored, _floats(column)[order], 0.0), scored
 
 
-def _floats(column: pa.ChunkedArray) -> Floats:
-    return np.asarray(column.to_numpy(), np.float64)
+def _floats(column: pa.ChunkedArray | pa.Array) -> Floats:
+    return np.asarray(_numbers(column, pa.float64(), np.float64), np.float64)
 
 
-def _ints(column: pa.ChunkedArray) -> Ints:
-    return np.asarray(column.to_numpy(), np.int64)
+def _ints(column: pa.ChunkedArray | pa.Array) -> Ints:
+    return np.asarray(_numbers(column, pa.int64(), np.int64), np.int64)
+
+
+def _numbers(column: pa.ChunkedArray | pa.Array, kind: pa.DataType, dtype: type[np.generic]) -> NDArray[Any]:
+    """The numbers of a column, read-only; what stands at a null means nothing.
+
+    They are read from Arrow's own memory: its conversions (and every scalar that it is given) import pandas, which
+    takes longer than all that a reader computes.
+    """
+    array = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).cast(kind)
+    if not len(array):
+        return np.empty(0, dtype)
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def _objects(column: pa.ChunkedArray) -> NDArray[np.object_]:
-    return np.asarray(column.to_numpy(), np.object_)
+    return np.asarray(column.to_pylist(), np.object_)

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from math import log10
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from qeval.report import split, style, words
 from qeval.report.build import quality
@@ -18,6 +20,8 @@ from qeval.report.tables import baseline_name
 from qeval.stats.bootstrap import Floats
 
 _ROW = 0.34  # inches a bar or dot row takes
+_WIDE = 100  # ratio of its ends from which a logarithmic axis has no minor ticks
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LOG_FROM = 20  # ratio of largest to smallest above which an axis is logarithmic
 
 
@@ -38,6 +42,7 @@ def quality_against_size(report: Report) -> Plot | None:
     axes.set_ylabel("KL from the baseline (nats)" if name == "kl_nats" else "Perplexity, times the baseline's")
     axes.grid(True)
     axes.margins(0.08)
+    _decades(axes.yaxis)
     made.legend(loc="outside lower center", ncols=2)
     return _plot(
         made,
@@ -71,6 +76,8 @@ def kl_distribution(report: Report) -> Plot | None:
     axes.set_ylabel("Share of tokens with at least that KL")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.set_xlim(left=max(min(c.kl_nats[len(c.kl_nats) * 9 // 10] for *_, c in curves), 1e-9))
+    _decades(axes.xaxis)
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(True)
     made.legend(loc="outside lower center", ncols=2)
     medians = [
@@ -208,6 +215,26 @@ def all_plots(report: Report) -> list[Plot]:
     ]
     with style.styled():
         return [plot for draw in drawn if (plot := draw()) is not None]
+
+
+def _decades(axis: Axis) -> None:
+    """A logarithmic axis of two decades or more is labelled at powers of ten alone, in plain letters.
+
+    Its minor ticks would not be told apart, and take half the time of the whole plot.
+    """
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high >= _WIDE * low:
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
+
+
+def power_of_ten(value: float) -> str:
+    """A power of ten as a tick says it.
+
+    >>> power_of_ten(0.001), power_of_ten(10.0)
+    ('10⁻³', '10¹')
+    """
+    return "10" + str(round(log10(value))).translate(_SUPERSCRIPTS)
 
 
 def slug(name: str) -> str:

@@ -12,11 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qeval.report import style
-from qeval.report.build import build
+from qeval.report.build import build_paired
 from qeval.report.explain import highlights
 from qeval.report.explain.section import TOKENS_SHOWN, rows_section
 from qeval.report.model import Report, report_json
 from qeval.report.page import Cell, Plot, Section
+from qeval.report.paired import PairedRun
 from qeval.report.plots import all_plots
 from qeval.report.sections import sections
 from qeval.report.tables import baseline_name
@@ -40,11 +41,12 @@ def render(run_dir: Path) -> Rendered:
     Raises:
         UsageError, BrokenRecordError, QevalError: as `build`, and where a file can't be written.
     """
-    return write(build(run_dir), run_dir)
+    run = PairedRun(run_dir)
+    return write(build_paired(run), run_dir, run)
 
 
-def write(report: Report, folder: Path) -> Rendered:
-    """Write a report that is already built."""
+def write(report: Report, folder: Path, run: PairedRun | None = None) -> Rendered:
+    """Write a report that is already built; `run` is the run in `folder`, where its rows have been read already."""
     plots = all_plots(report)
     written = []
     for plot in plots:
@@ -52,7 +54,7 @@ def write(report: Report, folder: Path) -> Rendered:
             written.append(folder / "plots" / f"{plot.name}{suffix}")
             write_bytes(written[-1], data)
     found = Rendered(folder / "report.json", folder / "report.md", folder / "report.html", written)
-    rows = rows_section(report, highlights(folder, TOKENS_SHOWN))
+    rows = rows_section(report, highlights(run or PairedRun(folder), TOKENS_SHOWN))
     write_text(found.markdown, page("report.md.j2", report, sections(report, plots)))
     write_text(found.html, page("report.html.j2", report, sections(report, plots, rows)))
     write_text(found.json, report_json(report))

@@ -28,7 +28,8 @@ def intervals_sentence(report: Report) -> str:
     i = report.intervals
     return (
         f"Brackets hold intervals: {i.method} (clusters: {i.clusters}; {i.resamples} resamples, "
-        f"seed {i.seed}; percentile interval, widened where clusters are few)."
+        f"seed {i.seed}; percentile interval, widened where clusters are few). Each holds by "
+        "itself: where many are looked through, some leave zero out by chance."
     )
 
 

@@ -126,6 +126,8 @@ def dash(index: int) -> str:
 
 def save(made: Figure) -> tuple[str, bytes]:
     """The figure as SVG text and as PNG bytes, without dates or versions in them."""
+    made.draw_without_rendering()
+    made.set_layout_engine("none")  # laid out once, not anew for each format
     svg, png = BytesIO(), BytesIO()
     made.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     made.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})

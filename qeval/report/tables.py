@@ -195,21 +195,24 @@ def flips(report: Report, task: Task) -> Table:
         found = v.tasks[key].flips if key in v.tasks else None
         share = metric_cell(v.metrics.get(f"{key}_flips"))
         if found is None:
-            rows.append((Cell(v.name), share, *([NOTHING] * 5)))
+            rows.append((Cell(v.name), share, *([NOTHING] * 7)))
             continue
         counts = (
             found.right_to_wrong, found.wrong_to_right, found.wrong_to_other, found.right_to_right,
             found.wrong_to_same,
         )  # fmt: skip
-        rows.append((Cell(v.name), share, *(Cell(str(count)) for count in counts)))
+        p_values = (v.tasks[key].flips_p, v.tasks[key].flips_p_adjusted)
+        tests = (NOTHING if p is None else Cell(f"{p:.2g}") for p in p_values)
+        rows.append((Cell(v.name), share, *(Cell(str(count)) for count in counts), *tests))
     columns = (
         "Variant", "Flips", "Right → wrong", "Wrong → right", "Wrong → another wrong", "Right, stayed",
-        "Wrong, same answer",
+        "Wrong, same answer", "p, McNemar", "p, adjusted",
     )  # fmt: skip
     note = (
         "Flips: answers that turned from right to wrong or from wrong to right, as a share of all. Where none "
         f"was seen the interval has no width; {words.percent(3 / task.record.items, 1)} still can't be excluded "
-        "(rule of three, questions taken as independent)."
+        "(rule of three, questions taken as independent). p: McNemar's exact test of whether more flipped one way; "
+        "adjusted after Holm over the variants."
     )
     return Table(f"{task.record.title}: flips", columns, tuple(rows), note)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
+from scipy import special
 
 from qeval.stats.bootstrap import NO_INTERVAL, Clusters, Floats, Interval, finite
 from qeval.stats.closed import Mean, clustered_mean, critical
@@ -23,6 +23,7 @@ POWER = 0.8
 _MOST_ROWS = 1e4
 """More than so many times the rows is no advice."""
 _SLACK = 1e-9
+_HALVINGS = 50
 
 
 class Bounded(Protocol):
@@ -222,14 +223,14 @@ def exact_share(count: float, rows: float, confidence: float) -> Interval:
     >>> exact_share(0, 280, 0.95).high < 0.0107
     True
     """
-    low = float(stats.beta.ppf(1 - confidence, count, rows - count + 1)) if count > 0 else 0.0
-    high = float(stats.beta.ppf(confidence, count + 1, rows - count)) if count < rows else 1.0
+    low = float(special.betaincinv(count, rows - count + 1, 1 - confidence)) if count > 0 else 0.0
+    high = float(special.betaincinv(count + 1, rows - count, confidence)) if count < rows else 1.0
     return Interval(low, high)
 
 
 def paired_drop(lost: float, gained: float, rows: float, confidence: float) -> Interval:
     """Tango's score bounds of lost - gained, both shares of `rows` pairs."""
-    z = float(stats.norm.ppf(confidence))
+    z = float(special.ndtri(confidence))
 
     def score(drop: float) -> float:
         return _tango(lost, gained, rows, drop)
@@ -284,7 +285,15 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     """Where a falling function crosses zero; the end it does not reach otherwise."""
     if function(low) <= 0:
         return low
-    return high if function(high) >= 0 else float(optimize.brentq(function, low, high, xtol=1e-12))
+    return high if function(high) >= 0 else _bisect(function, low, high)
+
+
+def _bisect(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function that is above zero at `low` and not at `high` crosses it, to the last bit but a few."""
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return (low + high) / 2
 
 
 def _most_above(share: float, rows: float, confidence: float) -> float | None:
@@ -293,7 +302,7 @@ def _most_above(share: float, rows: float, confidence: float) -> float | None:
     def excess(count: float) -> float:
         return (exact_share(count, rows, confidence).high or 0.0) - share
 
-    return None if excess(0.0) > 0 else float(optimize.brentq(excess, 0.0, rows * share))
+    return None if excess(0.0) > 0 else _bisect(lambda count: -excess(count), 0.0, rows * share)
 
 
 def _fewest_above(share: float, rows: float, confidence: float) -> float | None:
@@ -302,7 +311,7 @@ def _fewest_above(share: float, rows: float, confidence: float) -> float | None:
     def lack(count: float) -> float:
         return (exact_share(count, rows, confidence).low or 0.0) - share
 
-    return None if lack(rows) < 0 else float(optimize.brentq(lack, rows * share, rows))
+    return None if lack(rows) < 0 else _bisect(lambda count: -lack(count), rows * share, rows)
 
 
 def _rank(level: float, rows: int) -> int:

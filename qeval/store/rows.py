@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +48,8 @@ class RowStore:
         index = {kind: sorted(path.name for path in paths) for kind, paths in shards.items()}
         write_text(self.root / "index.json", json.dumps(index, indent=1) + "\n")
 
-    def read(self, kind: Kind) -> pa.Table:
-        """All rows of a kind that belong to the run, in the order of the shards' names.
+    def read(self, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a kind that belong to the run, in the order of the shards' names; only `columns` if given.
 
         Raises:
             UsageError: the folder holds no rows.
@@ -62,20 +63,24 @@ class RowStore:
         except ValueError as error:
             raise BrokenRecordError(f"{index_path} is torn; run the same command again to make it.") from error
         paths = [self.root / kind / name for name in index.get(kind, [])]
-        return concat(kind, paths)
+        return concat(kind, paths, columns)
 
 
-def concat(kind: Kind, paths: Iterable[Path]) -> pa.Table:
-    """The rows of some shards as one table."""
-    tables = [_read_shard(kind, path) for path in paths]
-    return pa.concat_tables(tables).unify_dictionaries() if tables else SCHEMAS[kind].empty_table()
+def concat(kind: Kind, paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of some shards as one table, read by several threads."""
+    with ThreadPoolExecutor() as threads:
+        tables = list(threads.map(lambda path: _read_shard(kind, path, columns), paths))
+    if not tables:
+        empty = SCHEMAS[kind].empty_table()
+        return empty if columns is None else empty.select(columns)
+    return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _read_shard(kind: Kind, path: Path) -> pa.Table:
+def _read_shard(kind: Kind, path: Path, columns: Sequence[str] | None) -> pa.Table:
     if not path.exists():
         raise BrokenRecordError(f"{path} is missing; run the same command again to make it.")
     verify(path)
-    table = pq.read_table(path)
-    if not table.schema.equals(SCHEMAS[kind]):
+    file = pq.ParquetFile(path)  # read_table looks for a data set of many files first, which takes longer than reading
+    if not file.schema_arrow.equals(SCHEMAS[kind]):
         raise BrokenRecordError(f"{path} has other columns than this version of qeval writes.")
-    return table
+    return file.read(columns=columns, use_threads=False)

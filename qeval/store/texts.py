@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qeval.errors import BrokenRecordError
@@ -71,6 +70,7 @@ class Texts:
     def __init__(self, windows: pa.Table, questions: pa.Table) -> None:
         """Tables of the schemas above."""
         self._windows, self._questions = windows, questions
+        self._tasks: dict[str, dict[tuple[str, int], QuestionText]] = {}
         self._rows = {window: row for row, window in enumerate(windows["window"].to_pylist())}
 
     def window(self, window: int) -> WindowText | None:
@@ -83,8 +83,12 @@ class Texts:
 
     def task(self, task: str) -> dict[tuple[str, int], QuestionText]:
         """The questions of a task by (subject, item); empty where the run kept none."""
-        rows = self._questions.filter(pc.equal(self._questions["task"], task)).to_pylist()
-        return {(row["subject"], row["item"]): QuestionText(**row | {"choices": tuple(row["choices"])}) for row in rows}
+        if task not in self._tasks:
+            rows = [row for row in self._questions.to_pylist() if row["task"] == task]
+            self._tasks[task] = {
+                (row["subject"], row["item"]): QuestionText(**row | {"choices": tuple(row["choices"])}) for row in rows
+            }
+        return self._tasks[task]
 
 
 def write_texts(out: Path, windows: Iterable[WindowText], questions: Iterable[QuestionText]) -> None:

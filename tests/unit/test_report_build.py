@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.report import build, report_json
 from qeval.report.build import mark_pareto
 from qeval.report.model import Metric, schema_json
+from qeval.stats.flips import holm
 from qeval.store.rows import RowStore
 from tests.fixtures.runs import SEVEN, SUBJECTS, Shape, make_run
 
@@ -84,6 +85,28 @@ def test_item_metrics_equal_their_definitions(run, report):
         right[anatomy].mean() - was_right[anatomy].mean()
     )
     assert result.by_subject["anatomy"].acc.clusters == SMALL.questions  # one subject: its questions
+
+
+def test_flips_are_tested_alone_and_over_all_variants(report):
+    tests = {}
+    for variant in report.variants:
+        result = variant.tasks["mmlu"]
+        lost, won = result.flips.right_to_wrong, result.flips.wrong_to_right
+        tests[variant.name] = stats.binomtest(lost, lost + won).pvalue
+        assert result.flips_p == pytest.approx(tests[variant.name])
+    adjusted = [variant.tasks["mmlu"].flips_p_adjusted for variant in report.variants]
+    assert adjusted == pytest.approx(holm(list(tests.values())))
+    assert report.baseline.tasks["mmlu"].flips_p is None
+
+
+def test_the_noise_floor_is_no_part_of_the_family_of_tests(tmp_path):
+    run = make_run(tmp_path, SMALL)
+    record = json.loads((run / "run.json").read_text())
+    record["variants"][2]["role"] = "floor"
+    (run / "run.json").write_text(json.dumps(record))
+    found = [variant.tasks["mmlu"] for variant in build(run).variants]
+    assert found[2].flips_p_adjusted is None
+    assert [one.flips_p_adjusted for one in found[:2]] == pytest.approx(holm([one.flips_p for one in found[:2]]))
 
 
 def test_macro_accuracy_differs_from_the_micro_one_where_subjects_are_unequal(tmp_path):

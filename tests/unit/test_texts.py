@@ -1,14 +1,17 @@
 """What a run keeps of its texts: every token's letters and every question, read back without a tokenizer."""
 
+import json
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import metadata_load
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from qeval.cli.app import run as program
 from qeval.compare.texts import decoder, token_texts
 from qeval.errors import BrokenRecordError
 from qeval.store.rows import RowStore
@@ -99,7 +102,7 @@ def test_a_leading_space_is_kept_where_the_tokenizer_would_drop_it():
     assert found == (" a", " b", " a")
 
 
-def test_compare_keeps_what_its_rows_stand_for(tmp_path, monkeypatch):
+def test_compare_keeps_what_its_rows_stand_for(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
     bench = Bench(tmp_path)
     assert bench.compare("--quiet", methods="rtn:g32") == 0
@@ -114,6 +117,26 @@ def test_compare_keeps_what_its_rows_stand_for(tmp_path, monkeypatch):
     question = found["astronomy", 2]
     assert question.question.startswith("What is 2 in physics?\nA. None\nB. 2.50\nC. x2\nD. NA\nAnswer:")
     assert question.choices == ("A", "B", "C", "D")
+    _explained(bench, capfd)
+
+
+def _explained(bench, capfd):
+    """What reads a finished run takes what a real one leaves."""
+    capfd.readouterr()
+    assert program(["explain", str(bench.out), "rtn:g32", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    corpus = bench.corpus.read_text(encoding="utf-8")
+    for token in told["tokens"]["worst"]:
+        place = 64 * token["window"] + token["position"] + 1
+        assert corpus[:place].endswith(token["before"])
+        assert corpus[place:].startswith(token["next"] + token["after"])
+    for one in told["tasks"][0]["changed"]:
+        assert one["question"].startswith(f"What is {one['item']} in {SUBJECTS[one['subject']]}?")
+    assert program(["card", str(bench.out)]) == 0
+    assert metadata_load(bench.out / "card" / "README.md")["model-index"]
+    assert program(["diff", str(bench.out), str(bench.out)]) == 0
+    assert "rtn:g32: no row differs." in capfd.readouterr().out
+    assert "qeval compare --model" in (bench.out / "card" / "README.md").read_text(encoding="utf-8")
 
 
 def test_texts_need_no_torch():

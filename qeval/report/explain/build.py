@@ -12,6 +12,7 @@ from qeval.report.explain.model import Changed, Explanation, LayersLoss, TaskLos
 from qeval.report.explain.questions import changed, task_loss
 from qeval.report.explain.tokens import tokens_loss
 from qeval.report.paired import PairedRun
+from qeval.report.pairing import FEW_TOKEN_COLUMNS
 from qeval.store.run import TaskRecord, VariantRecord
 from qeval.store.texts import Texts, read_texts
 
@@ -41,7 +42,7 @@ def explain(run_dir: Path, name: str) -> Explanation:
         UsageError: `run_dir` holds no run, or the run has no such variant.
         BrokenRecordError: the variant failed, or its rows are missing, doubled or not on the baseline's.
     """
-    run = PairedRun(run_dir)
+    run = PairedRun(run_dir, FEW_TOKEN_COLUMNS)
     record, texts = run.variant(name), read_texts(run_dir)
     _require_rows(run)
     tokens = _tokens(run, record, texts, TOKENS)
@@ -59,9 +60,9 @@ def explain(run_dir: Path, name: str) -> Explanation:
     )
 
 
-def highlights(run_dir: Path, tokens: int) -> list[Highlights]:
+def highlights(run: PairedRun, tokens: int) -> list[Highlights]:
     """The rows of every variant that has any; `tokens` is how many of the worst are wanted of each."""
-    run, texts = PairedRun(run_dir), read_texts(run_dir)
+    texts = read_texts(run.folder)
     return [
         Highlights(
             variant=record.name,

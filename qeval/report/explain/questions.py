@@ -20,8 +20,12 @@ Questions = Mapping[tuple[str, int], QuestionText]
 def changed(record: TaskRecord, rows: ItemRows, baseline: ItemRows, texts: Questions) -> list[Changed]:
     """Every answer that changed, the largest loss of the right choice's probability first."""
     went = measure_items.transitions(rows, baseline)
+    p, q = (np.exp(measure_items.log_softmax(side)) for side in (baseline, rows))
+    starts, ends = baseline.starts, np.append(baseline.starts[1:], len(baseline.choices))
     found = [
-        _changed(record, rows, baseline, int(at), kind, texts) for kind in _WENT for at in np.flatnonzero(went[kind])
+        _changed(record, (rows, baseline), (p[starts[at] : ends[at]], q[starts[at] : ends[at]]), at, kind, texts)
+        for kind in _WENT
+        for at in np.flatnonzero(went[kind]).tolist()
     ]
     return sorted(found, key=lambda one: (one.gold_change, one.subject, one.item))
 
@@ -95,10 +99,19 @@ def _by_loss(group: GroupLoss) -> tuple[float, float]:
     return difference, -group.choice_kl_nats
 
 
-def _changed(record: TaskRecord, rows: ItemRows, baseline: ItemRows, at: int, went: Went, texts: Questions) -> Changed:
+def _changed(
+    record: TaskRecord,
+    pair: tuple[ItemRows, ItemRows],
+    probabilities: tuple[Floats, Floats],
+    at: int,
+    went: Went,
+    texts: Questions,
+) -> Changed:
+    """One answer; `probabilities` are the baseline's and the variant's over the choices, [choices] each."""
+    rows, baseline = pair
+    p, q = probabilities
     subject, item, gold = str(baseline.subjects[at]), int(baseline.items[at]), int(baseline.gold[at])
-    p, q = probabilities(baseline, at), probabilities(rows, at)
-    first_two = np.sort(p)[::-1][:2]
+    first_two = sorted(p.tolist(), reverse=True)[:2]
     text = texts.get((subject, item))
     return Changed(
         subject=subject,
@@ -111,14 +124,7 @@ def _changed(record: TaskRecord, rows: ItemRows, baseline: ItemRows, at: int, we
         baseline_probabilities=p.tolist(),
         variant_probabilities=q.tolist(),
         gold_change=float(q[gold] - p[gold]),
-        baseline_margin=float(first_two[0] - first_two[-1]),
+        baseline_margin=first_two[0] - first_two[-1],
         question=None if text is None else text.question,
         choices=None if text is None else list(text.choices),
     )
-
-
-def probabilities(rows: ItemRows, at: int) -> Floats:
-    """The softmax over the log-likelihoods of one question's choices, [choices]."""
-    end = rows.starts[at] + int(rows.counts()[at])
-    shifted = np.exp(rows.choices[rows.starts[at] : end] - rows.choices[rows.starts[at] : end].max())
-    return np.asarray(shifted / shifted.sum(), np.float64)

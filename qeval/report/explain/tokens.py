@@ -7,7 +7,7 @@ import numpy as np
 from qeval.errors import BrokenRecordError
 from qeval.report.explain.model import TokenLoss, TokensLoss
 from qeval.report.pairing import TokenRows
-from qeval.stats.bootstrap import Floats
+from qeval.stats.bootstrap import Floats, Ints
 from qeval.store.texts import Texts, WindowText
 
 _LEVELS = (0.001, 0.01, 0.1)
@@ -25,21 +25,23 @@ def tokens_loss(rows: TokenRows, baseline: TokenRows, texts: Texts | None, count
     """
     scored = np.flatnonzero(rows.scored["kl_nats"])
     kl = rows.values["kl_nats"][scored]
-    ranked = np.argsort(-kl, kind="stable")
+    counts = [max(1, round(level * len(kl))) for level in _LEVELS]
+    ranked = _largest(kl, max(count, *counts))
+    total = float(kl.sum())
     return TokensLoss(
         positions=len(kl),
         mean_kl_nats=float(kl.mean()),
         worst_levels=list(_LEVELS),
-        worst_shares=_shares(kl[ranked]),
+        worst_shares=[float(kl[ranked[:few]].sum()) / total if total else 0.0 for few in counts],
         worst=[_token(rows, baseline, texts, int(at)) for at in scored[ranked[:count]]],
     )
 
 
-def _shares(descending: Floats) -> list[float]:
-    """Which share of the sum lies in the first 0.1, 1 and 10 % of values, at least one of them."""
-    total = float(descending.sum())
-    counts = [max(1, round(level * len(descending))) for level in _LEVELS]
-    return [float(descending[:count].sum()) / total if total else 0.0 for count in counts]
+def _largest(values: Floats, count: int) -> Ints:
+    """Where the `count` largest values are, the largest first, equal ones in their order."""
+    edge = np.partition(values, -count)[-count] if count < len(values) else -np.inf
+    above = np.flatnonzero(values >= edge)
+    return above[np.argsort(-values[above], kind="stable")][:count]
 
 
 class _Following(NamedTuple):

@@ -1,0 +1,191 @@
+"""Run and gate in one go: rows are drawn in a fixed random order, and the run ends when every rule is decided.
+
+It leans on `compare` by three things alone: `prepare` makes the plan, a plan's windows and questions can be replaced by
+some of them, and `run` scores what is not scored yet. So what is left behind is a finished run of the rows that were
+drawn, which every other command reads, and a gate that was killed goes on where it stopped.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from math import ceil
+
+import numpy as np
+
+from qeval.compare.prepare import Plan, prepare
+from qeval.compare.run import run
+from qeval.compare.settings import TOKEN_METRICS, Settings
+from qeval.errors import UsageError
+from qeval.gate import words
+from qeval.gate.kinds import kind_of, split
+from qeval.gate.look import Drawn, Key, look
+from qeval.gate.policy import Policy
+from qeval.gate.verdict import GateVerdict, RuleVerdict, VariantVerdict, every
+from qeval.progress import Progress
+from qeval.report.paired import PairedRun
+from qeval.score.corpus import Shard
+from qeval.stats.sequential import BURN_IN
+from qeval.store.run import ProtocolRecord, TaskRecord
+from qeval.tasks.harness import Question, Suite
+from qeval.tasks.windows import Window
+
+LOOKS = (0.05, 0.085, 0.11, 0.13, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""The shares of all rows after which rules are looked at; more looks would cost no certainty, only time."""
+
+
+def tasks_of(policy: Policy, variant: str) -> tuple[str, ...]:
+    """What has to be scored for the policy's rules about a variant.
+
+    Raises:
+        UsageError: none of its rules is about it, or none rests on rows.
+    """
+    rules = [rule for rule in policy.rules if rule.holds_for(variant)]
+    needed = [split(rule.metric)[0] or kind_of(rule.metric).source for rule in rules]
+    tasks = tuple(dict.fromkeys(task for task in needed if task != "size"))
+    if not tasks:
+        raise UsageError(f"No rule of the policy '{policy.name}' about '{variant}' needs a run.")
+    return tasks
+
+
+def run_and_judge(settings: Settings, policy: Policy, progress: Progress) -> GateVerdict:
+    """Score as many rows of the one variant of `settings` as the policy's rules take, and judge them.
+
+    Raises:
+        UsageError: something that was asked for is not there or does not fit, or there are too few windows.
+    """
+    pool = Pool(prepare(settings))
+    if 0 < len(pool.windows) < BURN_IN:
+        raise UsageError(
+            f"A gate that may stop early decides nothing from fewer than {BURN_IN} windows, and there are "
+            f"{len(pool.windows)}; give a longer --corpus or a smaller --window, or gate a finished run."
+        )
+    open_tasks, part = set(settings.tasks), Part({}, 0)
+    for share in LOOKS:
+        part = pool.draw(part, share, open_tasks)
+        record = run(pool.plan_of(part), progress)
+        (variant,) = record.variants
+        if variant.status != "done":
+            error = f"'{variant.name}' failed in this run: {variant.error}"
+            return _told(settings, policy, VariantVerdict(variant.name, "broken", (), error), part.words(pool))
+        rules = look(PairedRun(settings.out), variant, policy, pool.drawn(part))
+        open_tasks = _undecided(rules)
+        if not open_tasks or any(rule.outcome == "broken" for rule in rules):
+            break
+    verdict = VariantVerdict(variant.name, every([rule.counts_as for rule in rules]), rules)
+    return _told(settings, policy, verdict, part.words(pool))
+
+
+@dataclass(frozen=True)
+class Part:
+    """How much is drawn: the ends of each look's questions, a task, and the number of windows."""
+
+    questions: dict[str, tuple[int, ...]]
+    windows: int
+
+    def words(self, pool: "Pool") -> str:
+        """What was drawn, in a sentence."""
+        counts = [f"{self.windows:,} of {len(pool.windows):,} windows"] if pool.windows else []
+        for suite in pool.plan.suites:
+            ends = self.questions.get(suite.info.name, ())
+            counts.append(f"{ends[-1] if ends else 0:,} of {len(suite.questions):,} questions of {suite.info.name}")
+        return f"Drawn in a random order until every rule was decided or nothing was left: {', '.join(counts)}."
+
+
+class Pool:
+    """Everything that a plan could score, in the order in which it is drawn (by the plan's seed)."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Nothing is drawn yet."""
+        self.plan = plan
+
+    @cached_property
+    def windows(self) -> list[tuple[int, Window]]:
+        """The windows with their numbers, as drawn."""
+        numbered = [(n, window) for shard in self.plan.shards for n, window in enumerate(shard.windows, shard.first)]
+        return [numbered[i] for i in self._order(len(numbered), "windows")]
+
+    @cached_property
+    def questions(self) -> dict[str, list[Question]]:
+        """Each task's questions as drawn."""
+        return {
+            suite.info.name: [suite.questions[i] for i in self._order(len(suite.questions), suite.info.name)]
+            for suite in self.plan.suites
+        }
+
+    def draw(self, part: Part, share: float, tasks: Iterable[str]) -> Part:
+        """`part` with more of what the open `tasks` rest on, up to `share` of it."""
+        wanted = set(tasks)
+        windows = ceil(share * len(self.windows)) if wanted & set(TOKEN_METRICS) else part.windows
+        questions = {
+            name: (*part.questions.get(name, ()), *((ceil(share * len(found)),) if name in wanted else ()))
+            for name, found in self.questions.items()
+        }
+        return Part(questions, windows)
+
+    def drawn(self, part: Part) -> Drawn:
+        """What was drawn, by the names that rows have."""
+        keys: dict[str, tuple[Key, ...]] = {
+            name: tuple((question.subject, question.item) for question in found[: part.questions[name][-1]])
+            for name, found in self.questions.items()
+        }
+        numbers = tuple(number for number, _ in self.windows[: part.windows])
+        return Drawn(numbers, len(self.windows), keys, {name: len(found) for name, found in self.questions.items()})
+
+    def plan_of(self, part: Part) -> Plan:
+        """The plan of a part: a shard a window; a suite a look, so that finished answers are found again."""
+        windows = sorted(self.windows[: part.windows], key=lambda numbered: numbered[0])
+        suites = [suite for whole in self.plan.suites for suite in self._suites(whole, part)]
+        return replace(
+            self.plan,
+            shards=tuple(Shard(number, (window,)) for number, window in windows),
+            suites=tuple(suites),
+            protocol=self.plan.protocol and _protocol(self.plan.protocol, [window for _, window in windows]),
+            tasks=tuple(_task(whole, self._first(whole, part)) for whole in self.plan.suites),
+        )
+
+    def _suites(self, whole: Suite, part: Part) -> list[Suite]:
+        ends = part.questions[whole.info.name]
+        found = self.questions[whole.info.name]
+        looks = [found[start:end] for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+        return [_suite(whole, look) for look in looks if look]
+
+    def _first(self, whole: Suite, part: Part) -> list[Question]:
+        return self.questions[whole.info.name][: part.questions[whole.info.name][-1]]
+
+    def _order(self, count: int, what: str) -> list[int]:
+        seed = [self.plan.settings.seed, *what.encode()]
+        return [int(i) for i in np.random.default_rng(seed).permutation(count)]
+
+
+def _undecided(rules: Sequence[RuleVerdict]) -> set[str]:
+    """The tasks that rules are still open on."""
+    return {split(rule.metric)[0] or kind_of(rule.metric).source for rule in rules if rule.outcome == "inconclusive"}
+
+
+def _suite(whole: Suite, questions: Sequence[Question]) -> Suite:
+    present = {question.subject for question in questions}
+    subjects = [subject for subject in whole.info.subjects if subject in present]
+    return replace(whole, questions=tuple(questions), info=replace(whole.info, items=len(questions), subjects=subjects))
+
+
+def _task(whole: Suite, questions: Sequence[Question]) -> TaskRecord:
+    fewer = sum(question.shots < whole.info.shots for question in questions)
+    return TaskRecord(**asdict(_suite(whole, questions).info) | {"items_with_fewer_shots": fewer})
+
+
+def _protocol(record: ProtocolRecord, windows: Sequence[Window]) -> ProtocolRecord:
+    """The record of some of the windows; the hashes stay those of the whole text and all its tokens."""
+    return record.model_copy(
+        update={
+            "windows": len(windows),
+            "kl_positions": sum(len(window.kl_positions) for window in windows),
+            "nll_positions": sum(len(window.nll_positions) for window in windows),
+        }
+    )
+
+
+def _told(settings: Settings, policy: Policy, verdict: VariantVerdict, note: str) -> GateVerdict:
+    return GateVerdict(
+        run=str(settings.out), policy=policy.name, outcome=verdict.outcome,
+        correction=words.correction("every", 1), variants=(verdict,), notes=(note,),
+    )  # fmt: skip
