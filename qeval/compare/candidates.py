@@ -180,11 +180,16 @@ def _floor(plan: Plan, runtime: "Runtime", baseline: Kept, broken: str | None) -
                 "status": "done", "error": None, "role": "floor", "grid": "float", "granularity": "none",
                 "key": digest(key), "bits_per_weight": bits, "bits_per_weight_model": bits,
                 "size_bytes": plan.shape.parameters * plan.source.float_bits // 8,
-                "score_seconds": seconds, "runtime": remembered.record(), "twin": BASELINE,
+                "score_seconds": seconds, "runtime": _plain(remembered.record()), "twin": BASELINE,
             }
         )  # fmt: skip
 
     return Contender(name, "ort", "float", lambda: Scorer(candidate, twin=baseline), record, broken)
+
+
+def _plain(runtime: RuntimeRecord | None) -> RuntimeRecord | None:
+    """How the float graph ran: nothing in it has a format or an accuracy level."""
+    return runtime and runtime.model_copy(update={"format": None, "accuracy_level": None})
 
 
 def _foreign(plan: Plan, foreign: "Foreign") -> Contender:

@@ -92,9 +92,9 @@ def build_paired(rows: PairedRun) -> Report:
 
 
 def quality(variant: Variant) -> float | None:
-    """What variants are ranked by, lower being better: KL, else the perplexity ratio; None for the noise floor."""
+    """What variants are ranked by, lower being better: KL, else the perplexity ratio; None where it isn't ranked."""
     for name in ("kl_nats", "ppl_ratio"):
-        if variant.status == "done" and variant.role == "variant" and name in variant.metrics:
+        if variant.status == "done" and variant.ranked and name in variant.metrics:
             return variant.metrics[name].value
     return None
 
@@ -127,7 +127,7 @@ def _tokens(paired: PairedRun) -> _Tokens:
         metrics[name] = _token_metrics(rows, baseline, run)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
-            if variant.role == "variant" and not metrics[name]["kl_nats"].non_finite:
+            if variant.role == "variant" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
     return _Tokens(metrics, curves, kl, windows)
 

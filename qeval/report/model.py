@@ -170,6 +170,11 @@ class Variant(_Part):
     twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with
     runtime: RuntimeRecord | None = None  # how ONNX Runtime ran it; None on torch
 
+    @property
+    def ranked(self) -> bool:
+        """Whether it stands for itself: not the noise floor, nor another variant on a second backend."""
+        return self.role == "variant" and self.twin is None
+
 
 class Baseline(_Part):
     """The unquantized model, in the same shape as far as it goes."""

@@ -118,7 +118,7 @@ def _runtimes(ran: list[Variant]) -> Table:
         runtime = variant.runtime
         assert runtime is not None
         nodes = ", ".join(f"{provider} {count}" for provider, count in runtime.nodes.items())
-        made = f"{runtime.exporter}, {runtime.format}" if runtime.exporter else "elsewhere"
+        made = ", ".join(word for word in (runtime.exporter or "elsewhere", runtime.format) if word)
         rows.append((Cell(variant.name), Cell(made), Cell(_level(variant)), Cell(runtime.runtime), Cell(nodes)))
     columns = ("Model", "Made by", "Accuracy level", "Runtime", "Nodes by provider")
     return Table("How each model ran", columns, tuple(rows))
@@ -142,7 +142,10 @@ def _level(variant: Variant) -> str:
 
 def _cell(metric: Metric) -> Cell:
     """Shares may be a billion times apart: those too small for decimals are said in powers of ten."""
-    return metric_cell(metric) if metric.value is None or abs(metric.value) >= _SMALL else Cell(_text(metric))
+    if metric.value is None or abs(metric.value) >= _SMALL:
+        return metric_cell(metric)
+    known = metric.low is not None and metric.high is not None
+    return Cell(_text(metric), f"[{metric.low:.1e}, {metric.high:.1e}]" if known else None)
 
 
 _SMALL = 1e-5

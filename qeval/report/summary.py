@@ -24,13 +24,15 @@ _TROUBLE = {"failed": "failed and was not scored", "broken": "is broken and was 
 
 def _scope(report: Report) -> str:
     base = report.baseline
-    count = sum(v.role == "variant" for v in report.variants)
+    count = sum(v.ranked for v in report.variants)
+    again = sum(v.role == "variant" and not v.ranked for v in report.variants)
     p = report.protocol
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
     return (
         f"{count} quantized {'variant' if count == 1 else 'variants'} of {report.model.name} against its "
         f"{baseline_name(report)} ({base.label}; {words.size(base.size_bytes)}), paired on {words.listed(on)}."
+        + (f" ONNX Runtime scored them too ({again} more rows below)." if again else "")
     )
 
 

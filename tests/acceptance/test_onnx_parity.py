@@ -48,6 +48,7 @@ METHODS = ALL if IS_FULL else SOME
 SUBJECTS, QUESTIONS = (("anatomy", "marketing", "astronomy", "nutrition", "philosophy"), 200)
 if not IS_FULL:
     SUBJECTS, QUESTIONS = SUBJECTS[:2], 15
+CALIBRATION = CalibrationChoice() if IS_FULL else CalibrationChoice(samples=4)
 MODELS = {"demo": "demo", "gemma": os.environ.get("QEVAL_GEMMA", "")}
 
 pytestmark = [
@@ -98,7 +99,7 @@ def side(name: str) -> Side:
     if not MODELS[name]:
         pytest.skip("QEVAL_GEMMA names no folder and no GGUF file of Gemma-3-270m")
     loaded, source = source_of_model(ModelChoice(MODELS[name]))
-    workshop = Workshop(source, lambda: calibration_of(CalibrationChoice(), loaded), 0, Silent())
+    workshop = Workshop(source, lambda: calibration_of(CALIBRATION, loaded), 0, Silent())
     backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     return Side(loaded, workshop, backend, runtime_of(BackendChoice(("ort",)), loaded, source.description))
 

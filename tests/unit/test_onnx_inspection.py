@@ -19,9 +19,9 @@ pytest.importorskip("onnx")
 if find_spec("onnxruntime_genai") is None:
     pytest.skip("onnxruntime-genai isn't installed", allow_module_level=True)
 
-from qeval.backends.onnx.inspection import inspect_folder  # noqa: E402
-from qeval.backends.onnx.matrices import Quantization  # noqa: E402
-from qeval.backends.onnx.providers import choose, open_session, recorded_assignment  # noqa: E402
+from qeval.backends.onnx.inspection import inspect_folder
+from qeval.backends.onnx.matrices import Quantization
+from qeval.backends.onnx.providers import choose, open_session, recorded_assignment
 
 SHAPES = [(128, 64), (64, 64), (112, 64), (112, 64), (64, 112)] * 2 + [(256, 64)]
 """[rows, columns] of the tiny model's matrices with q, k and v as one, the head last."""

@@ -6,7 +6,7 @@ import pytest
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnx")
 
-from qeval.backends.onnx.matrices import Quantization, matrices_of, quantized_activations  # noqa: E402
+from qeval.backends.onnx.matrices import Quantization, matrices_of, quantized_activations
 
 WIDTH, ROWS, VOCAB = 48, 8, 10
 MS = "com.microsoft"

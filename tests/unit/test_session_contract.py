@@ -12,7 +12,7 @@ from tests.fixtures.tiny import tiny_llama
 
 TOLERANCE = 1e-4
 CONTEXT = 256
-VOCABULARY = 200
+VOCABULARY = 256
 
 SESSIONS = {
     "replay": lambda: ReplaySession(VOCABULARY, max_length=CONTEXT),
@@ -39,12 +39,24 @@ def long_rope():
     return TorchSession(model)
 
 
+def on_onnx(name):
+    from tests.fixtures.onnx import float_folder, ort_session
+
+    return ort_session(float_folder(name))
+
+
 SESSIONS["torch-longrope"] = long_rope
+ONNX = ("llama", "gemma3", "phi3", "olmo2")
+"""Grouped queries in one operator, alone and with a window; with LongRoPE; standard operators, which take batches."""
+SESSIONS |= {f"ort-{name}": lambda name=name: on_onnx(name) for name in ONNX}
 """Makers of sessions; two calls of one give sessions that answer alike."""
 
 
 @pytest.fixture(scope="module", params=SESSIONS)
 def make(request):
+    if request.param.startswith("ort-"):
+        pytest.importorskip("onnxruntime_genai")
+        pytest.importorskip("onnxscript")
     return SESSIONS[request.param]
 
 

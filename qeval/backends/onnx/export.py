@@ -146,7 +146,7 @@ class Exporter:
                 _save(model, part)
                 _check_written(part, variant, style)
                 if style.format == "qdq":
-                    _ask_level(part / GENAI_CONFIG, style.accuracy_level)
+                    _ask_level(part, style.accuracy_level)
             if finish is not None:
                 finish(part)
             try:
@@ -211,8 +211,10 @@ def _run_builder(checkpoint: Path, out: Path, target: Target) -> None:
     """The model builder in a process of its own: its memory, its noise and its hub client stay there."""
     ep = _BUILDER_EPS.get(target.ep, "cpu")
     arguments = [str(checkpoint.resolve()), str(out.resolve()), ep, target.precision]
+    out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "qeval.backends.onnx.genai_child", *arguments],
+        [sys.executable, "-P", str(Path(__file__).with_name("genai_child.py")), *arguments],
+        cwd=out,  # the builder writes the git commit of where it runs into the graph
         capture_output=True,
         text=True,
         errors="replace",
@@ -257,10 +259,14 @@ def _check_written(folder: Path, variant: Variant, style: Style) -> None:
             raise QevalError(f"{folder}: {node.name} has another accuracy level than {style.accuracy_level}.")
 
 
-def _ask_level(config: Path, level: int) -> None:
-    """Have onnxruntime-genai fuse DequantizeLinear + MatMul at an accuracy level; its default is int8 activations."""
-    if not config.is_file():
-        return
+def _ask_level(folder: Path, level: int) -> None:
+    """Have a session fuse DequantizeLinear + MatMul at an accuracy level; ONNX Runtime's default is int8 activations.
+
+    onnxruntime-genai reads it in its own configuration; in folders without one, `session_entries` finds it in ours.
+    """
+    file = folder / GENAI_CONFIG
+    config = file if file.is_file() else folder / CONFIG
     content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    content["model"]["decoder"]["session_options"][QDQ_LEVEL] = str(level)
+    holder = content["model"]["decoder"] if config == file else content
+    holder.setdefault("session_options", {})[QDQ_LEVEL] = str(level)
     config.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

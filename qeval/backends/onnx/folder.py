@@ -58,8 +58,8 @@ def opened(folder: Path, provider: Provider, *, threads: int, device_id: int = 0
 
 
 def session_entries(facts: OnnxFacts) -> dict[str, str]:
-    """The session configuration entries that a folder's genai_config.json asks for."""
-    options = facts.files.decoder.get("session_options", {})
+    """The session configuration entries that a folder's genai_config.json asks for, or its config.json without one."""
+    options = (facts.files.decoder or facts.files.settings).get("session_options", {})
     return {key: str(value) for key, value in options.items() if key.startswith("session.")}
 
 

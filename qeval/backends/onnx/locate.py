@@ -21,8 +21,9 @@ Floats = NDArray[np.float32]
 Spelled = dict[str, list[list[Any]]]
 """Places by parameter name: initializer, first row, row after the last, transposed, offset."""
 
-_CLOSE = 2e-3
-"""Relative: a gain of 1 + weight that was summed in fp16, or a whole graph in fp16, is still that parameter."""
+_CLOSE = 4e-3
+"""Relative: a gain of 1 + weight that was summed in bf16 (half a step is 2^-8), or a whole graph in fp16, is still
+that parameter."""
 _BLOCK, _BIG_BLOCK = 1 << 12, 1 << 20
 _LEAST_ROWS = 16
 """Shorter vectors are constants, not rows of a parameter."""

@@ -7,8 +7,9 @@ the distributions that own the folder are counted before it is imported. Nothing
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
@@ -136,7 +137,7 @@ def first_line(error: BaseException) -> str:
 
 def _one_owner(folder: str) -> tuple[str, str] | None:
     """The name and version of the distribution that owns a folder of site-packages; None if none does."""
-    owners = sorted(set(metadata.packages_distributions().get(folder, ())))
+    owners = sorted(set(_listed(metadata.packages_distributions).get(folder, ())))
     if len(owners) > 1:
         names = " and ".join(owners)
         raise UsageError(
@@ -144,6 +145,12 @@ def _one_owner(folder: str) -> tuple[str, str] | None:
             f"has silently won: pip uninstall {' '.join(owners)}, then install one ({_INSTALL})."
         )
     return (owners[0], metadata.version(owners[0])) if owners else None
+
+
+@cache
+def _listed(listing: Callable[[], Mapping[str, list[str]]]) -> Mapping[str, list[str]]:
+    """The distributions that own each folder: listing them takes a second, and they stay for a process's life."""
+    return listing()
 
 
 def _imported(folder: str, distribution: str, version: str) -> Any:
