@@ -32,8 +32,8 @@ from qeval.types import Request
 for needed in ("onnx_ir", "onnxruntime", "onnxruntime_genai"):
     pytest.importorskip(needed)
 
-from qeval.backends.onnx.session import OrtSession  # noqa: E402 - needs the modules above
-from qeval.compare.onnx import Runtime, runtime_of  # noqa: E402
+from qeval.backends.onnx.session import OrtSession
+from qeval.compare.onnx import Runtime, runtime_of
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 TEXT, MMLU = DATA / "wikitext2" / "test.txt", DATA / "mmlu"

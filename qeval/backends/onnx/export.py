@@ -185,6 +185,7 @@ class Exporter:
         _copy_others(raw, folder)
         shutil.copyfile(checkpoint / CONFIG, folder / CONFIG)
         model = ir.load(raw / MODEL)
+        model.producer_version = (model.producer_version or "").partition("+")[0]  # the builder adds a git commit
         places = locate(model.graph, self._parameters)
         make_exact(places, self._parameters)
         _save(model, folder)
@@ -214,7 +215,7 @@ def _run_builder(checkpoint: Path, out: Path, target: Target) -> None:
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("genai_child.py")), *arguments],
-        cwd=out,  # the builder writes the git commit of where it runs into the graph
+        cwd=out,
         capture_output=True,
         text=True,
         errors="replace",
