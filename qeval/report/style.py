@@ -17,6 +17,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK = "#1f2329"
@@ -126,11 +127,15 @@ def dash(index: int) -> str:
 
 def save(made: Figure) -> tuple[str, bytes]:
     """The figure as SVG text and as PNG bytes, without dates or versions in them."""
-    made.draw_without_rendering()
-    made.set_layout_engine("none")  # laid out once, not anew for each format
+    if engine := made.get_layout_engine():
+        engine.execute(made)
+        made.set_layout_engine(
+            "none"
+        )  # laid out once; `savefig` would do it, and draw the figure twice, for each format
     svg, png = BytesIO(), BytesIO()
-    made.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    made.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+    FigureCanvasSVG(made).print_svg(svg, metadata={"Date": None, "Creator": None})
+    made.set_dpi(_PNG_DPI)
+    FigureCanvasAgg(made).print_png(png, metadata={"Software": None})
     return svg.getvalue().decode(), png.getvalue()
 
 

@@ -169,11 +169,11 @@ def task_summary(report: Report, task: Task) -> Table:
 def task_groups(report: Report, task: Task, what: str) -> Table:
     """Accuracy of one task by `category` or by `subject`, variants as columns, the difference under each."""
     name = task.record.name
-    base = _groups(report.baseline, name, what)
+    base = groups(report.baseline, name, what)
     word = words.category if what == "category" else words.subject
     rows = []
     for label, score in base.items():
-        cells = [_group_cell(_groups(v, name, what).get(label)) for v in report.variants]
+        cells = [_group_cell(groups(v, name, what).get(label)) for v in report.variants]
         first = metric_cell(score.acc, remark=_remark(score.acc, task, "_acc"))
         rows.append((Cell(f"{word(label)} ({score.acc.n})"), first, *cells))
     columns = (f"{what.capitalize()} (questions)", baseline_name(report), *(v.name for v in report.variants))
@@ -301,7 +301,8 @@ def _models(report: Report) -> Iterable[tuple[str, dict[str, Metric]]]:
         yield variant.name, variant.metrics
 
 
-def _groups(model: Baseline | Variant, task: str, what: str) -> dict[str, GroupScore]:
+def groups(model: Baseline | Variant, task: str, what: str) -> dict[str, GroupScore]:
+    """A model's scores by `category` or by `subject`; empty where it has none."""
     result = model.tasks.get(task)
     if result is None:
         return {}

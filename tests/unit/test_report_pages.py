@@ -108,8 +108,8 @@ def test_html_is_accessible(html):
 def test_tables_of_rows_can_be_sorted_and_filtered_in_the_page_itself(html, markdown):
     page = Outline(html)
     live = [found for tag, found in page.tags if tag == "table" and found.get("class") == "live"]
-    assert len(live) == 4  # answers, subjects, tokens, layers
-    assert sum("data-filter" in found for tag, found in page.tags if tag == "th") == 6
+    assert len(live) == 5  # answers, categories, subjects, tokens, layers
+    assert sum("data-filter" in found for tag, found in page.tags if tag == "th") == 7
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
     assert not re.search(r"https?:|fetch|import\b|XMLHttp|eval|innerHTML", script)
     assert 'id="rows"' in html
@@ -214,7 +214,10 @@ def test_variants_equal_to_the_baseline_and_far_from_it_are_drawn(tmp_path):
 
 def test_a_run_without_any_finished_variant_still_makes_a_page(tmp_path):
     run = make_run(tmp_path, replace(SMALL, variants=()))
-    assert "0 quantized variants" in render(run).html.read_text(encoding="utf-8")
+    text = render(run).html.read_text(encoding="utf-8")
+    assert "0 quantized variants" in text
+    assert 'id="rows"' not in text
+    assert "<script" not in text  # nothing to sort
 
 
 def test_terminal_table_has_a_line_for_every_model(rendered):

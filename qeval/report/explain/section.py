@@ -10,6 +10,7 @@ from qeval.report.measure_items import at_chance as is_at_chance
 from qeval.report.model import Report, Task, Variant
 from qeval.report.notes import at_chance
 from qeval.report.page import Cell, Section, Table, metric_cell
+from qeval.report.tables import groups
 
 TOKENS_SHOWN = 25
 _CHANGED_SHOWN = 100
@@ -30,7 +31,7 @@ def rows_section(report: Report, rows: list[Highlights]) -> Section | None:
 def _sentences(report: Report) -> Iterator[str]:
     yield (
         f"The answers that changed (at most {_CHANGED_SHOWN} of each variant), the {TOKENS_SHOWN} tokens of each with "
-        "the largest KL, subjects and layers. The command qeval explain RUN VARIANT lists all of one variant."
+        "the largest KL, categories, subjects and layers. The command qeval explain RUN VARIANT lists all of one."
     )
     yield from (at_chance(task) for task in report.tasks if task.baseline_at_chance)
 
@@ -41,8 +42,10 @@ def _task(report: Report, task: Task, rows: list[Highlights]) -> Iterator[Table]
         changed.sort(key=lambda pair: pair[1].gold_change)
         total = sum(len(each.changed[task.record.name]) for each in rows)
         yield tables.changed(task.record.title, changed, total=total)
-    if len(task.record.subjects) > 1:
-        yield _subjects(report, task)
+    if rows and task.record.categories:
+        yield _groups(report, task, "category")
+    if rows and len(task.record.subjects) > 1:
+        yield _groups(report, task, "subject")
 
 
 def _worst(changed: list[Changed]) -> list[Changed]:
@@ -61,16 +64,19 @@ def _tokens(rows: list[Highlights]) -> list[Table]:
     return [tables.worst_shares(shares), tables.tokens(worst, total=sum(tokens.positions for _, tokens in shares))]
 
 
-def _subjects(report: Report, task: Task) -> Table:
-    """Every subject of every variant by loss of accuracy, from what the report holds already."""
-    found = [(loss, row) for v in report.variants if v.role == "variant" for loss, row in _of_variant(report, task, v)]
+def _groups(report: Report, task: Task, what: str) -> Table:
+    """Every subject or category of every variant by loss of accuracy, from what the report holds already."""
+    variants = [variant for variant in report.variants if variant.role == "variant"]
+    found = [(loss, row) for variant in variants for loss, row in _of_variant(report, task, variant, what)]
+    plural = {"category": "categories", "subject": "subjects"}[what]
+    count = len({row[0].text for _, row in found})
     note = (
-        f"{len(task.record.subjects)} subjects are scanned here, so the worst of them looks bad by chance: the "
-        "command qeval explain has a test that knows how many there are."
+        f"{count} {plural} are scanned here, so the worst of them looks bad by chance: the command qeval explain has a "
+        "test that knows how many there are."
     )
     return Table(
-        f"{task.record.title}: subjects by loss",
-        ("Subject", "Variant", "Questions", "Baseline", "Variant's accuracy", "Difference"),
+        f"{task.record.title}: {plural} by loss",
+        (what.capitalize(), "Variant", "Questions", "Baseline", "Variant's accuracy", "Difference"),
         tuple(row for _, row in sorted(found, key=lambda pair: pair[0])),
         note,
         live=True,
@@ -78,16 +84,16 @@ def _subjects(report: Report, task: Task) -> Table:
     )
 
 
-def _of_variant(report: Report, task: Task, variant: Variant) -> Iterator[tuple[float, tuple[Cell, ...]]]:
-    base = report.baseline.tasks[task.record.name].by_subject
-    result = variant.tasks.get(task.record.name)
-    for name, score in (result.by_subject if result else {}).items():
+def _of_variant(report: Report, task: Task, variant: Variant, what: str) -> Iterator[tuple[float, tuple[Cell, ...]]]:
+    base = groups(report.baseline, task.record.name, what)
+    word = words.category if what == "category" else words.subject
+    for name, score in groups(variant, task.record.name, what).items():
         loss = 0.0 if score.difference is None or score.difference.value is None else score.difference.value
         remark = "at chance" if is_at_chance(base[name].acc, task.chance) else None
         yield (
             loss,
             (
-                Cell(words.subject(name)),
+                Cell(word(name)),
                 Cell(variant.name),
                 Cell(str(score.acc.n)),
                 metric_cell(base[name].acc, remark=remark),
