@@ -8,6 +8,8 @@ from tempfile import NamedTemporaryFile
 
 from qeval.errors import QevalError
 
+_READABLE = 0o644
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -24,6 +26,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise QevalError(f"Cannot write {path}: {error.strerror or error}.") from error
     try:
         yield temporary
+        temporary.chmod(_READABLE)  # made for its owner alone, as temporary files are
         _sync(temporary)
         temporary.replace(path)
     except OSError as error:

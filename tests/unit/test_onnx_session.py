@@ -116,11 +116,6 @@ def test_a_token_that_the_vocabulary_lacks_is_a_failure_that_is_told(sessions):
             sessions[name].states([Request((1, 5000), (1,))])
 
 
-def test_a_position_that_the_sequence_lacks_is_never_answered(sessions):
-    with pytest.raises(QevalError, match="ONNX Runtime failed"):
-        sessions["llama"].states([Request(tokens(3), (3,))])
-
-
 def test_no_states_have_no_logits(sessions):
     assert sessions["llama"].logits(torch.empty(0, 64)).shape == (0, 256)
 
@@ -145,7 +140,7 @@ def value_of(array):
 
 
 def session_of(graph, pasts=()):
-    decoder = Decoder("input_ids", None, None, pasts, 10, 4, True, b"", b"")
+    decoder = Decoder("input_ids", None, None, pasts, 10, 4, b"", b"")
     return OrtSession(decoder, graph, graph, value_of, max_length=9)
 
 
@@ -165,15 +160,29 @@ def test_a_forward_that_fails_is_told_in_a_line():
     assert str(told.value) == "ONNX Runtime failed in a forward pass: out of everything."
 
 
-def test_a_graph_without_keys_and_values_shares_no_prefix():
-    with pytest.raises(QevalError, match="takes no past keys and values"):
-        session_of(Graph(1)).prefill((1,))
+@pytest.mark.parametrize(
+    ("name", "sharing"), [("llama", "one"), ("gemma3", "one"), ("phi3", "one"), ("olmo2", "batch")]
+)
+def test_how_a_graph_continues_a_prefix_is_tried(sessions, name, sharing):
+    assert sessions[name].sharing == sharing
+
+
+def test_where_no_prefix_can_be_continued_it_is_run_again():
+    session = ort_session(float_folder("olmo2"))
+    prefix, requests = tokens(9), [Request(tokens(n, seed=n), (n - 1,)) for n in (3, 8)]
+    expected = session.states(requests, session.prefill(prefix))
+    session.sharing = "none"
+    kept = session.prefill(prefix)
+    assert (kept.length, kept.values) == (9, {})
+    for one, other in zip(session.states(requests, kept), expected, strict=True):
+        assert apart(one, other) <= NATS
 
 
 def test_lengths_are_checked_before_anything_runs():
     graph = Graph(10)
     graph.error = AssertionError("it ran")
     session = session_of(graph, (PastInput("past", "present", 2, 4, np.float32),))
+    session.sharing = "one"
     for asked in (lambda: session.prefill(range(10)), lambda: session.states([Request(tuple(range(10)), (0,))])):
         with pytest.raises(QevalError, match="A sequence of 10 tokens is longer than the context of 9"):
             asked()
