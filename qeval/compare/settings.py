@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qeval.backends.onnx.providers import PROVIDERS
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 
@@ -80,6 +81,7 @@ class BackendChoice:
             *(("backend", name, BACKENDS) for name in self.names or ("",)),
             ("exporter", self.exporter, EXPORTERS),
             ("format", self.format, FORMATS),
+            ("execution provider", self.ep, PROVIDERS),
         ):
             if value not in choices:
                 raise unknown(kind, value, choices)

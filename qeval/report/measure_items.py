@@ -132,13 +132,18 @@ def subjects_or_questions(subjects: NDArray[np.object_]) -> Clusters:
 
 def _scores(models: Mapping[str, ItemRows], chosen: Mask, first: str, seed: int) -> dict[str, GroupScore]:
     clusters = subjects_or_questions(models[first].subjects[chosen])
-    base = models[first].acc[chosen]
-    scores = {}
-    for name, rows in models.items():
-        acc = rows.acc[chosen]
-        difference = None if name == first else Metric.of(_share(acc - base, clusters, "higher", seed))
-        scores[name] = GroupScore(acc=Metric.of(_share(acc, clusters, "higher", seed)), difference=difference)
-    return scores
+    accs = {name: rows.acc[chosen] for name, rows in models.items()}
+    others = [name for name in models if name != first]
+    columns = [*accs.values(), *(accs[name] - accs[first] for name in others)]
+    found = estimates.means(columns, clusters, unit="fraction", better="higher", seed=seed)
+    own = dict(zip(accs, found[: len(accs)], strict=True))
+    differences = dict(zip(others, found[len(accs) :], strict=True))
+    return {
+        name: GroupScore(
+            acc=Metric.of(own[name]), difference=Metric.of(differences[name]) if name in differences else None
+        )
+        for name in models
+    }
 
 
 def transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:

@@ -128,12 +128,13 @@ def expanded_tail(clusters: int, level: float = LEVEL) -> float:
 def ratio_resamples(numerators: Floats, denominators: Floats, seed: int) -> Floats:
     """The resamples of sum(numerators) / sum(denominators), from one number a cluster each; [resamples].
 
-    A resample that draws nothing but clusters with denominator 0 has no ratio and is left out.
+    `numerators` [columns, clusters] of several columns are resampled together: [columns, resamples]. A resample that
+    draws nothing but clusters with denominator 0 has no ratio and is left out.
     """
-    drawn = weights(len(numerators), seed)
-    top, bottom = drawn @ numerators, drawn @ denominators
+    drawn = weights(len(denominators), seed)
+    top, bottom = (drawn @ numerators.T).T, drawn @ denominators
     defined = bottom > 0
-    return np.asarray(top[defined] / bottom[defined], np.float64)
+    return np.asarray(top[..., defined] / bottom[defined], np.float64)
 
 
 class Ordered(NamedTuple):

@@ -39,6 +39,22 @@ def mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, se
     )
 
 
+def means(columns: Sequence[ArrayLike], clusters: Clusters, *, unit: str, better: Better, seed: int) -> list[Estimate]:
+    """`mean` of several columns over the same rows, in one product with the resamples, which is far faster."""
+    arrays = [finite(column) for column in columns]
+    sizes = clusters.sizes()
+    if not arrays or clusters.count < 2:
+        return [mean(array, clusters, unit=unit, better=better, seed=seed) for array in arrays]
+    sums = np.stack([clusters.sums(array) for array in arrays])
+    resampled = ratio_resamples(sums, sizes, seed)
+    found = []
+    for array, total, drawn in zip(arrays, sums, resampled, strict=True):
+        ends = interval(drawn, clusters.count)
+        value = float(total.sum()) / float(sizes.sum())
+        found.append(Estimate(value, ends.low, ends.high, unit, better, array.size, clusters.count))
+    return found
+
+
 def perplexity(nll: ArrayLike, clusters: Clusters, *, seed: int) -> Estimate:
     """exp of the mean negative log-likelihood (nats) over all tokens, not a mean over windows."""
     array = finite(nll)

@@ -179,3 +179,14 @@ def test_values_that_are_not_finite_are_counted_and_refused(bad, reduce):
 def test_select_drops_clusters_that_lose_all_rows():
     clusters = Clusters.of(["a", "b", "c", "b"]).select(np.array([False, True, True, True]))
     assert (clusters.count, clusters.ids.tolist()) == (2, [0, 1, 0])
+
+
+def test_columns_resampled_together_are_the_columns_resampled_alone():
+    generator = np.random.default_rng(3)
+    columns = generator.normal(size=(4, 60))
+    clusters = Clusters.of(np.arange(60) % 12)
+    together = estimates.means(columns, clusters, unit="nats", better="lower", seed=5)
+    for column, found in zip(columns, together, strict=True):
+        alone = estimates.mean(column, clusters, unit="nats", better="lower", seed=5)
+        assert [found.value, found.low, found.high] == pytest.approx([alone.value, alone.low, alone.high], abs=1e-12)
+        assert (found.n, found.clusters) == (60, 12)

@@ -15,7 +15,7 @@ from qeval.backends.onnx.export import EXPORT_VERSION, Exporter
 from qeval.backends.onnx.folder import Opened, opened
 from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.packages import require_runtime
-from qeval.backends.onnx.providers import Provider
+from qeval.backends.onnx.providers import Provider, require_provider
 from qeval.backends.onnx.session import OrtSession, Sharing
 from qeval.backends.onnx.swap import Style
 from qeval.errors import QevalError
@@ -39,7 +39,12 @@ class OrtBackend:
     """Opens variants, or the float model, on one execution provider."""
 
     def __init__(self, exporter: Exporter, style: Style, provider: Provider, threads: int, device_id: int = 0) -> None:
-        """`threads` are the CPU's."""
+        """`threads` are the CPU's.
+
+        Raises:
+            UsageError, QevalError: the provider can't be had here.
+        """
+        require_provider(provider, device_id)
         self._exporter, self.style, self._provider = exporter, style, provider
         self._threads, self._device_id = threads, device_id
         self._runtime = require_runtime()

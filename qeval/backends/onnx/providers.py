@@ -202,6 +202,22 @@ def open_session(
     return session
 
 
+def require_provider(provider: Provider, device_id: int = 0) -> None:
+    """Refuse a provider that can't be had here, before a model is made for it; whether it takes the nodes is seen
+    when a model is opened.
+
+    Raises:
+        UsageError: the provider isn't installed, or has no device of this number.
+        QevalError: its library can't be loaded.
+    """
+    runtime = import_runtime()
+    runtime.set_default_logger_severity(_SILENT)
+    try:
+        _attach(runtime, runtime.SessionOptions(), provider, device_id)
+    except runtime_errors() as error:
+        raise QevalError(f"ONNX Runtime could not use {provider.name}: {first_line(error)}.") from error
+
+
 def recorded_assignment(session: Any) -> Assignment:
     """The assignment that a session of `open_session` recorded.
 

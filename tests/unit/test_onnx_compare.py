@@ -1,0 +1,339 @@
+"""`qeval compare` with ONNX Runtime, through the command line: what is scored and kept, and what is refused and how."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("onnxruntime_genai")
+pytest.importorskip("onnxscript")
+
+import onnx_ir as ir
+
+from qeval.backends.onnx import packages
+from qeval.backends.onnx.backend import FolderBackend, OrtBackend
+from qeval.backends.torch import TorchBackend
+from qeval.store.rows import RowStore
+from tests.fixtures.bench import CONTEXT, Bench
+from tests.fixtures.onnx import SPECIAL, float_folder
+from tests.fixtures.tiny import save_tiny
+
+BOTH = ("--backend", "torch,ort", "--accuracy-level", "1,4", "--quiet")
+METHODS = "rtn:g32,awq:g32"
+ORDER = [
+    "baseline@ort",
+    *(name + where for name in METHODS.split(",") for where in ("", "@ort", "@ort-acc4")),
+    "theirs",
+]
+TWINS = {name: name.partition("@")[0] for name in ORDER if "@" in name}
+
+
+def build_int4(model, out):
+    """The folder that the model builder makes on its own terms: its own int4, its own accuracy level."""
+    command = ["-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out), "-p", "int4", "-e", "cpu"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A bench on which everything was compared, a folder of the builder's too. Tests only read it."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QEVAL_HOME", str(folder / "home"))
+        bench = Bench(folder)
+        save_tiny(bench.model, max_position_embeddings=CONTEXT, **SPECIAL)
+        build_int4(bench.model, folder / "int4")
+        assert bench.compare(*BOTH, "--variant", f"theirs={folder / 'int4'}", methods=METHODS) == 0
+    return bench
+
+
+@pytest.fixture(autouse=True)
+def home(place, monkeypatch):
+    monkeypatch.setenv("QEVAL_HOME", str(place.folder / "home"))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The models that were opened to compute with."""
+    found = []
+    for kind in (TorchBackend, OrtBackend, FolderBackend):
+
+        def spy(self, variant, original=kind.open):
+            found.append((self.name, variant and variant.key))
+            return original(self, variant)
+
+        monkeypatch.setattr(kind, "open", spy)
+    return found
+
+
+def records(out):
+    return {variant["name"]: variant for variant in json.loads((out / "run.json").read_text())["variants"]}
+
+
+def rows(out, kind, variant):
+    return [row for row in RowStore(out).read(kind).to_pylist() if row["variant"] == variant]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_every_model_has_its_record(place):
+    found = records(place.out)
+    assert list(found) == ORDER
+    assert {each["status"] for each in found.values()} == {"done"}
+    assert {name: each["backend"] for name, each in found.items()} == {
+        name: "ort" if name == "theirs" else name.partition("@")[2] or "torch" for name in ORDER
+    }
+    assert {name for name, each in found.items() if each["role"] == "floor"} == {"baseline@ort"}
+    assert {name: each["twin"] for name, each in found.items() if each["twin"]} == TWINS
+
+
+def test_the_runtime_is_told(place):
+    found = {name: each["runtime"] for name, each in records(place.out).items()}
+    assert {name for name, runtime in found.items() if runtime is None} == set(METHODS.split(","))
+    assert found["rtn:g32@ort"]["accuracy_level"] == 1
+    assert found["rtn:g32@ort-acc4"]["accuracy_level"] == 4
+    assert (found["baseline@ort"]["accuracy_level"], found["theirs"]["accuracy_level"]) == (None, None)
+    assert found["theirs"]["exporter"] is None
+    for name in set(found) - set(METHODS.split(",")):
+        assert set(found[name]["nodes"]) == {"CPUExecutionProvider"}
+        assert found[name]["provider"] == "CPUExecutionProvider"
+        assert found[name]["runtime"].startswith("onnxruntime")
+    assert all(found[name]["exporter"] == "genai" for name in TWINS)
+    assert any("accuracy level 4 (activations in int8)" in fact for fact in found["rtn:g32@ort-acc4"]["facts"])
+    assert any("4 bits" in fact and "accuracy level 4" in fact for fact in found["theirs"]["facts"])
+
+
+def test_the_kernels_share_is_told_where_there_is_a_twin(place):
+    for name in ORDER:
+        found = [row["kernel_kl_nats"] for row in rows(place.out, "tokens", name)]
+        assert len(found) == 4 * 64
+        if name not in TWINS:
+            assert set(found) == {None}
+        elif name.endswith("-acc4"):
+            assert 1e-6 < mean(found) < 0.1
+        else:
+            assert abs(mean(found)) <= 1e-8
+
+
+def test_the_whole_loss_is_the_quantizers_where_the_kernel_adds_none(place):
+    for method in METHODS.split(","):
+        ours, theirs = (rows(place.out, "tokens", method + where) for where in ("", "@ort"))
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one["window"], one["position"]) == (other["window"], other["position"])
+            assert other["kl_nats"] == pytest.approx(one["kl_nats"], abs=1e-5)
+            assert (one["nll"] is None) == (other["nll"] is None)
+            assert one["nll"] is None or other["nll"] == pytest.approx(one["nll"], abs=1e-4)
+    floor = mean(row["kl_nats"] for row in rows(place.out, "tokens", "baseline@ort"))
+    quantized = mean(row["kl_nats"] for row in rows(place.out, "tokens", "rtn:g32@ort"))
+    assert abs(floor) < 1e-6
+    assert quantized > 1e-3
+
+
+def test_questions_are_answered_alike(place):
+    for method in METHODS.split(","):
+        ours, theirs = (rows(place.out, "items", method + where) for where in ("", "@ort"))
+        assert len(ours) == 8
+        assert [row["item"] for row in ours] == [row["item"] for row in theirs]
+        assert [row["pred"] for row in ours] == [row["pred"] for row in theirs]
+        assert {row["backend"] for row in theirs} == {"ort"}
+
+
+def test_a_folder_made_elsewhere_is_scored_and_described(place):
+    found = records(place.out)["theirs"]
+    assert found["method"] == "onnx"
+    assert "int4-g32" in found["grid"]
+    assert 4 < found["bits_per_weight"] < 6
+    assert found["quantized_weights"] > 0
+    assert found["details"]["made by"].startswith("onnxruntime-genai")
+    kl = mean(row["kl_nats"] for row in rows(place.out, "tokens", "theirs"))
+    assert 1e-3 < kl < 1
+    assert len(rows(place.out, "items", "theirs")) == 8
+
+
+def test_a_second_run_scores_nothing_and_keeps_the_runtime(place, opened):
+    before = records(place.out)
+    assert place.compare(*BOTH, "--variant", f"theirs={place.folder / 'int4'}", methods=METHODS) == 0
+    assert opened == []
+    after = records(place.out)
+    assert {name: each["runtime"] for name, each in after.items()} == {
+        name: each["runtime"] for name, each in before.items()
+    }
+    assert not (place.out / "states").exists()
+
+
+def test_ort_alone_has_the_plain_names(place, tmp_path, opened):
+    out = tmp_path / "out"
+    assert place.compare("--backend", "ort", "--quiet", methods="rtn:g32", out=str(out)) == 0
+    found = records(out)
+    assert list(found) == ["baseline@ort", "rtn:g32"]
+    assert found["rtn:g32"]["backend"] == "ort"
+    assert found["rtn:g32"]["twin"] is None
+    assert {row["kernel_kl_nats"] for row in rows(out, "tokens", "rtn:g32")} == {None}
+    together = rows(place.out, "tokens", "rtn:g32@ort")
+    alone = rows(out, "tokens", "rtn:g32")
+    assert [row["kl_nats"] for row in alone] == pytest.approx([row["kl_nats"] for row in together], abs=1e-9)
+    assert [name for name, key in opened if name == "torch" and key is not None] == []
+
+
+@pytest.fixture
+def refused(place, tmp_path, capfd):
+    """Runs `compare`, which must refuse; returns the sentence."""
+
+    def check(*more, code=2, late=False, **changed):
+        out = tmp_path / "out"
+        capfd.readouterr()
+        assert place.compare(*more, "--quiet", **({"out": str(out), "methods": "rtn:g32"} | changed)) == code
+        heard = capfd.readouterr()
+        assert "Traceback" not in heard.err
+        assert late or not out.exists()
+        assert heard.err.startswith("error: ")
+        assert heard.err.count("\n") == 1
+        return heard.err.removeprefix("error: ").rstrip("\n")
+
+    return check
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    return shutil.copytree(place.folder / "int4", tmp_path / "copy")
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def cut_short(folder):
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1000])
+
+
+def torn(folder):
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:700])
+
+
+def edited(edit):
+    def change(folder):
+        model = ir.load(folder / "model.onnx")
+        edit(model.graph)
+        ir.save(model, folder / "model.onnx")
+
+    return change
+
+
+def last_only(graph):
+    head = next(node for node in graph if node.outputs[0].name == "logits")
+    index = ir.Value(name="last", const_value=ir.tensor([-1], dtype=ir.DataType.INT64, name="last"))
+    graph.register_initializer(index)
+    cut = ir.node("Gather", [head.inputs[0], index], {"axis": 1}, name="cut")
+    graph.insert_before(head, cut)
+    head.replace_input_with(0, cut.outputs[0])
+
+
+def odd_past(graph):
+    next(value for value in graph.inputs if value.name == "past_key_values.0.key").shape = ir.Shape([1, "a", 3])
+
+
+def unknown_input(graph):
+    graph.inputs.append(
+        ir.Value(name="pixels", shape=ir.Shape([1, 3]), type=ir.TensorType(ir.DataType.FLOAT)),
+    )
+
+
+def other_ids(folder):
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["i"] = vocabulary["i"], vocabulary["e"]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+FOLDERS = {
+    "no model": (remove("model.onnx"), "lacks model.onnx, the model that its genai_config.json names: copy it there."),
+    "no config": (remove("genai_config.json"), "has neither genai_config.json nor config.json: copy the one"),
+    "no tokenizer": (no_tokenizer, "has no tokenizer (tokenizer.json): copy the one of the model it was made from."),
+    "no data": (remove("model.onnx.data"), "model.onnx.data is missing, which holds weights of model.onnx: copy it"),
+    "data cut short": (cut_short, "model.onnx.data is cut short: model.onnx needs", "copy it again."),
+    "a torn model": (torn, "model.onnx is no ONNX model, or is cut short"),
+    "the last position only": (edited(last_only), "computes logits of the last position only; scoring needs all"),
+    "a past of another shape": (
+        edited(odd_past), "the shape or type of 'past_key_values.0.key' (FLOAT, [1, 'a', 3]) is none that qeval knows"
+    ),
+    "an input that nobody knows": (edited(unknown_input), "takes an input 'pixels' [1, 3] that qeval doesn't know"),
+    "other token ids": (other_ids, "has other token ids than the baseline for the same text (the first at token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_a_folder_that_cannot_be_compared_is_refused(refused, copy, what):
+    spoil, *sentences = FOLDERS[what]
+    spoil(copy)
+    told = refused("--variant", f"theirs={copy}")
+    for sentence in sentences:
+        assert sentence in told
+
+
+def test_another_vocabulary_is_refused(refused, tmp_path):
+    folder = shutil.copytree(float_folder("qwen2"), tmp_path / "copy")
+    told = refused("--variant", f"theirs={folder}")
+    assert "gives logits of 264 tokens and the baseline of 256, so their distributions cannot be compared." in told
+
+
+@pytest.mark.parametrize("what", ["ours", "theirs"])
+def test_an_unknown_provider_is_refused(refused, place, what):
+    more = ("--backend", "ort") if what == "ours" else ("--variant", f"theirs={place.folder / 'int4'}")
+    told = refused(*more, "--ep", "cdua")
+    assert told.startswith("Unknown execution provider 'cdua'; nearest: cuda, cpu. Choices: cpu, cuda, dml,")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in packages.import_runtime().get_available_providers(), reason="has CUDA")
+@pytest.mark.parametrize("what", ["ours", "theirs"])
+def test_a_provider_that_is_not_installed_is_refused(refused, place, what):
+    more = ("--backend", "ort") if what == "ours" else ("--variant", f"theirs={place.folder / 'int4'}")
+    told = refused(*more, "--ep", "cuda", late=what == "theirs")
+    assert "CUDAExecutionProvider" in told
+    assert "pip install 'qeval[cuda]'" in told
+
+
+def test_a_block_that_no_kernel_takes_is_named_before_any_export(refused):
+    told = refused("--backend", "torch,ort", methods="rtn:g32,rtn:g24")
+    assert "'rtn:g24': ONNX Runtime has no kernel for blocks of 24 (model.layers.0." in told
+    assert told.endswith("choose a group size such as 32 or 128, or --backend torch.")
+
+
+@pytest.mark.parametrize("what", ["ours", "theirs"])
+def test_missing_packages_are_named(refused, place, what, monkeypatch):
+    monkeypatch.setattr(packages.metadata, "packages_distributions", lambda: {})
+    more = ("--backend", "ort") if what == "ours" else ("--variant", f"theirs={place.folder / 'int4'}")
+    told = refused(*more)
+    assert told.startswith("The ONNX Runtime backend needs onnxruntime, which isn't installed: pip install 'qeval[")
+
+
+def test_two_runtimes_in_one_environment_are_named(refused, monkeypatch):
+    both = {"onnxruntime": ["onnxruntime", "onnxruntime-gpu"]}
+    monkeypatch.setattr(packages.metadata, "packages_distributions", lambda: both)
+    told = refused("--backend", "ort")
+    assert told.startswith("onnxruntime and onnxruntime-gpu are installed side by side and own the same folder")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--backend", "onnx"), "Unknown backend 'onnx'"),
+        (("--backend", "ort", "--exporter", "optimum"), "Invalid value for '--exporter': Value error, 'optimum' is not one of 'auto', 'genai'"),
+        (("--backend", "ort", "--format", "qdd"), "Invalid value for '--format': Value error, 'qdd' is not one of 'nbits', 'qdq'."),
+        (("--backend", "ort", "--accuracy-level", "2"), "--accuracy-level takes 1 (fp32 activations), 4 (int8"),
+    ],
+)
+def test_words_that_no_backend_has_are_refused(refused, flags, sentence):
+    assert sentence in refused(*flags)
