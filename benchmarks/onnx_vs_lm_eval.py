@@ -122,7 +122,7 @@ def exported(arguments: argparse.Namespace) -> Iterator[Path]:
         out = Path(temporary) / "model"
         model, choice = ModelChoice(arguments.model), BackendChoice(("ort",))
         calibration = CalibrationChoice()
-        export(model, recipe, calibration, choice, None, out, threads=arguments.threads, seed=0, progress=Silent())
+        export(model, recipe, calibration, choice, out, threads=arguments.threads, seed=0, progress=Silent())
         yield out
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend, Ran
 from qeval.backends.onnx.decoder import read_decoder
 from qeval.backends.onnx.export import Exporter, Target
+from qeval.backends.onnx.files import content_files
 from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
 from qeval.backends.onnx.matrices import Matrix
 from qeval.backends.onnx.packages import require_runtime
@@ -118,7 +119,7 @@ def foreign(name: str, folder: Path, loaded: LoadedModel, vocabulary: int, texts
             "so their distributions cannot be compared."
         )
     _check_tokens(name, folder, loaded.tokenizer, texts)
-    files = [facts.files.model, *sorted(facts.files.model.parent.glob(f"{facts.files.model.name}?*"))]
+    files = content_files(facts.files)
     sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
     return Foreign(name, folder, facts, sha256)
 

@@ -75,7 +75,8 @@ def records(out):
 
 
 def rows(out, kind, variant):
-    return [row for row in RowStore(out).read(kind).to_pylist() if row["variant"] == variant]
+    found = [row for row in RowStore(out).read(kind).to_pylist() if row["variant"] == variant]
+    return sorted(found, key=lambda row: tuple(row.get(name, 0) for name in ("subject", "item", "window", "position")))
 
 
 def mean(values):
@@ -180,6 +181,27 @@ def test_ort_alone_has_the_plain_names(place, tmp_path, opened):
     alone = rows(out, "tokens", "rtn:g32")
     assert [row["kl_nats"] for row in alone] == pytest.approx([row["kl_nats"] for row in together], abs=1e-9)
     assert [name for name, key in opened if name == "torch" and key is not None] == []
+
+
+@pytest.mark.parametrize("changed", ["data", "config"])
+def test_a_folder_made_elsewhere_is_scored_anew_when_it_changed(place, copy, tmp_path, opened, changed):
+    """Wherever its weights lie, and though its configuration alone changed: it says how the session multiplies."""
+    model = ir.load(copy / "model.onnx")
+    ir.save(model, copy / "model.onnx", external_data="weights.bin")
+    arguments = ("--variant", f"theirs={copy}", "--quiet")
+    flags = {"methods": None, "tasks": "kl", "out": str(tmp_path / "out")}
+    assert place.compare(*arguments, **flags) == place.compare(*arguments, **flags) == 0
+    assert opened.count(("ort", None)) == 1
+    if changed == "data":
+        data = bytearray((copy / "weights.bin").read_bytes())
+        data[1000:1500] = bytes(500)
+        (copy / "weights.bin").write_bytes(data)
+    else:
+        config = json.loads((copy / "genai_config.json").read_text())
+        config["model"]["decoder"]["session_options"]["session.qdq_matmulnbits_accuracy_level"] = "1"
+        (copy / "genai_config.json").write_text(json.dumps(config))
+    assert place.compare(*arguments, **flags) == 0
+    assert opened.count(("ort", None)) == 2
 
 
 @pytest.fixture
@@ -330,8 +352,14 @@ def test_two_runtimes_in_one_environment_are_named(refused, monkeypatch):
     ("flags", "sentence"),
     [
         (("--backend", "onnx"), "Unknown backend 'onnx'"),
-        (("--backend", "ort", "--exporter", "optimum"), "Invalid value for '--exporter': Value error, 'optimum' is not one of 'auto', 'genai'"),
-        (("--backend", "ort", "--format", "qdd"), "Invalid value for '--format': Value error, 'qdd' is not one of 'nbits', 'qdq'."),
+        (
+            ("--backend", "ort", "--exporter", "optimum"),
+            "Invalid value for '--exporter': Value error, 'optimum' is not one of 'auto', 'genai'",
+        ),
+        (
+            ("--backend", "ort", "--format", "qdd"),
+            "Invalid value for '--format': Value error, 'qdd' is not one of 'nbits', 'qdq'.",
+        ),
         (("--backend", "ort", "--accuracy-level", "2"), "--accuracy-level takes 1 (fp32 activations), 4 (int8"),
     ],
 )

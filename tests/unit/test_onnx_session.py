@@ -1,6 +1,7 @@
 """Beyond the sessions' contract: torch's answers from ONNX Runtime's kernels, and failures that are told."""
 
 import json
+import math
 import shutil
 from contextlib import contextmanager
 
@@ -85,12 +86,15 @@ def test_longrope_turns_each_sequence_by_its_own_length(sessions, length):
     assert apart(session.logits(batched).log_softmax(-1), expected) <= NATS
 
 
-def test_longrope_is_told_by_config_json_alone(tmp_path):
+def test_longrope_is_told_by_the_graph_or_by_config_json(tmp_path, monkeypatch):
     """The limit also stands where older configurations have it; a folder that doesn't tell is taken as it is."""
     folder = shutil.copytree(float_folder("phi3"), tmp_path / "phi3")
     ids = Request(tokens(ROPE_LIMIT), (0, ROPE_LIMIT - 1))
     others = Request(tokens(60, seed=1), (59,))
     alone = ort_session(folder).states([ids])[0]
+    (folder / "config.json").unlink()
+    assert apart(ort_session(folder).states([others, ids])[1], alone) <= NATS
+    monkeypatch.setattr("qeval.backends.onnx.folder._constant", lambda value: math.inf)  # as where it is computed
     rope = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     for config in (
         {"rope_scaling": rope, "original_max_position_embeddings": ROPE_LIMIT},

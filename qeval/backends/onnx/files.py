@@ -64,6 +64,12 @@ def load_graph(model_file: Path) -> ir.Model:
     return model
 
 
+def content_files(files: Files) -> list[Path]:
+    """All files that decide what a folder's model computes: configuration, graph, and the graph's external data."""
+    held = {files.model.parent / str(tensor.location) for tensor in _external(ir.load(files.model))}
+    return [files.config, files.model, *sorted(held)]
+
+
 def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The configuration: genai_config.json, or transformers' config.json."""
     for name in (GENAI_CONFIG, CONFIG):

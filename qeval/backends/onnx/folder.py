@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from qeval.backends.onnx.decoder import Decoder, read_decoder
-from qeval.backends.onnx.files import CONFIG
+from qeval.backends.onnx.files import CONFIG, load_graph
 from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
 from qeval.backends.onnx.packages import import_runtime
 from qeval.backends.onnx.providers import Assignment, Provider, open_session, recorded_assignment
@@ -52,7 +53,7 @@ def opened(folder: Path, provider: Provider, *, threads: int, device_id: int = 0
     def value_of(array: Any) -> Any:
         return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *place)
 
-    session = OrtSession(decoder, body, head, value_of, facts.context_length, rope_limit=_rope_limit(folder))
+    session = OrtSession(decoder, body, head, value_of, facts.context_length, rope_limit=_rope_limit(facts))
     session.find_sharing()
     yield Opened(session, _both(recorded_assignment(body), recorded_assignment(head)), decoder)
 
@@ -63,8 +64,24 @@ def session_entries(facts: OnnxFacts) -> dict[str, str]:
     return {key: str(value) for key, value in options.items() if key.startswith("session.")}
 
 
-def _rope_limit(folder: Path) -> float:
-    """The length that LongRoPE changes its frequencies at, where a config.json tells; else infinite."""
+def _rope_limit(facts: OnnxFacts) -> float:
+    """The length beyond which LongRoPE takes other frequencies, where the graph or a config.json tells; else infinite.
+
+    The model builder's graphs choose by an If on the length; those of torch's exporter compute the choice.
+    """
+    conditions = [node.inputs[0] for node in load_graph(facts.files.model).graph if node.op_type == "If"]
+    switches = [condition.producer() for condition in conditions if condition is not None]
+    lengths = [switch.inputs[1] for switch in switches if switch is not None and switch.op_type == "Greater"]
+    return min([_rope_limit_told(facts.files.folder), *(_constant(length) for length in lengths)])
+
+
+def _constant(value: ir.Value | None) -> float:
+    """A scalar that a graph holds; infinite where it computes it."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return math.inf if tensor is None or tensor.size != 1 else float(tensor.numpy().item())
+
+
+def _rope_limit_told(folder: Path) -> float:
     file = folder / CONFIG
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     ropes = (config.get("rope_parameters"), config.get("rope_scaling"))

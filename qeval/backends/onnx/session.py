@@ -39,7 +39,7 @@ class OrtPrefix:
     tokens: tuple[int, ...]
     values: Feeds
     spread: dict[int, Feeds] = field(default_factory=dict)
-    """The same for batches of several rows, made when first asked for."""
+    """The same for a batch of several rows, of the size last asked for."""
 
     @property
     def length(self) -> int:
@@ -191,6 +191,7 @@ class OrtSession:
         if batch == 1:
             return prefix.values
         if batch not in prefix.spread:
+            prefix.spread.clear()  # one size at a time: a copy of a long prefix for each row is large
             prefix.spread[batch] = {
                 name: self._value_of(np.repeat(value.numpy(), batch, axis=0)) for name, value in prefix.values.items()
             }
