@@ -10,6 +10,8 @@ import torch
 
 from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_graphs, require_runtime
+from qeval.backends.onnx.providers import choose as choose_provider
+from qeval.backends.onnx.providers import require_provider
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
@@ -54,9 +56,16 @@ class Plan:
 
     @property
     def baseline_key(self) -> str:
-        """The identity of the baseline's numbers: its weights, and the type and kind of device that compute."""
+        """The identity of the baseline's numbers: weights, configuration, and the type and kind of device that compute."""
         kind = self.settings.model.device.partition(":")[0]
-        return digest({"weights": self.model.weights_sha256, "compute": self.model.compute_dtype, "device": kind})
+        return digest(
+            {
+                "weights": self.model.weights_sha256,
+                "config": self.loaded.config_sha256,
+                "compute": self.model.compute_dtype,
+                "device": kind,
+            }
+        )
 
     @property
     def corpus_tokens(self) -> int:
@@ -120,6 +129,7 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
         description=describe(loaded.model),
         head=head_of(loaded.model),
         weights_sha256=loaded.info.weights_sha256,
+        config_sha256=loaded.config_sha256,
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
     )
@@ -154,6 +164,7 @@ def _foreign(settings: Settings, loaded: LoadedModel, head: Head, suites: Sequen
     require_onnx()
     from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
 
+    require_provider(choose_provider(settings.backends.ep))
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens:
         texts.append(load_corpus(_protocol(settings.corpus).corpus).text)

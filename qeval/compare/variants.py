@@ -44,6 +44,7 @@ class Loaded:
     description: Description
     head: Head
     weights_sha256: str
+    config_sha256: str
     name: str
     weight_dtype: torch.dtype
 
@@ -63,16 +64,16 @@ class Entry:
     error: str | None = None
 
 
-def variant_key(recipe: Recipe, weights_sha256: str, calibration: Calibration, seed: int) -> str:
-    """The identity of the integers that `recipe` gives."""
+def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: int) -> str:
+    """The identity of the integers that `recipe` gives; the configuration matters where activations are seen."""
     seen = None
     if recipe.calibrated:
-        seen = [calibration.record["tokens_sha256"], seed, SKETCH_ROWS, SAMPLES, LENGTH, EVERY]
+        seen = [loaded.config_sha256, calibration.record["tokens_sha256"], seed, SKETCH_ROWS, SAMPLES, LENGTH, EVERY]
     return digest(
         {
             "quantizers": QUANTIZERS_VERSION,
             "recipe": recipe.identity(),
-            "weights": weights_sha256,
+            "weights": loaded.weights_sha256,
             "calibration": seen,
         }
     )
@@ -111,7 +112,7 @@ class Workshop:
     def key(self, recipe: Recipe) -> str:
         """The identity of the recipe's variant."""
         calibration = self._calibration() if recipe.calibrated else Calibration((), {})
-        return variant_key(recipe, self._loaded.weights_sha256, calibration, self._seed)
+        return variant_key(recipe, self._loaded, calibration, self._seed)
 
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
         """The variant, and the seconds that it took beyond calibrating."""

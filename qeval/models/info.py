@@ -1,8 +1,13 @@
 """What is known of a loaded model, in plain values."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from qeval.identity import digest
+
+_NO_NUMBERS = ("transformers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,9 @@ class LoadedModel:
     tokenizer: Any
     info: ModelInfo
     folder: Path
+
+    @property
+    def config_sha256(self) -> str:
+        """What of the configuration may change a number: all of it but who wrote it."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return digest({name: value for name, value in config.items() if name not in _NO_NUMBERS})

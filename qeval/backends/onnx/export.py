@@ -25,7 +25,7 @@ from qeval.backends.onnx.folder import QDQ_LEVEL, opened
 from qeval.backends.onnx.locate import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
 from qeval.backends.onnx.providers import choose
-from qeval.backends.onnx.swap import NBITS, Style, apply, make_exact
+from qeval.backends.onnx.swap import NBITS, Meant, Style, apply, make_exact
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest, digest_file
@@ -142,9 +142,9 @@ class Exporter:
                 _copy_others(source, part)
                 model = ir.load(source / MODEL)
                 places = read_places(model.graph, json.loads((source / _PLACES).read_text(encoding="utf-8")))
-                apply(model.graph, places, variant, style)
+                meant = apply(model.graph, places, variant, style)
                 _save(model, part)
-                _check_written(part, variant, style)
+                _check_written(part, meant, style)
                 if style.format == "qdq":
                     _ask_level(part, style.accuracy_level)
             if finish is not None:
@@ -248,16 +248,25 @@ def _save(model: ir.Model, folder: Path) -> None:
         raise QevalError(f"Cannot write {folder / MODEL}: {error.strerror or error}.") from error
 
 
-def _check_written(folder: Path, variant: Variant, style: Style) -> None:
+def _check_written(folder: Path, meant: Meant, style: Style) -> None:
     """Read the attributes back: builders are known to drop options without a word, and so might we."""
-    nodes = list(ir.load(folder / MODEL).graph)
-    op = NBITS if style.format == "nbits" else "DequantizeLinear"
-    found = Counter(node.op_type for node in nodes)[op]
-    if found < len(variant.weights):
-        raise QevalError(f"{folder} holds {found} {op} nodes for {len(variant.weights)} quantized weights.")
-    for node in nodes:
-        if node.op_type == NBITS and node.attributes["accuracy_level"].as_int() != style.accuracy_level:
-            raise QevalError(f"{folder}: {node.name} has another accuracy level than {style.accuracy_level}.")
+    found: Meant = Counter()
+    for node in ir.load(folder / MODEL).graph:
+        attributes = {name: value.as_int() for name, value in node.attributes.items() if name in _READ_BACK}
+        if style.format == "nbits" and node.op_type == NBITS:
+            found[tuple(attributes[name] for name in ("N", "K", "bits", "block_size"))] += 1  # type: ignore[index]
+            if attributes["accuracy_level"] != style.accuracy_level:
+                raise QevalError(f"{folder}: {node.name} has another accuracy level than {style.accuracy_level}.")
+        elif style.format == "qdq" and node.op_type == "DequantizeLinear":
+            codes = node.inputs[0]
+            assert codes is not None and codes.const_value is not None
+            columns, rows = codes.const_value.shape.numpy()
+            found[rows, columns, codes.const_value.dtype.bitwidth, attributes["block_size"]] += 1
+    if found != meant:
+        raise QevalError(f"{folder} holds other quantized matrices than were meant: {found - meant or meant - found}.")
+
+
+_READ_BACK = ("N", "K", "bits", "block_size", "accuracy_level")
 
 
 def _ask_level(folder: Path, level: int) -> None:

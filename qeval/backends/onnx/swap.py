@@ -3,6 +3,7 @@
 Everything that the variant says is in the graph afterwards, or an error names what has no place there.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,8 +44,12 @@ def make_exact(places: Places, parameters: Mapping[str, Tensor]) -> None:
                 _set(held, exact)
 
 
-def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style) -> None:
-    """Swap a variant's weights, floats and input scales in.
+Meant = Counter[tuple[int, int, int, int]]
+"""How many quantized matrices of which rows, columns, bits and block a graph is meant to hold."""
+
+
+def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style) -> Meant:
+    """Swap a variant's weights, floats and input scales in; what was written is counted.
 
     Raises:
         QevalError: something of the variant has no place in the graph; it is named.
@@ -55,17 +60,19 @@ def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style) -> No
             raise QevalError(f"The exported graph has no initializer that holds {name}; it can't take this variant.")
         for held in places.held[name]:
             _set(held, held.of(as_floats(tensor)))
+    meant: Meant = Counter()
     for name, weight in variant.weights.items():
         if not places.covers(name, len(weight.codes)):
             raise QevalError(f"The exported graph has no MatMul by {name}; it can't take this variant.")
         for matrix in places.matrices[name]:
-            scaled = variant.input_scales.get(name)
-            _replace(graph, matrix, name, to_nbits(name, weight, matrix.rows), style, scaled)
+            packed = to_nbits(name, weight, matrix.rows)
+            _replace(graph, matrix, name, packed, style, variant.input_scales.get(name))
+            meant[packed.rows, packed.columns, packed.bits, packed.block] += 1
     for name in variant.input_scales:
         if name not in variant.weights:
             raise QevalError(f"{name} has input scales but stays in float, which no export writes.")
-
     _drop_unused(graph)
+    return meant
 
 
 def _values(held: Held) -> NDArray[Any]:
