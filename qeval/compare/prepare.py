@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def baseline_key(self) -> str:
-        """The identity of the baseline's numbers: weights, configuration, and the type and kind of device that compute."""
+        """The identity of the baseline's numbers: weights, configuration, type of the arithmetic, kind of device."""
         kind = self.settings.model.device.partition(":")[0]
         return digest(
             {
