@@ -1,6 +1,5 @@
 """`write` makes a card of its own in the run's folder; `into` puts its section into a README that is there."""
 
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from qeval.errors import UsageError
 from qeval.report import Report, build
 from qeval.report.model import Variant
 from qeval.report.render import markdown_text
-from qeval.store.atomic import atomic_path, write_bytes, write_text
+from qeval.store.atomic import write_bytes, write_text
 
 
 class Written(NamedTuple):
@@ -63,11 +62,8 @@ def into(run_dir: Path, readme: Path, variant: str | None = None) -> Written:
     parts = _parts(run_dir, variant)
     index = metadata(parts.report, parts.variants).to_yaml()
     after = replace_section(before, parts.section, index, str(readme))
-    real = readme.resolve()
     if after.text != before:
-        with atomic_path(real) as temporary:
-            temporary.write_bytes(after.text.encode())
-            shutil.copymode(real, temporary)
+        write_text(readme.resolve(), after.text)
     return Written(readme, _write_plots(readme.parent, parts.plots), after.metadata)
 
 

@@ -12,6 +12,7 @@ from qeval.backends.base import Session
 from qeval.compare.prepare import Plan
 from qeval.compare.record import failed_record, variant_record
 from qeval.compare.scoring import Candidate, Kept, Scorer
+from qeval.compare.settings import BACKENDS
 from qeval.compare.variants import Entry
 from qeval.config import BASELINE
 from qeval.errors import BrokenRecordError, QevalError
@@ -79,11 +80,12 @@ Label = Callable[[str], str]
 
 
 def _labels(plan: Plan) -> list[tuple["OrtBackend | None", Label]]:
-    """The backends (None: torch), and how each names a variant: the first as typed, the others with `@backend`."""
+    """The backends (None: torch, which comes first), and how each names a variant: as typed, then with `@backend`."""
     ort = plan.runtime.backends if plan.runtime else ()
     found: list[OrtBackend | None] = []
-    for name in plan.settings.backends.names:
-        found += [None] if name == "torch" else ort
+    for name in BACKENDS:
+        if name in plan.settings.backends.names:
+            found += [None] if name == "torch" else ort
 
     def label(place: int, backend: "OrtBackend | None") -> Label:
         return (lambda name: name) if not place else (lambda name: f"{name}@{_name(backend)}")

@@ -95,7 +95,8 @@ def prepare(settings: Settings) -> Plan:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     loaded, source = source_of_model(settings.model)
-    check_recipes(settings.recipes, source, *([kernel_block] if settings.backends.uses_ort else []))
+    fits = [kernel_block] if settings.backends.uses_ort else []
+    check_recipes(settings.recipes, source, *fits)
     backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
@@ -113,7 +114,7 @@ def prepare(settings: Settings) -> Plan:
         shards=shards,
         suites=suites,
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
-        given=tuple(given_entry(name, path, loaded.info.weights_sha256) for name, path in given),
+        given=tuple(given_entry(name, path, loaded.info.weights_sha256, *fits) for name, path in given),
         foreign=_foreign(settings, loaded, source.head, suites),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,

@@ -19,7 +19,7 @@ from qeval.models.graph import Description
 from qeval.models.head import Head
 from qeval.paths import home
 from qeval.progress import Progress
-from qeval.quant.grid import Grid
+from qeval.quant.grid import Grid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
@@ -161,16 +161,24 @@ class Workshop:
         return True
 
 
+FitsKernel = Callable[[str, Grid, int], object]
+"""Raises a UsageError unless a backend's kernel takes a grid: the weight's name, the grid, the row's width."""
+
+
+def _any_grid(name: str, grid: Grid, columns: int) -> None:
+    """Torch computes with any grid."""
+
+
 def is_variant(folder: Path) -> bool:
     """Whether a folder holds a variant of qeval's, and not some other model."""
     return (folder / MANIFEST).exists()
 
 
-def given_entry(name: str, folder: Path, weights_sha256: str) -> Entry:
+def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel = _any_grid) -> Entry:
     """A variant that `--variant NAME=FOLDER` names.
 
     Raises:
-        UsageError: the folder holds no variant, or one of another model.
+        UsageError: the folder holds no variant, one of another model, or one whose grids no kernel takes.
     """
     manifest = verify_variant(folder)
     if manifest.model.get("weights_sha256") != weights_sha256:
@@ -178,15 +186,9 @@ def given_entry(name: str, folder: Path, weights_sha256: str) -> Entry:
             f"--variant {name}={folder} was made from other weights ({manifest.model.get('name')}) than the "
             "baseline's, so it cannot be compared with it."
         )
+    for entry in manifest.weights:
+        fits(entry.name, parse(entry.grid), entry.columns)
     return Entry(name, str(manifest.recipe.get("method", "given")), folder)
-
-
-FitsKernel = Callable[[str, Grid, int], object]
-"""Raises a UsageError unless a backend's kernel takes a grid: the weight's name, the grid, the row's width."""
-
-
-def _any_grid(name: str, grid: Grid, columns: int) -> None:
-    """Torch computes with any grid."""
 
 
 def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel = _any_grid) -> None:

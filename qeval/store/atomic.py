@@ -1,6 +1,7 @@
 """Files appear whole or not at all: a temporary file in the same folder, fsync, replace."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise QevalError(f"Cannot write {path}: {error.strerror or error}.") from error
     try:
         yield temporary
-        temporary.chmod(_READABLE)  # made for its owner alone, as temporary files are
+        temporary.chmod(_mode(path))  # made for its owner alone, as temporary files are
         _sync(temporary)
         temporary.replace(path)
     except OSError as error:
@@ -46,6 +47,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
     write_bytes(path, text.encode())
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the file that is there, or those of a new one."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else _READABLE
 
 
 def _sync(path: Path) -> None:

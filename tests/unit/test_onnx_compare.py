@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qeval.backends.onnx import packages
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend
 from qeval.backends.torch import TorchBackend
+from qeval.cli.app import run
 from qeval.store.rows import RowStore
 from tests.fixtures.bench import CONTEXT, Bench
 from tests.fixtures.onnx import SPECIAL, float_folder
@@ -365,3 +366,17 @@ def test_two_runtimes_in_one_environment_are_named(refused, monkeypatch):
 )
 def test_words_that_no_backend_has_are_refused(refused, flags, sentence):
     assert sentence in refused(*flags)
+
+
+def test_torch_comes_first_in_whatever_order_the_backends_are_named(place, tmp_path):
+    assert place.compare("--backend", "ort,torch", "--quiet", methods="rtn:g32", out=str(tmp_path / "out")) == 0
+    found = records(tmp_path / "out")
+    assert list(found) == ["baseline@ort", "rtn:g32", "rtn:g32@ort"]
+    assert found["rtn:g32@ort"]["twin"] == "rtn:g32"
+
+
+def test_a_variant_made_before_whose_block_no_kernel_takes_is_named_at_once(refused, place, tmp_path):
+    model, made = str(place.model), str(tmp_path / "made")
+    assert run(["quantize", "--model", model, "--method", "rtn:g24", "--out", made, "--quiet"]) == 0
+    told = refused("--backend", "ort", "--variant", f"mine={made}", methods=None)
+    assert "ONNX Runtime has no kernel for blocks of 24" in told
