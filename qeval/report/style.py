@@ -29,8 +29,10 @@ _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAP
 # Okabe and Ito, "Color Universal Design" (2008), without black and yellow, some darkened.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5559c", "#c98500", "#3b9bdc", "#8a6d3b", "#7b68c8")
 DARK_PALETTE = ("#58a9e0", "#ff8f57", "#35c79c", "#de8fcb", "#e9b44c", "#9ad0f5", "#c9a86f", "#ab9df2")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-DASHES = ("-", "--", "-.", ":")
+
+# As many markers and line styles as have no divisor in common with the colours, so that few pairs come round again.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":")
 
 WIDTH = 4.9
 """Inches: narrow enough that the letters stay legible when the page is 390 px wide."""
@@ -121,7 +123,7 @@ def marker(index: int) -> str:
 
 
 def dash(index: int) -> str:
-    """The line style of the variant at this place: it comes round after four."""
+    """The line style of the variant at this place: it comes round after three."""
     return DASHES[index % len(DASHES)]
 
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from qeval.report import build, render, report_json, summary_table, words
+from qeval.report import build, render, report_json, style, summary_table, words
 from qeval.report.page import Cell, Table
 from tests.fixtures.runs import SEVEN, Made, Shape, make_run
 
@@ -238,3 +238,9 @@ def test_a_table_refuses_rows_that_do_not_fit():
 def test_reports_need_no_torch():
     code = "import sys, qeval.report; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'lm_eval')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_dozen_variants_are_told_apart_by_colour_with_marker_or_line():
+    places = range(24)
+    assert len({(style.colour(place), style.marker(place)) for place in places}) == len(places)
+    assert len({(style.colour(place), style.dash(place)) for place in places}) == len(places)
