@@ -111,7 +111,7 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     # torch, transformers and lm-eval take seconds to import, which `qeval --help` need not wait for
     from qeval.cli.show import show_plan, show_result  # noqa: PLC0415
     from qeval.compare.prepare import prepare  # noqa: PLC0415
-    from qeval.compare.run import failed, run  # noqa: PLC0415
+    from qeval.compare.run import failed, membership, run  # noqa: PLC0415
     from qeval.report import build, write  # noqa: PLC0415
 
     console = Console(stderr=True)
@@ -119,10 +119,11 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     plan = prepare(settings)
     if not quiet:
         show_plan(plan, console)
-    record = run(plan, progress)
-    with progress.phase("report", 1):
-        report = build(settings.out)
-        rendered = write(report, settings.out)
+    with membership(plan, progress) as ledger:
+        record = run(plan, progress, ledger)
+        with progress.phase("report", 1), ledger.alone("report"):
+            report = build(settings.out)
+            rendered = write(report, settings.out)
     show_result(record, report, rendered.html, console, as_json=as_json)
     return 3 if failed(record.variants) else 0
 

@@ -53,6 +53,8 @@ class Plan:
     runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
     shape: Shape
+    is_drawn: bool = False
+    """Whether this is a part of what the settings name, drawn by a gate."""
 
     @property
     def baseline_key(self) -> str:

@@ -28,6 +28,8 @@ from qeval.score.corpus import (
     variant_columns,
     window_states,
 )
+from qeval.store.ledger import Ledger, Ticket
+from qeval.store.locks import alone
 from qeval.store.rows import Kind, RowStore
 from qeval.store.states import StateStore
 from qeval.tasks.harness import Question, Suite
@@ -62,13 +64,17 @@ class Kept:
     """The head that makes logits of the states; asked for when they are needed."""
 
     def states(self, shard: Shard, batch_tokens: int, advance: Advance) -> Tensor:
-        """The states of a shard's windows, [positions, width]."""
+        """The states of a shard's windows, [positions, width]; one process at a time computes them."""
         key = self.key(shard)
         states = self.store.read(key)
-        if states is None:
-            with torch.inference_mode(), self.candidate.open() as session:
-                states = window_states(session, shard.windows, batch_tokens, advance)
-            self.store.write(key, states)
+        if states is not None:
+            return states
+        with alone(f"states-{key}"):
+            states = self.store.read(key)
+            if states is None:
+                with torch.inference_mode(), self.candidate.open() as session:
+                    states = window_states(session, shard.windows, batch_tokens, advance)
+                self.store.write(key, states)
         return states
 
     def key(self, shard: Shard) -> str:
@@ -84,6 +90,7 @@ class Work:
     corpus: str
     suites: tuple[Suite, ...]
     rows: RowStore
+    ledger: Ledger
     baseline: Kept
     batch_tokens: int
     progress: Progress
@@ -127,7 +134,7 @@ class Scorer:
                 columns = self._compared(work, shard, names, advance)
             return work.rows.write("tokens", key, columns)
 
-        return Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)
+        return self._job(work, "tokens", key, shard.tokens, run)
 
     def question_job(self, work: Work, suite: Suite, questions: Sequence[Question]) -> Job:
         """Item rows of some questions of one subject."""
@@ -139,8 +146,11 @@ class Scorer:
             columns = item_columns(suite, questions, scores, self.candidate.name, self.candidate.backend)
             return work.rows.write("items", key, columns)
 
-        units = question_tokens(questions)
-        return Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)
+        return self._job(work, "items", key, question_tokens(questions), run)
+
+    def _job(self, work: Work, kind: Kind, key: str, units: int, run: Callable[[Advance], Path]) -> Job:
+        ticket = Ticket(kind, key, self.candidate.name)
+        return Job(ticket, units, lambda: work.rows.find(kind, key, work.progress.warn), run)
 
     def _compared(self, work: Work, shard: Shard, names: dict[str, str], advance: Advance) -> dict[str, Any]:
         base = work.baseline.states(shard, work.batch_tokens, _to_nobody)
@@ -162,18 +172,21 @@ class Scorer:
         return self._session
 
 
-def score(work: Work, scorer: Scorer) -> dict[Kind, list[Path]]:
-    """All records of one model; what is there already is not made again."""
+def score(work: Work, scorer: Scorer, *, wait: bool = True) -> dict[Kind, list[Path | None]]:
+    """All records of one model; what is there already is not made again.
+
+    Without `wait`, None stands for what another process is at.
+    """
     jobs = work.jobs(scorer)
     if not scorer.candidate.is_baseline:
         _complete_baseline(work, jobs["tokens"])
-    done: dict[Kind, list[Path]] = {"tokens": [], "items": []}
+    done: dict[Kind, list[Path | None]] = {"tokens": [], "items": []}
     try:
         for kind, label in _LABELS.items():
             units = sum(job.units for job in jobs[kind])
             if units:
                 with work.progress.phase(f"score {scorer.candidate.name}: {label}", units) as advance:
-                    done[kind] = run_jobs(jobs[kind], advance)
+                    done[kind] = run_jobs(jobs[kind], work.ledger, advance, wait=wait)
     finally:
         scorer.close()
     return done

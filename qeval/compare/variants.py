@@ -22,6 +22,7 @@ from qeval.progress import Progress
 from qeval.quant.grid import Grid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
+from qeval.store.locks import alone
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
 
 QUANTIZERS_VERSION = 1
@@ -102,11 +103,12 @@ class Workshop:
             return Entry(recipe.name, recipe.method, None, str(error))
 
     def folder(self, recipe: Recipe) -> Path:
-        """Where the variant of `recipe` lies in the cache."""
+        """Where the variant of `recipe` lies in the cache; one process at a time makes it."""
         folder = home() / "variants" / self.key(recipe)
-        if not self._is_whole(folder):
-            variant, seconds = self.make(recipe)
-            save_variant(variant, folder, self.origin(recipe, seconds))
+        with alone(f"variant-{folder.name}", self._progress.tell):
+            if not self._is_whole(folder):
+                variant, seconds = self.make(recipe)
+                save_variant(variant, folder, self.origin(recipe, seconds))
         return folder
 
     def key(self, recipe: Recipe) -> str:

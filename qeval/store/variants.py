@@ -24,6 +24,7 @@ from qeval.quant.grid import parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Variant
+from qeval.store.atomic import sync, temporary_prefix
 from qeval.store.tensors import save_tensors
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
@@ -104,13 +105,15 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
     check_free(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        part = Path(mkdtemp(prefix=temporary_prefix(folder.name), dir=folder.parent))
     except OSError as error:
         raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
     try:
         save_tensors(_tensors(variant), part / WEIGHTS)
         manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
         (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+        for written in part.iterdir():
+            sync(written)
         part.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

@@ -33,6 +33,7 @@ from qeval.metrics.tokens import near_kl
 from qeval.models.cache import build_once
 from qeval.models.info import LoadedModel
 from qeval.quant.variant import Variant
+from qeval.store.atomic import temporary_prefix
 from qeval.types import Request
 
 EXPORT_VERSION = 1
@@ -133,7 +134,7 @@ class Exporter:
         """
         source = self.float_folder()
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        with TemporaryDirectory(prefix=temporary_prefix(out.name), dir=out.parent) as temporary:
             part = Path(temporary) / "folder"
             if variant is None:
                 shutil.copytree(source, part, ignore=shutil.ignore_patterns("qeval.json", _PLACES))

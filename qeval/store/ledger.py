@@ -1,0 +1,423 @@
+"""The run's ledger, `OUT/ledger.sqlite`: which process works on which job, so that several may work on one run.
+
+It saves work and guards no truth: what is finished is what lies on disk as a record that names its own checksum. A
+ledger that is lost or torn is named and begun anew, and its rows come back as the records are met. A claim whose
+process is dead is taken over: at once where the process can be seen (this host), and after a lease without a heartbeat
+where it can't (another one). A heartbeat is a count, watched by the watcher's own clock: hosts need not agree on the
+time.
+
+SQLite in WAL mode on local disks. WAL needs memory that all processes share, so on network folders the ledger keeps a
+rollback journal, which needs file locks that work; where they don't, the error says so.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import psutil
+
+from qeval.errors import QevalError
+from qeval.identity import digest, digest_file
+from qeval.store.locks import alone
+from qeval.store.owners import Owner, is_alive, this_process
+
+LEDGER = "ledger.sqlite"
+LEDGER_VERSION = 1
+LEASE_SECONDS = 60.0
+"""How long a claim of another host's process holds without a heartbeat."""
+
+_BEAT_SECONDS = 2.0
+_BUSY_SECONDS = 60.0
+_CHECKPOINT_PAGES = 64
+_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "lustre", "gpfs", "ceph", "gluster", "beegfs", "fuse.sshfs", "fuse.gcs")
+_SCHEMA = """
+CREATE TABLE owners(id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
+    crew TEXT NOT NULL, settings TEXT NOT NULL, command TEXT NOT NULL, beat INTEGER NOT NULL, gone INTEGER NOT NULL);
+CREATE TABLE jobs(kind TEXT NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, owner INTEGER REFERENCES owners(id),
+    file TEXT, sha256 TEXT, PRIMARY KEY(kind, key));
+CREATE TABLE attempts(kind TEXT NOT NULL, key TEXT NOT NULL, owner INTEGER NOT NULL REFERENCES owners(id),
+    began TEXT NOT NULL, outcome TEXT NOT NULL, error TEXT);
+"""
+_TRIES = 2
+"""How often a crew tries a job that fails, each time in another process."""
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A job as the ledger knows it: a kind and key that name its record, and the model that it is about."""
+
+    kind: str
+    key: str
+    name: str
+
+
+class Attempt(NamedTuple):
+    """One try of a job; `outcome` is `running`, `done`, `failed`, `stopped` or `died`."""
+
+    kind: str
+    key: str
+    name: str
+    owner: str
+    outcome: str
+    error: str | None
+
+
+class Finished(NamedTuple):
+    """A finished job's record: the file's name and its whole sha256."""
+
+    kind: str
+    key: str
+    file: str
+    sha256: str
+
+
+class Ledger:
+    """One process's view of a run's ledger; `joined` makes it."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, crew: str) -> None:
+        """`crew` names the processes that one command started; a job's failures are counted within it."""
+        self.path, self._crew = path, crew
+        self._connection = connection
+        self._me = -1
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def enter(self, settings: str, command: str, waiting: Warn) -> None:
+        """Put this process down as one that works here; while one with other `settings` does, wait for it."""
+        told = False
+        while (other := self._entered(settings, command)) is not None:
+            if not told:
+                waiting(f"Waiting for {other}")
+                told = True
+            self.pause()
+
+    def leave(self) -> None:
+        """Take this process off; what it still claims is free."""
+        with self._writing() as run:
+            run("UPDATE attempts SET outcome = 'stopped' WHERE owner = ? AND outcome = 'running'", self._me)
+            run("UPDATE jobs SET owner = NULL WHERE owner = ?", self._me)
+            run("UPDATE owners SET gone = 1 WHERE id = ?", self._me)
+
+    def claim(self, ticket: Ticket) -> bool:
+        """Whether the job is now this process's; False while a live process has it, or this one's crew gave it up."""
+        with self._writing() as run:
+            found = run("SELECT owner FROM jobs WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
+            owner = found[0][0] if found else None
+            if owner is not None and owner != self._me and self._is_here(run, owner):
+                return False
+            failures = self._failures(run, ticket)
+            if len(failures) >= _TRIES or any(each == self._me for each, _ in failures):
+                return False
+            run(
+                "INSERT INTO jobs(kind, key, name, owner) VALUES(?, ?, ?, ?) "
+                "ON CONFLICT(kind, key) DO UPDATE SET owner = excluded.owner, name = excluded.name",
+                ticket.kind, ticket.key, ticket.name, self._me,
+            )  # fmt: skip
+        return True
+
+    def begin(self, ticket: Ticket) -> None:
+        """Note that the claimed job is being run."""
+        began = datetime.now(UTC).isoformat(timespec="milliseconds")
+        with self._writing() as run:
+            run("INSERT INTO attempts VALUES(?, ?, ?, ?, 'running', NULL)", ticket.kind, ticket.key, self._me, began)
+
+    def finish(self, ticket: Ticket, record: Path) -> None:
+        """Note the job's record, made just now or found on disk; the claim is free."""
+        held = self._read("SELECT file, owner FROM jobs WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
+        if held == [(record.name, None)]:
+            return
+        sha256 = digest_file(record)
+        with self._writing() as run:
+            run(
+                "INSERT INTO jobs VALUES(?, ?, ?, NULL, ?, ?) ON CONFLICT(kind, key) "
+                "DO UPDATE SET owner = NULL, name = excluded.name, file = excluded.file, sha256 = excluded.sha256",
+                ticket.kind, ticket.key, ticket.name, record.name, sha256,
+            )  # fmt: skip
+            self._end(run, ticket, "done", None)
+
+    def release(self, ticket: Ticket, outcome: str, error: str | None = None) -> None:
+        """Give a claim back: the try ended as `failed` or `stopped`, and why."""
+        with self._writing() as run:
+            run("UPDATE jobs SET owner = NULL WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
+            self._end(run, ticket, outcome, error)
+
+    def given_up(self, ticket: Ticket) -> str | None:
+        """Why nobody of this process's crew will run the job (again), or None."""
+        with self._writing() as run:
+            failures = self._failures(run, ticket)
+            if not failures:
+                return None
+            tried = {owner for owner, _ in failures}
+            others = run("SELECT id FROM owners WHERE crew = ? AND gone = 0", self._crew)
+            untried = any(owner not in tried and self._is_here(run, owner) for (owner,) in others)
+        return failures[-1][1] if len(failures) >= _TRIES or not untried else None
+
+    def attempts(self) -> list[Attempt]:
+        """Every try of every job, in the order in which they began."""
+        query = (
+            "SELECT a.kind, a.key, j.name, o.host, o.pid, o.started, a.outcome, a.error FROM attempts a "
+            "JOIN owners o ON o.id = a.owner JOIN jobs j ON j.kind = a.kind AND j.key = a.key ORDER BY a.rowid"
+        )
+        return [
+            Attempt(kind, key, name, str(Owner(host, pid, started)), outcome, error)
+            for kind, key, name, host, pid, started, outcome, error in self._read(query)
+        ]
+
+    def finished(self) -> list[Finished]:
+        """The records of all jobs that ended in one."""
+        query = "SELECT kind, key, file, sha256 FROM jobs WHERE file IS NOT NULL ORDER BY kind, key"
+        return [Finished(*row) for row in self._read(query)]
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Be the one process of the run that does `what`, after any other that does."""
+        ticket = Ticket("alone", what, what)
+        while not self.claim(ticket):
+            self.pause()
+        try:
+            yield
+        finally:
+            self.release(ticket, "done")
+
+    @property
+    def crew(self) -> str:
+        """The name that the processes of one command share."""
+        return self._crew
+
+    @property
+    def others(self) -> bool:
+        """Whether other live processes work on the run."""
+        with self._writing() as run:
+            found = run("SELECT id FROM owners WHERE gone = 0 AND id != ?", self._me)
+            return any(self._is_here(run, owner) for (owner,) in found)
+
+    def beat(self) -> None:
+        """Tell other hosts that this process lives."""
+        with self._writing() as run:
+            run("UPDATE owners SET beat = beat + 1 WHERE id = ?", self._me)
+
+    @staticmethod
+    def pause() -> None:
+        """Give others the time to come further."""
+        time.sleep(0.1)
+
+    def _entered(self, settings: str, command: str) -> str | None:
+        """Who works here with other settings, or None once this process is put down."""
+        me = this_process()
+        with self._writing() as run:
+            mine = (me.host, me.pid, me.started)
+            run("UPDATE owners SET gone = 1 WHERE host = ? AND pid = ? AND started = ?", *mine)  # an earlier run's
+            for owner, theirs, held in run("SELECT id, settings, command FROM owners WHERE gone = 0"):
+                if theirs != settings and self._is_here(run, owner):
+                    (row,) = run("SELECT host, pid, started FROM owners WHERE id = ?", owner)
+                    return f"{Owner(*row)}, which writes into {self.path.parent} with other settings: {held}"
+            run(
+                "INSERT INTO owners(host, pid, started, crew, settings, command, beat, gone) VALUES(?,?,?,?,?,?,0,0)",
+                *mine, self._crew, settings, command,
+            )  # fmt: skip
+            ((self._me,),) = run("SELECT last_insert_rowid()")
+        return None
+
+    def _is_here(self, run: "Run", owner: int) -> bool:
+        """Whether an owner lives; one that doesn't is noted as gone, and what it was at as died."""
+        if owner == self._me:
+            return True
+        host, pid, started, beat, gone = run("SELECT host, pid, started, beat, gone FROM owners WHERE id = ?", owner)[0]
+        if gone:
+            return False
+        alive = is_alive(Owner(host, pid, started))
+        if alive is None:
+            seen, since = self._seen.setdefault(owner, (beat, time.monotonic()))
+            if seen != beat:
+                self._seen[owner] = (beat, time.monotonic())
+            alive = seen != beat or time.monotonic() - since < LEASE_SECONDS
+        if not alive:
+            ended = "the process that ran it ended without a word"
+            run("UPDATE owners SET gone = 1 WHERE id = ?", owner)
+            run("UPDATE attempts SET outcome='died', error=? WHERE owner=? AND outcome='running'", ended, owner)
+        return alive
+
+    def _failures(self, run: "Run", ticket: Ticket) -> list[tuple[int, str]]:
+        """Who of the crew failed on a job, and why."""
+        query = (
+            "SELECT a.owner, a.error FROM attempts a JOIN owners o ON o.id = a.owner "
+            "WHERE a.kind = ? AND a.key = ? AND o.crew = ? AND a.outcome IN ('failed', 'died') ORDER BY a.rowid"
+        )
+        return [(owner, error) for owner, error in run(query, ticket.kind, ticket.key, self._crew)]
+
+    def _end(self, run: "Run", ticket: Ticket, outcome: str, error: str | None) -> None:
+        run(
+            "UPDATE attempts SET outcome = ?, error = ? WHERE kind = ? AND key = ? AND owner = ? AND outcome='running'",
+            outcome, error, ticket.kind, ticket.key, self._me,
+        )  # fmt: skip
+
+    def _read(self, query: str, *values: Any) -> list[Any]:
+        with _told(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _writing(self) -> Iterator["Run"]:
+        """A transaction that no other process writes beside."""
+        with _told(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield lambda query, *values: self._connection.execute(query, values).fetchall()
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+
+Run = Callable[..., list[Any]]
+"""Executes a query with its values and gives the rows."""
+
+
+@contextmanager
+def joined(
+    out: Path, settings: str, command: str, warn: Warn, *, waiting: Warn, crew: str | None = None
+) -> Iterator[Ledger]:
+    """This process as one that works on the run in `out`, until the block ends.
+
+    `settings` names what all who work on one run agree on: a process with others waits until it is alone, and `waiting`
+    hears so. `crew` is that of the process that started this one, if any did.
+
+    Raises:
+        QevalError: the ledger can't be written, or is locked all the time.
+    """
+    path = out / LEDGER
+    with closing(_opened(path, warn)) as connection:
+        ledger = Ledger(path, connection, crew or uuid4().hex)
+        ledger.enter(settings, command, waiting)
+        with _beating(ledger, warn):
+            try:
+                yield ledger
+            except BaseException:
+                with suppress(QevalError):  # what went wrong first is what is told; a dead process's claims are free
+                    ledger.leave()
+                raise
+            ledger.leave()
+
+
+@contextmanager
+def read_ledger(out: Path) -> Iterator[Ledger]:
+    """The ledger of a run, to look at.
+
+    Raises:
+        FileNotFoundError: there is none. QevalError: it is torn or of another version, or locked.
+    """
+    path = out / LEDGER
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with closing(_connected(path)) as connection:
+        with _told(path):
+            reason = _broken(connection)
+        if reason:
+            raise QevalError(f"{path} is torn or of another version ({reason}).")
+        yield Ledger(path, connection, "")
+
+
+@contextmanager
+def _beating(ledger: Ledger, warn: Warn) -> Iterator[None]:
+    """Heartbeats from a thread of their own, so that no batch is too long for them."""
+    stop, failed = Event(), list[str]()
+
+    def beat() -> None:
+        with closing(_connected(ledger.path)) as connection:
+            own = Ledger(ledger.path, connection, "")
+            own._me = ledger._me
+            while not stop.wait(_BEAT_SECONDS):
+                try:
+                    own.beat()
+                except QevalError as error:
+                    failed.append(str(error))
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if failed:
+            warn(f"{len(failed)} heartbeats failed, so other hosts may have repeated work: {failed[-1]}")
+
+
+def _opened(path: Path, warn: Warn) -> sqlite3.Connection:
+    """A connection to a ledger that is whole: begun anew where it is missing or broken."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QevalError(f"Cannot write {path}: {error.strerror or error}.") from error
+    with alone(f"ledger-{digest({'path': str(path.resolve())})[:16]}"), _told(path):
+        connection = _connected(path)
+        if reason := _broken(connection):
+            warn(f"{path} is torn or of another version ({reason}). It is begun anew; finished records are kept.")
+            connection.close()
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            connection = _connected(path)
+        connection.execute(f"PRAGMA journal_mode = {'DELETE' if is_network(path) else 'WAL'}")
+        if not _version(connection):
+            script = f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {LEDGER_VERSION}; COMMIT"
+            connection.executescript(script)
+    return connection
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    with _told(path):
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _broken(connection: sqlite3.Connection) -> str | None:
+    """What is wrong with a ledger, or None; a new file is a ledger without rows."""
+    try:
+        found = connection.execute("PRAGMA quick_check").fetchone()[0]
+        version = _version(connection)
+        is_new = version == 0 and not connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    if found != "ok":
+        return str(found).splitlines()[0]
+    return None if is_new or version == LEDGER_VERSION else f"version {version}"
+
+
+def is_network(path: Path, mounts: Sequence[tuple[str, str]] | None = None) -> bool:
+    """Whether a path lies on a folder of another machine; `mounts` are (mount point, type), the system's by default."""
+    if mounts is None:
+        mounts = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
+    real = path.resolve()
+    on = [(len(Path(point).parts), kind) for point, kind in mounts if real.is_relative_to(point)]
+    return max(on, default=(0, ""))[1].startswith(_NETWORK)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """SQLite's errors as sentences."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            raise QevalError(
+                f"{path} was locked for {_BUSY_SECONDS:.0f} seconds ({error}). If no other qeval works there, its file "
+                "system does not keep file locks, as some network folders don't: give an --out on a local disk."
+            ) from error
+        raise QevalError(f"Cannot write {path}: {error}. What was written before it is kept.") from error
+    except sqlite3.DatabaseError as error:
+        raise QevalError(f"{path} is torn ({error}); run the same command again, which begins it anew.") from error
