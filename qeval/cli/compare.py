@@ -68,6 +68,9 @@ def compare(
     quantize_head: options.QuantizeHead = False,
     batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", help="Tokens a batch.")] = None,
     threads: options.Threads = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that score, each with its share of the threads.")
+    ] = 1,
     seed: options.Seed = 0,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -95,6 +98,7 @@ def compare(
         ),
         batch_tokens=batch_tokens,
         threads=threads,
+        workers=workers,
         seed=seed,
         command=str(context.obj),
     )

@@ -34,6 +34,9 @@ from qeval.tasks.windows import tokens_sha256
 if TYPE_CHECKING:
     from qeval.compare.onnx import Foreign, Runtime
 
+_CORES = torch.get_num_threads()
+"""What torch takes by itself."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -94,8 +97,8 @@ def prepare(settings: Settings) -> Plan:
     Raises:
         UsageError: something that was asked for is not there or does not fit.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if settings.threads or settings.workers > 1:
+        torch.set_num_threads(max(1, default_threads(settings) // settings.workers))
     loaded, source = source_of_model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
@@ -122,6 +125,11 @@ def prepare(settings: Settings) -> Plan:
         calibration=calibration,
         shape=_shape(loaded, quantizable(source.description)),
     )
+
+
+def default_threads(settings: Settings) -> int:
+    """The threads of a whole run: what was asked for, else all cores."""
+    return settings.threads or _CORES
 
 
 def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:

@@ -2,28 +2,28 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from uuid import uuid4
 
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
-from qeval.compare.candidates import Contender, baseline_of, contenders, states_folder
+from qeval.compare.candidates import baseline_of, contenders, states_folder
+from qeval.compare.crew import all_threads, helped
 from qeval.compare.environment import describe_environment, peak_rss_bytes
 from qeval.compare.estimate import Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
 from qeval.compare.remake import identity_of, settings_json
-from qeval.compare.scoring import Kept, Scorer, Work, score
+from qeval.compare.scoring import Scorer, Work
+from qeval.compare.standing import Model, Scored, score_all, work_of
 from qeval.compare.texts import keep_texts
 from qeval.compare.variants import Entry, Workshop
-from qeval.errors import QevalError, UsageError
 from qeval.paths import home
 from qeval.progress import Progress
 from qeval.score.choices import shared_tokens
 from qeval.store.atomic import sweep, write_text
 from qeval.store.ledger import Ledger, joined
-from qeval.store.rows import Kind, RowStore
+from qeval.store.rows import Kind
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
 
 KINDS: tuple[Kind, ...] = ("tokens", "items")
@@ -53,17 +53,15 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     at is waited for in the end.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    entries = _make(plan, progress)
     baseline = baseline_of(plan, progress)
     work = work_of(plan, baseline, ledger, progress)
     first = Scored(work, lambda: Scorer(baseline.candidate))
-    first.score(wait=False)
-    models = [_Model(work, each) for each in contenders(plan, entries, baseline, progress)]
-    for model in models:
-        model.score(wait=False)
-    first.score(wait=True)
-    for model in models:
-        model.score(wait=True)
+    with helped(plan.settings, ledger.crew, progress) as helpers:
+        entries = _make(plan, progress)
+        helpers.tell(entries)
+        first.score(wait=False)
+        models = [Model(work, each) for each in contenders(plan, entries, baseline, progress)]
+        score_all(first, models)
     variants = [model.record() for model in models]
     record = RunRecord(
         run_version=1,
@@ -112,74 +110,8 @@ def estimate(plan: Plan) -> Cost:
 def _make(plan: Plan, progress: Progress) -> list[Entry]:
     """The variants in the order asked for; the calibration's statistics are let go when the last is made."""
     workshop = Workshop(plan.source, plan.calibration, plan.settings.seed, progress)
-    return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
-
-
-def work_of(plan: Plan, baseline: Kept, ledger: Ledger, progress: Progress) -> Work:
-    """What every model of the plan is scored on."""
-    return Work(
-        shards=plan.shards,
-        corpus=plan.protocol.corpus if plan.protocol else "",
-        suites=plan.suites,
-        rows=RowStore(plan.settings.out),
-        ledger=ledger,
-        baseline=baseline,
-        batch_tokens=plan.batch_tokens,
-        progress=progress,
-    )
-
-
-class Scored:
-    """One model's records as they come: made here, or by another process of the run."""
-
-    def __init__(self, work: Work, scorer: Callable[[], Scorer]) -> None:
-        """Nothing is scored yet; `scorer` is asked for a new one each time."""
-        self._work, self._scorer = work, scorer
-        self._found: dict[Kind, list[Path | None]] | None = None
-        self.seconds = 0.0
-        """How long scoring took here."""
-
-    def score(self, *, wait: bool) -> None:
-        """Score what is missing; without `wait`, what others are at stays missing.
-
-        Raises:
-            QevalError, RuntimeError: a job failed.
-        """
-        if self._found is not None and None not in (path for paths in self._found.values() for path in paths):
-            return
-        start = time.perf_counter()
-        self._found = score(self._work, self._scorer(), wait=wait)
-        self.seconds += time.perf_counter() - start
-
-    def paths(self, kind: Kind) -> list[Path]:
-        """The records of a kind that are there."""
-        found = [] if self._found is None else self._found[kind]
-        return [path for path in found if path is not None]
-
-
-class _Model:
-    """One variant on one backend: its rows, or why it failed."""
-
-    def __init__(self, work: Work, contender: Contender) -> None:
-        self._work, self._contender = work, contender
-        self._error = contender.error
-        self.scored = Scored(work, contender.scorer)
-
-    def score(self, *, wait: bool) -> None:
-        if self._error is not None:
-            return
-        try:
-            self.scored.score(wait=wait)
-        except UsageError:
-            raise
-        except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
-            self._work.progress.warn(f"{self._contender.name} failed: {error}")
-            self._error = str(error)
-
-    def record(self) -> VariantRecord:
-        if self._error is not None:
-            return self._contender.failed(self._error)
-        return self._contender.record(self.scored.seconds)
+    with all_threads(plan.settings):
+        return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
 
 
 def _write(plan: Plan, work: Work, scored: Sequence[Scored], record: RunRecord) -> None:

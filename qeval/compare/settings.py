@@ -115,6 +115,8 @@ class Settings:
     batch_tokens: int | None = None
     threads: int | None = None
     seed: int = 0
+    workers: int = 1
+    """Processes that score; the threads are shared out among them."""
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ class Settings:
             "--calibration-length": self.calibration.length,
             "--batch-tokens": self.batch_tokens,
             "--threads": self.threads,
+            "--workers": self.workers,
         }.items():
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")

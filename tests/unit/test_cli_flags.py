@@ -50,6 +50,7 @@ COMPARE = SHARED | {
     "--limit": None,
     "--shots": 5,
     "--batch-tokens": None,
+    "--workers": 1,
 }
 QUANTIZE = SHARED | {"--method": None}
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--device", "--compute")} | {
