@@ -27,6 +27,7 @@ from qeval.cli.export import export
 from qeval.cli.gate import gate
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
+from qeval.cli.verify import verify
 from qeval.errors import QevalError, UsageError
 
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -47,6 +48,7 @@ app.command()(quantize)
 app.command()(export)
 app.command()(explain)
 app.command()(gate)
+app.command()(verify)
 app.command()(card)
 app.command()(diff)
 app.command()(models)

@@ -365,6 +365,8 @@ def _opened(path: Path, warn: Warn) -> sqlite3.Connection:
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             connection = _connected(path)
         connection.execute(f"PRAGMA journal_mode = {'DELETE' if is_network(path) else 'WAL'}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        connection.execute("PRAGMA synchronous = NORMAL")
         if not _version(connection):
             script = f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {LEDGER_VERSION}; COMMIT"
             connection.executescript(script)
@@ -373,10 +375,7 @@ def _opened(path: Path, warn: Warn) -> sqlite3.Connection:
 
 def _connected(path: Path) -> sqlite3.Connection:
     with _told(path):
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        connection.execute("PRAGMA synchronous = NORMAL")
-    return connection
+        return sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)  # reads nothing yet
 
 
 def _version(connection: sqlite3.Connection) -> int:

@@ -60,6 +60,14 @@ EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--dev
 READERS = {
     "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},
     "card": {"run": None, "--variant": None, "--into": None, "--debug": False},
+    "verify": {
+        "run": None,
+        "--sample": 4,
+        "--seed": 0,
+        "--json": False,
+        "--quiet": False,
+        "--debug": False,
+    },
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs: their arguments by name, then their flags."""
@@ -112,7 +120,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "export", "explain", "gate", "card", "diff", "models", "methods", "tasks"}
+    known = {"compare", "quantize", "export", "explain", "gate", "verify", "card", "diff", "models", "methods", "tasks"}
     assert set(typer.main.get_command(app).commands) == known
 
 
