@@ -71,6 +71,12 @@ def compare(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Processes that score, each with its share of the threads.")
     ] = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option("--executor", help="Where workers run: this machine, or a Ray cluster.")
+    ] = "local",
+    worker_gpus: Annotated[
+        float | None, typer.Option("--worker-gpus", help="GPUs of a Ray worker; default: 1 on --device cuda, else 0.")
+    ] = None,
     seed: options.Seed = 0,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -99,6 +105,8 @@ def compare(
         batch_tokens=batch_tokens,
         threads=threads,
         workers=workers,
+        executor=executor,
+        worker_gpus=worker_gpus,
         seed=seed,
         command=str(context.obj),
     )

@@ -18,6 +18,7 @@ from qeval.compare.estimate import Shape
 from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
 from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
+from qeval.executors.cluster import require_ray
 from qeval.identity import digest
 from qeval.models.graph import describe
 from qeval.models.head import Head, head_of
@@ -97,8 +98,10 @@ def prepare(settings: Settings) -> Plan:
     Raises:
         UsageError: something that was asked for is not there or does not fit.
     """
+    if settings.executor == "ray":
+        require_ray()
     if settings.threads or settings.workers > 1:
-        torch.set_num_threads(max(1, default_threads(settings) // settings.workers))
+        torch.set_num_threads(share_of_threads(settings))
     loaded, source = source_of_model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
@@ -125,6 +128,11 @@ def prepare(settings: Settings) -> Plan:
         calibration=calibration,
         shape=_shape(loaded, quantizable(source.description)),
     )
+
+
+def share_of_threads(settings: Settings) -> int:
+    """The threads of each of a run's workers."""
+    return max(1, default_threads(settings) // settings.workers)
 
 
 def default_threads(settings: Settings) -> int:

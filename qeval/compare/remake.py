@@ -11,7 +11,7 @@ from qeval.identity import digest
 from qeval.store.run import RunRecord
 
 _SETTINGS = TypeAdapter(Settings)
-_CHANGES_NO_ROW = ("command", "out", "threads", "batch_tokens", "workers")
+_CHANGES_NO_ROW = ("command", "out", "threads", "batch_tokens", "workers", "executor", "worker_gpus")
 """What two commands that work on one run may differ in: rows depend on it by rounding at most."""
 
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.compare.candidates import baseline_of, contenders, states_folder
-from qeval.compare.crew import all_threads, helped
+from qeval.compare.crew import all_threads, helped, wait_for
 from qeval.compare.environment import describe_environment, peak_rss_bytes
 from qeval.compare.estimate import Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
@@ -59,8 +59,9 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     with helped(plan.settings, ledger.crew, progress) as helpers:
         entries = _make(plan, progress)
         helpers.tell(entries)
-        first.score(wait=False)
         models = [Model(work, each) for each in contenders(plan, entries, baseline, progress)]
+        wait_for(helpers, work, first, models)
+        first.score(wait=False)
         score_all(first, models)
     variants = [model.record() for model in models]
     record = RunRecord(

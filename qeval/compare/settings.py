@@ -11,6 +11,7 @@ from qeval.errors import UsageError, unknown
 Bos = Literal["auto", "always", "never"]
 Format = Literal["nbits", "qdq"]
 Precision = Literal["fp32", "fp16"]
+Executor = Literal["local", "ray"]
 BACKENDS = ("torch", "ort")
 EXPORTERS = ("auto", "genai", "dynamo")
 FORMATS = ("nbits", "qdq")
@@ -117,6 +118,9 @@ class Settings:
     seed: int = 0
     workers: int = 1
     """Processes that score; the threads are shared out among them."""
+    executor: Executor = "local"
+    worker_gpus: float | None = None
+    """GPUs that a Ray worker takes; None: one where the device is a GPU."""
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -143,6 +147,10 @@ class Settings:
         }.items():
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+        if self.worker_gpus is not None and self.executor != "ray":
+            raise UsageError("--worker-gpus is for --executor ray.")
+        if self.worker_gpus is not None and self.worker_gpus < 0:
+            raise UsageError(f"--worker-gpus must not be below 0, as {self.worker_gpus} is.")
 
     @property
     def scores_tokens(self) -> bool:

@@ -50,6 +50,11 @@ class Scored:
         self._found = score(self._work, self._scorer(), wait=wait)
         self.seconds += time.perf_counter() - start
 
+    def tickets(self) -> set[tuple[str, str]]:
+        """The kind and key of every job."""
+        jobs = self._work.jobs(self._scorer())
+        return {(job.ticket.kind, job.ticket.key) for each in jobs.values() for job in each}
+
     def paths(self, kind: Kind) -> list[Path]:
         """The records of a kind that are there."""
         found = [] if self._found is None else self._found[kind]
@@ -80,6 +85,10 @@ class Model:
         except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
             self._work.progress.warn(f"{self._contender.name} failed: {error}")
             self._error = str(error)
+
+    def tickets(self) -> set[tuple[str, str]]:
+        """As `Scored.tickets`; none where it can't be scored."""
+        return set() if self._error is not None else self.scored.tickets()
 
     def record(self) -> VariantRecord:
         """What the run says of it."""

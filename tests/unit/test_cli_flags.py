@@ -51,6 +51,8 @@ COMPARE = SHARED | {
     "--shots": 5,
     "--batch-tokens": None,
     "--workers": 1,
+    "--executor": "local",
+    "--worker-gpus": None,
 }
 QUANTIZE = SHARED | {"--method": None}
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--device", "--compute")} | {
