@@ -27,10 +27,11 @@ from qeval.cli.export import export
 from qeval.cli.gate import gate
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
+from qeval.cli.sweep import CONTEXT, INTERRUPTED, sweep
 from qeval.cli.verify import verify
 from qeval.errors import QevalError, UsageError
 
-_INTERRUPTED, _TERMINATED = 130, 143
+_TERMINATED = 143
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Threads that wait give way: spinning at barriers makes torch several times slower on a CPU that others use too."""
@@ -44,6 +45,7 @@ app = typer.Typer(
     cls=TyperGroup,
 )
 app.command()(compare)
+app.command(context_settings=CONTEXT)(sweep)
 app.command()(quantize)
 app.command()(export)
 app.command()(explain)
@@ -92,8 +94,8 @@ def run(arguments: Sequence[str]) -> int:
         debug = "--debug" in arguments
         where = "" if debug else " (--debug shows where)"
         return _told(console, f"{type(error).__name__}: {error}{where}", QevalError.exit_code, debug=debug)
-    if code == _INTERRUPTED:  # typer makes this of KeyboardInterrupt
-        code, what = (_TERMINATED, "Terminated") if terminated else (_INTERRUPTED, "Interrupted")
+    if code == INTERRUPTED:  # typer makes this of KeyboardInterrupt
+        code, what = (_TERMINATED, "Terminated") if terminated else (INTERRUPTED, "Interrupted")
         sentence = f"{what}. What is done is kept; the same command goes on from there: {command}"
         console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     return code if isinstance(code, int) else 0

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -74,14 +75,22 @@ READERS = {
 }
 """Commands that read finished runs: their arguments by name, then their flags."""
 
-REQUIRED = {"compare": {"--model"}, "quantize": {"--model", "--method"}, "export": {"--model", "--method"}}
+SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
+REQUIRED = {
+    "compare": {"--model"},
+    "sweep": {"--models"},
+    "quantize": {"--model", "--method"},
+    "export": {"--model", "--method"},
+}
 
 
 def parameters(command):
     return typer.main.get_command(app).commands[command].params
 
 
-@pytest.mark.parametrize(("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT)])
+@pytest.mark.parametrize(
+    ("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP)]
+)
 def test_flags_and_their_defaults_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
     assert all(p.param_type_name == "option" for p in found.values())
@@ -123,7 +132,20 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "export", "explain", "gate", "verify", "card", "diff", "models", "methods", "tasks"}
+    known = {
+        "compare",
+        "sweep",
+        "quantize",
+        "export",
+        "explain",
+        "gate",
+        "verify",
+        "card",
+        "diff",
+        "models",
+        "methods",
+        "tasks",
+    }
     assert set(typer.main.get_command(app).commands) == known
 
 
