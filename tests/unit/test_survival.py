@@ -24,7 +24,7 @@ from tests.fixtures.kills import Moment, Place, finish, kill_and_go_on, kill_at,
 from tests.fixtures.tiny import tiny_llama
 
 METHODS = "rtn:g32,awq:g32"
-MOMENTS = 8
+MOMENTS = 6
 
 
 @pytest.fixture(scope="module")
