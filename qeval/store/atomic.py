@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from qeval.errors import QevalError
-from qeval.store.owners import this_process, token_is_alive
+from qeval.owners import temporary_prefix, token_is_alive
 
 _READABLE = 0o644
 _OURS = re.compile(r"\..+\.q-([0-9a-f]{8}-\d+-\d+)\.\w+")
@@ -23,11 +23,6 @@ _UNOWNED = re.compile(r"(\.[0-9a-f]{32}\.part\.\w+)|([0-9a-f]{32}\.part)")
 """What was left of records before names said whose they are."""
 _ABANDONED_SECONDS = 24 * 3600
 """The age at which a file counts as left behind where its owner can't be seen: another host's, or nobody's."""
-
-
-def temporary_prefix(name: str) -> str:
-    """What the name of a temporary file or folder of this process starts with, which becomes `name`."""
-    return f".{name}.q-{this_process().token}."
 
 
 @contextmanager

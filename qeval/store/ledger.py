@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -25,8 +24,8 @@ import psutil
 
 from qeval.errors import QevalError
 from qeval.identity import digest, digest_file
+from qeval.owners import Owner, is_alive, this_process
 from qeval.store.locks import alone
-from qeval.store.owners import Owner, is_alive, this_process
 
 LEDGER = "ledger.sqlite"
 LEDGER_VERSION = 1
@@ -43,7 +42,7 @@ CREATE TABLE owners(id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT 
 CREATE TABLE jobs(kind TEXT NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, owner INTEGER REFERENCES owners(id),
     file TEXT, sha256 TEXT, PRIMARY KEY(kind, key));
 CREATE TABLE attempts(kind TEXT NOT NULL, key TEXT NOT NULL, owner INTEGER NOT NULL REFERENCES owners(id),
-    began TEXT NOT NULL, outcome TEXT NOT NULL, error TEXT);
+    began REAL NOT NULL, ended REAL, outcome TEXT NOT NULL, error TEXT);
 """
 _TRIES = 2
 """How often a crew tries a job that fails, each time in another process."""
@@ -61,7 +60,7 @@ class Ticket:
 
 
 class Attempt(NamedTuple):
-    """One try of a job; `outcome` is `running`, `done`, `failed`, `stopped` or `died`."""
+    """One try of a job; `outcome` is `running`, `done`, `failed`, `stopped` or `died`. Times are seconds since 1970."""
 
     kind: str
     key: str
@@ -69,6 +68,8 @@ class Attempt(NamedTuple):
     owner: str
     outcome: str
     error: str | None
+    began: float
+    ended: float | None
 
 
 class Finished(NamedTuple):
@@ -125,9 +126,9 @@ class Ledger:
 
     def begin(self, ticket: Ticket) -> None:
         """Note that the claimed job is being run."""
-        began = datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = (ticket.kind, ticket.key, self._me, time.time())
         with self._writing() as run:
-            run("INSERT INTO attempts VALUES(?, ?, ?, ?, 'running', NULL)", ticket.kind, ticket.key, self._me, began)
+            run("INSERT INTO attempts VALUES(?, ?, ?, ?, NULL, 'running', NULL)", *row)
 
     def finish(self, ticket: Ticket, record: Path) -> None:
         """Note the job's record, made just now or found on disk; the claim is free."""
@@ -163,12 +164,13 @@ class Ledger:
     def attempts(self) -> list[Attempt]:
         """Every try of every job, in the order in which they began."""
         query = (
-            "SELECT a.kind, a.key, j.name, o.host, o.pid, o.started, a.outcome, a.error FROM attempts a "
-            "JOIN owners o ON o.id = a.owner JOIN jobs j ON j.kind = a.kind AND j.key = a.key ORDER BY a.rowid"
+            "SELECT a.kind, a.key, j.name, o.host, o.pid, o.started, a.outcome, a.error, a.began, a.ended "
+            "FROM attempts a JOIN owners o ON o.id = a.owner "
+            "JOIN jobs j ON j.kind = a.kind AND j.key = a.key ORDER BY a.rowid"
         )
         return [
-            Attempt(kind, key, name, str(Owner(host, pid, started)), outcome, error)
-            for kind, key, name, host, pid, started, outcome, error in self._read(query)
+            Attempt(kind, key, name, str(Owner(host, pid, started)), *ended)
+            for kind, key, name, host, pid, started, *ended in self._read(query)
         ]
 
     def finished(self) -> list[Finished]:
@@ -255,8 +257,9 @@ class Ledger:
 
     def _end(self, run: "Run", ticket: Ticket, outcome: str, error: str | None) -> None:
         run(
-            "UPDATE attempts SET outcome = ?, error = ? WHERE kind = ? AND key = ? AND owner = ? AND outcome='running'",
-            outcome, error, ticket.kind, ticket.key, self._me,
+            "UPDATE attempts SET ended = ?, outcome = ?, error = ? "
+            "WHERE kind = ? AND key = ? AND owner = ? AND outcome = 'running'",
+            time.time(), outcome, error, ticket.kind, ticket.key, self._me,
         )  # fmt: skip
 
     def _read(self, query: str, *values: Any) -> list[Any]:

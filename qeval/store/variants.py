@@ -20,11 +20,12 @@ from torch import Tensor
 
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.identity import digest_file
+from qeval.owners import temporary_prefix
 from qeval.quant.grid import parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Variant
-from qeval.store.atomic import sync, temporary_prefix
+from qeval.store.atomic import sync
 from qeval.store.tensors import save_tensors
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"

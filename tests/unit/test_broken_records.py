@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qeval.store.ledger import LEDGER, read_ledger
 from qeval.store.rows import RowStore
 from tests.fixtures.bench import Bench
 from tests.fixtures.tiny import save_tiny
@@ -116,6 +117,19 @@ def test_a_broken_index_or_record_is_written_anew(place, copied, name):
     out, _ = copied
     torn(out / "rows" / name)
     assert place.compare("--quiet", out=str(out), **SMALL) == 0
+    assert all_rows(out) == all_rows(place.out)
+
+
+@pytest.mark.parametrize("damage", [torn, Path.unlink, lambda path: path.write_bytes(b"no ledger")])
+def test_a_broken_ledger_is_made_again_from_the_records(place, copied, capfd, damage):
+    out, _ = copied
+    damage(out / LEDGER)
+    assert place.compare("--quiet", out=str(out), **SMALL) == 0
+    said = f"warning: {out / LEDGER} is torn or of another version ("
+    assert (said in capfd.readouterr().err) == (damage is not Path.unlink)
+    with read_ledger(out) as ledger, read_ledger(place.out) as whole:
+        assert ledger.finished() == whole.finished()
+        assert not ledger.attempts()
     assert all_rows(out) == all_rows(place.out)
 
 

@@ -13,9 +13,9 @@ import pytest
 from qeval.errors import QevalError, UsageError
 from qeval.executors.local import Job, run_jobs
 from qeval.identity import digest_file
+from qeval.owners import Owner, is_alive, this_process, token_is_alive
 from qeval.store import ledger as module
 from qeval.store.ledger import LEDGER, Ticket, is_network, joined, read_ledger
-from qeval.store.owners import Owner, is_alive, this_process, token_is_alive
 
 ONE, TWO = Ticket("tokens", "k1", "rtn"), Ticket("tokens", "k2", "rtn")
 

@@ -13,18 +13,18 @@ import torch
 from qeval.backends.torch import TorchBackend
 from qeval.models.graph import describe
 from qeval.models.head import head_of
+from qeval.owners import Owner, this_process
 from qeval.quant.grid import parse
 from qeval.quant.rtn import quantize
 from qeval.quant.variant import Variant
 from qeval.store.atomic import sweep
 from qeval.store.ledger import read_ledger
-from qeval.store.owners import Owner, this_process
 from tests.fixtures.bench import Bench
 from tests.fixtures.kills import Moment, Place, finish, kill_and_go_on, kill_at, start, undisturbed
 from tests.fixtures.tiny import tiny_llama
 
 METHODS = "rtn:g32,awq:g32"
-MOMENTS = 8
+MOMENTS = 6
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_rows(bench, whole, tmp_path, m
 @pytest.mark.parametrize(
     ("function", "call"),
     [
+        ("qeval.models.hashes.os.fsync", 1),  # the weights' hash is in a temporary file
         ("qeval.store.variants.digest_file", 1),  # a variant's weights are written, its manifest is not
         ("qeval.store.variants.sync", 2),  # both are, in a temporary folder
         ("qeval.compare.variants.collect", 1),  # calibrating the second variant

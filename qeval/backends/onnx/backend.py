@@ -15,9 +15,10 @@ from qeval.backends.onnx.providers import Provider, require_provider
 from qeval.backends.onnx.session import OrtSession, Sharing
 from qeval.backends.onnx.swap import Style
 from qeval.errors import QevalError
+from qeval.owners import temporary_prefix
 from qeval.paths import home
 from qeval.quant.variant import Variant
-from qeval.store.atomic import sweep, temporary_prefix
+from qeval.store.atomic import sweep
 
 
 @dataclass(frozen=True)

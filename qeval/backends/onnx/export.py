@@ -32,8 +32,8 @@ from qeval.identity import digest, digest_file
 from qeval.metrics.tokens import near_kl
 from qeval.models.cache import build_once
 from qeval.models.info import LoadedModel
+from qeval.owners import temporary_prefix
 from qeval.quant.variant import Variant
-from qeval.store.atomic import temporary_prefix
 from qeval.types import Request
 
 EXPORT_VERSION = 1

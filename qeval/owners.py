@@ -56,6 +56,11 @@ def token_is_alive(token: str) -> bool | None:
     return _runs(int(pid), float(started)) if host == _short(_host()) else None
 
 
+def temporary_prefix(name: str) -> str:
+    """What the name of a temporary file or folder of this process starts with, which becomes `name`."""
+    return f".{name}.q-{this_process().token}."
+
+
 def _runs(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
