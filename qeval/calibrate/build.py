@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from qeval.calibrate.groups import (
     quantize_groups,
     row_divisors,
 )
+from qeval.calibrate.in_order import Options, Outcome, quantize_in_order
 from qeval.calibrate.sensitivity import measure
 from qeval.config import Recipe
 from qeval.errors import UsageError
@@ -68,20 +69,47 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     choices: tuple[Choice, ...] = ()
     if recipe.mixed:
         grids, choices = _mix(source, recipe, grids, advance)
-    scales = source.search.scales(source.description.groups, grids) if recipe.uses_awq else {}
-    divisors = row_divisors(scales, source.search.parameters)
-    weights = quantize_groups(source.search, source.description.groups, grids, scales, divisors, clip=recipe.clips)
+    made = (_in_order if recipe.uses_gptq else _each_alone)(source, recipe, grids, advance)
     if source.description.head in grids:
-        weights[source.description.head] = _quantize_head(source, grids)
+        made.weights[source.description.head] = _quantize_head(source, grids)
     return Variant(
         key=key,
-        weights=weights,
-        floats=folded_floats(scales, source.search.parameters, grids),
-        input_scales=explicit_scales(scales),
+        weights=made.weights,
+        floats=folded_floats(made.scales, source.search.parameters, grids),
+        input_scales=explicit_scales(made.scales),
         kept=kept,
         choices=choices,
-        details=_details(recipe, scales),
+        details=_details(recipe) | made.details,
     )
+
+
+class _Made(NamedTuple):
+    """The quantized matrices of the decoder layers, AWQ's scales, and what the method decided, in words."""
+
+    weights: dict[str, QWeight]
+    scales: Mapping[str, Scaled]
+    details: dict[str, str]
+
+
+def _each_alone(source: Source, recipe: Recipe, grids: Mapping[str, Grid], _: Advance) -> _Made:
+    """Every group quantized for the inputs that the float model gives it."""
+    groups = source.description.groups
+    scales = source.search.scales(groups, grids) if recipe.uses_awq else {}
+    divisors = row_divisors(scales, source.search.parameters)
+    weights = quantize_groups(source.search, groups, grids, scales, divisors, clip=recipe.clips)
+    if not recipe.uses_awq:
+        return _Made(weights, scales, {})
+    explicit = sum(scaled.fold is None for scaled in scales.values())
+    words = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
+    return _Made(weights, scales, {"input scales": words})
+
+
+def _in_order(source: Source, recipe: Recipe, grids: Mapping[str, Grid], advance: Advance) -> _Made:
+    """Every group quantized for what the quantized groups before it give it."""
+    options = Options(recipe.damping_share, recipe.orders_by_moment, recipe.clips)
+    outcomes = quantize_in_order(source.model, source.description, source.samples, grids, options, advance)
+    weights = {outcome.name: outcome.rounded.weight for outcome in outcomes}
+    return _Made(weights, {}, _gptq_details(recipe, outcomes))
 
 
 def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
@@ -268,11 +296,23 @@ def _quantize_head(source: Source, grids: Mapping[str, Grid]) -> QWeight:
     return quantize(source.head.weight.float(), grids[source.description.head])
 
 
-def _details(recipe: Recipe, scales: Mapping[str, Scaled]) -> dict[str, str]:
+def _gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    order = "largest second moment first" if recipe.orders_by_moment else "as they stand"
+    loss = sum(outcome.rounded.loss for outcome in outcomes)
+    plain_loss = sum(outcome.rounded.plain_loss for outcome in outcomes)
+    rows = sum(len(outcome.rounded.weight.codes) for outcome in outcomes)
+    raised = [outcome for outcome in outcomes if outcome.damping != recipe.damping_share]
+    return {
+        "columns": f"{order}; each block's steps are those of its float weights",
+        "damping": f"{recipe.damping_share:g} of the mean second moment",
+        "damping raised": ", ".join(f"{outcome.name} to {outcome.damping:g}" for outcome in raised) or "nowhere",
+        "loss on the calibration text": f"{loss / plain_loss if plain_loss else 1.0:.4f} of plain rounding's",
+        "rows rounded plainly": f"{sum(outcome.rounded.plain_rows for outcome in outcomes)} of {rows}",
+    }
+
+
+def _details(recipe: Recipe) -> dict[str, str]:
     details = {"clip search": "per block" if recipe.clips else "none"}
-    if recipe.uses_awq:
-        explicit = sum(scaled.fold is None for scaled in scales.values())
-        details["input scales"] = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
     if recipe.quantize_head:
         details["head"] = "rounded to nearest"
     blocks = isinstance(parse(recipe.grid).granularity, PerBlock)

@@ -75,6 +75,8 @@ def estimate(plan: Plan) -> Cost:
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.groups)
     for recipe in plan.settings.recipes:
+        if recipe.uses_gptq:
+            flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
         if recipe.mixed and recipe.importance == "measured":
             tokens = SAMPLES * LENGTH
             flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)

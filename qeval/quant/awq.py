@@ -57,14 +57,15 @@ def output_loss(weights: Sequence[Tensor], grids: Sequence[Grid], inputs: InputS
     return sum(float(error.square().sum(dtype=torch.float64)) for error in errors) / inputs.tokens
 
 
-def choose_clip(weight: Tensor, grid: Grid, inputs: InputStatistics | None) -> Tensor:
+def choose_clip(weight: Tensor, grid: Grid, sketch: Tensor | None) -> Tensor:
     """The share of its range that each block keeps, of the scales' shape, with the least loss of its own output.
 
-    Without `inputs` all columns count alike: the least squared error of the weights themselves.
+    `sketch` [k, columns]: S with S^T S the input's second moments, up to a factor. Without it all columns count
+    alike: the least squared error of the weights themselves.
     """
     blocks = to_blocks(weight, grid)
     shape = grid.scale_shape(*weight.shape)
-    moments = None if inputs is None else _block_moments(inputs, grid)
+    moments = None if sketch is None else _block_moments(sketch, grid)
     best_loss = torch.full(shape, torch.inf, device=weight.device)
     best = torch.ones(shape, device=weight.device)
     for clip in CLIPS:
@@ -84,11 +85,11 @@ def _error(weight: Tensor, grid: Grid) -> Tensor:
     return from_blocks(rounding_error(to_blocks(weight, grid), grid), *weight.shape)
 
 
-def _block_moments(inputs: InputStatistics, grid: Grid) -> Tensor:
+def _block_moments(sketch: Tensor, grid: Grid) -> Tensor:
     """The second moments within each block, [blocks, size, size]; those of the whole row where a scale spans it."""
-    wide = to_blocks(inputs.sketch, grid) if isinstance(grid.granularity, PerBlock) else inputs.sketch[:, None]
+    wide = to_blocks(sketch, grid) if isinstance(grid.granularity, PerBlock) else sketch[:, None]
     by_block = wide.transpose(0, 1)
-    return by_block.mT @ by_block / inputs.tokens
+    return by_block.mT @ by_block
 
 
 def _clip_loss(errors: Tensor, moments: Tensor | None, weight: Tensor, grid: Grid) -> Tensor:

@@ -206,7 +206,7 @@ def test_awq_scales_never_lose_to_plain_rounding_and_help_skewed_inputs():
 def test_clipping_never_loses_to_the_full_range_on_its_own_loss(grid):
     inputs, weight = statistics_of(skewed_inputs(400, 200), exact=True), matrix(8)
     for seen in (inputs, None):
-        clip = choose_clip(weight, grid, seen)
+        clip = choose_clip(weight, grid, None if seen is None else seen.sketch)
         assert clip.shape == grid.scale_shape(*weight.shape)
         moments = torch.eye(200) if seen is None else inputs.sketch.T @ inputs.sketch
 
