@@ -1,13 +1,15 @@
-"""Layer by layer: each group of linears is rounded by what reaches it through the rounded groups before it.
+"""Layer by layer: each layer is rounded by what reaches it through the rounded layers before it.
 
 The calibration text's hidden states between two layers are all that is kept, in the type that the model computes in,
-so they are what a whole pass would give, bit for bit. One input's second moments live at a time, columns^2 fp32
-numbers summed over all tokens: exact ones, since the sketch of `quant.statistics` has rank 512 at most and GPTQ inverts
-the matrix. Within a layer too a group's moments are taken after the groups before it were rounded ("true sequential").
+so they are what a whole pass would give, bit for bit. One layer's second moments live at a time, columns^2 fp32
+numbers an input summed over all tokens: exact ones, since the sketch of `quant.statistics` has a rank of its few
+hundred rows and GPTQ inverts the matrix. A layer's inputs are taken from its float weights, as in the paper; taking
+each group's after the groups before it in the layer were rounded costs half as much again and changed the demo model's
+KL by less than 0.1 %.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,8 +66,10 @@ def quantize_in_order(
     outcomes: list[Outcome] = []
     for layer in range(len(description.layers)):
         with ExitStack() as rounded:
-            for group in (group for group in description.groups if group.layer == layer):
-                found = _quantize_group(stream, group, grids, options)
+            groups = [group for group in description.groups if group.layer == layer]
+            moments = stream.moments([group for group in groups if _names(group, grids)])
+            for group in groups:
+                found = _quantize_group(stream.parameters, group, grids, moments.pop(group.names[0], None), options)
                 outcomes += found
                 values = {outcome.name: outcome.rounded.weight.dequantize() for outcome in found}
                 rounded.enter_context(replaced_by(stream.parameters, values))
@@ -74,16 +78,25 @@ def quantize_in_order(
     return outcomes
 
 
-def _quantize_group(stream: "_Stream", group: Group, grids: Mapping[str, Grid], options: Options) -> list[Outcome]:
-    names = [name for name in group.names if name in grids]
-    if not names:
+def _names(group: Group, grids: Mapping[str, Grid]) -> list[str]:
+    return [name for name in group.names if name in grids]
+
+
+def _quantize_group(
+    parameters: Mapping[str, Tensor],
+    group: Group,
+    grids: Mapping[str, Grid],
+    moments: Tensor | None,
+    options: Options,
+) -> list[Outcome]:
+    names = _names(group, grids)
+    if moments is None:
         return []
     try:
-        moments = stream.moments(group)
         factor = factorize(moments, damping=options.damping, act_order=options.act_order)
     except QevalError as error:
         raise QevalError(f"{names[0]}: {error}") from error
-    return [_outcome(name, stream.parameters[name].float(), grids[name], factor, options.clip) for name in names]
+    return [_outcome(name, parameters[name].float(), grids[name], factor, options.clip) for name in names]
 
 
 def _outcome(name: str, weight: Tensor, grid: Grid, factor: Factor, clip: bool) -> Outcome:
@@ -100,48 +113,68 @@ class _Stream:
         self._ids = [torch.tensor([list(sample)], dtype=torch.long, device=model.device) for sample in samples]
         self._states: list[Any] = [None] * len(self._ids)
 
-    def moments(self, group: Group) -> Tensor:
-        """The mean over tokens of x x^T [columns, columns] fp32, x being the group's input."""
-        linear = self._model.get_submodule(group.names[0].removesuffix(".weight"))
-        total = torch.zeros(group.columns, group.columns, device=self._model.device)
-        tokens = 0
-        for sample in range(len(self._ids)):
-            for given in self._run(
-                sample, lambda stop: linear.register_forward_pre_hook(lambda _, args: stop(args[0]))
-            ):
-                inputs = given.reshape(-1, group.columns).float()
-                add_moments(total, inputs)
-                tokens += len(inputs)
-        if not tokens:
-            raise QevalError("no token of the calibration text reaches it, so GPTQ can't round it; calibrate on more.")
-        return total.triu_().add_(total.triu(1).T).div_(tokens)
+    def moments(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """The mean over tokens of x x^T [columns, columns] fp32, x being each group's input; by its first name.
+
+        Raises:
+            QevalError: no token of the text reaches one of them.
+        """
+        found = {group.names[0]: _Moments(group.columns, self._model.device) for group in groups}
+        with ExitStack() as hooks:
+            for name, moments in found.items():
+                linear = self._model.get_submodule(name.removesuffix(".weight"))
+                hooks.callback(linear.register_forward_pre_hook(moments.listener(stops=name == [*found][-1])).remove)
+            for sample in range(len(self._ids) if groups else 0):
+                self._run(sample)
+        return {name: moments.mean(name) for name, moments in found.items()}
 
     def pass_layer(self) -> None:
         """Take every sample's states through the next layer, as its weights are now."""
-        layer = self._layers[self._next]
-        for sample in range(len(self._ids)):
-            (self._states[sample],) = self._run(
-                sample, lambda stop: layer.register_forward_hook(lambda _m, _a, output: stop(output))
-            )
-        self._next += 1
 
-    def _run(self, sample: int, listen: Callable[[Callable[[Any], None]], Any]) -> list[Any]:
-        """Run a sample from its kept states on, until what `listen` hooks up calls back; what it was called with."""
-        seen: list[Any] = []
-
-        def stop(value: Any) -> None:
-            seen.append(value)
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            self._states[sample] = output
             raise _Reached
 
-        handle = listen(stop)
+        handle = self._layers[self._next].register_forward_hook(keep)
         try:
-            with recalled(self._layers, self._next, self._states[sample]):
-                self._model.base_model(input_ids=self._ids[sample], use_cache=False)
-        except _Reached:
-            pass
+            for sample in range(len(self._ids)):
+                self._run(sample)
         finally:
             handle.remove()
-        return seen
+        self._next += 1
+
+    def _run(self, sample: int) -> None:
+        """Run a sample from its kept states on, until a hook says that nothing more is needed."""
+        with recalled(self._layers, self._next, self._states[sample]), suppress(_Reached):
+            self._model.base_model(input_ids=self._ids[sample], use_cache=False)
+
+
+class _Moments:
+    """One input's second moments while the text streams through."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._total = torch.zeros(columns, columns, device=device)
+        self._tokens = 0
+
+    def listener(self, *, stops: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """What a linear is to call before it runs; `stops`: nothing after it is needed."""
+
+        def listen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0].reshape(-1, len(self._total)).float()
+            add_moments(self._total, inputs)
+            self._tokens += len(inputs)
+            if stops:
+                raise _Reached
+
+        return listen
+
+    def mean(self, name: str) -> Tensor:
+        """The mean over all tokens, both triangles."""
+        if not self._tokens:
+            raise QevalError(
+                f"{name}: no calibration token reaches it, so GPTQ can't round it; calibrate on more text."
+            )
+        return self._total.triu_().add_(self._total.triu(1).T).div_(self._tokens)
 
 
 class _Reached(Exception):  # noqa: N818 - no error: nothing after this point of a pass is needed

@@ -47,16 +47,16 @@ def inputs_of(model, name, samples):
 
 @torch.inference_mode()
 def the_slow_way(model, samples):
-    """Codes and losses, each matrix installed for good before the next group's inputs are looked at."""
-    found = {}
-    for group in describe(model).groups:
-        inputs = inputs_of(model, group.names[0], samples).double()
-        factor = factorize((inputs.T @ inputs / len(inputs)).float(), damping=0.01, act_order=True)
-        for name in group.names:
-            parameter = dict(model.named_parameters())[name]
-            found[name] = quantize(parameter, GRID, factor)
-        for name in group.names:
-            dict(model.named_parameters())[name].copy_(found[name].weight.dequantize())
+    """Codes and losses, each layer's matrices installed for good before the next layer's inputs are looked at."""
+    found, description, parameters = {}, describe(model), dict(model.named_parameters())
+    for layer in range(len(description.layers)):
+        groups = [group for group in description.groups if group.layer == layer]
+        names = {name: inputs_of(model, name, samples).double() for group in groups for name in group.names}
+        for name, inputs in names.items():
+            factor = factorize((inputs.T @ inputs / len(inputs)).float(), damping=0.01, act_order=True)
+            found[name] = quantize(parameters[name], GRID, factor)
+        for name in names:
+            parameters[name].copy_(found[name].weight.dequantize())
     return found
 
 
