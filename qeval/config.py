@@ -17,7 +17,7 @@ from qeval.errors import UsageError, unknown
 METHODS = {
     "rtn": "round to nearest",
     "awq": "activation-aware scales, then a clip search for every block (calibrated)",
-    "gptq": "column after column, each one's error made good by the next, layer after layer (calibrated)",
+    "gptq": "a clip search, then column after column, each one's error made good by the next (calibrated)",
     "mixed": "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
     "mixed-rtn": "the same on rtn",
 }
@@ -51,7 +51,7 @@ class Rule:
 class Recipe:
     """How to make one variant. `grid` and `high` are grid names; `high` and `budget` belong to mixed methods.
 
-    `clip` None means the method's own default: a clip search for awq, none for rtn and gptq. `budget` None means the
+    `clip` None means the method's own default: a clip search for awq and gptq, none for rtn. `budget` None means the
     size that the positional rule would take, in bits per weight. `damping` (a share of the mean second moment; None:
     0.01) and `act_order` (None: yes) belong to gptq.
     """
@@ -119,7 +119,7 @@ class Recipe:
     @property
     def clips(self) -> bool:
         """Whether each block's range is searched."""
-        return self.uses_awq if self.clip is None else self.clip
+        return self.uses_awq or self.uses_gptq if self.clip is None else self.clip
 
     def rule_for(self, name: str) -> str | None:
         """What the first rule that matches a weight's name says, or None."""

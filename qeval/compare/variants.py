@@ -24,7 +24,7 @@ from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
 
-QUANTIZERS_VERSION = 1
+QUANTIZERS_VERSION = 2
 """Part of every variant's key: raise it when the same recipe gives other integers."""
 
 

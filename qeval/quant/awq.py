@@ -22,8 +22,9 @@ CLIPS = tuple(1 - step / 40 for step in range(20))
 
 _SHARE, _FEWEST = 8, 64
 """All candidates round an eighth of the rows, at least 64."""
-_SURE = 4.0
-"""Standard errors behind the leader at which a candidate is out."""
+_SURE, _NEAR = 4.0, 0.1
+"""Standard errors behind the leader, and share of its loss behind it, beyond which a candidate is out: on the demo
+model's 150 searches the choice is that of rounding every row for every candidate."""
 _NUMBERS = 1 << 20
 """Weights, of all candidates together, that are rounded at a time."""
 _SMALLEST_MAGNITUDE = 1e-5
@@ -67,7 +68,7 @@ def _losses(weights: Sequence[Tensor], grids: Sequence[Grid], sketch: Tensor, ca
     sums = by_row.sum(1)
     behind = by_row - by_row[sums.argmin()]
     chance = behind.std(1) * by_row.shape[1] ** 0.5
-    inside = behind.sum(1) <= _SURE * chance
+    inside = behind.sum(1) <= torch.maximum(_SURE * chance, _NEAR * sums.min())
     inside[0] = True
     left = inside.nonzero().flatten()
     rest = [_row_losses(*each, sketch, candidates[left]).sum(1) for each in zip(others, grids, strict=True)]

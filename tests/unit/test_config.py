@@ -53,8 +53,8 @@ def test_a_name_means_a_recipe(name):
         ("mixed:positional", True, True, True),
         ("mixed-rtn", False, True, False),
         ("mixed-rtn:positional", False, False, False),
-        ("gptq", False, True, False),
-        ("gptq:clip", True, True, False),
+        ("gptq", True, True, False),
+        ("gptq:noclip", False, True, False),
     ],
 )
 def test_what_a_method_needs(name, clips, calibrated, uses_awq):
@@ -98,7 +98,7 @@ def test_a_name_alone_does_not_change_the_numbers():
     recipe = parse_method("rtn:g32")
     assert dataclasses.replace(recipe, name="another").identity() == recipe.identity()
     assert parse_method("awq").identity() == parse_method("awq:clip").identity()
-    assert parse_method("gptq").identity() == parse_method("gptq:damp0.01-actorder-noclip").identity()
+    assert parse_method("gptq").identity() == parse_method("gptq:damp0.01-actorder-clip").identity()
     assert parse_method("gptq").identity() != parse_method("gptq:noactorder").identity()
     assert "name" not in recipe.identity()
     for other in ("rtn:g64", "rtn:g32-clip", "rtn:g32-head", "awq:g32", "mixed-rtn:g32"):
