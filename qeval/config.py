@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -21,6 +21,8 @@ METHODS = {
     "mixed": "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
     "mixed-rtn": "the same on rtn",
 }
+Importance = Literal["measured", "fisher", "positional"]
+"""How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
 BASELINE = "baseline"
 """The name of the unquantized model in every row; no variant may take it."""
 
@@ -33,6 +35,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "noactorder": {"act_order": False},
     "head": {"quantize_head": True},
     "measured": {"importance": "measured"},
+    "fisher": {"importance": "fisher"},
     "positional": {"importance": "positional"},
 }
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
@@ -62,7 +65,7 @@ class Recipe:
     high: str | None = None
     clip: bool | None = None
     budget: float | None = None
-    importance: Literal["measured", "positional"] = "measured"
+    importance: Importance = "measured"
     quantize_head: bool = False
     rules: tuple[Rule, ...] = field(default=())
     damping: float | None = None
@@ -89,7 +92,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether making the variant needs calibration text."""
-        return self.uses_awq or self.uses_gptq or (self.mixed and self.importance == "measured")
+        return self.uses_awq or self.uses_gptq or (self.mixed and self.importance != "positional")
 
     @property
     def uses_statistics(self) -> bool:
@@ -138,7 +141,7 @@ class Defaults:
     """What flags say for every recipe that doesn't say it itself."""
 
     budget: float | None = None
-    importance: Literal["measured", "positional"] = "measured"
+    importance: Importance = "measured"
     quantize_head: bool = False
 
 
@@ -246,8 +249,8 @@ def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
         raise UsageError(f"{where} names no method.")
     recipe = parse_method(str(entry["method"]), defaults)
     fields = {key: value for key, value in entry.items() if key != "method"}
-    if fields.get("importance") not in (None, "measured", "positional"):
-        raise unknown(f"importance in {where}", fields["importance"], ("measured", "positional"))
+    if "importance" in fields and fields["importance"] not in get_args(Importance):
+        raise unknown(f"importance in {where}", fields["importance"], get_args(Importance))
     if "budget" in fields:
         fields["budget"] = parse_budget(str(fields["budget"]), f"{where}: 'budget'")
     if "rules" in fields:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qeval.calibrate import accept, fisher
 from qeval.calibrate.groups import (
     Parameters,
     Scaled,
@@ -32,6 +33,10 @@ from qeval.quant.variant import Choice, Kept, Variant
 _FLOAT = "float"
 _SCALE_BITS = 32
 HIGH_BITS = 8
+_POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
+"""Neighbours of a proposal: what it would be if the predictions' logarithms were shrunk or stretched."""
+_UNIFORM = "all low"
+"""Measured beside the ways to spend the budget, and never taken: it spends nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +72,10 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     """
     grids, kept = _assign(source, recipe, parse(recipe.grid))
     choices: tuple[Choice, ...] = ()
+    told: dict[str, str] = {}
     if recipe.mixed:
-        grids, choices = _mix(source, recipe, grids, advance)
+        mix = _mix(source, recipe, grids, advance)
+        grids, choices, told = mix.grids, mix.choices, mix.details
     made = (_in_order if recipe.uses_gptq else _each_alone)(source, recipe, grids, advance)
     if source.description.head in grids:
         made.weights[source.description.head] = _quantize_head(source, grids)
@@ -79,8 +86,16 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
         input_scales=explicit_scales(made.scales),
         kept=kept,
         choices=choices,
-        details=_details(recipe) | made.details,
+        details=_details(recipe) | told | made.details,
     )
+
+
+class _Mix(NamedTuple):
+    """The grids that the bits were given out by, what was seen of each group, and how the choice was made, in words."""
+
+    grids: dict[str, Grid]
+    choices: tuple[Choice, ...]
+    details: dict[str, str]
 
 
 class _Made(NamedTuple):
@@ -190,27 +205,59 @@ def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
             raise UsageError(f"'{recipe.name}': the rule '{rule.match}' matches no weight of this model.")
 
 
-def _mix(
-    source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance
-) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+def _mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> _Mix:
     budget = _mixed_budget(source, recipe, low)  # refused before the long measurement, not after
     if recipe.importance == "positional":
         grids, _ = positional_budget(source, recipe, low)
-        return grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low))
-    kls = measure(
-        source.model,
-        source.description,
-        source.head,
-        source.samples,
-        _effective(source, recipe, low),
-        advance,
-    )
-    return _under_budget(source, low, {name: high_grid(recipe) for name in low}, budget, kls)
+        return _Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low)), {})
+    own = (source.model, source.description, source.head)
+    if recipe.importance == "measured":
+        kls = measure(*own, source.samples, _effective(source, recipe, low), advance)
+        return _Mix(*_under_budget(source, recipe, low, budget, kls), {})
+    if len(source.samples) < fisher.SAMPLES + accept.SAMPLES:
+        raise UsageError(
+            f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
+            f"{accept.SAMPLES} others; give at least {fisher.SAMPLES + accept.SAMPLES} --calibration-samples."
+        )
+    kls = fisher.predict(*own, source.samples, _effective(source, recipe, low), advance)
+    ways = _ways(source, recipe, low, budget, kls)
+    effective = {name: _effective(source, recipe, grids) for name, grids in ways.items()}
+    measured = accept.measure_ways(*own, source.samples, effective)
+    best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
+    choices = tuple(_choice(source, group, ways[best], None, None) for group in _groups(source, low))
+    return _Mix(ways[best], choices, _accepted_details(measured, best))
+
+
+def _ways(
+    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
+) -> dict[str, dict[str, Grid]]:
+    """The proposal, what a flatter and a steeper belief in the predictions would give, the positional rule, all low."""
+    ways = {}
+    for name, power in _POWERS.items():
+        bent = {group: kl**power for group, kl in kls.items()}
+        ways[name], _ = _under_budget(source, recipe, low, budget, bent)
+    try:
+        positional, bits = positional_budget(source, recipe, low)
+    except UsageError:  # the rule does not apply to this model; there is one way less
+        positional, bits = {}, budget + 1
+    if bits <= budget:
+        ways["positional"] = positional
+    return ways | {_UNIFORM: low}
+
+
+def _accepted_details(measured: Mapping[str, float], best: str) -> dict[str, str]:
+    return {
+        "bits proposed on": f"calibration samples 1 to {fisher.SAMPLES}, the first {fisher.LENGTH} tokens of each",
+        "bits accepted on": f"the last {accept.SAMPLES} samples, the first {accept.LENGTH} tokens of each",
+        "measured KL (nats)": ", ".join(f"{name} {kl:.5f}" for name, kl in measured.items()),
+        "accepted": best,
+    }
 
 
 def _under_budget(
-    source: Source, low: dict[str, Grid], high: dict[str, Grid], budget: int, kls: Mapping[str, float]
+    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+    high = {name: high_grid(recipe) for name in low}
     groups, parameters = _groups(source, low), source.search.parameters
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
     options = [

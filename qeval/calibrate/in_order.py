@@ -62,7 +62,7 @@ def quantize_in_order(
     Raises:
         QevalError: no calibration token reaches a linear, or its inputs are not finite.
     """
-    stream = _Stream(model, layers_of(model, description), samples)
+    stream = Stream(model, layers_of(model, description), samples)
     outcomes: list[Outcome] = []
     for layer in range(len(description.layers)):
         with ExitStack() as rounded:
@@ -104,7 +104,7 @@ def _outcome(name: str, weight: Tensor, grid: Grid, factor: Factor, clip: bool) 
     return Outcome(name, quantize(weight, grid, factor, shares), factor.damping)
 
 
-class _Stream:
+class Stream:
     """The calibration text on its way through the layers: each sample's hidden states before the next one."""
 
     def __init__(self, model: Any, layers: nn.ModuleList, samples: Sequence[Sequence[int]]) -> None:
@@ -142,6 +142,14 @@ class _Stream:
         finally:
             handle.remove()
         self._next += 1
+
+    def final_states(self) -> Tensor:
+        """The model's final hidden states [tokens, d_model] of all samples, once every layer was passed."""
+        found = []
+        for ids, states in zip(self._ids, self._states, strict=True):
+            with recalled(self._layers, self._next, states):
+                found.append(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        return torch.cat(found)
 
     def _run(self, sample: int) -> None:
         """Run a sample from its kept states on, until a hook says that nothing more is needed."""

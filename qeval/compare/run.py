@@ -80,6 +80,8 @@ def estimate(plan: Plan) -> Cost:
         if recipe.mixed and recipe.importance == "measured":
             tokens = SAMPLES * LENGTH
             flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)
+        if recipe.mixed and recipe.importance == "fisher":
+            flops += 9 * shape.forward_flops(SAMPLES * LENGTH, SAMPLES * LENGTH)
     dtype = next(plan.loaded.model.parameters()).dtype
     return cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
 

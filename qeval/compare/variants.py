@@ -119,7 +119,7 @@ class Workshop:
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
         """The variant, and the seconds that it took beyond calibrating."""
         source = self._source(recipe.calibrated, recipe.uses_statistics)
-        measured = recipe.mixed and recipe.importance == "measured"
+        measured = recipe.mixed and recipe.importance != "positional"
         groups = len(self._loaded.description.groups)
         label = f"quantize {recipe.name}" + (" (sensitivities)" if measured else "")
         start = time.perf_counter()

@@ -98,7 +98,7 @@ def test_the_choices_of_a_flag_are_frozen():
         "bos": ("auto", "always", "never"),
         "exporter": ("auto", "genai", "dynamo"),
         "format": ("nbits", "qdq"),
-        "importance": ("measured", "positional"),
+        "importance": ("measured", "fisher", "positional"),
     }
 
 
