@@ -1,10 +1,11 @@
-"""Round-to-nearest against the memory: seconds of `quantize` beside those of a plain copy of the same matrix.
+"""Round-to-nearest against the memory: seconds of `quantize` beside those of plain copies of the same matrix.
 
     python -m benchmarks.rounding
 
-Copy and rounding take turns on one matrix in one process; each line has the best of the repeats, since what disturbs a
-run only ever slows it. GB/s count the fp32 weights read. Rounding reads them twice (range, then codes) and writes a
-quarter of them, so that on memory alone it would take 1.1 times a copy, which reads once and writes once.
+A copy to new memory, as `quantize` makes its codes in, a copy over an old one, and rounding take turns on one matrix in
+one process; each line has the best of the repeats, since what disturbs a run only ever slows it. GB/s count the fp32
+weights read. On memory alone rounding would take about 1.1 copies: it reads the weights twice (range, then codes) and
+writes a quarter of them, where a copy reads once and writes once.
 """
 
 import argparse
@@ -36,15 +37,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     weight = torch.randn(arguments.rows, arguments.columns, generator=torch.Generator().manual_seed(0))
+    old = weight.clone()
     gigabytes = weight.numel() * weight.element_size() / 1e9
     for name in GRIDS:
-        grid, copies, roundings = parse(name), [], []
-        for _ in range(arguments.repeats):
-            copies.append(seconds(weight.clone))
-            roundings.append(seconds(lambda grid=grid: quantize(weight, grid)))  # type: ignore[misc]
-        copy, rounding = min(copies), min(roundings)
-        ratio = f"{rounding / copy:.1f} copies"
-        print(f"{name:15} {gigabytes / rounding:6.2f} GB/s, a copy {gigabytes / copy:6.2f} GB/s: {ratio}", flush=True)
+        grid = parse(name)
+        works = weight.clone, lambda: old.copy_(weight), lambda grid=grid: quantize(weight, grid)
+        times = [[seconds(work) for work in works] for _ in range(arguments.repeats)]
+        new, over, rounding = (min(column) for column in zip(*times, strict=True))
+        copies = f"copies: new {gigabytes / new:.2f}, over an old one {gigabytes / over:.2f} GB/s"
+        ratios = f"{rounding / new:.1f} and {rounding / over:.1f} times their seconds"
+        print(f"{name:15} {gigabytes / rounding:5.2f} GB/s; {copies}; {ratios}", flush=True)
 
 
 if __name__ == "__main__":
