@@ -27,8 +27,8 @@ Budget = Annotated[
     typer.Option("--budget", help="Size of mixed variants, such as 4.8bpw; else the positional rule's own."),
 ]
 Importance = Annotated[
-    Literal["measured", "positional"],
-    typer.Option("--importance", help="How mixed variants pick INT8 layers."),
+    Literal["measured", "fisher", "positional"],
+    typer.Option("--importance", help="How mixed variants pick INT8 layers; fisher: predicted, then measured whole."),
 ]
 QuantizeHead = Annotated[bool, typer.Option("--quantize-head", help="Quantize lm_head too (a tied embedding stays).")]
 Ep = Annotated[

@@ -101,9 +101,13 @@ def estimate(plan: Plan) -> Cost:
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.groups)
     for recipe in plan.settings.recipes:
+        if recipe.uses_gptq:
+            flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
         if recipe.mixed and recipe.importance == "measured":
             tokens = SAMPLES * LENGTH
             flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)
+        if recipe.mixed and recipe.importance == "fisher":
+            flops += 9 * shape.forward_flops(SAMPLES * LENGTH, SAMPLES * LENGTH)
     dtype = next(plan.loaded.model.parameters()).dtype
     return cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
 

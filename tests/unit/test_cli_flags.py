@@ -119,7 +119,7 @@ def test_the_choices_of_a_flag_are_frozen():
         "exporter": ("auto", "genai", "dynamo"),
         "format": ("nbits", "qdq"),
         "executor": ("local", "ray"),
-        "importance": ("measured", "positional"),
+        "importance": ("measured", "fisher", "positional"),
     }
 
 
