@@ -84,6 +84,22 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     )
 
 
+def outline(source: Source, recipe: Recipe, key: str) -> tuple[dict[str, Grid], Variant]:
+    """The grids of a recipe that needs no calibration, and its variant without numbers: matrices on the meta device.
+
+    Raises:
+        UsageError: as `build`.
+    """
+    grids, kept = _assign(source, recipe, parse(recipe.grid))
+    choices: tuple[Choice, ...] = ()
+    if recipe.mixed:
+        grids, choices = _mix(source, recipe, grids, lambda done: None)
+    inside = [name for name in quantizable(source.description) if name in grids]
+    names = [*inside, *([source.description.head] if source.description.head in grids else [])]
+    weights = {name: _weightless(source.search.parameters[name], grids[name]) for name in names}
+    return grids, Variant(key, weights, {}, {}, kept, choices, _details(recipe, {}))
+
+
 def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
     """Refuse what `build` would refuse, without its work: no calibration is needed.
 
@@ -266,6 +282,14 @@ def _bits(grids: Mapping[str, Grid], parameters: Parameters) -> int:
 
 def _quantize_head(source: Source, grids: Mapping[str, Grid]) -> QWeight:
     return quantize(source.head.weight.float(), grids[source.description.head])
+
+
+def _weightless(parameter: torch.Tensor, grid: Grid) -> QWeight:
+    rows, columns = parameter.shape
+    shape = grid.scale_shape(rows, columns)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    zeros = None if grid.symmetric else torch.empty(shape, dtype=torch.uint8, device="meta")
+    return QWeight(grid, codes, torch.empty(shape, device="meta"), zeros)
 
 
 def _details(recipe: Recipe, scales: Mapping[str, Scaled]) -> dict[str, str]:

@@ -12,10 +12,12 @@ from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_graphs, require_runtime
 from qeval.backends.onnx.providers import choose as choose_provider
 from qeval.backends.onnx.providers import require_provider
+from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
 from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.stream import streamed_model
 from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.identity import digest
@@ -42,7 +44,7 @@ class Plan:
     settings: Settings
     loaded: LoadedModel
     source: Loaded
-    backend: TorchBackend
+    backend: TorchBackend | StreamBackend
     model: ModelRecord
     protocol: ProtocolRecord | None
     shards: tuple[Shard, ...]
@@ -81,9 +83,8 @@ class Plan:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens a batch: what was asked for, else what suits the device."""
-        on_gpu = self.settings.model.device.startswith("cuda")
-        return self.settings.batch_tokens or (32768 if on_gpu else 2048)
+        """Tokens a batch: what was asked for, else what suits the device and memory."""
+        return self.settings.batch_tokens or self.backend.batch_tokens
 
 
 def prepare(settings: Settings) -> Plan:
@@ -94,10 +95,9 @@ def prepare(settings: Settings) -> Plan:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    loaded, source = source_of_model(settings.model)
+    loaded, source, backend = _model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
-    backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
     given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
@@ -134,6 +134,13 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
     )
+
+
+def _model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, TorchBackend | StreamBackend]:
+    if choice.stream:
+        return streamed_model(choice)
+    loaded, source = source_of_model(choice)
+    return loaded, source, TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
 
 
 def require_onnx() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Session
+from qeval.backends.base import LooksAhead, Session
 from qeval.executors.local import Job, run_jobs
 from qeval.identity import digest
 from qeval.metrics.tokens import Logits
@@ -18,6 +18,7 @@ from qeval.score.choices import (
     QUESTIONS_VERSION,
     item_columns,
     prompt_sha256,
+    question_calls,
     question_tokens,
     score_questions,
 )
@@ -26,11 +27,13 @@ from qeval.score.corpus import (
     Shard,
     baseline_columns,
     variant_columns,
+    window_calls,
     window_states,
 )
 from qeval.store.rows import Kind, RowStore
 from qeval.store.states import StateStore
 from qeval.tasks.harness import Question, Suite
+from qeval.types import Call
 
 _LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions"}
 
@@ -105,6 +108,8 @@ class Scorer:
         self._twin, self._kept = twin, kept
         self._open = ExitStack()
         self._session: Session | None = None
+        self._ahead: list[tuple[Callable[[], Path | None], Callable[[], list[Call]]]] = []
+        """Of each job: whether its record is there, and what it will ask its session for."""
 
     def close(self) -> None:
         """Put the baseline's weights back."""
@@ -121,13 +126,16 @@ class Scorer:
         def run(advance: Advance) -> Path:
             names = {"variant": self.candidate.name, "backend": self.candidate.backend, "corpus": work.corpus}
             if self.candidate.is_baseline:
+                session = self._opened()
                 base = work.baseline.states(shard, work.batch_tokens, advance)
-                columns = baseline_columns(self._opened(), shard, base, names)
+                columns = baseline_columns(session, shard, base, names)
             else:
                 columns = self._compared(work, shard, names, advance)
             return work.rows.write("tokens", key, columns)
 
-        return Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)
+        job = Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)
+        self._ahead.append((job.find, lambda: window_calls(shard.windows, work.batch_tokens)))
+        return job
 
     def question_job(self, work: Work, suite: Suite, questions: Sequence[Question]) -> Job:
         """Item rows of some questions of one subject."""
@@ -140,7 +148,9 @@ class Scorer:
             return work.rows.write("items", key, columns)
 
         units = question_tokens(questions)
-        return Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)
+        job = Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)
+        self._ahead.append((job.find, lambda: question_calls(questions, work.batch_tokens)))
+        return job
 
     def _compared(self, work: Work, shard: Shard, names: dict[str, str], advance: Advance) -> dict[str, Any]:
         base = work.baseline.states(shard, work.batch_tokens, _to_nobody)
@@ -159,6 +169,8 @@ class Scorer:
     def _opened(self) -> Session:
         if self._session is None:
             self._session = self._open.enter_context(self.candidate.open())
+            if isinstance(self._session, LooksAhead):
+                self._session.expect([call for find, calls in self._ahead if find() is None for call in calls()])
         return self._session
 
 

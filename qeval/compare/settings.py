@@ -26,6 +26,19 @@ class ModelChoice:
     revision: str | None = None
     device: str = "cpu"
     compute: str | None = None
+    stream: bool = False
+    """Whether decoder layers are read one at a time, for a model that memory does not hold."""
+    max_memory: int | None = None
+    """Bytes that weights, activations and logits of a streamed model may take; None: half of what is free."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that nothing keeps to.
+
+        Raises:
+            UsageError: a limit without streaming.
+        """
+        if self.max_memory is not None and not self.stream:
+            raise UsageError("--max-memory is the limit of a streamed model; add --stream.")
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,8 @@ class Settings:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
+        if self.model.stream:
+            self._check_stream()
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {
@@ -140,6 +155,16 @@ class Settings:
         }.items():
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+
+    def _check_stream(self) -> None:
+        """Refuse what needs the whole model in memory."""
+        if self.backends.uses_ort:
+            raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
+        if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
+            raise UsageError(
+                f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
+                "Take rtn, or a variant made before (--variant NAME=FOLDER)."
+            )
 
     @property
     def scores_tokens(self) -> bool:

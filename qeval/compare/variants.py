@@ -105,9 +105,12 @@ class Workshop:
         """Where the variant of `recipe` lies in the cache."""
         folder = home() / "variants" / self.key(recipe)
         if not self._is_whole(folder):
-            variant, seconds = self.make(recipe)
-            save_variant(variant, folder, self.origin(recipe, seconds))
+            self._save(recipe, folder)
         return folder
+
+    def _save(self, recipe: Recipe, folder: Path) -> None:
+        variant, seconds = self.make(recipe)
+        save_variant(variant, folder, self.origin(recipe, seconds))
 
     def key(self, recipe: Recipe) -> str:
         """The identity of the recipe's variant."""

@@ -16,6 +16,11 @@ _BLOCK_NUMBERS = 1 << 22
 """Logits of one model in memory at a time (16 MiB), so that peak memory does not grow with window or vocabulary."""
 
 
+def block_rows(vocabulary: int) -> int:
+    """The positions whose logits, each as wide as the vocabulary, are made at a time."""
+    return max(1, _BLOCK_NUMBERS // vocabulary)
+
+
 @dataclass(frozen=True, eq=False)
 class Own:
     """A model's own numbers at n positions: `log_p` fp64 of the target token (NaN where there is none), `entropy`."""
@@ -38,13 +43,13 @@ class Distance:
     """KL from the same weights on another backend, where that was given."""
 
 
-def own_numbers(logits: Logits, states: Tensor, targets: Tensor) -> Own:
+def own_numbers(logits: Logits, states: Tensor, targets: Tensor, block: int) -> Own:
     """The log-probability of each position's target token (-1: none) and the distribution's entropy.
 
-    `states` [n, width] go through `logits` in blocks; `targets` [n] token ids.
+    `states` [n, width] go through `logits` in blocks of so many; `targets` [n] token ids.
     """
     own = Own(*_empty(len(states), 2))
-    for rows in _blocks(logits, states):
+    for rows in _blocks(states, block):
         _fill_own(own, rows, _log_softmax(logits(states[rows])), targets[rows])
     return own
 
@@ -55,16 +60,17 @@ def distance(
     logits: Logits,
     states: Tensor,
     targets: Tensor,
+    block: int,
     twin: tuple[Logits, Tensor] | None = None,
 ) -> Distance:
-    """The distances of a variant's distributions from the baseline's, position by position.
+    """The distances of a variant's distributions from the baseline's, `block` positions at a time.
 
     `twin`: the head and the states of the same weights on another backend, to be compared with in the same sweep.
     """
     kl, reverse, absolute, base_log_p, near, *own = _empty(len(states), 7)
     agreement = torch.empty(len(states), dtype=torch.bool)
     found = Distance(kl, reverse, absolute, agreement, Own(*own), base_log_p, None if twin is None else near)
-    for rows in _blocks(base_logits, base_states):
+    for rows in _blocks(states, block):
         own_logits = logits(states[rows])
         if twin is not None:
             near[rows] = _near_kl(twin[0](twin[1][rows]), own_logits)
@@ -76,7 +82,7 @@ def distance(
 def mean_kl(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor) -> float:
     """The mean KL(base || other) in nats over n positions, and nothing else."""
     total = 0.0
-    for rows in _blocks(base_logits, base_states):
+    for rows in _blocks(states, _block_of(logits, states)):
         log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(logits(states[rows]))
         total += float(log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dtype=torch.float64))
     return total / len(states)
@@ -89,7 +95,7 @@ def near_kl(base_logits: Logits, base_states: Tensor, logits: Logits, states: Te
     large numbers are subtracted, so what is far below the rounding of a log-softmax is still right.
     """
     (found,) = _empty(len(states), 1)
-    for rows in _blocks(base_logits, base_states):
+    for rows in _blocks(states, _block_of(logits, states)):
         found[rows] = _near_kl(base_logits(base_states[rows]), logits(states[rows]))
     return found
 
@@ -138,7 +144,9 @@ def _sum(values: Tensor) -> Tensor:
     return values.sum(-1, dtype=torch.float64).cpu()
 
 
-def _blocks(logits: Logits, states: Tensor) -> Iterator[slice]:
-    vocabulary = logits(states[:1]).shape[-1]
-    rows = max(1, _BLOCK_NUMBERS // vocabulary)
-    return (slice(start, start + rows) for start in range(0, len(states), rows))
+def _blocks(states: Tensor, block: int) -> Iterator[slice]:
+    return (slice(start, start + block) for start in range(0, len(states), block))
+
+
+def _block_of(logits: Logits, states: Tensor) -> int:
+    return block_rows(logits(states[:1]).shape[-1])
