@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qeval.backends.base import Prefix
+from qeval.backends.memory import batch_tokens, with_half_on_lack
 from qeval.backends.prefix import PrefixLayer, cache_of
 from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
@@ -93,7 +95,8 @@ class TorchSession:
         found: dict[int, Tensor] = {}
         for rows, shares in one_sided(requests, skip, self._rope_limit):
             part = [requests[row] if shares or kept is None else requests[row].after(kept.tokens) for row in rows]
-            found.update(zip(rows, self._run(part, kept if shares else None), strict=True))
+            own = kept if shares else None
+            found.update(zip(rows, with_half_on_lack(partial(self._run, prefix=own), part), strict=True))
         return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
@@ -170,8 +173,9 @@ class TorchBackend:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens a batch that suit the device."""
-        return 32768 if self._model.device.type == "cuda" else 2048
+        """Tokens a batch that suit the device and its free memory."""
+        itemsize = self._head.weight.element_size()
+        return batch_tokens(self._model.config.get_text_config(), itemsize, self._model.device)
 
     @property
     def head(self) -> Head:

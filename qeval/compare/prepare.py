@@ -55,6 +55,8 @@ class Plan:
     runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
     shape: Shape
+    batch_tokens: int
+    """Tokens a batch: what was asked for, else what suits the device and its free memory."""
 
     @property
     def baseline_key(self) -> str:
@@ -80,11 +82,6 @@ class Plan:
         floor, ort = (1, len(self.runtime.backends)) if self.runtime else (0, 0)
         backends = self.settings.backends.uses_torch + ort
         return 1 + floor + len(self.foreign) + backends * (len(self.settings.recipes) + len(self.given))
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens a batch: what was asked for, else what suits the device and memory."""
-        return self.settings.batch_tokens or self.backend.batch_tokens
 
 
 def prepare(settings: Settings) -> Plan:
@@ -118,6 +115,7 @@ def prepare(settings: Settings) -> Plan:
         foreign=_foreign(settings, loaded, source.head, suites),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
+        batch_tokens=settings.batch_tokens or backend.batch_tokens,
         shape=_shape(loaded, quantizable(source.description)),
     )
 

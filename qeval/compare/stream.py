@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import psutil
 import torch
 
+from qeval.backends.memory import free_bytes
 from qeval.backends.stream.backend import StreamBackend, Streamed, inspect, streamed
 from qeval.calibrate.build import outline, source_of
 from qeval.calibrate.groups import Search, quantize_groups
@@ -45,14 +45,8 @@ def streamed_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, StreamBack
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
     )
-    allowed = choice.max_memory or _half_of_free(made.device)
+    allowed = choice.max_memory or free_bytes(made.device) // 2
     return loaded, source, StreamBackend(made, description, head, allowed)
-
-
-def _half_of_free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return int(psutil.virtual_memory().available) // 2
 
 
 class StreamWorkshop(Workshop):

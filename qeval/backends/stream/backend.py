@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qeval.backends.stream.budget import Budget, token_activations
+from qeval.backends.memory import batch_tokens, token_activations
+from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead, head_of_parts
 from qeval.backends.stream.packed import SavedVariant, saved_variant
 from qeval.backends.stream.relay import Relay
@@ -128,7 +129,8 @@ class StreamBackend:
     @property
     def batch_tokens(self) -> int:
         """Tokens a batch: as without streaming where memory allows."""
-        return min(self.budget.batch_tokens, 32768 if self.made.device.type == "cuda" else 2048)
+        config, itemsize = self.made.model.config.get_text_config(), self._settings.weight.element_size()
+        return min(self.budget.batch_tokens, batch_tokens(config, itemsize, self.made.device))
 
     @property
     def head(self) -> Head | StreamedHead:

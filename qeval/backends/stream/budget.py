@@ -1,7 +1,6 @@
 """How the memory that a streamed model may take is divided."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from qeval.errors import UsageError
 
@@ -59,14 +58,3 @@ class Budget:
                 f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer takes; "
                 f"give at least {least * 4 // 3 / 2**20 + 1:.0f}MiB."
             )
-
-
-def token_activations(config: Any, itemsize: int) -> int:
-    """Bytes that a token's activations take at most inside a decoder layer (an upper estimate).
-
-    The MLP's gate, up, product and activation; the normed, rotated, attended and residual states beside.
-    """
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
-    width = int(config.hidden_size)
-    return itemsize * (4 * int(inner) + 6 * width + 4 * max(int(heads), width))
