@@ -1,5 +1,7 @@
 """How much memory a batch takes, how much there is, and what to do when it was not enough."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +17,21 @@ _LEAST_BATCH = 128
 _SHARE = 4
 """A batch's activations may take one part in so many of what is free: keys, values and logits come beside."""
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Numbers of parameters in glibc's malloc.h."""
+_LARGE_BYTES = 1 << 18
+
 _T = TypeVar("_T")
+
+
+def return_large_blocks() -> None:
+    """Have the C library give large blocks back to the system when they are freed (glibc; elsewhere nothing is done).
+
+    It would keep blocks of up to 32 MiB for later use, and a limit on memory could not be kept.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_TRIM_THRESHOLD, _LARGE_BYTES)
 
 
 def free_bytes(device: torch.device) -> int:

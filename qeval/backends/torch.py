@@ -63,7 +63,7 @@ class TorchSession:
     @property
     def block_rows(self) -> int:
         """The positions whose logits are made at a time."""
-        return block_rows(self.vocab_size)
+        return block_rows(self.vocab_size, self._model.device)
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> TorchPrefix:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qeval.backends.memory import free_bytes
+from qeval.backends.memory import free_bytes, return_large_blocks
 from qeval.backends.stream.backend import StreamBackend, Streamed, inspect, streamed
 from qeval.calibrate.build import outline, source_of
 from qeval.calibrate.groups import Search, quantize_groups
@@ -31,6 +31,7 @@ def streamed_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, StreamBack
     Raises:
         UsageError: it can't be streamed, or not within the memory allowed.
     """
+    return_large_blocks()
     loaded = load(resolve(choice.name, choice.revision), device=choice.device, dtype=choice.compute, weightless=True)
     entries = read_entries(weight_files(loaded.folder))
     compute = loaded.info.compute_dtype

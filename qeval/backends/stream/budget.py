@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from qeval.errors import UsageError
 
 _STATE_BYTES = 4
+_RESERVE = 8
+"""One part in so many is left for what is not counted: rows, records, the allocator's own."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Budget:
 
     @property
     def _spare(self) -> int:
-        return self.total - self.resident - self.layer
+        return self.total - self.total // _RESERVE - self.resident - self.layer
 
     def check(self) -> None:
         """Refuse a limit that one layer and a few tokens do not fit in.
@@ -52,7 +54,7 @@ class Budget:
         Raises:
             UsageError: it names the least that would do.
         """
-        least = self.resident + self.layer + 64 * self.token_activations
+        least = (self.resident + self.layer + 64 * self.token_activations) * _RESERVE // (_RESERVE - 1)
         if self.total < least:
             raise UsageError(
                 f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer takes; "

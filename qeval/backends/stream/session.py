@@ -148,8 +148,8 @@ class StreamSession:
         return output
 
 
-_LOGIT_ARRAYS = 5
-"""Arrays of a block of logits' size that comparing two models keeps at once."""
+_LOGIT_ARRAYS = 3
+"""Arrays of a block of logits' size that comparing two models keeps at once: both models' and parts of more."""
 
 
 def _path(prefix: Prefix | None) -> Path:
