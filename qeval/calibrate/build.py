@@ -90,6 +90,23 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     )
 
 
+def outline(source: Source, recipe: Recipe, key: str) -> tuple[dict[str, Grid], Variant]:
+    """The grids of a recipe that needs no calibration, and its variant without numbers: matrices on the meta device.
+
+    Raises:
+        UsageError: as `build`.
+    """
+    grids, kept = _assign(source, recipe, parse(recipe.grid))
+    mix = _Mix(grids, (), {})
+    if recipe.mixed:
+        mix = _mix(source, recipe, grids, lambda done: None)
+    grids = mix.grids
+    inside = [name for name in quantizable(source.description) if name in grids]
+    names = [*inside, *([source.description.head] if source.description.head in grids else [])]
+    weights = {name: _weightless(source.search.parameters[name], grids[name]) for name in names}
+    return grids, Variant(key, weights, {}, {}, kept, mix.choices, _details(recipe) | mix.details)
+
+
 class _Mix(NamedTuple):
     """The grids that the bits were given out by, what was seen of each group, and how the choice was made, in words."""
 
@@ -356,6 +373,14 @@ def _gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]
         "loss on the calibration text": f"{loss / plain_loss if plain_loss else 1.0:.4f} of plain rounding's",
         "rows rounded plainly": f"{sum(outcome.rounded.plain_rows for outcome in outcomes)} of {rows}",
     }
+
+
+def _weightless(parameter: torch.Tensor, grid: Grid) -> QWeight:
+    rows, columns = parameter.shape
+    shape = grid.scale_shape(rows, columns)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    zeros = None if grid.symmetric else torch.empty(shape, dtype=torch.uint8, device="meta")
+    return QWeight(grid, codes, torch.empty(shape, device="meta"), zeros)
 
 
 def _details(recipe: Recipe) -> dict[str, str]:

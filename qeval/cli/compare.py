@@ -41,6 +41,8 @@ def compare(
     precision: options.Precision = None,
     device: options.Device = "cpu",
     compute: options.Compute = None,
+    stream: options.Stream = False,
+    max_memory: options.MaxMemory = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="Comma-separated: kl, ppl, mmlu, or any lm-eval task of choices.")
     ] = "kl,ppl,mmlu",
@@ -91,7 +93,9 @@ def compare(
     if methods is not None or (not recipes and not given):
         recipes += parse_methods(methods or _DEFAULT_METHODS, defaults)
     settings = Settings(
-        model=ModelChoice(model, revision, device, options.compute_type(compute)),
+        model=ModelChoice(
+            model, revision, device, options.compute_type(compute), stream, options.size_bytes(max_memory)
+        ),
         recipes=tuple(recipes),
         variants=given,
         tasks=_names(tasks),

@@ -130,7 +130,7 @@ def _torch(plan: Plan, entry: Entry, name: str, progress: Progress, *, kept: boo
     folder = _folder(entry)
     manifest = read_manifest(folder)
     key = {"weights": plan.baseline_key, "variant": manifest.key}
-    candidate = Candidate(name, "torch", key, lambda: plan.backend.open(load_variant(folder)))
+    candidate = Candidate(name, "torch", key, lambda: plan.backend.open_saved(folder))
     states = None
     if kept:
         store = StateStore(states_folder(plan.settings.out), progress.warn)

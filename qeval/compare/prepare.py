@@ -12,10 +12,12 @@ from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_graphs, require_runtime
 from qeval.backends.onnx.providers import choose as choose_provider
 from qeval.backends.onnx.providers import require_provider
+from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
 from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.stream import streamed_model
 from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.executors.cluster import require_ray
@@ -46,7 +48,7 @@ class Plan:
     settings: Settings
     loaded: LoadedModel
     source: Loaded
-    backend: TorchBackend
+    backend: TorchBackend | StreamBackend
     model: ModelRecord
     protocol: ProtocolRecord | None
     shards: tuple[Shard, ...]
@@ -57,6 +59,8 @@ class Plan:
     runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
     shape: Shape
+    batch_tokens: int
+    """Tokens a batch: what was asked for, else what suits the device and its free memory."""
     is_drawn: bool = False
     """Whether this is a part of what the settings name, drawn by a gate."""
 
@@ -85,12 +89,6 @@ class Plan:
         backends = self.settings.backends.uses_torch + ort
         return 1 + floor + len(self.foreign) + backends * (len(self.settings.recipes) + len(self.given))
 
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens a batch: what was asked for, else what suits the device."""
-        on_gpu = self.settings.model.device.startswith("cuda")
-        return self.settings.batch_tokens or (32768 if on_gpu else 2048)
-
 
 def prepare(settings: Settings) -> Plan:
     """Load and check everything that `settings` names.
@@ -102,10 +100,9 @@ def prepare(settings: Settings) -> Plan:
         require_ray()
     if settings.threads or settings.workers > 1:
         torch.set_num_threads(share_of_threads(settings))
-    loaded, source = source_of_model(settings.model)
+    loaded, source, backend = _model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
-    backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
     given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
@@ -126,6 +123,7 @@ def prepare(settings: Settings) -> Plan:
         foreign=_foreign(settings, loaded, source.head, suites),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
+        batch_tokens=settings.batch_tokens or backend.batch_tokens,
         shape=_shape(loaded, quantizable(source.description)),
     )
 
@@ -152,6 +150,13 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
     )
+
+
+def _model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, TorchBackend | StreamBackend]:
+    if choice.stream:
+        return streamed_model(choice)
+    loaded, source = source_of_model(choice)
+    return loaded, source, TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
 
 
 def require_onnx() -> None:

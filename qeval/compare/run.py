@@ -4,18 +4,21 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import uuid4
 
+from qeval.backends.stream.backend import StreamBackend
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.compare.candidates import baseline_of, contenders, states_folder
 from qeval.compare.crew import all_threads, helped, wait_for
 from qeval.compare.environment import describe_environment, peak_rss_bytes
-from qeval.compare.estimate import Cost, cost, flops_per_second
+from qeval.compare.estimate import PROGRAM_BYTES, Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
 from qeval.compare.remake import identity_of, settings_json
 from qeval.compare.scoring import Scorer, Work
 from qeval.compare.standing import Model, Scored, score_all, work_of
+from qeval.compare.stream import StreamWorkshop
 from qeval.compare.texts import keep_texts
 from qeval.compare.variants import Entry, Workshop
 from qeval.paths import home
@@ -109,12 +112,19 @@ def estimate(plan: Plan) -> Cost:
         if recipe.mixed and recipe.importance == "fisher":
             flops += 9 * shape.forward_flops(SAMPLES * LENGTH, SAMPLES * LENGTH)
     dtype = next(plan.loaded.model.parameters()).dtype
-    return cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
+    found = cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
+    if isinstance(plan.backend, StreamBackend):
+        return replace(found, peak_bytes=plan.backend.budget.total + PROGRAM_BYTES)
+    return found
 
 
 def _make(plan: Plan, progress: Progress) -> list[Entry]:
     """The variants in the order asked for; the calibration's statistics are let go when the last is made."""
-    workshop = Workshop(plan.source, plan.calibration, plan.settings.seed, progress)
+    backend, seed = plan.backend, plan.settings.seed
+    if isinstance(backend, StreamBackend):
+        workshop: Workshop = StreamWorkshop(plan.source, backend.made, seed, progress)
+    else:
+        workshop = Workshop(plan.source, plan.calibration, seed, progress)
     with all_threads(plan.settings):
         return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
 

@@ -27,6 +27,19 @@ class ModelChoice:
     revision: str | None = None
     device: str = "cpu"
     compute: str | None = None
+    stream: bool = False
+    """Whether decoder layers are read one at a time, for a model that memory does not hold."""
+    max_memory: int | None = None
+    """Bytes that weights, activations and logits of a streamed model may take; None: half of what is free."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that nothing keeps to.
+
+        Raises:
+            UsageError: a limit without streaming.
+        """
+        if self.max_memory is not None and not self.stream:
+            raise UsageError("--max-memory is the limit of a streamed model; add --stream.")
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,8 @@ class Settings:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
+        if self.model.stream:
+            self._check_stream()
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {
@@ -151,6 +166,18 @@ class Settings:
             raise UsageError("--worker-gpus is for --executor ray.")
         if self.worker_gpus is not None and self.worker_gpus < 0:
             raise UsageError(f"--worker-gpus must not be below 0, as {self.worker_gpus} is.")
+
+    def _check_stream(self) -> None:
+        """Refuse what needs the whole model in memory."""
+        if self.backends.uses_ort:
+            raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
+        if self.workers > 1 or self.executor == "ray":
+            raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
+        if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
+            raise UsageError(
+                f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
+                "Take rtn, or a variant made before (--variant NAME=FOLDER)."
+            )
 
     @property
     def scores_tokens(self) -> bool:

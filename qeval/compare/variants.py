@@ -109,9 +109,12 @@ class Workshop:
         folder = home() / "variants" / self.key(recipe)
         with alone(f"variant-{folder.name}", self._progress.tell):
             if not self._is_whole(folder):
-                variant, seconds = self.make(recipe)
-                save_variant(variant, folder, self.origin(recipe, seconds))
+                self._save(recipe, folder)
         return folder
+
+    def _save(self, recipe: Recipe, folder: Path) -> None:
+        variant, seconds = self.make(recipe)
+        save_variant(variant, folder, self.origin(recipe, seconds))
 
     def key(self, recipe: Recipe) -> str:
         """The identity of the recipe's variant."""

@@ -33,6 +33,8 @@ SHARED = {
 }
 RUNTIME = {"--ep": "cpu", "--exporter": "auto", "--format": "nbits", "--precision": None}
 COMPARE = SHARED | {
+    "--stream": False,
+    "--max-memory": None,
     **RUNTIME,
     "--accuracy-level": "1",
     "--methods": None,
