@@ -61,7 +61,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         helpers.tell(entries)
         first.score(wait=False)
         models = [Model(work, each) for each in contenders(plan, entries, baseline, progress)]
-        score_all(first, models)
+        score_all(first, models, work)
     variants = [model.record() for model in models]
     record = RunRecord(
         run_version=1,

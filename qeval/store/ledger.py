@@ -201,6 +201,15 @@ class Ledger:
             found = run("SELECT id FROM owners WHERE gone = 0 AND id != ?", self._me)
             return any(self._is_here(run, owner) for (owner,) in found)
 
+    def at_work(self) -> list[str]:
+        """The other live processes that have claimed jobs."""
+        query = (
+            "SELECT DISTINCT o.id, o.host, o.pid, o.started FROM owners o JOIN jobs j ON j.owner = o.id ORDER BY o.id"
+        )
+        with self._writing() as run:
+            found = [(owner, Owner(*who)) for owner, *who in run(query) if owner != self._me]
+            return [str(who) for owner, who in found if self._is_here(run, owner)]
+
     def beat(self) -> None:
         """Tell other hosts that this process lives."""
         with self._writing() as run:

@@ -83,7 +83,9 @@ def test_a_job_has_one_process_at_a_time(out, other):
         assert mine.claim(ONE)
         assert mine.claim(ONE)
         assert not theirs.claim(ONE)
+        assert mine.at_work() == []
         assert theirs.claim(TWO)
+        assert mine.at_work() == [str(other)]
         mine.release(ONE, "stopped")
         assert theirs.claim(ONE)
 
