@@ -84,4 +84,4 @@ def _work(settings: Settings, crew: str, place: int, cache: str, receive: Receiv
         first.score(wait=False)
         models = [Model(work, each) for each in contenders(plan, list(entries), baseline, progress)]
         start = place * len(models) // settings.workers
-        score_all(first, [*models[start:], *models[:start]])
+        score_all(first, [*models[start:], *models[:start]], work)

@@ -44,7 +44,7 @@ class Scored:
         Raises:
             QevalError, RuntimeError: a job failed.
         """
-        if self._found is not None and None not in (path for paths in self._found.values() for path in paths):
+        if self._found is not None and not self.is_open:
             return
         start = time.perf_counter()
         self._found = score(self._work, self._scorer(), wait=wait)
@@ -54,6 +54,11 @@ class Scored:
         """The kind and key of every job."""
         jobs = self._work.jobs(self._scorer())
         return {(job.ticket.kind, job.ticket.key) for each in jobs.values() for job in each}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another process was at one of the jobs when they were last looked at."""
+        return self._found is not None and any(None in paths for paths in self._found.values())
 
     def paths(self, kind: Kind) -> list[Path]:
         """The records of a kind that are there."""
@@ -97,10 +102,12 @@ class Model:
         return self._contender.record(self.scored.seconds)
 
 
-def score_all(first: Scored, models: Sequence[Model]) -> None:
+def score_all(first: Scored, models: Sequence[Model], work: Work) -> None:
     """Score the models that come after the baseline, then wait for what others are at, the baseline's part first."""
     for model in models:
         model.score(wait=False)
+    if any(each.is_open for each in (first, *(model.scored for model in models))) and (others := work.ledger.at_work()):
+        work.progress.tell(f"Waiting for {' and '.join(others)}: at work on what is left of this run.")
     first.score(wait=True)
     for model in models:
         model.score(wait=True)

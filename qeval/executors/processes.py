@@ -68,7 +68,8 @@ def helping(work: Work, arguments: Sequence[tuple[Any, ...]], progress: Progress
     for each in arguments:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=_help, args=(work, each, theirs), daemon=True)
-        process.start()
+        with _deaf_to_ctrl_c():
+            process.start()
         theirs.close()
         running.append((process, ours))
     helpers = Helpers(running)
@@ -77,6 +78,19 @@ def helping(work: Work, arguments: Sequence[tuple[Any, ...]], progress: Progress
     finally:
         for reason in helpers.stop():
             progress.warn(reason)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; those started here ignore it from the first, and are told by us."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _reason(process: BaseProcess, connection: Connection) -> str | None:
@@ -92,7 +106,7 @@ def _reason(process: BaseProcess, connection: Connection) -> str | None:
 
 def _help(work: Work, arguments: tuple[Any, ...], connection: Connection) -> None:
     """All that a helper does: work, tell what went wrong, and stop when told to or when nobody is left to tell."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
 
     def receive() -> Any:

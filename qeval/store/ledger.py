@@ -5,14 +5,11 @@ ledger that is lost or torn is named and begun anew, and its rows come back as t
 process is dead is taken over: at once where the process can be seen (this host), and after a lease without a heartbeat
 where it can't (another one). A heartbeat is a count, watched by the watcher's own clock: hosts need not agree on the
 time.
-
-SQLite in WAL mode on local disks. WAL needs memory that all processes share, so on network folders the ledger keeps a
-rollback journal, which needs file locks that work; where they don't, the error says so.
 """
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +17,10 @@ from threading import Event, Thread
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import psutil
-
 from qeval.errors import QevalError
-from qeval.identity import digest, digest_file
+from qeval.identity import digest_file
 from qeval.owners import Owner, is_alive, this_process
-from qeval.store.locks import alone
+from qeval.store.database import Warn, broken, connected, opened, told
 
 LEDGER = "ledger.sqlite"
 LEDGER_VERSION = 1
@@ -33,9 +28,6 @@ LEASE_SECONDS = 60.0
 """How long a claim of another host's process holds without a heartbeat."""
 
 _BEAT_SECONDS = 2.0
-_BUSY_SECONDS = 60.0
-_CHECKPOINT_PAGES = 64
-_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "lustre", "gpfs", "ceph", "gluster", "beegfs", "fuse.sshfs", "fuse.gcs")
 _SCHEMA = """
 CREATE TABLE owners(id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
     crew TEXT NOT NULL, settings TEXT NOT NULL, command TEXT NOT NULL, beat INTEGER NOT NULL, gone INTEGER NOT NULL);
@@ -46,8 +38,6 @@ CREATE TABLE attempts(kind TEXT NOT NULL, key TEXT NOT NULL, owner INTEGER NOT N
 """
 _TRIES = 2
 """How often a crew tries a job that fails, each time in another process."""
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -201,10 +191,19 @@ class Ledger:
             found = run("SELECT id FROM owners WHERE gone = 0 AND id != ?", self._me)
             return any(self._is_here(run, owner) for (owner,) in found)
 
-    def beat(self) -> None:
-        """Tell other hosts that this process lives."""
+    def at_work(self) -> list[str]:
+        """The other live processes that have claimed jobs."""
+        query = (
+            "SELECT DISTINCT o.id, o.host, o.pid, o.started FROM owners o JOIN jobs j ON j.owner = o.id ORDER BY o.id"
+        )
         with self._writing() as run:
-            run("UPDATE owners SET beat = beat + 1 WHERE id = ?", self._me)
+            found = [(owner, Owner(*who)) for owner, *who in run(query) if owner != self._me]
+            return [str(who) for owner, who in found if self._is_here(run, owner)]
+
+    def beat(self) -> None:
+        """Tell other hosts that this process lives, also those that thought it dead."""
+        with self._writing() as run:
+            run("UPDATE owners SET beat = beat + 1, gone = 0 WHERE id = ?", self._me)
 
     @staticmethod
     def pause() -> None:
@@ -263,13 +262,13 @@ class Ledger:
         )  # fmt: skip
 
     def _read(self, query: str, *values: Any) -> list[Any]:
-        with _told(self.path):
+        with told(self.path):
             return self._connection.execute(query, values).fetchall()
 
     @contextmanager
     def _writing(self) -> Iterator["Run"]:
         """A transaction that no other process writes beside."""
-        with _told(self.path):
+        with told(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield lambda query, *values: self._connection.execute(query, values).fetchall()
@@ -296,17 +295,17 @@ def joined(
         QevalError: the ledger can't be written, or is locked all the time.
     """
     path = out / LEDGER
-    with closing(_opened(path, warn)) as connection:
+    with closing(opened(path, _SCHEMA, LEDGER_VERSION, warn)) as connection:
         ledger = Ledger(path, connection, crew or uuid4().hex)
         ledger.enter(settings, command, waiting)
-        with _beating(ledger, warn):
-            try:
+        try:
+            with _beating(ledger, warn):
                 yield ledger
-            except BaseException:
-                with suppress(QevalError):  # what went wrong first is what is told; a dead process's claims are free
-                    ledger.leave()
-                raise
-            ledger.leave()
+        except BaseException:
+            with suppress(QevalError):  # what went wrong first is what is told; a dead process's claims are free
+                ledger.leave()
+            raise
+        ledger.leave()
 
 
 @contextmanager
@@ -319,9 +318,9 @@ def read_ledger(out: Path) -> Iterator[Ledger]:
     path = out / LEDGER
     if not path.is_file():
         raise FileNotFoundError(path)
-    with closing(_connected(path)) as connection:
-        with _told(path):
-            reason = _broken(connection)
+    with closing(connected(path)) as connection:
+        with told(path):
+            reason = broken(connection, LEDGER_VERSION)
         if reason:
             raise QevalError(f"{path} is torn or of another version ({reason}).")
         yield Ledger(path, connection, "")
@@ -333,7 +332,7 @@ def _beating(ledger: Ledger, warn: Warn) -> Iterator[None]:
     stop, failed = Event(), list[str]()
 
     def beat() -> None:
-        with closing(_connected(ledger.path)) as connection:
+        with closing(connected(ledger.path)) as connection:
             own = Ledger(ledger.path, connection, "")
             own._me = ledger._me
             while not stop.wait(_BEAT_SECONDS):
@@ -351,75 +350,3 @@ def _beating(ledger: Ledger, warn: Warn) -> Iterator[None]:
         thread.join()
         if failed:
             warn(f"{len(failed)} heartbeats failed, so other hosts may have repeated work: {failed[-1]}")
-
-
-def _opened(path: Path, warn: Warn) -> sqlite3.Connection:
-    """A connection to a ledger that is whole: begun anew where it is missing or broken."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QevalError(f"Cannot write {path}: {error.strerror or error}.") from error
-    with alone(f"ledger-{digest({'path': str(path.resolve())})[:16]}"), _told(path):
-        connection = _connected(path)
-        if reason := _broken(connection):
-            warn(f"{path} is torn or of another version ({reason}). It is begun anew; finished records are kept.")
-            connection.close()
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
-            connection = _connected(path)
-        connection.execute(f"PRAGMA journal_mode = {'DELETE' if is_network(path) else 'WAL'}")
-        connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        if not _version(connection):
-            script = f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {LEDGER_VERSION}; COMMIT"
-            connection.executescript(script)
-    return connection
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    with _told(path):
-        return sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)  # reads nothing yet
-
-
-def _version(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _broken(connection: sqlite3.Connection) -> str | None:
-    """What is wrong with a ledger, or None; a new file is a ledger without rows."""
-    try:
-        found = connection.execute("PRAGMA quick_check").fetchone()[0]
-        version = _version(connection)
-        is_new = version == 0 and not connection.execute("SELECT 1 FROM sqlite_master").fetchall()
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError as error:
-        return str(error)
-    if found != "ok":
-        return str(found).splitlines()[0]
-    return None if is_new or version == LEDGER_VERSION else f"version {version}"
-
-
-def is_network(path: Path, mounts: Sequence[tuple[str, str]] | None = None) -> bool:
-    """Whether a path lies on a folder of another machine; `mounts` are (mount point, type), the system's by default."""
-    if mounts is None:
-        mounts = [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]
-    real = path.resolve()
-    on = [(len(Path(point).parts), kind) for point, kind in mounts if real.is_relative_to(point)]
-    return max(on, default=(0, ""))[1].startswith(_NETWORK)
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """SQLite's errors as sentences."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error) or "busy" in str(error):
-            raise QevalError(
-                f"{path} was locked for {_BUSY_SECONDS:.0f} seconds ({error}). If no other qeval works there, its file "
-                "system does not keep file locks, as some network folders don't: give an --out on a local disk."
-            ) from error
-        raise QevalError(f"Cannot write {path}: {error}. What was written before it is kept.") from error
-    except sqlite3.DatabaseError as error:
-        raise QevalError(f"{path} is torn ({error}); run the same command again, which begins it anew.") from error

@@ -14,8 +14,10 @@ from qeval.errors import QevalError, UsageError
 from qeval.executors.local import Job, run_jobs
 from qeval.identity import digest_file
 from qeval.owners import Owner, is_alive, this_process, token_is_alive
+from qeval.store import database
 from qeval.store import ledger as module
-from qeval.store.ledger import LEDGER, Ticket, is_network, joined, read_ledger
+from qeval.store.database import is_network
+from qeval.store.ledger import LEDGER, Ticket, joined, read_ledger
 
 ONE, TWO = Ticket("tokens", "k1", "rtn"), Ticket("tokens", "k2", "rtn")
 
@@ -83,7 +85,9 @@ def test_a_job_has_one_process_at_a_time(out, other):
         assert mine.claim(ONE)
         assert mine.claim(ONE)
         assert not theirs.claim(ONE)
+        assert mine.at_work() == []
         assert theirs.claim(TWO)
+        assert mine.at_work() == [str(other)]
         mine.release(ONE, "stopped")
         assert theirs.claim(ONE)
 
@@ -121,6 +125,9 @@ def test_another_hosts_claim_holds_while_its_heart_beats(out, monkeypatch):
         assert not mine.claim(ONE)
         clock[0] += module.LEASE_SECONDS + 1
         assert mine.claim(ONE)
+        assert not mine.others
+        theirs.beat()
+        assert mine.others  # it was alive after all
 
 
 def test_heartbeats_come_by_themselves(out, monkeypatch):
@@ -273,7 +280,7 @@ def test_a_broken_ledger_is_named_and_begun_anew(out, damage):
 
 def test_a_ledger_that_stays_locked_is_told(out, monkeypatch):
     with member(out) as mine:
-        monkeypatch.setattr(module, "_BUSY_SECONDS", 0.05)
+        monkeypatch.setattr(database, "_BUSY_SECONDS", 0.05)
         blocker = sqlite3.connect(out / LEDGER, isolation_level=None)
         blocker.execute("BEGIN IMMEDIATE")
         mine._connection.execute("PRAGMA busy_timeout = 50")
@@ -289,7 +296,7 @@ def test_wal_on_local_disks_and_a_journal_on_network_folders(out, monkeypatch, t
     assert not is_network(Path("/data/run"), [("/", "nfs"), ("/data", "xfs")])
     assert not is_network(Path("/database"), [("/", "ext4"), ("/data", "nfs")])
     for network, mode in ((False, "wal"), (True, "delete")):
-        monkeypatch.setattr(module, "is_network", lambda path, found=network: found)
+        monkeypatch.setattr(database, "is_network", lambda path, found=network: found)
         with member(tmp_path / mode) as mine:
             assert mine._connection.execute("PRAGMA journal_mode").fetchone() == (mode,)
             assert mine.claim(ONE)

@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -104,6 +107,18 @@ def test_helpers_end_with_the_block_and_say_what_went_wrong(work, said):
                 process.join(20)
     assert progress.warnings == said
     assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_helper_outlives_its_parent(number):
+    parent = subprocess.Popen([sys.executable, "-m", "tests.fixtures.orphans"], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert child.is_running()
+    parent.send_signal(number)
+    parent.wait()
+    parent.stdout.close()
+    gone, _ = psutil.wait_procs([child], timeout=30)
+    assert gone
 
 
 def compare(place, out, tmp_path, monkeypatch, **changed):
