@@ -25,6 +25,7 @@ from qeval.models.reader import Plain, by_name
 from qeval.models.weights import TensorEntry
 from qeval.quant.variant import Variant
 
+_STATE_BYTES = 4
 _PROBE_ROWS = 256
 """Rows of the head that it is checked with."""
 
@@ -125,6 +126,16 @@ class StreamBackend:
         self.budget.check()
         self._baseline: StreamSession | None = None
         self._is_lent = False
+
+    def reserve(self, positions: int) -> None:
+        """Count the final states of a job of so many positions too: the baseline's, the variant's, a copy of one.
+
+        Raises:
+            UsageError: too little is left.
+        """
+        kept = 3 * positions * self.budget.width * _STATE_BYTES
+        self.budget = replace(self.budget, kept=kept)
+        self.budget.check()
 
     @property
     def batch_tokens(self) -> int:

@@ -23,16 +23,18 @@ class Budget:
     width: int
     itemsize: int
     token_activations: int
+    kept: int = 0
+    """Bytes of the final states that a job holds: the baseline's, its own, and a copy while either is written."""
 
     @property
     def head(self) -> int:
         """Bytes of the head's matrix that may be in memory at a time."""
-        return (self.total - self.resident) // 4
+        return self._beside // 3
 
     @property
     def logits(self) -> int:
         """Bytes of all arrays that are as large as a block of logits."""
-        return (self.total - self.resident) // 4
+        return self._beside // 3
 
     @property
     def batch_tokens(self) -> int:
@@ -45,8 +47,12 @@ class Budget:
         return max(0, spare // (self.width * (self.itemsize + _STATE_BYTES)))
 
     @property
+    def _beside(self) -> int:
+        return self.total - self.total // _RESERVE - self.resident - self.kept
+
+    @property
     def _spare(self) -> int:
-        return self.total - self.total // _RESERVE - self.resident - self.layer
+        return self._beside - self.layer
 
     def check(self) -> None:
         """Refuse a limit that one layer and a few tokens do not fit in.
@@ -54,9 +60,9 @@ class Budget:
         Raises:
             UsageError: it names the least that would do.
         """
-        least = (self.resident + self.layer + 64 * self.token_activations) * _RESERVE // (_RESERVE - 1)
+        least = (self.resident + self.kept + self.layer + 64 * self.token_activations) * _RESERVE // (_RESERVE - 1)
         if self.total < least:
             raise UsageError(
-                f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer takes; "
+                f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer and a few tokens take; "
                 f"give at least {least * 4 // 3 / 2**20 + 1:.0f}MiB."
             )
