@@ -128,12 +128,12 @@ class StreamBackend:
         self._is_lent = False
 
     def reserve(self, positions: int) -> None:
-        """Count the final states of a job of so many positions too: the baseline's, the variant's, a copy of one.
+        """Count the final states of a job of so many positions too.
 
         Raises:
             UsageError: too little is left.
         """
-        kept = 3 * positions * self.budget.width * _STATE_BYTES
+        kept = positions * self.budget.width * _STATE_BYTES
         self.budget = replace(self.budget, kept=kept)
         self.budget.check()
 
