@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qeval.errors import UsageError
 
 _STATE_BYTES = 4
-_RESERVE = 8
+_RESERVE = 6
 """One part in so many is left for what is not counted: rows, records, the allocator's own."""
 
 
