@@ -200,7 +200,7 @@ class StreamBackend:
 
     def _session(self, variant: SavedVariant | None) -> StreamSession:
         return StreamSession(
-            self.made.model.config, self.made.relay, self.made.weights(variant), self._head(variant), self.budget
+            self.made.model, self.made.relay, self.made.weights(variant), self._head(variant), self.budget
         )
 
     def _head(self, variant: SavedVariant | None) -> Head | StreamedHead:
