@@ -29,8 +29,9 @@ from qeval.models.load import load
 from qeval.models.source import resolve
 from qeval.paths import home, shipped
 from qeval.store.variants import load_variant, read_manifest
-from qeval.tasks.corpus import encode, load_corpus
+from qeval.tasks.corpus import bos_token, encode, load_corpus
 from qeval.tasks.harness import SAMPLE, load_suite
+from qeval.tasks.protocols import choose
 
 METHODS = "rtn,rtn:g32,rtn:int4-g64,rtn:int4-channel,rtn:int8-channel,rtn:int8-g128"
 
@@ -57,8 +58,9 @@ def script_side(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
     loaded = load(resolve(arguments.model))
-    ids = encode(loaded.tokenizer, load_corpus("pydoc").text)
-    windows = [torch.tensor([ids[i * 1024 : (i + 1) * 1024]]) for i in range(arguments.windows)]
+    ids, bos = encode(loaded.tokenizer, load_corpus("pydoc").text), bos_token(loaded.tokenizer, "auto")
+    made = choose(name="pydoc-1024").windows(ids, bos=bos, max_windows=arguments.windows)
+    windows = [torch.tensor([window.tokens]) for window in made.windows]
     reference = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
     base = _logits(loaded.model, windows)
     _questions(loaded, reference, arguments)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from qeval.errors import QevalError
+from qeval.errors import QevalError, UsageError
 from qeval.types import Request
 
 _CPU_BATCH, _GPU_BATCH = 2048, 32768
@@ -57,6 +57,29 @@ def token_activations(config: Any, itemsize: int) -> int:
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
     width = int(config.hidden_size)
     return itemsize * (4 * int(inner) + 6 * width + 4 * max(int(heads), width))
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices itself (AVX512-BF16, AMX, or Arm's BF16)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _bf16_instructions()
+
+
+def _bf16_instructions() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def require_bf16() -> None:
+    """Refuse bf16 on a processor that has no instructions for it: it would compute hundreds of times slower.
+
+    Raises:
+        UsageError: it says what to do.
+    """
+    if not has_bf16():
+        raise UsageError(
+            "--compute bf16: this processor has no bf16 instructions (AVX512-BF16 or AMX), so it would be many times "
+            "slower than fp32; leave --compute out."
+        )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

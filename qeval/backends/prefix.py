@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qeval.backends.shared import Lent, tagged
+
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values of a prefix, lent to any number of continuations and never grown by them.
@@ -15,10 +17,10 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, outer: "PrefixLayer | None" = None) -> None:
-        """`outer`: this layer of the prefix that is continued."""
+    def __init__(self, outer: "PrefixLayer | None" = None, *, apart: bool = False) -> None:
+        """`outer`: this layer of the prefix that is continued. `apart`: continuations attend to it by `shared`."""
         super().__init__()
-        self._outer = outer
+        self._outer, self._apart = outer, apart
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Keep the prefix: keys and values of shape [1, heads, tokens, head size]."""
@@ -27,6 +29,8 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The keys and values that attention sees: the prefix's own, or the prefix before each continuation's."""
+        if self.is_initialized and self._apart:
+            return tagged(key_states, Lent(self.keys, self.values)), value_states
         before = self if self.is_initialized else self._outer
         found = (key_states, value_states) if before is None else before.then(key_states, value_states)
         if not self.is_initialized:

@@ -7,7 +7,7 @@ cannot see it.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qeval.backends.base import Prefix
 from qeval.backends.memory import batch_tokens, with_half_on_lack
 from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.shared import can_share, shared_attention
 from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
 from qeval.models.graph import Description
@@ -49,6 +50,7 @@ class TorchSession:
         self._model = model
         self._head = head_of(model) if head is None else head
         self._rope_limit = rope_limit(model.config)
+        self._shares = can_share(model)
 
     @property
     def max_length(self) -> int:
@@ -78,7 +80,7 @@ class TorchSession:
         if before and before.length <= self._rope_limit < len(whole):
             before, tokens = None, whole  # the outer one's keys were turned otherwise
         outers = before.cache.layers if before else [None] * self._model.config.num_hidden_layers
-        cache = cache_of([PrefixLayer(layer) for layer in outers])
+        cache = cache_of([PrefixLayer(layer, apart=self._shares) for layer in outers])
         self._forward(self._ids([tokens]), cache)
         return TorchPrefix(whole, cache)
 
@@ -108,7 +110,8 @@ class TorchSession:
         """The states of requests that lie on one side of the rotary limit, as one batch."""
         longest = max(len(request.tokens) for request in requests)
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
-        hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
+        with shared_attention(self._model) if prefix and self._shares else nullcontext():
+            hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:

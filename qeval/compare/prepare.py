@@ -1,13 +1,16 @@
 """From settings to a plan: the model loaded, the texts tokenized, every bad input found before any long work."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from qeval.backends.base import Session
+from qeval.backends.memory import require_bf16
 from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_graphs, require_runtime
 from qeval.backends.onnx.providers import choose as choose_provider
@@ -67,12 +70,21 @@ class Plan:
     @property
     def baseline_key(self) -> str:
         """The identity of the baseline's numbers: weights, configuration, type of the arithmetic, kind of device."""
+        return self.key_in(self.model.compute_dtype)
+
+    @property
+    def rounds_on_cpu(self) -> bool:
+        """Whether the CPU computes in less than fp32, so that the noise of that is to be shown."""
+        return self.settings.model.device == "cpu" and self.model.compute_dtype in ("bfloat16", "float16")
+
+    def key_in(self, compute: str) -> str:
+        """The identity of the baseline's numbers in a compute type."""
         kind = self.settings.model.device.partition(":")[0]
         return digest(
             {
                 "weights": self.model.weights_sha256,
                 "config": self.loaded.config_sha256,
-                "compute": self.model.compute_dtype,
+                "compute": compute,
                 "device": kind,
             }
         )
@@ -86,6 +98,7 @@ class Plan:
     def models(self) -> int:
         """How many models are scored: the baseline, and every variant on every backend."""
         floor, ort = (1, len(self.runtime.backends)) if self.runtime else (0, 0)
+        floor += self.rounds_on_cpu
         backends = self.settings.backends.uses_torch + ort
         return 1 + floor + len(self.foreign) + backends * (len(self.settings.recipes) + len(self.given))
 
@@ -100,11 +113,15 @@ def prepare(settings: Settings) -> Plan:
         require_ray()
     if settings.threads or settings.workers > 1:
         torch.set_num_threads(share_of_threads(settings))
+    if settings.model.device == "cpu" and settings.model.compute == "bfloat16":
+        require_bf16()
     loaded, source, backend = _model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
+    if isinstance(backend, StreamBackend):
+        backend.reserve(max((shard.tokens for shard in shards), default=0))
     given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     if any(recipe.calibrated for recipe in settings.recipes):
@@ -150,6 +167,13 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
     )
+
+
+@contextmanager
+def open_exact(choice: ModelChoice, compute: str) -> Iterator[Session]:
+    """A session of the baseline in another compute type, loaded for the length of the block."""
+    with _model(replace(choice, compute=compute))[2].open(None) as session:
+        yield session
 
 
 def _model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, TorchBackend | StreamBackend]:

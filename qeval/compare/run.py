@@ -64,6 +64,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         helpers.tell(entries)
         models = [Model(work, each) for each in contenders(plan, entries, baseline, progress)]
         wait_for(helpers, work, first, models)
+        first.score(wait=False)
         score_all(first, models, work)
     variants = [model.record() for model in models]
     record = RunRecord(

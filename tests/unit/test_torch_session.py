@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
+from qeval.backends import shared
 from qeval.backends.torch import TorchBackend, TorchSession
 from qeval.calibrate.build import build, source_of
 from qeval.calibrate.stream import collect
@@ -11,6 +13,7 @@ from qeval.errors import QevalError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
 from qeval.types import Request
+from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import tiny_llama
 
 TOLERANCE = 1e-4
@@ -128,3 +131,26 @@ def test_batches_shrink_with_free_memory_and_a_flag_wins(backend, monkeypatch):
         monkeypatch.setattr("qeval.backends.memory.free_bytes", lambda device, free=free: free)
         sizes.append(backend.batch_tokens)
     assert sizes[0] == 2048 >= sizes[1] > sizes[2] > sizes[3] == 128
+
+
+@pytest.mark.parametrize(("family", "uses"), [("Llama", True), ("Phi", True), ("Mistral", False), ("Gemma2", False)])
+def test_a_prefix_is_attended_to_without_copies_where_attention_is_plainly_causal(family, uses, monkeypatch):
+    calls = []
+    original = shared.attend
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, shared.NAME, lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    model = tiny_family(family)
+    before = model.config._attn_implementation
+    session, copying = TorchSession(model), TorchSession(model)
+    copying._shares = False
+    requests = [Request(tokens(n, seed=n), tuple(range(n))) for n in (9, 7, 1)]
+    for outer in (None, tokens(5, seed=9)):
+        pair = []
+        for each in (session, copying):
+            kept = each.prefill(tokens(30), each.prefill(outer) if outer else None)
+            pair.append(each.states(requests, kept))
+        for one, other in zip(*pair, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    assert len(calls) == (4 if uses else 0)  # two layers, two batches
+    assert model.config._attn_implementation == before

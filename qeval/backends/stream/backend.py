@@ -25,6 +25,7 @@ from qeval.models.reader import Plain, by_name
 from qeval.models.weights import TensorEntry
 from qeval.quant.variant import Variant
 
+_STATE_BYTES = 4
 _PROBE_ROWS = 256
 """Rows of the head that it is checked with."""
 
@@ -126,6 +127,16 @@ class StreamBackend:
         self._baseline: StreamSession | None = None
         self._is_lent = False
 
+    def reserve(self, positions: int) -> None:
+        """Count the final states of a job of so many positions too.
+
+        Raises:
+            UsageError: too little is left.
+        """
+        kept = positions * self.budget.width * _STATE_BYTES
+        self.budget = replace(self.budget, kept=kept)
+        self.budget.check()
+
     @property
     def batch_tokens(self) -> int:
         """Tokens a batch: as without streaming where memory allows."""
@@ -189,7 +200,7 @@ class StreamBackend:
 
     def _session(self, variant: SavedVariant | None) -> StreamSession:
         return StreamSession(
-            self.made.model.config, self.made.relay, self.made.weights(variant), self._head(variant), self.budget
+            self.made.model, self.made.relay, self.made.weights(variant), self._head(variant), self.budget
         )
 
     def _head(self, variant: SavedVariant | None) -> Head | StreamedHead:

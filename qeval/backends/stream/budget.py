@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qeval.errors import UsageError
 
 _STATE_BYTES = 4
-_RESERVE = 8
+_RESERVE = 6
 """One part in so many is left for what is not counted: rows, records, the allocator's own."""
 
 
@@ -23,16 +23,18 @@ class Budget:
     width: int
     itemsize: int
     token_activations: int
+    kept: int = 0
+    """Bytes of a job's final states: the baseline's are there while layers run, a variant's too while logits are."""
 
     @property
     def head(self) -> int:
         """Bytes of the head's matrix that may be in memory at a time."""
-        return (self.total - self.resident) // 4
+        return self._without_layers // 3
 
     @property
     def logits(self) -> int:
         """Bytes of all arrays that are as large as a block of logits."""
-        return (self.total - self.resident) // 4
+        return self._without_layers // 3
 
     @property
     def batch_tokens(self) -> int:
@@ -45,8 +47,12 @@ class Budget:
         return max(0, spare // (self.width * (self.itemsize + _STATE_BYTES)))
 
     @property
+    def _without_layers(self) -> int:
+        return self.total - self.total // _RESERVE - self.resident - 2 * self.kept
+
+    @property
     def _spare(self) -> int:
-        return self.total - self.total // _RESERVE - self.resident - self.layer
+        return self.total - self.total // _RESERVE - self.resident - self.kept - self.layer
 
     def check(self) -> None:
         """Refuse a limit that one layer and a few tokens do not fit in.
@@ -54,9 +60,10 @@ class Budget:
         Raises:
             UsageError: it names the least that would do.
         """
-        least = (self.resident + self.layer + 64 * self.token_activations) * _RESERVE // (_RESERVE - 1)
+        least = self.resident + self.kept + max(self.kept, self.layer) + 64 * self.token_activations
+        least = least * _RESERVE // (_RESERVE - 1)
         if self.total < least:
             raise UsageError(
-                f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer takes; "
+                f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer and a few tokens take; "
                 f"give at least {least * 4 // 3 / 2**20 + 1:.0f}MiB."
             )

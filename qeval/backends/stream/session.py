@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from qeval.backends.base import Prefix
 from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.shared import can_share, shared_attention
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead
 from qeval.backends.stream.relay import Relay
@@ -36,9 +38,11 @@ class StreamSession:
     """A language model whose layers are read one after the other, each run over every token that memory holds."""
 
     def __init__(
-        self, config: Any, relay: Relay, weights: LayerWeights, head: Head | StreamedHead, budget: Budget
+        self, model: Any, relay: Relay, weights: LayerWeights, head: Head | StreamedHead, budget: Budget
     ) -> None:
         """`weights` are put into the model that `relay` runs."""
+        config = model.config
+        self._model, self._shares = model, can_share(model)
         self._config, self._relay, self._weights, self._head, self._budget = config, relay, weights, head, budget
         self._rope_limit = rope_limit(config)
         self._expected: deque[Call] = deque()
@@ -140,9 +144,10 @@ class StreamSession:
 
     def _step(self, index: int, step: Step, kept: dict[Path, PrefixLayer]) -> Tensor:
         outer = kept.get(step.path)
-        layer = PrefixLayer(outer) if step.keeps else outer
+        layer = PrefixLayer(outer, apart=self._shares) if step.keeps else outer
         cache = None if layer is None else cache_of([layer] * self._weights.count)
-        output = self._relay.run(index, step.hidden, cache, step.ids(self._weights.device))
+        with shared_attention(self._model) if outer and not step.keeps and self._shares else nullcontext():
+            output = self._relay.run(index, step.hidden, cache, step.ids(self._weights.device))
         if step.keeps and layer is not None:
             kept[step.kept_path] = layer
         return output
