@@ -68,12 +68,15 @@ def test_a_cluster_gives_the_rows_of_one_process_though_a_worker_is_killed(place
 
 
 def kill_one(process, out):
-    """Kill the first worker that is seen at a job."""
+    """Kill the first worker that is seen at a job, and held there until it is seen to be still at it."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline and process.poll() is None:
-        if at_work := running(out):
-            os.kill(at_work[0], signal.SIGKILL)
-            return at_work[0]
+        for worker in running(out)[:1]:
+            os.kill(worker, signal.SIGSTOP)
+            if worker in running(out):
+                os.kill(worker, signal.SIGKILL)
+                return worker
+            os.kill(worker, signal.SIGCONT)
         time.sleep(0.01)
     raise AssertionError("no worker came to work")
 
