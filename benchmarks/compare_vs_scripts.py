@@ -108,10 +108,8 @@ def _child(arguments: argparse.Namespace, side: str, folder: Path) -> dict[str, 
     environment = os.environ | {"QEVAL_HOME": str(folder / "home")}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"{side:8s} {found['seconds']:8.1f} s ({found['cpu_seconds']:.1f} s of CPU), peak memory {found['peak_bytes'] / 2**30:.2f} GiB",
-        flush=True,
-    )
+    took = f"{found['seconds']:8.1f} s ({found['cpu_seconds']:.1f} s of CPU)"
+    print(f"{side:8s} {took}, peak memory {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
     return found
 
 
