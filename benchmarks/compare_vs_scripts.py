@@ -108,7 +108,8 @@ def _child(arguments: argparse.Namespace, side: str, folder: Path) -> dict[str, 
     environment = os.environ | {"QEVAL_HOME": str(folder / "home")}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{side:8s} {found['seconds']:8.1f} s, peak memory {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+    took = f"{found['seconds']:8.1f} s ({found['cpu_seconds']:.1f} s of CPU)"
+    print(f"{side:8s} {took}, peak memory {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
     return found
 
 
@@ -140,7 +141,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.side:
         found = (qeval_side if arguments.side == "qeval" else script_side)(arguments)
-        print(json.dumps(found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        found |= {"peak_bytes": used.ru_maxrss * 1024, "cpu_seconds": used.ru_utime + used.ru_stime}
+        print(json.dumps(found))
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -65,6 +65,8 @@ def has_bf16() -> bool:
 
 
 def _bf16_instructions() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.10
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
 
