@@ -24,6 +24,9 @@ _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
 """Names of shards by kind."""
 
+_READERS = 3
+"""Threads that read shards: more of them wait for one another (525 shards on 2 cores: 0.45 s, with 6 threads 0.6 s)."""
+
 
 class RowStore:
     """The shards of one run folder."""
@@ -76,7 +79,7 @@ def read_index(out: Path) -> dict[str, list[str]]:
 
 def concat(kind: Kind, paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of some shards as one table, read by several threads."""
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(_READERS) as threads:
         tables = list(threads.map(lambda path: _read_shard(kind, path, columns), paths))
     if not tables:
         empty = SCHEMAS[kind].empty_table()
