@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -17,15 +17,29 @@ from qeval.errors import UsageError, unknown
 METHODS = {
     "rtn": "round to nearest",
     "awq": "activation-aware scales, then a clip search for every block (calibrated)",
+    "gptq": "a clip search, then column after column, each one's error made good by the next (calibrated)",
     "mixed": "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
     "mixed-rtn": "the same on rtn",
 }
+Importance = Literal["measured", "fisher", "positional"]
+"""How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
 BASELINE = "baseline"
 """The name of the unquantized model in every row; no variant may take it."""
 
 _DEFAULT_GRID = "int4-g128"
-_OPTIONS = {"clip": True, "noclip": False}
+_DEFAULT_DAMPING = 0.01
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "clip": {"clip": True},
+    "noclip": {"clip": False},
+    "actorder": {"act_order": True},
+    "noactorder": {"act_order": False},
+    "head": {"quantize_head": True},
+    "measured": {"importance": "measured"},
+    "fisher": {"importance": "fisher"},
+    "positional": {"importance": "positional"},
+}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
+_DAMPING = re.compile(r"damp(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,9 @@ class Rule:
 class Recipe:
     """How to make one variant. `grid` and `high` are grid names; `high` and `budget` belong to mixed methods.
 
-    `clip` None means the method's own default: a clip search for awq, none for rtn. `budget` None means the size
-    that the positional rule would take, in bits per weight.
+    `clip` None means the method's own default: a clip search for awq and gptq, none for rtn. `budget` None means the
+    size that the positional rule would take, in bits per weight. `damping` (a share of the mean second moment; None:
+    0.01) and `act_order` (None: yes) belong to gptq.
     """
 
     name: str
@@ -50,9 +65,11 @@ class Recipe:
     high: str | None = None
     clip: bool | None = None
     budget: float | None = None
-    importance: Literal["measured", "positional"] = "measured"
+    importance: Importance = "measured"
     quantize_head: bool = False
     rules: tuple[Rule, ...] = field(default=())
+    damping: float | None = None
+    act_order: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no variant can be made from."""
@@ -62,6 +79,10 @@ class Recipe:
             raise UsageError(f"A variant cannot be named '{self.name}'; that name is the unquantized model's.")
         if not self.mixed and (self.budget is not None or self.high is not None):
             raise UsageError(f"'{self.name}': a budget or a high grid belongs to mixed methods, not to {self.method}.")
+        if not self.uses_gptq and (self.damping is not None or self.act_order is not None):
+            raise UsageError(f"'{self.name}': damping and act-order belong to gptq, not to {self.method}.")
+        if self.damping is not None and not 0 < self.damping <= 1:
+            raise UsageError(f"'{self.name}': damping is a share above 0 and at most 1, not {self.damping:g}.")
 
     @property
     def mixed(self) -> bool:
@@ -71,7 +92,12 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether making the variant needs calibration text."""
-        return self.uses_awq or (self.mixed and self.importance == "measured")
+        return self.uses_awq or self.uses_gptq or (self.mixed and self.importance != "positional")
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether the statistics of all layer inputs are needed, not just the text."""
+        return self.uses_awq or (self.calibrated and self.clips and not self.uses_gptq)
 
     @property
     def uses_awq(self) -> bool:
@@ -79,9 +105,24 @@ class Recipe:
         return self.method in ("awq", "mixed")
 
     @property
+    def uses_gptq(self) -> bool:
+        """Whether columns are rounded in turn, layer after layer."""
+        return self.method == "gptq"
+
+    @property
+    def damping_share(self) -> float:
+        """What gptq adds to every second moment, as a share of their mean; 1 % as in its paper."""
+        return _DEFAULT_DAMPING if self.damping is None else float(self.damping)
+
+    @property
+    def orders_by_moment(self) -> bool:
+        """Whether gptq takes the columns with the largest second moments first."""
+        return self.act_order is not False
+
+    @property
     def clips(self) -> bool:
         """Whether each block's range is searched."""
-        return self.uses_awq if self.clip is None else self.clip
+        return self.uses_awq or self.uses_gptq if self.clip is None else self.clip
 
     def rule_for(self, name: str) -> str | None:
         """What the first rule that matches a weight's name says, or None."""
@@ -89,7 +130,10 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """Everything but the name: what changes the variant's numbers."""
-        return {key: value for key, value in asdict(self).items() if key != "name"} | {"clip": self.clips}
+        own: dict[str, Any] = {"clip": self.clips}
+        if self.uses_gptq:
+            own |= {"damping": self.damping_share, "act_order": self.orders_by_moment}
+        return {key: value for key, value in asdict(self).items() if key != "name"} | own
 
 
 @dataclass(frozen=True)
@@ -97,7 +141,7 @@ class Defaults:
     """What flags say for every recipe that doesn't say it itself."""
 
     budget: float | None = None
-    importance: Literal["measured", "positional"] = "measured"
+    importance: Importance = "measured"
     quantize_head: bool = False
 
 
@@ -116,13 +160,11 @@ def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
         options |= {"budget": defaults.budget, "importance": defaults.importance}
     for word in filter(None, words.split("-")):
         if word in _OPTIONS:
-            options["clip"] = _OPTIONS[word]
+            options |= _OPTIONS[word]
         elif match := _BUDGET.fullmatch(word):
             options["budget"] = float(match[1])
-        elif word in ("measured", "positional"):
-            options["importance"] = word
-        elif word == "head":
-            options["quantize_head"] = True
+        elif match := _DAMPING.fullmatch(word):
+            options["damping"] = float(match[1])
         else:
             grid.append(word)
     return Recipe(name=text.strip(), method=method, grid="-".join(grid) or _DEFAULT_GRID, **options)
@@ -188,6 +230,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "importance": (str,),
     "quantize_head": (bool,),
     "rules": (list,),
+    "damping": (int, float),
+    "act_order": (bool,),
 }
 
 
@@ -198,15 +242,15 @@ def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
         raise UsageError(f"{where} must be a mapping or a method's name.")
     _known(entry, _TYPES, f"key in {where}")
     for key, value in entry.items():
-        if not isinstance(value, _TYPES[key]):
+        if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and bool not in _TYPES[key]):
             expected = " or ".join(kind.__name__ for kind in _TYPES[key])
             raise UsageError(f"{where}: '{key}' must be {expected}, not {value!r}.")
     if "method" not in entry:
         raise UsageError(f"{where} names no method.")
     recipe = parse_method(str(entry["method"]), defaults)
     fields = {key: value for key, value in entry.items() if key != "method"}
-    if fields.get("importance") not in (None, "measured", "positional"):
-        raise unknown(f"importance in {where}", fields["importance"], ("measured", "positional"))
+    if "importance" in fields and fields["importance"] not in get_args(Importance):
+        raise unknown(f"importance in {where}", fields["importance"], get_args(Importance))
     if "budget" in fields:
         fields["budget"] = parse_budget(str(fields["budget"]), f"{where}: 'budget'")
     if "rules" in fields:

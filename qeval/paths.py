@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 
+HOME = "QEVAL_HOME"
+"""The variable that names the cache folder."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def home() -> Path:
     """The cache folder: `QEVAL_HOME`, else `~/.cache/qeval`."""
-    return Path(os.environ.get("QEVAL_HOME") or Path.home() / ".cache" / "qeval").expanduser()
+    return Path(os.environ.get(HOME) or Path.home() / ".cache" / "qeval").expanduser()
 
 
 def shipped(relative: str) -> Path:

@@ -21,6 +21,10 @@ class Progress(Protocol):
         """Tell of something that was mended or that a reader must know."""
         ...
 
+    def tell(self, message: str) -> None:
+        """Say what is going on; nothing of it is kept."""
+        ...
+
 
 class Silent:
     """Shows nothing and remembers the warnings."""
@@ -38,3 +42,6 @@ class Silent:
     def warn(self, message: str) -> None:
         """Remember the message."""
         self.warnings.append(message)
+
+    def tell(self, message: str) -> None:
+        """Say nothing."""

@@ -39,3 +39,18 @@ class Request:
             raise ValueError("Positions must be ascending and distinct.")
         if self.positions[0] < 0 or self.positions[-1] >= len(self.tokens):
             raise ValueError("A position lies outside its tokens.")
+
+    def after(self, prefix: tuple[int, ...]) -> "Request":
+        """The request for the whole sequence, where `prefix` stands before its tokens."""
+        return Request(prefix + self.tokens, tuple(position + len(prefix) for position in self.positions))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch that a session will be asked for: its requests, and the prefix that they continue.
+
+    `path` holds the prefix's parts from the first token on, each of which continues the one before it; empty: none.
+    """
+
+    path: tuple[tuple[int, ...], ...]
+    requests: tuple[Request, ...]

@@ -7,12 +7,13 @@ backend can give it (then `logits` is the head's matrix product), or the logits 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from qeval.quant.variant import Variant
-from qeval.types import Request
+from qeval.types import Call, Request
 
 
 class Prefix(Protocol):
@@ -38,8 +39,16 @@ class Session(Protocol):
         """The width of a row of logits."""
         ...
 
-    def prefill(self, tokens: Sequence[int]) -> Prefix:
-        """Run a prefix once and keep its keys and values for any number of `states` calls."""
+    @property
+    def block_rows(self) -> int:
+        """The positions whose logits are made at a time: what is fast on the device, and bounds memory."""
+        ...
+
+    def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> Prefix:
+        """Run a prefix once and keep its keys and values for any number of `states` calls.
+
+        With `outer`, the tokens continue that prefix, whose keys and values are not computed again.
+        """
         ...
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
@@ -55,6 +64,15 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A session that runs more at a time when it is told what it will be asked for."""
+
+    def expect(self, calls: Sequence[Call]) -> None:
+        """The calls to come, in their order. Others may come, and some of these may not."""
+        ...
+
+
 class Backend(Protocol):
     """Where variants run. One weight set is held; a variant is installed for the length of a `with` block."""
 
@@ -65,4 +83,8 @@ class Backend(Protocol):
 
     def open(self, variant: Variant | None) -> AbstractContextManager[Session]:
         """A session of `variant`, or of the baseline; the baseline is restored bit for bit when the block ends."""
+        ...
+
+    def open_saved(self, folder: Path) -> AbstractContextManager[Session]:
+        """A session of the variant that lies in `folder`."""
         ...

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qeval.backends.base import Prefix
 from qeval.errors import QevalError
+from qeval.metrics.tokens import block_rows
 from qeval.quant.variant import Variant
 from qeval.types import Request
 
@@ -54,9 +55,15 @@ class ReplaySession:
         """The width of a row of logits."""
         return self._vocab_size
 
-    def prefill(self, tokens: Sequence[int]) -> ReplayPrefix:
-        """Run a prefix once."""
-        return ReplayPrefix(len(tokens), self._totals(tokens, None)[-1])
+    @property
+    def block_rows(self) -> int:
+        """The positions whose logits are made at a time."""
+        return block_rows(self.vocab_size)
+
+    def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> ReplayPrefix:
+        """Run a prefix once, after another if one is given."""
+        before = self._own(outer)
+        return ReplayPrefix(len(tokens) + (before.length if before else 0), self._totals(tokens, before)[-1])
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
         """The states at each request's positions, [positions, d_model] fp32.
@@ -64,15 +71,18 @@ class ReplaySession:
         Raises:
             QevalError: a sequence is longer than `max_length`, or a token lies outside the vocabulary.
         """
-        if prefix is not None and not isinstance(prefix, ReplayPrefix):
-            raise TypeError("A prefix belongs to the session that made it.")
-        return [
-            torch.tanh(self._totals(request.tokens, prefix)[list(request.positions)]).float() for request in requests
-        ]
+        kept = self._own(prefix)
+        return [torch.tanh(self._totals(request.tokens, kept)[list(request.positions)]).float() for request in requests]
 
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, d_model]."""
         return states @ self._head.T
+
+    @staticmethod
+    def _own(prefix: Prefix | None) -> ReplayPrefix | None:
+        if prefix is not None and not isinstance(prefix, ReplayPrefix):
+            raise TypeError("A prefix belongs to the session that made it.")
+        return prefix
 
     def _totals(self, tokens: Sequence[int], prefix: ReplayPrefix | None) -> Tensor:
         """The running sum after each token, [tokens, d_model] fp64."""

@@ -7,51 +7,26 @@ cannot see it.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qeval.backends.base import Prefix
+from qeval.backends.memory import batch_tokens, with_half_on_lack
+from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.shared import can_share, shared_attention
 from qeval.errors import QevalError
+from qeval.metrics.tokens import block_rows
 from qeval.models.graph import Description
 from qeval.models.head import Head, head_of
 from qeval.quant.variant import Variant
+from qeval.store.variants import load_variant
 from qeval.types import Request
-
-
-class _PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values of a prefix, lent to any number of continuations and never grown by them."""
-
-    is_sliding = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Keep the prefix: keys and values of shape [1, heads, tokens, head size]."""
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values that attention sees: the prefix's own, or the prefix before each continuation's."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
-        batch = key_states.shape[0]
-        keys = torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2)
-        return keys, torch.cat([self.values.expand(batch, -1, -1, -1), value_states], dim=-2)
-
-    def get_seq_length(self) -> int:
-        """Tokens in the prefix."""
-        return int(self.keys.shape[-2]) if self.is_initialized else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The keys that a mask covers, from the first token on: sliding windows are masked, not dropped."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +41,6 @@ class TorchPrefix:
         """How many tokens the prefix holds."""
         return len(self.tokens)
 
-    def before(self, request: Request) -> Request:
-        """The whole sequence of a request that continues the prefix."""
-        return Request(self.tokens + request.tokens, tuple(p + self.length for p in request.positions))
-
 
 class TorchSession:
     """A transformers causal language model that answers with final hidden states, [d_model] fp32 each."""
@@ -78,7 +49,8 @@ class TorchSession:
         """`model` is in eval mode; `head` replaces its own (a quantized head does)."""
         self._model = model
         self._head = head_of(model) if head is None else head
-        self._rope_limit = _rope_limit(model.config)
+        self._rope_limit = rope_limit(model.config)
+        self._shares = can_share(model)
 
     @property
     def max_length(self) -> int:
@@ -90,17 +62,27 @@ class TorchSession:
         """The width of a row of logits."""
         return int(self._head.weight.shape[0])
 
+    @property
+    def block_rows(self) -> int:
+        """The positions whose logits are made at a time."""
+        return block_rows(self.vocab_size, self._model.device)
+
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int]) -> TorchPrefix:
+    def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> TorchPrefix:
         """Run a prefix once and keep its keys and values.
 
         Raises:
             QevalError: it is longer than the model's context.
         """
-        self._check_length(len(tokens))
-        cache = Cache(layers=[_PrefixLayer() for _ in range(self._model.config.num_hidden_layers)])
+        before = _own(outer)
+        whole = (*(before.tokens if before else ()), *tokens)
+        check_length(len(whole), self.max_length)
+        if before and before.length <= self._rope_limit < len(whole):
+            before, tokens = None, whole  # the outer one's keys were turned otherwise
+        outers = before.cache.layers if before else [None] * self._model.config.num_hidden_layers
+        cache = cache_of([PrefixLayer(layer, apart=self._shares) for layer in outers])
         self._forward(self._ids([tokens]), cache)
-        return TorchPrefix(tuple(tokens), cache)
+        return TorchPrefix(whole, cache)
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
@@ -109,15 +91,14 @@ class TorchSession:
         Raises:
             QevalError: a sequence is longer than the model's context.
         """
-        if prefix is not None and not isinstance(prefix, TorchPrefix):
-            raise TypeError("A prefix belongs to the session that made it.")
-        skip = prefix.length if prefix else 0
-        self._check_length(skip + max(len(request.tokens) for request in requests))
+        kept = _own(prefix)
+        skip = kept.length if kept else 0
+        check_length(skip + max(len(request.tokens) for request in requests), self.max_length)
         found: dict[int, Tensor] = {}
-        for is_long in (False, True):
-            part = [i for i, r in enumerate(requests) if (skip + len(r.tokens) > self._rope_limit) == is_long]
-            if part:
-                found.update(zip(part, self._run([requests[i] for i in part], prefix), strict=True))
+        for rows, shares in one_sided(requests, skip, self._rope_limit):
+            part = [requests[row] if shares or kept is None else requests[row].after(kept.tokens) for row in rows]
+            own = kept if shares else None
+            found.update(zip(rows, with_half_on_lack(partial(self._run, prefix=own), part), strict=True))
         return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
@@ -128,15 +109,10 @@ class TorchSession:
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit, as one batch."""
         longest = max(len(request.tokens) for request in requests)
-        if prefix is not None and prefix.length <= self._rope_limit < prefix.length + longest:
-            return self._run([prefix.before(request) for request in requests], None)  # its keys were turned otherwise
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
-        hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
+        with shared_attention(self._model) if prefix and self._shares else nullcontext():
+            hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
-
-    def _check_length(self, total: int) -> None:
-        if total > self.max_length:
-            raise QevalError(f"A sequence of {total} tokens is longer than the context of {self.max_length}.")
 
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)
@@ -147,7 +123,34 @@ class TorchSession:
         return hidden
 
 
-def _rope_limit(config: Any) -> float:
+def _own(prefix: Prefix | None) -> TorchPrefix | None:
+    if prefix is not None and not isinstance(prefix, TorchPrefix):
+        raise TypeError("A prefix belongs to the session that made it.")
+    return prefix
+
+
+def check_length(total: int, most: int) -> None:
+    """Refuse a sequence of more tokens than the context.
+
+    Raises:
+        QevalError: it says how many.
+    """
+    if total > most:
+        raise QevalError(f"A sequence of {total} tokens is longer than the context of {most}.")
+
+
+def one_sided(requests: Sequence[Request], skip: int, limit: float) -> Iterator[tuple[list[int], bool]]:
+    """The indices of the requests on either side of a rotary limit, and whether they can continue their prefix.
+
+    `skip` is the prefix's length in tokens. What crosses the limit can't: the prefix's keys were turned otherwise.
+    """
+    for is_long in (False, True):
+        rows = [i for i, r in enumerate(requests) if (skip + len(r.tokens) > limit) == is_long]
+        if rows:
+            yield rows, not (is_long and skip <= limit)
+
+
+def rope_limit(config: Any) -> float:
     """The length beyond which a sequence is turned by other rotary frequencies from its first token on (LongRoPE).
 
     Ding et al., arXiv 2402.13753; Phi-3's and Phi-4's. Infinite for models of one set of frequencies.
@@ -170,6 +173,12 @@ class TorchBackend:
         self._head = head
         self._weight_dtype = weight_dtype
         self._is_lent = False
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens a batch that suit the device and its free memory."""
+        itemsize = self._head.weight.element_size()
+        return batch_tokens(self._model.config.get_text_config(), itemsize, self._model.device)
 
     @property
     def head(self) -> Head:
@@ -202,6 +211,12 @@ class TorchBackend:
         finally:
             self._is_lent = False
 
+    @contextmanager
+    def open_saved(self, folder: Path) -> Iterator[TorchSession]:
+        """A session of the variant that lies in `folder`."""
+        with self.open(load_variant(folder)) as session:
+            yield session
+
 
 @contextmanager
 def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
@@ -219,7 +234,7 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
                 parameters[name].copy_(value)
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))
-                stack.enter_context(_scaled_input(module, scales.to(model.device)))
+                stack.enter_context(scaled_input(module, scales.to(model.device)))
             yield
         finally:
             for name, value in saved.items():
@@ -233,7 +248,9 @@ def _compact(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _scaled_input(module: nn.Module, scales: Tensor) -> Iterator[None]:
+def scaled_input(module: nn.Module, scales: Tensor) -> Iterator[None]:
+    """A linear whose input is multiplied by `scales` [columns]."""
+
     def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0] * scales.to(args[0].dtype), *args[1:])
 

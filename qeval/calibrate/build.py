@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from qeval.calibrate import accept, fisher
 from qeval.calibrate.groups import (
     Parameters,
     Scaled,
@@ -16,6 +17,7 @@ from qeval.calibrate.groups import (
     quantize_groups,
     row_divisors,
 )
+from qeval.calibrate.in_order import Options, Outcome, quantize_in_order
 from qeval.calibrate.sensitivity import measure
 from qeval.config import Recipe
 from qeval.errors import UsageError
@@ -31,6 +33,10 @@ from qeval.quant.variant import Choice, Kept, Variant
 _FLOAT = "float"
 _SCALE_BITS = 32
 HIGH_BITS = 8
+_POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
+"""Neighbours of a proposal: what it would be if the predictions' logarithms were shrunk or stretched."""
+_UNIFORM = "all low"
+"""Measured beside the ways to spend the budget, and never taken: it spends nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,22 +72,76 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     """
     grids, kept = _assign(source, recipe, parse(recipe.grid))
     choices: tuple[Choice, ...] = ()
+    told: dict[str, str] = {}
     if recipe.mixed:
-        grids, choices = _mix(source, recipe, grids, advance)
-    scales = source.search.scales(source.description.groups, grids) if recipe.uses_awq else {}
-    divisors = row_divisors(scales, source.search.parameters)
-    weights = quantize_groups(source.search, source.description.groups, grids, scales, divisors, clip=recipe.clips)
+        mix = _mix(source, recipe, grids, advance)
+        grids, choices, told = mix.grids, mix.choices, mix.details
+    made = (_in_order if recipe.uses_gptq else _each_alone)(source, recipe, grids, advance)
     if source.description.head in grids:
-        weights[source.description.head] = _quantize_head(source, grids)
+        made.weights[source.description.head] = _quantize_head(source, grids)
     return Variant(
         key=key,
-        weights=weights,
-        floats=folded_floats(scales, source.search.parameters, grids),
-        input_scales=explicit_scales(scales),
+        weights=made.weights,
+        floats=folded_floats(made.scales, source.search.parameters, grids),
+        input_scales=explicit_scales(made.scales),
         kept=kept,
         choices=choices,
-        details=_details(recipe, scales),
+        details=_details(recipe) | told | made.details,
     )
+
+
+def outline(source: Source, recipe: Recipe, key: str) -> tuple[dict[str, Grid], Variant]:
+    """The grids of a recipe that needs no calibration, and its variant without numbers: matrices on the meta device.
+
+    Raises:
+        UsageError: as `build`.
+    """
+    grids, kept = _assign(source, recipe, parse(recipe.grid))
+    mix = _Mix(grids, (), {})
+    if recipe.mixed:
+        mix = _mix(source, recipe, grids, lambda done: None)
+    grids = mix.grids
+    inside = [name for name in quantizable(source.description) if name in grids]
+    names = [*inside, *([source.description.head] if source.description.head in grids else [])]
+    weights = {name: _weightless(source.search.parameters[name], grids[name]) for name in names}
+    return grids, Variant(key, weights, {}, {}, kept, mix.choices, _details(recipe) | mix.details)
+
+
+class _Mix(NamedTuple):
+    """The grids that the bits were given out by, what was seen of each group, and how the choice was made, in words."""
+
+    grids: dict[str, Grid]
+    choices: tuple[Choice, ...]
+    details: dict[str, str]
+
+
+class _Made(NamedTuple):
+    """The quantized matrices of the decoder layers, AWQ's scales, and what the method decided, in words."""
+
+    weights: dict[str, QWeight]
+    scales: Mapping[str, Scaled]
+    details: dict[str, str]
+
+
+def _each_alone(source: Source, recipe: Recipe, grids: Mapping[str, Grid], _: Advance) -> _Made:
+    """Every group quantized for the inputs that the float model gives it."""
+    groups = source.description.groups
+    scales = source.search.scales(groups, grids) if recipe.uses_awq else {}
+    divisors = row_divisors(scales, source.search.parameters)
+    weights = quantize_groups(source.search, groups, grids, scales, divisors, clip=recipe.clips)
+    if not recipe.uses_awq:
+        return _Made(weights, scales, {})
+    explicit = sum(scaled.fold is None for scaled in scales.values())
+    words = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
+    return _Made(weights, scales, {"input scales": words})
+
+
+def _in_order(source: Source, recipe: Recipe, grids: Mapping[str, Grid], advance: Advance) -> _Made:
+    """Every group quantized for what the quantized groups before it give it."""
+    options = Options(recipe.damping_share, recipe.orders_by_moment, recipe.clips)
+    outcomes = quantize_in_order(source.model, source.description, source.samples, grids, options, advance)
+    weights = {outcome.name: outcome.rounded.weight for outcome in outcomes}
+    return _Made(weights, {}, _gptq_details(recipe, outcomes))
 
 
 def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
@@ -162,27 +222,59 @@ def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
             raise UsageError(f"'{recipe.name}': the rule '{rule.match}' matches no weight of this model.")
 
 
-def _mix(
-    source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance
-) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+def _mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> _Mix:
     budget = _mixed_budget(source, recipe, low)  # refused before the long measurement, not after
     if recipe.importance == "positional":
         grids, _ = positional_budget(source, recipe, low)
-        return grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low))
-    kls = measure(
-        source.model,
-        source.description,
-        source.head,
-        source.samples,
-        _effective(source, recipe, low),
-        advance,
-    )
-    return _under_budget(source, low, {name: high_grid(recipe) for name in low}, budget, kls)
+        return _Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low)), {})
+    own = (source.model, source.description, source.head)
+    if recipe.importance == "measured":
+        kls = measure(*own, source.samples, _effective(source, recipe, low), advance)
+        return _Mix(*_under_budget(source, recipe, low, budget, kls), {})
+    if len(source.samples) < fisher.SAMPLES + accept.SAMPLES:
+        raise UsageError(
+            f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
+            f"{accept.SAMPLES} others; give at least {fisher.SAMPLES + accept.SAMPLES} --calibration-samples."
+        )
+    kls = fisher.predict(*own, source.samples, _effective(source, recipe, low), advance)
+    ways = _ways(source, recipe, low, budget, kls)
+    effective = {name: _effective(source, recipe, grids) for name, grids in ways.items()}
+    measured = accept.measure_ways(*own, source.samples, effective)
+    best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
+    choices = tuple(_choice(source, group, ways[best], None, None) for group in _groups(source, low))
+    return _Mix(ways[best], choices, _accepted_details(measured, best))
+
+
+def _ways(
+    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
+) -> dict[str, dict[str, Grid]]:
+    """The proposal, what a flatter and a steeper belief in the predictions would give, the positional rule, all low."""
+    ways = {}
+    for name, power in _POWERS.items():
+        bent = {group: kl**power for group, kl in kls.items()}
+        ways[name], _ = _under_budget(source, recipe, low, budget, bent)
+    try:
+        positional, bits = positional_budget(source, recipe, low)
+    except UsageError:  # the rule does not apply to this model; there is one way less
+        positional, bits = {}, budget + 1
+    if bits <= budget:
+        ways["positional"] = positional
+    return ways | {_UNIFORM: low}
+
+
+def _accepted_details(measured: Mapping[str, float], best: str) -> dict[str, str]:
+    return {
+        "bits proposed on": f"calibration samples 1 to {fisher.SAMPLES}, the first {fisher.LENGTH} tokens of each",
+        "bits accepted on": f"the last {accept.SAMPLES} samples, the first {accept.LENGTH} tokens of each",
+        "measured KL (nats)": ", ".join(f"{name} {kl:.5f}" for name, kl in measured.items()),
+        "accepted": best,
+    }
 
 
 def _under_budget(
-    source: Source, low: dict[str, Grid], high: dict[str, Grid], budget: int, kls: Mapping[str, float]
+    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+    high = {name: high_grid(recipe) for name in low}
     groups, parameters = _groups(source, low), source.search.parameters
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
     options = [
@@ -268,11 +360,31 @@ def _quantize_head(source: Source, grids: Mapping[str, Grid]) -> QWeight:
     return quantize(source.head.weight.float(), grids[source.description.head])
 
 
-def _details(recipe: Recipe, scales: Mapping[str, Scaled]) -> dict[str, str]:
+def _gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    order = "largest second moment first" if recipe.orders_by_moment else "as they stand"
+    loss = sum(outcome.rounded.loss for outcome in outcomes)
+    plain_loss = sum(outcome.rounded.plain_loss for outcome in outcomes)
+    rows = sum(len(outcome.rounded.weight.codes) for outcome in outcomes)
+    raised = [outcome for outcome in outcomes if outcome.damping != recipe.damping_share]
+    return {
+        "columns": f"{order}; each block's steps are those of its float weights",
+        "damping": f"{recipe.damping_share:g} of the mean second moment",
+        "damping raised": ", ".join(f"{outcome.name} to {outcome.damping:g}" for outcome in raised) or "nowhere",
+        "loss on the calibration text": f"{loss / plain_loss if plain_loss else 1.0:.4f} of plain rounding's",
+        "rows rounded plainly": f"{sum(outcome.rounded.plain_rows for outcome in outcomes)} of {rows}",
+    }
+
+
+def _weightless(parameter: torch.Tensor, grid: Grid) -> QWeight:
+    rows, columns = parameter.shape
+    shape = grid.scale_shape(rows, columns)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    zeros = None if grid.symmetric else torch.empty(shape, dtype=torch.uint8, device="meta")
+    return QWeight(grid, codes, torch.empty(shape, device="meta"), zeros)
+
+
+def _details(recipe: Recipe) -> dict[str, str]:
     details = {"clip search": "per block" if recipe.clips else "none"}
-    if recipe.uses_awq:
-        explicit = sum(scaled.fold is None for scaled in scales.values())
-        details["input scales"] = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
     if recipe.quantize_head:
         details["head"] = "rounded to nearest"
     blocks = isinstance(parse(recipe.grid).granularity, PerBlock)

@@ -65,7 +65,7 @@ class Search:
             inputs = self.statistics.get(group.names[0])
             if inputs is not None and scaled is not None:
                 inputs = inputs.scaled(scaled.choice.scales)
-            self._clips[key] = choose_clip(matrix, grid, inputs)
+            self._clips[key] = choose_clip(matrix, grid, None if inputs is None else inputs.sketch)
         return self._clips[key]
 
     def _group_scales(self, group: Group, grids: Grids) -> Scaled | None:

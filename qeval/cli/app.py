@@ -1,13 +1,17 @@
 """The program `qeval`: arguments in, calls, exit codes out.
 
 Exit codes: 0 done, 1 a gate failed, 2 wrong use, 3 a failure while running, 4 a gate could not
-decide, 130 interrupted.
+decide, 130 interrupted (Ctrl-C), 143 told to end (SIGTERM).
 """
 
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 from rich.console import Console
@@ -23,9 +27,11 @@ from qeval.cli.export import export
 from qeval.cli.gate import gate
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
+from qeval.cli.sweep import CONTEXT, INTERRUPTED, sweep
+from qeval.cli.verify import verify
 from qeval.errors import QevalError, UsageError
 
-_INTERRUPTED = 130
+_TERMINATED = 143
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Threads that wait give way: spinning at barriers makes torch several times slower on a CPU that others use too."""
@@ -39,10 +45,12 @@ app = typer.Typer(
     cls=TyperGroup,
 )
 app.command()(compare)
+app.command(context_settings=CONTEXT)(sweep)
 app.command()(quantize)
 app.command()(export)
 app.command()(explain)
 app.command()(gate)
+app.command()(verify)
 app.command()(card)
 app.command()(diff)
 app.command()(models)
@@ -72,9 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run the program and return its exit code."""
     console = Console(stderr=True)
+    given = list(arguments) or ["--help"]
+    command = shlex.join(["qeval", *given])
     try:
-        given = list(arguments) or ["--help"]
-        code = app(args=given, prog_name="qeval", standalone_mode=False, obj=shlex.join(["qeval", *given]))
+        with _sigterm_as_interrupt() as terminated:
+            code = app(args=given, prog_name="qeval", standalone_mode=False, obj=command)
     except typer.TyperException as error:
         sentence = f"{error.format_message()} (--help lists what there is)"
         return _told(console, sentence, UsageError.exit_code, debug=False)
@@ -84,9 +94,30 @@ def run(arguments: Sequence[str]) -> int:
         debug = "--debug" in arguments
         where = "" if debug else " (--debug shows where)"
         return _told(console, f"{type(error).__name__}: {error}{where}", QevalError.exit_code, debug=debug)
-    if code == _INTERRUPTED:  # typer makes this of KeyboardInterrupt
-        console.print("Interrupted. What is done is kept; the same command goes on from there.", soft_wrap=True)
+    if code == INTERRUPTED:  # typer makes this of KeyboardInterrupt
+        code, what = (_TERMINATED, "Terminated") if terminated else (INTERRUPTED, "Interrupted")
+        sentence = f"{what}. What is done is kept; the same command goes on from there: {command}"
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """SIGTERM unwinds as Ctrl-C does, so that weights are put back and temporary files go; the list says if it came."""
+    terminated: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _told(console: Console, sentence: str, code: int, *, debug: bool) -> int:

@@ -41,6 +41,8 @@ def compare(
     precision: options.Precision = None,
     device: options.Device = "cpu",
     compute: options.Compute = None,
+    stream: options.Stream = False,
+    max_memory: options.MaxMemory = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="Comma-separated: kl, ppl, mmlu, or any lm-eval task of choices.")
     ] = "kl,ppl,mmlu",
@@ -68,6 +70,15 @@ def compare(
     quantize_head: options.QuantizeHead = False,
     batch_tokens: Annotated[int | None, typer.Option("--batch-tokens", help="Tokens a batch.")] = None,
     threads: options.Threads = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that score, each with its share of the threads.")
+    ] = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option("--executor", help="Where workers run: this machine, or a Ray cluster.")
+    ] = "local",
+    worker_gpus: Annotated[
+        float | None, typer.Option("--worker-gpus", help="GPUs of a Ray worker; default: 1 on --device cuda, else 0.")
+    ] = None,
     seed: options.Seed = 0,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -82,7 +93,9 @@ def compare(
     if methods is not None or (not recipes and not given):
         recipes += parse_methods(methods or _DEFAULT_METHODS, defaults)
     settings = Settings(
-        model=ModelChoice(model, revision, device, options.compute_type(compute)),
+        model=ModelChoice(
+            model, revision, device, options.compute_type(compute), stream, options.size_bytes(max_memory)
+        ),
         recipes=tuple(recipes),
         variants=given,
         tasks=_names(tasks),
@@ -95,6 +108,9 @@ def compare(
         ),
         batch_tokens=batch_tokens,
         threads=threads,
+        workers=workers,
+        executor=executor,
+        worker_gpus=worker_gpus,
         seed=seed,
         command=str(context.obj),
     )
@@ -111,7 +127,7 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     # torch, transformers and lm-eval take seconds to import, which `qeval --help` need not wait for
     from qeval.cli.show import show_plan, show_result  # noqa: PLC0415
     from qeval.compare.prepare import prepare  # noqa: PLC0415
-    from qeval.compare.run import failed, run  # noqa: PLC0415
+    from qeval.compare.run import failed, membership, run  # noqa: PLC0415
     from qeval.report import build, write  # noqa: PLC0415
 
     console = Console(stderr=True)
@@ -119,10 +135,11 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     plan = prepare(settings)
     if not quiet:
         show_plan(plan, console)
-    record = run(plan, progress)
-    with progress.phase("report", 1):
-        report = build(settings.out)
-        rendered = write(report, settings.out)
+    with membership(plan, progress) as ledger:
+        record = run(plan, progress, ledger)
+        with progress.phase("report", 1), ledger.alone("report"):
+            report = build(settings.out)
+            rendered = write(report, settings.out)
     show_result(record, report, rendered.html, console, as_json=as_json)
     return 3 if failed(record.variants) else 0
 

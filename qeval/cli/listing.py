@@ -14,6 +14,8 @@ _GRIDS = (
     ("rtn:int8-channel", "INT8, one scale a row"),
     ("rtn:int4-g32-asym", "INT4, blocks of 32, with zero points"),
     ("awq:noclip", "the scales alone, without the clip search"),
+    ("gptq:noclip-noactorder", "as in the paper's first form: the full range, the columns as they stand"),
+    ("gptq:int4-channel-damp0.05", "one scale a row, 5 % of the mean second moment added to every one (default 1 %)"),
     ("mixed-rtn:4.8bpw", "under a size budget in bits per weight"),
     ("mixed:positional", "INT8 by position (first and last eighth, every third between), as other tools do"),
 )
@@ -30,7 +32,10 @@ def methods() -> None:
     _show("method", METHODS.items())
     _say("Plain names mean INT4, blocks of 128, symmetric; the head and the embedding stay in float.")
     _show("for example", _GRIDS)
-    _say("Parameters: int2..int8, gN | channel | tensor, sym | asym, clip | noclip, Nbpw, measured | positional, head.")
+    _say(
+        "Parameters: int2..int8, gN | channel | tensor, sym | asym, clip | noclip, actorder | noactorder, dampN, Nbpw, "
+        "measured | positional, head."
+    )
 
 
 def tasks() -> None:

@@ -1,11 +1,12 @@
 """The flags that several commands share, with one help text each."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from qeval.errors import unknown
+from qeval.errors import UsageError, unknown
 
 Model = Annotated[
     str,
@@ -27,8 +28,8 @@ Budget = Annotated[
     typer.Option("--budget", help="Size of mixed variants, such as 4.8bpw; else the positional rule's own."),
 ]
 Importance = Annotated[
-    Literal["measured", "positional"],
-    typer.Option("--importance", help="How mixed variants pick INT8 layers."),
+    Literal["measured", "fisher", "positional"],
+    typer.Option("--importance", help="How mixed variants pick INT8 layers; fisher: predicted, then measured whole."),
 ]
 QuantizeHead = Annotated[bool, typer.Option("--quantize-head", help="Quantize lm_head too (a tied embedding stays).")]
 Ep = Annotated[
@@ -55,6 +56,20 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when some
 Run = Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
 
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Read decoder layers one at a time: for a model that memory does not hold."),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="With --stream: what weights, activations and logits may take beside the program itself, such as 2GiB; "
+        "default: half of the free memory.",
+    ),
+]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _COMPUTE |= {"fp16": "float16", "float16": "float16"}
 
@@ -70,3 +85,25 @@ def compute_type(text: str | None) -> str | None:
     if text is None or text in _COMPUTE:
         return None if text is None else _COMPUTE[text]
     raise unknown("compute type", text, ("fp32", "bf16", "fp16"))
+
+
+def size_bytes(text: str | None) -> int | None:
+    """The bytes of `2GiB`, `500MB` or `1.5G` (GB: 10^9; GiB and G: 2^30).
+
+    Raises:
+        UsageError: it is no size, or nothing.
+
+    >>> size_bytes("2GiB"), size_bytes("500MB")
+    (2147483648, 500000000)
+    """
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"--max-memory takes a size such as 2GiB or 500MB, not '{text}'.")
+    unit = (match[2] or "").upper()
+    decimal = text.strip().upper().endswith("B") and not unit.endswith("I")
+    size = int(float(match[1]) * (1000 if decimal else 1024) ** " KMGT".index((unit or " ")[0]))
+    if size < 1:
+        raise UsageError(f"--max-memory {text} leaves nothing; give a size such as 2GiB.")
+    return size

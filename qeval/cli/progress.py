@@ -48,3 +48,8 @@ class ConsoleProgress:
         """Show a warning at once and keep it for the report."""
         self.warnings.append(message)
         self._console.print(Text.assemble(("warning:", "yellow"), " ", message), soft_wrap=True)
+
+    def tell(self, message: str) -> None:
+        """Say it, unless quiet."""
+        if not self._quiet:
+            self._console.print(message, soft_wrap=True, highlight=False, markup=False)

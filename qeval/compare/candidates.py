@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pydantic import ValidationError
 
 from qeval.backends.base import Session
-from qeval.compare.prepare import Plan
+from qeval.compare.prepare import Plan, open_exact
 from qeval.compare.record import failed_record, variant_record
 from qeval.compare.scoring import Candidate, Kept, Scorer
 from qeval.compare.settings import BACKENDS
@@ -28,6 +28,9 @@ from qeval.store.variants import load_variant, read_manifest
 if TYPE_CHECKING:
     from qeval.backends.onnx.backend import OrtBackend, Ran
     from qeval.compare.onnx import Foreign, Runtime
+
+
+_EXACT = "float32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,8 @@ def contenders(plan: Plan, entries: list[Entry], baseline: Kept, progress: Progr
     broken = _export(plan, progress)
     if plan.runtime is not None:
         yield _floor(plan, plan.runtime, baseline, broken)
+    if plan.rounds_on_cpu:
+        yield _compute_floor(plan)
     for entry in entries:
         torch_model: _Torch | None = None
         for backend, name in ((backend, label(entry.name)) for backend, label in labels):
@@ -130,7 +135,7 @@ def _torch(plan: Plan, entry: Entry, name: str, progress: Progress, *, kept: boo
     folder = _folder(entry)
     manifest = read_manifest(folder)
     key = {"weights": plan.baseline_key, "variant": manifest.key}
-    candidate = Candidate(name, "torch", key, lambda: plan.backend.open(load_variant(folder)))
+    candidate = Candidate(name, "torch", key, lambda: plan.backend.open_saved(folder))
     states = None
     if kept:
         store = StateStore(states_folder(plan.settings.out), progress.warn)
@@ -175,18 +180,32 @@ def _floor(plan: Plan, runtime: "Runtime", baseline: Kept, broken: str | None) -
     candidate = Candidate(name, "ort", key, remembered.opener(lambda: None))
 
     def record(seconds: float) -> VariantRecord:
-        bits = float(plan.source.float_bits)
-        empty = failed_record(name, "float", "ort", "")
-        return empty.model_copy(
-            update={
-                "status": "done", "error": None, "role": "floor", "grid": "float", "granularity": "none",
-                "key": digest(key), "bits_per_weight": bits, "bits_per_weight_model": bits,
-                "size_bytes": plan.shape.parameters * plan.source.float_bits // 8,
-                "score_seconds": seconds, "runtime": _plain(remembered.record()), "twin": BASELINE,
-            }
-        )  # fmt: skip
+        made = _floor_record(plan, candidate, seconds)
+        return made.model_copy(update={"runtime": _plain(remembered.record()), "twin": BASELINE})
 
     return Contender(name, "ort", "float", lambda: Scorer(candidate, twin=baseline), record, broken)
+
+
+def _compute_floor(plan: Plan) -> Contender:
+    """The baseline computed in fp32, where a processor that rounds to bf16 computes the rest."""
+    key = {"weights": plan.key_in(_EXACT), "against": plan.baseline_key}
+    candidate = Candidate(f"{BASELINE}@fp32", "torch", key, lambda: open_exact(plan.settings.model, _EXACT))
+
+    def record(seconds: float) -> VariantRecord:
+        return _floor_record(plan, candidate, seconds)
+
+    return Contender(candidate.name, "torch", "float", lambda: Scorer(candidate), record)
+
+
+def _floor_record(plan: Plan, candidate: Candidate, seconds: float) -> VariantRecord:
+    bits = float(plan.source.float_bits)
+    return failed_record(candidate.name, "float", candidate.backend, "").model_copy(
+        update={
+            "status": "done", "error": None, "role": "floor", "grid": "float", "granularity": "none",
+            "key": digest(candidate.key), "bits_per_weight": bits, "bits_per_weight_model": bits,
+            "size_bytes": plan.shape.parameters * plan.source.float_bits // 8, "score_seconds": seconds,
+        }
+    )  # fmt: skip
 
 
 def _plain(runtime: RuntimeRecord | None) -> RuntimeRecord | None:

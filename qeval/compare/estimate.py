@@ -9,7 +9,8 @@ _SIDE = 1024
 _SHARE_OF_PEAK = 0.6
 """What whole forward passes reach of a large matrix product's rate; attention and norms take the rest."""
 
-_BUFFERS_BYTES = 1 << 30
+PROGRAM_BYTES = 1 << 30
+"""Resident memory of the program and its libraries, with some working memory."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def flops_per_second(device: str, dtype: torch.dtype) -> float:
 
 def cost(flops: float, rate: float, shape: Shape) -> Cost:
     """The cost of `flops` at a share of the measured `rate`: the model, one variant, and working memory."""
-    return Cost(flops / (rate * _SHARE_OF_PEAK), shape.model_bytes * 3 // 2 + _BUFFERS_BYTES)
+    return Cost(flops / (rate * _SHARE_OF_PEAK), shape.model_bytes * 3 // 2 + PROGRAM_BYTES)
 
 
 def _seconds(a: torch.Tensor) -> float:

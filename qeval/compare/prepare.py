@@ -1,23 +1,29 @@
 """From settings to a plan: the model loaded, the texts tokenized, every bad input found before any long work."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from qeval.backends.base import Session
+from qeval.backends.memory import require_bf16
 from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_graphs, require_runtime
 from qeval.backends.onnx.providers import choose as choose_provider
 from qeval.backends.onnx.providers import require_provider
+from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
 from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.stream import streamed_model
 from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
+from qeval.executors.cluster import require_ray
 from qeval.identity import digest
 from qeval.models.graph import describe
 from qeval.models.head import Head, head_of
@@ -34,6 +40,9 @@ from qeval.tasks.windows import tokens_sha256
 if TYPE_CHECKING:
     from qeval.compare.onnx import Foreign, Runtime
 
+_CORES = torch.get_num_threads()
+"""What torch takes by itself."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -42,7 +51,7 @@ class Plan:
     settings: Settings
     loaded: LoadedModel
     source: Loaded
-    backend: TorchBackend
+    backend: TorchBackend | StreamBackend
     model: ModelRecord
     protocol: ProtocolRecord | None
     shards: tuple[Shard, ...]
@@ -53,16 +62,29 @@ class Plan:
     runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
     shape: Shape
+    batch_tokens: int
+    """Tokens a batch: what was asked for, else what suits the device and its free memory."""
+    is_drawn: bool = False
+    """Whether this is a part of what the settings name, drawn by a gate."""
 
     @property
     def baseline_key(self) -> str:
         """The identity of the baseline's numbers: weights, configuration, type of the arithmetic, kind of device."""
+        return self.key_in(self.model.compute_dtype)
+
+    @property
+    def rounds_on_cpu(self) -> bool:
+        """Whether the CPU computes in less than fp32, so that the noise of that is to be shown."""
+        return self.settings.model.device == "cpu" and self.model.compute_dtype in ("bfloat16", "float16")
+
+    def key_in(self, compute: str) -> str:
+        """The identity of the baseline's numbers in a compute type."""
         kind = self.settings.model.device.partition(":")[0]
         return digest(
             {
                 "weights": self.model.weights_sha256,
                 "config": self.loaded.config_sha256,
-                "compute": self.model.compute_dtype,
+                "compute": compute,
                 "device": kind,
             }
         )
@@ -76,14 +98,9 @@ class Plan:
     def models(self) -> int:
         """How many models are scored: the baseline, and every variant on every backend."""
         floor, ort = (1, len(self.runtime.backends)) if self.runtime else (0, 0)
+        floor += self.rounds_on_cpu
         backends = self.settings.backends.uses_torch + ort
         return 1 + floor + len(self.foreign) + backends * (len(self.settings.recipes) + len(self.given))
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens a batch: what was asked for, else what suits the device."""
-        on_gpu = self.settings.model.device.startswith("cuda")
-        return self.settings.batch_tokens or (32768 if on_gpu else 2048)
 
 
 def prepare(settings: Settings) -> Plan:
@@ -92,14 +109,19 @@ def prepare(settings: Settings) -> Plan:
     Raises:
         UsageError: something that was asked for is not there or does not fit.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    loaded, source = source_of_model(settings.model)
+    if settings.executor == "ray":
+        require_ray()
+    if settings.threads or settings.workers > 1:
+        torch.set_num_threads(share_of_threads(settings))
+    if settings.model.device == "cpu" and settings.model.compute == "bfloat16":
+        require_bf16()
+    loaded, source, backend = _model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
-    backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
+    if isinstance(backend, StreamBackend):
+        backend.reserve(max((shard.tokens for shard in shards), default=0))
     given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     if any(recipe.calibrated for recipe in settings.recipes):
@@ -118,8 +140,19 @@ def prepare(settings: Settings) -> Plan:
         foreign=_foreign(settings, loaded, source.head, suites),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
+        batch_tokens=settings.batch_tokens or backend.batch_tokens,
         shape=_shape(loaded, quantizable(source.description)),
     )
+
+
+def share_of_threads(settings: Settings) -> int:
+    """The threads of each of a run's workers."""
+    return max(1, default_threads(settings) // settings.workers)
+
+
+def default_threads(settings: Settings) -> int:
+    """The threads of a whole run: what was asked for, else all cores."""
+    return settings.threads or _CORES
 
 
 def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
@@ -134,6 +167,20 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
     )
+
+
+@contextmanager
+def open_exact(choice: ModelChoice, compute: str) -> Iterator[Session]:
+    """A session of the baseline in another compute type, loaded for the length of the block."""
+    with _model(replace(choice, compute=compute))[2].open(None) as session:
+        yield session
+
+
+def _model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, TorchBackend | StreamBackend]:
+    if choice.stream:
+        return streamed_model(choice)
+    loaded, source = source_of_model(choice)
+    return loaded, source, TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
 
 
 def require_onnx() -> None:

@@ -2,43 +2,71 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
+from uuid import uuid4
 
+from qeval.backends.stream.backend import StreamBackend
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
-from qeval.compare.candidates import Contender, baseline_of, contenders, states_folder
+from qeval.compare.candidates import baseline_of, contenders, states_folder
+from qeval.compare.crew import all_threads, helped, wait_for
 from qeval.compare.environment import describe_environment, peak_rss_bytes
-from qeval.compare.estimate import Cost, cost, flops_per_second
+from qeval.compare.estimate import PROGRAM_BYTES, Cost, cost, flops_per_second
 from qeval.compare.prepare import Plan
-from qeval.compare.scoring import Kept, Scorer, Work, score
+from qeval.compare.remake import identity_of, settings_json
+from qeval.compare.scoring import Scorer, Work
+from qeval.compare.standing import Model, Scored, score_all, work_of
+from qeval.compare.stream import StreamWorkshop
 from qeval.compare.texts import keep_texts
 from qeval.compare.variants import Entry, Workshop
-from qeval.errors import QevalError, UsageError
+from qeval.paths import home
 from qeval.progress import Progress
 from qeval.score.choices import shared_tokens
-from qeval.store.atomic import write_text
-from qeval.store.rows import Kind, RowStore
+from qeval.store.atomic import sweep, write_text
+from qeval.store.ledger import Ledger, joined
+from qeval.store.rows import Kind
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
 
+KINDS: tuple[Kind, ...] = ("tokens", "items")
+_CACHES = ("variants", "states", "hashes", "onnx")
+"""Folders of the cache that processes write into; the models' removes its own leftovers."""
 
-def run(plan: Plan, progress: Progress) -> RunRecord:
+
+@contextmanager
+def membership(plan: Plan, progress: Progress, *, shared: bool = True) -> Iterator[Ledger]:
+    """This process as one that works on the run in the plan's folder; it lasts until the report is written.
+
+    Another command of the same settings joins it; one of other settings waits, and so does every other command where
+    the run is not `shared`. What killed processes left in the folder and in the cache is removed first.
+    """
+    out = plan.settings.out
+    for folder in (out, *(home() / name for name in _CACHES)):
+        sweep(folder)
+    settings = identity_of(plan.settings) if shared else uuid4().hex
+    with joined(out, settings, plan.settings.command, progress.warn, waiting=progress.tell) as ledger:
+        yield ledger
+
+
+def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     """Do what is planned and is not done yet; the record is written to OUT/run.json, the rows to OUT/rows.
 
-    A variant that fails is told in its record; the others are scored all the same.
+    A variant that fails is told in its record; the others are scored all the same. What other processes of the run are
+    at is waited for in the end.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    entries = _make(plan, progress)
     baseline = baseline_of(plan, progress)
-    work = _work(plan, baseline, progress)
-    before = time.perf_counter()
-    records = score(work, Scorer(baseline.candidate))
-    baseline_seconds = time.perf_counter() - before
-    variants = [_scored(work, each, records) for each in contenders(plan, entries, baseline, progress)]
-    work.rows.keep_only(records)
-    if not failed(variants):
-        shutil.rmtree(states_folder(plan.settings.out), ignore_errors=True)
-    keep_texts(plan.settings.out, plan.loaded.tokenizer, plan.shards, plan.suites)
+    work = work_of(plan, baseline, ledger, progress)
+    first = Scored(work, lambda: Scorer(baseline.candidate))
+    with helped(plan.settings, ledger.crew, progress) as helpers:
+        entries = _make(plan, progress)
+        helpers.tell(entries)
+        models = [Model(work, each) for each in contenders(plan, entries, baseline, progress)]
+        wait_for(helpers, work, first, models)
+        first.score(wait=False)
+        score_all(first, models, work)
+    variants = [model.record() for model in models]
     record = RunRecord(
         run_version=1,
         command=plan.settings.command,
@@ -51,7 +79,7 @@ def run(plan: Plan, progress: Progress) -> RunRecord:
         baseline_label=_baseline_label(plan),
         baseline_size_bytes=plan.shape.parameters * plan.source.float_bits // 8,
         baseline_bits_per_weight=float(plan.source.float_bits),
-        baseline_seconds=baseline_seconds,
+        baseline_seconds=first.seconds,
         protocol=plan.protocol,
         tasks=list(plan.tasks),
         calibration=_calibration(plan),
@@ -59,8 +87,9 @@ def run(plan: Plan, progress: Progress) -> RunRecord:
         environment=describe_environment(plan.settings.model.device),
         metrics=list(plan.settings.tasks),
         warnings=list(progress.warnings),
+        settings=None if plan.is_drawn else settings_json(plan.settings),
     )
-    write_text(plan.settings.out / "run.json", record.model_dump_json(indent=1) + "\n")
+    _write(plan, work, [first, *(model.scored for model in models)], record)
     return record
 
 
@@ -75,46 +104,40 @@ def estimate(plan: Plan) -> Cost:
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.groups)
     for recipe in plan.settings.recipes:
+        if recipe.uses_gptq:
+            flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
         if recipe.mixed and recipe.importance == "measured":
             tokens = SAMPLES * LENGTH
             flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)
+        if recipe.mixed and recipe.importance == "fisher":
+            flops += 9 * shape.forward_flops(SAMPLES * LENGTH, SAMPLES * LENGTH)
     dtype = next(plan.loaded.model.parameters()).dtype
-    return cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
+    found = cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
+    if isinstance(plan.backend, StreamBackend):
+        return replace(found, peak_bytes=plan.backend.budget.total + PROGRAM_BYTES)
+    return found
 
 
 def _make(plan: Plan, progress: Progress) -> list[Entry]:
     """The variants in the order asked for; the calibration's statistics are let go when the last is made."""
-    workshop = Workshop(plan.source, plan.calibration, plan.settings.seed, progress)
-    return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
+    backend, seed = plan.backend, plan.settings.seed
+    if isinstance(backend, StreamBackend):
+        workshop: Workshop = StreamWorkshop(plan.source, backend.made, seed, progress)
+    else:
+        workshop = Workshop(plan.source, plan.calibration, seed, progress)
+    with all_threads(plan.settings):
+        return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
 
 
-def _work(plan: Plan, baseline: Kept, progress: Progress) -> Work:
-    return Work(
-        shards=plan.shards,
-        corpus=plan.protocol.corpus if plan.protocol else "",
-        suites=plan.suites,
-        rows=RowStore(plan.settings.out),
-        baseline=baseline,
-        batch_tokens=plan.batch_tokens,
-        progress=progress,
-    )
-
-
-def _scored(work: Work, contender: Contender, records: dict[Kind, list[Path]]) -> VariantRecord:
-    """One model's rows added to `records`, and its own record."""
-    if contender.error is not None:
-        return contender.failed(contender.error)
-    start = time.perf_counter()
-    try:
-        done = score(work, contender.scorer())
-    except UsageError:
-        raise
-    except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
-        work.progress.warn(f"{contender.name} failed: {error}")
-        return contender.failed(str(error))
-    for kind, paths in done.items():
-        records[kind] += paths
-    return contender.record(time.perf_counter() - start)
+def _write(plan: Plan, work: Work, scored: Sequence[Scored], record: RunRecord) -> None:
+    """The index of rows, the texts and the record, as one: others of the run write theirs before or after."""
+    out = plan.settings.out
+    with work.ledger.alone("record"):
+        work.rows.keep_only({kind: [path for each in scored for path in each.paths(kind)] for kind in KINDS})
+        keep_texts(out, plan.loaded.tokenizer, plan.shards, plan.suites)
+        write_text(out / "run.json", record.model_dump_json(indent=1) + "\n")
+    if not failed(record.variants) and not work.ledger.others:
+        shutil.rmtree(states_folder(out), ignore_errors=True)
 
 
 def _baseline_label(plan: Plan) -> str:

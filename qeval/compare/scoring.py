@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Session
+from qeval.backends.base import LooksAhead, Session
 from qeval.executors.local import Job, run_jobs
 from qeval.identity import digest
 from qeval.metrics.tokens import Logits
@@ -18,6 +19,7 @@ from qeval.score.choices import (
     QUESTIONS_VERSION,
     item_columns,
     prompt_sha256,
+    question_calls,
     question_tokens,
     score_questions,
 )
@@ -26,15 +28,20 @@ from qeval.score.corpus import (
     Shard,
     baseline_columns,
     variant_columns,
+    window_calls,
     window_states,
 )
+from qeval.store.ledger import Ledger, Ticket
+from qeval.store.locks import alone
 from qeval.store.rows import Kind, RowStore
 from qeval.store.states import StateStore
 from qeval.tasks.harness import Question, Suite
+from qeval.types import Call
 
 _LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions"}
 
 Opener = Callable[[], AbstractContextManager[Session]]
+Run = Callable[[Advance], Path]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +69,17 @@ class Kept:
     """The head that makes logits of the states; asked for when they are needed."""
 
     def states(self, shard: Shard, batch_tokens: int, advance: Advance) -> Tensor:
-        """The states of a shard's windows, [positions, width]."""
+        """The states of a shard's windows, [positions, width]; one process at a time computes them."""
         key = self.key(shard)
         states = self.store.read(key)
-        if states is None:
-            with torch.inference_mode(), self.candidate.open() as session:
-                states = window_states(session, shard.windows, batch_tokens, advance)
-            self.store.write(key, states)
+        if states is not None:
+            return states
+        with alone(f"states-{key[:2]}"):  # a lock a key would leave as many files as there are shards
+            states = self.store.read(key)
+            if states is None:
+                with torch.inference_mode(), self.candidate.open() as session:
+                    states = window_states(session, shard.windows, batch_tokens, advance)
+                self.store.write(key, states)
         return states
 
     def key(self, shard: Shard) -> str:
@@ -84,6 +95,7 @@ class Work:
     corpus: str
     suites: tuple[Suite, ...]
     rows: RowStore
+    ledger: Ledger
     baseline: Kept
     batch_tokens: int
     progress: Progress
@@ -105,6 +117,8 @@ class Scorer:
         self._twin, self._kept = twin, kept
         self._open = ExitStack()
         self._session: Session | None = None
+        self._ahead: list[tuple[Callable[[], Path | None], Callable[[], list[Call]]]] = []
+        """Of each job: whether its record is there, and what it will ask its session for."""
 
     def close(self) -> None:
         """Put the baseline's weights back."""
@@ -121,13 +135,15 @@ class Scorer:
         def run(advance: Advance) -> Path:
             names = {"variant": self.candidate.name, "backend": self.candidate.backend, "corpus": work.corpus}
             if self.candidate.is_baseline:
+                session = self._opened()
                 base = work.baseline.states(shard, work.batch_tokens, advance)
-                columns = baseline_columns(self._opened(), shard, base, names)
+                columns = baseline_columns(session, shard, base, names)
             else:
                 columns = self._compared(work, shard, names, advance)
             return work.rows.write("tokens", key, columns)
 
-        return Job(shard.tokens, lambda: work.rows.find("tokens", key, work.progress.warn), run)
+        calls = partial(window_calls, shard.windows, work.batch_tokens)
+        return self._job(work, "tokens", key, shard.tokens, run, calls)
 
     def question_job(self, work: Work, suite: Suite, questions: Sequence[Question]) -> Job:
         """Item rows of some questions of one subject."""
@@ -139,8 +155,22 @@ class Scorer:
             columns = item_columns(suite, questions, scores, self.candidate.name, self.candidate.backend)
             return work.rows.write("items", key, columns)
 
-        units = question_tokens(questions)
-        return Job(units, lambda: work.rows.find("items", key, work.progress.warn), run)
+        calls = partial(question_calls, questions, work.batch_tokens)
+        return self._job(work, "items", key, question_tokens(questions), run, calls)
+
+    def _job(
+        self,
+        work: Work,
+        kind: Kind,
+        key: str,
+        units: int,
+        run: Callable[[Advance], Path],
+        calls: Callable[[], list[Call]],
+    ) -> Job:
+        ticket = Ticket(kind, key, self.candidate.name)
+        job = Job(ticket, units, lambda: work.rows.find(kind, key, work.progress.warn), run)
+        self._ahead.append((job.find, calls))
+        return job
 
     def _compared(self, work: Work, shard: Shard, names: dict[str, str], advance: Advance) -> dict[str, Any]:
         base = work.baseline.states(shard, work.batch_tokens, _to_nobody)
@@ -159,21 +189,26 @@ class Scorer:
     def _opened(self) -> Session:
         if self._session is None:
             self._session = self._open.enter_context(self.candidate.open())
+            if isinstance(self._session, LooksAhead):
+                self._session.expect([call for find, calls in self._ahead if find() is None for call in calls()])
         return self._session
 
 
-def score(work: Work, scorer: Scorer) -> dict[Kind, list[Path]]:
-    """All records of one model; what is there already is not made again."""
+def score(work: Work, scorer: Scorer, *, wait: bool = True) -> dict[Kind, list[Path | None]]:
+    """All records of one model; what is there already is not made again.
+
+    Without `wait`, None stands for what another process is at.
+    """
     jobs = work.jobs(scorer)
     if not scorer.candidate.is_baseline:
         _complete_baseline(work, jobs["tokens"])
-    done: dict[Kind, list[Path]] = {"tokens": [], "items": []}
+    done: dict[Kind, list[Path | None]] = {"tokens": [], "items": []}
     try:
         for kind, label in _LABELS.items():
             units = sum(job.units for job in jobs[kind])
             if units:
                 with work.progress.phase(f"score {scorer.candidate.name}: {label}", units) as advance:
-                    done[kind] = run_jobs(jobs[kind], advance)
+                    done[kind] = run_jobs(jobs[kind], work.ledger, advance, wait=wait)
     finally:
         scorer.close()
     return done

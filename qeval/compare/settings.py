@@ -11,6 +11,7 @@ from qeval.errors import UsageError, unknown
 Bos = Literal["auto", "always", "never"]
 Format = Literal["nbits", "qdq"]
 Precision = Literal["fp32", "fp16"]
+Executor = Literal["local", "ray"]
 BACKENDS = ("torch", "ort")
 EXPORTERS = ("auto", "genai", "dynamo")
 FORMATS = ("nbits", "qdq")
@@ -26,6 +27,19 @@ class ModelChoice:
     revision: str | None = None
     device: str = "cpu"
     compute: str | None = None
+    stream: bool = False
+    """Whether decoder layers are read one at a time, for a model that memory does not hold."""
+    max_memory: int | None = None
+    """Bytes that weights, activations and logits of a streamed model may take; None: half of what is free."""
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that nothing keeps to.
+
+        Raises:
+            UsageError: a limit without streaming.
+        """
+        if self.max_memory is not None and not self.stream:
+            raise UsageError("--max-memory is the limit of a streamed model; add --stream.")
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,11 @@ class Settings:
     batch_tokens: int | None = None
     threads: int | None = None
     seed: int = 0
+    workers: int = 1
+    """Processes that score; the threads are shared out among them."""
+    executor: Executor = "local"
+    worker_gpus: float | None = None
+    """GPUs that a Ray worker takes; None: one where the device is a GPU."""
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -128,6 +147,8 @@ class Settings:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
+        if self.model.stream:
+            self._check_stream()
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {
@@ -137,9 +158,26 @@ class Settings:
             "--calibration-length": self.calibration.length,
             "--batch-tokens": self.batch_tokens,
             "--threads": self.threads,
+            "--workers": self.workers,
         }.items():
             if value is not None and value < 1:
                 raise UsageError(f"{flag} must be at least 1, not {value}.")
+        if self.worker_gpus is not None and self.executor != "ray":
+            raise UsageError("--worker-gpus is for --executor ray.")
+        if self.worker_gpus is not None and self.worker_gpus < 0:
+            raise UsageError(f"--worker-gpus must not be below 0, as {self.worker_gpus} is.")
+
+    def _check_stream(self) -> None:
+        """Refuse what needs the whole model in memory."""
+        if self.backends.uses_ort:
+            raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
+        if self.workers > 1 or self.executor == "ray":
+            raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
+        if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
+            raise UsageError(
+                f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
+                "Take rtn, or a variant made before (--variant NAME=FOLDER)."
+            )
 
     @property
     def scores_tokens(self) -> bool:

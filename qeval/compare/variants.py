@@ -22,9 +22,10 @@ from qeval.progress import Progress
 from qeval.quant.grid import Grid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
+from qeval.store.locks import alone
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
 
-QUANTIZERS_VERSION = 1
+QUANTIZERS_VERSION = 2
 """Part of every variant's key: raise it when the same recipe gives other integers."""
 
 
@@ -66,8 +67,10 @@ class Entry:
 
 def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: int) -> str:
     """The identity of the integers that `recipe` gives; the configuration matters where activations are seen."""
-    seen = None
-    if recipe.calibrated:
+    seen: list[Any] | None = None
+    if recipe.uses_gptq:
+        seen = [loaded.config_sha256, calibration.record["tokens_sha256"]]
+    elif recipe.calibrated:
         seen = [loaded.config_sha256, calibration.record["tokens_sha256"], seed, SKETCH_ROWS, SAMPLES, LENGTH, EVERY]
     return digest(
         {
@@ -85,7 +88,7 @@ class Workshop:
     def __init__(self, loaded: Loaded, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> None:
         """`calibration` is called when the first calibrated recipe is met."""
         self._loaded, self._calibration, self._seed, self._progress = loaded, calibration, seed, progress
-        self._sources: dict[bool, Source] = {}
+        self._sources: dict[tuple[bool, bool], Source] = {}
 
     def entry(self, recipe: Recipe) -> Entry:
         """The variant of a recipe, made if need be. A failure while making it is told, not raised.
@@ -102,12 +105,16 @@ class Workshop:
             return Entry(recipe.name, recipe.method, None, str(error))
 
     def folder(self, recipe: Recipe) -> Path:
-        """Where the variant of `recipe` lies in the cache."""
+        """Where the variant of `recipe` lies in the cache; one process at a time makes it."""
         folder = home() / "variants" / self.key(recipe)
-        if not self._is_whole(folder):
-            variant, seconds = self.make(recipe)
-            save_variant(variant, folder, self.origin(recipe, seconds))
+        with alone(f"variant-{folder.name}", self._progress.tell):
+            if not self._is_whole(folder):
+                self._save(recipe, folder)
         return folder
+
+    def _save(self, recipe: Recipe, folder: Path) -> None:
+        variant, seconds = self.make(recipe)
+        save_variant(variant, folder, self.origin(recipe, seconds))
 
     def key(self, recipe: Recipe) -> str:
         """The identity of the recipe's variant."""
@@ -116,8 +123,8 @@ class Workshop:
 
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
         """The variant, and the seconds that it took beyond calibrating."""
-        source = self._source(recipe.calibrated)
-        measured = recipe.mixed and recipe.importance == "measured"
+        source = self._source(recipe.calibrated, recipe.uses_statistics)
+        measured = recipe.mixed and recipe.importance != "positional"
         groups = len(self._loaded.description.groups)
         label = f"quantize {recipe.name}" + (" (sensitivities)" if measured else "")
         start = time.perf_counter()
@@ -135,18 +142,18 @@ class Workshop:
             seconds=seconds,
         )
 
-    def _source(self, calibrated: bool) -> Source:
-        if calibrated not in self._sources:
-            self._sources[calibrated] = self._make_source(calibrated)
-        return self._sources[calibrated]
+    def _source(self, calibrated: bool, uses_statistics: bool) -> Source:
+        if (calibrated, uses_statistics) not in self._sources:
+            self._sources[calibrated, uses_statistics] = self._make_source(calibrated, uses_statistics)
+        return self._sources[calibrated, uses_statistics]
 
-    def _make_source(self, calibrated: bool) -> Source:
+    def _make_source(self, calibrated: bool, uses_statistics: bool) -> Source:
         loaded = self._loaded
-        if not calibrated:
-            return source_of(loaded.model, loaded.description, loaded.head, (), {})
-        samples: Sequence[Sequence[int]] = self._calibration().samples
-        with self._progress.phase("calibrate", sum(len(sample) for sample in samples)) as advance:
-            statistics = collect(loaded.model, loaded.description, samples, self._seed, advance)
+        samples: Sequence[Sequence[int]] = self._calibration().samples if calibrated else ()
+        statistics: Mapping[str, Any] = {}
+        if uses_statistics:
+            with self._progress.phase("calibrate", sum(len(sample) for sample in samples)) as advance:
+                statistics = collect(loaded.model, loaded.description, samples, self._seed, advance)
         return source_of(loaded.model, loaded.description, loaded.head, samples, statistics)
 
     def _is_whole(self, folder: Path) -> bool:

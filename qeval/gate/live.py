@@ -13,7 +13,7 @@ from math import ceil
 import numpy as np
 
 from qeval.compare.prepare import Plan, prepare
-from qeval.compare.run import run
+from qeval.compare.run import membership, run
 from qeval.compare.settings import TOKEN_METRICS, Settings
 from qeval.errors import UsageError
 from qeval.gate import words
@@ -25,6 +25,7 @@ from qeval.progress import Progress
 from qeval.report.paired import PairedRun
 from qeval.score.corpus import Shard
 from qeval.stats.sequential import BURN_IN
+from qeval.store.ledger import Ledger
 from qeval.store.run import ProtocolRecord, TaskRecord
 from qeval.tasks.harness import Question, Suite
 from qeval.tasks.windows import Window
@@ -59,10 +60,16 @@ def run_and_judge(settings: Settings, policy: Policy, progress: Progress) -> Gat
             f"A gate that may stop early decides nothing from fewer than {BURN_IN} windows, and there are "
             f"{len(pool.windows)}; give a longer --corpus or a smaller --window, or gate a finished run."
         )
+    with membership(pool.plan, progress, shared=False) as ledger:
+        return _judged(pool, policy, progress, ledger)
+
+
+def _judged(pool: "Pool", policy: Policy, progress: Progress, ledger: Ledger) -> GateVerdict:
+    settings = pool.plan.settings
     open_tasks, part = set(settings.tasks), Part({}, 0)
     for share in LOOKS:
         part = pool.draw(part, share, open_tasks)
-        record = run(pool.plan_of(part), progress)
+        record = run(pool.plan_of(part), progress, ledger)
         (variant,) = record.variants
         if variant.status != "done":
             error = f"'{variant.name}' failed in this run: {variant.error}"
@@ -137,6 +144,7 @@ class Pool:
         suites = [suite for whole in self.plan.suites for suite in self._suites(whole, part)]
         return replace(
             self.plan,
+            is_drawn=True,
             shards=tuple(Shard(number, (window,)) for number, window in windows),
             suites=tuple(suites),
             protocol=self.plan.protocol and _protocol(self.plan.protocol, [window for _, window in windows]),

@@ -75,13 +75,15 @@ class Description:
     tied: bool
 
 
-def describe(model: Any) -> Description:
+def describe(model: Any, *, folds: bool = True) -> Description:
     """Trace `model` (a causal language model in eval mode) with a few tokens.
+
+    Without `folds` no group is given any: finding them takes forward passes with changed weights.
 
     Raises:
         UsageError: no decoder layers, or no linears in them, are found.
     """
-    layers_name, layers = _decoder_layers(model)
+    layers_name, layers = decoder_layers(model)
     traces = _trace(model, layers_name, layers)
     patterns: dict[tuple[Any, ...], Fold | None] = {}
     groups = []
@@ -90,7 +92,8 @@ def describe(model: Any) -> Description:
         for proposal in trace:
             signature = (proposal.kind, proposal.columns, tuple(_relative(f, prefix) for f in proposal.folds))
             if signature not in patterns:
-                accepted = next((f for f in proposal.folds if _leaves_output(model, proposal, f)), None)
+                tried = proposal.folds if folds else ()
+                accepted = next((f for f in tried if _leaves_output(model, proposal, f)), None)
                 patterns[signature] = None if accepted is None else _relative(accepted, prefix)
             groups.append(proposal.group(layer, _absolute(patterns[signature], prefix)))
     if not groups:
@@ -117,7 +120,12 @@ class _Proposal:
         return Group(layer, self.kind, self.names, self.columns, fold)
 
 
-def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a model's decoder layers.
+
+    Raises:
+        UsageError: there is no such list.
+    """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     expected = getattr(model.config, "num_hidden_layers", None)
     for name, module in lists:
@@ -220,7 +228,9 @@ def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
 def _probe(model: Any) -> Tensor:
     """The final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=model.device).mul(7919) % vocabulary
+    tokens = (
+        torch.arange(1, _PROBE_TOKENS + 1, device=model.get_output_embeddings().weight.device).mul(7919) % vocabulary
+    )
     state: Tensor = model.base_model(input_ids=tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
     return state.float()
 

@@ -12,6 +12,7 @@ from tempfile import NamedTemporaryFile
 from qeval import paths
 from qeval.errors import BrokenRecordError, QevalError
 from qeval.identity import digest
+from qeval.owners import temporary_prefix
 
 
 def remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
@@ -57,7 +58,9 @@ def _write(record: Path, text: str) -> None:
     temporary: Path | None = None
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=record.parent, prefix=".", delete=False, encoding="utf-8") as file:
+        with NamedTemporaryFile(
+            "w", dir=record.parent, prefix=temporary_prefix(record.name), delete=False, encoding="utf-8"
+        ) as file:
             temporary = Path(file.name)
             file.write(text)
             file.flush()

@@ -20,6 +20,11 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
+    @property
+    def vocab_size(self) -> int:
+        """The width of a row of logits."""
+        return int(self.weight.shape[0])
+
     def logits(self, states: Tensor) -> Tensor:
         """fp32 logits [n, vocab] of `states` [n, d_model]; the product in the weight's type."""
         logits = torch.nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias).float()
@@ -42,7 +47,7 @@ def head_of(model: Any) -> Head:
     if divisor := getattr(config, "logits_scaling", None):
         scale /= float(divisor)
     head = Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
-    tokens = torch.arange(1, 9, device=model.device).unsqueeze(0) % linear.weight.shape[0]
+    tokens = torch.arange(1, 9, device=linear.weight.device).unsqueeze(0) % linear.weight.shape[0]
     expected = model(input_ids=tokens, use_cache=False).logits[0].float()
     given = head.logits(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0])
     if not torch.allclose(given, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())):

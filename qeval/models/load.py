@@ -17,6 +17,7 @@ from qeval.models.fetch import fetch
 from qeval.models.gguf import converted
 from qeval.models.info import LoadedModel, ModelInfo
 from qeval.models.quiet import quiet
+from qeval.models.skeleton import skeleton
 from qeval.models.source import ModelSource
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,11 +33,14 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-def load(source: ModelSource, *, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
+def load(
+    source: ModelSource, *, device: str = "cpu", dtype: str | None = None, weightless: bool = False
+) -> LoadedModel:
     """The model of `source` on `device`, in eval mode, without gradients.
 
     `dtype` is what it is computed in. None means the checkpoint's own, but float32 on the CPU, where products in half
     precision are hundreds of times slower: its fp16 or bf16 weights are then exactly what fp32 computes with.
+    A `weightless` model has no weights in memory; whoever runs it reads them from the folder.
 
     Raises:
         UsageError: one sentence for whatever is wrong with the checkpoint, the device or the dtype.
@@ -49,8 +53,12 @@ def load(source: ModelSource, *, device: str = "cpu", dtype: str | None = None) 
     own_dtype = weights.main_dtype(entries)
     compute = _compute_dtype(own_dtype, where, dtype)
     tokenizer = _read_tokenizer(checkpoint.folder)
-    model, unused = _read_model(checkpoint.folder, where, DTYPES[compute])
-    _check_finite(model, compute)
+    if weightless:
+        model, unused = skeleton(config, DTYPES[compute], entries, str(checkpoint.folder))
+    else:
+        model, unused = _read_model(checkpoint.folder, where, DTYPES[compute])
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            check_finite(name, tensor, compute)
     _check_vocabulary(tokenizer, model, checkpoint.folder)
     text = config.get_text_config()
     info = ModelInfo(
@@ -167,7 +175,6 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
-                attn_implementation="sdpa",
                 output_loading_info=True,
                 **_LOCAL,
             )
@@ -179,14 +186,18 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple
     return model.eval().requires_grad_(False), notes
 
 
-def _check_finite(model: Any, compute: str) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise UsageError(
-                f"The weight {name} holds {bad} values that are not finite (as {compute}); the checkpoint is broken, "
-                "or its values do not fit that dtype."
-            )
+def check_finite(name: str, tensor: torch.Tensor, compute: str) -> None:
+    """Refuse a weight that holds values that are no numbers, in the type that it is computed in.
+
+    Raises:
+        UsageError: it names the weight.
+    """
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise UsageError(
+            f"The weight {name} holds {bad} values that are not finite (as {compute}); the checkpoint is broken, "
+            "or its values do not fit that dtype."
+        )
 
 
 def _check_vocabulary(tokenizer: Any, model: Any, folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SKETCH_ROWS = 512
+_STRIPS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +54,15 @@ class Accumulator:
     def statistics(self) -> InputStatistics:
         """What has been summed so far."""
         return InputStatistics(self._tokens, (self._magnitude / self._tokens).float(), self._sketch.clone())
+
+
+def add_moments(total: Tensor, inputs: Tensor) -> None:
+    """Add the sum of x x^T over the rows of `inputs` [tokens, columns] to `total` [columns, columns], upper triangle.
+
+    Strip by strip from the diagonal on, five eighths of the whole product's arithmetic; what is below the strips'
+    diagonal blocks is left alone.
+    """
+    columns = inputs.shape[1]
+    size = -(-columns // _STRIPS)
+    for start in range(0, columns, size):
+        total[start : start + size, start:].addmm_(inputs[:, start : start + size].T, inputs[:, start:])

@@ -76,6 +76,15 @@ class Section:
     tables: tuple[Table, ...] = ()
 
 
+class Heading(NamedTuple):
+    """What stands above the sections: the title, facts in a line, and what a reader must know first."""
+
+    title: str
+    facts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 NOTHING = Cell(words.MISSING)
 
 

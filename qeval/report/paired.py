@@ -13,11 +13,15 @@ from qeval.report.pairing import BASELINE, ItemRows, TokenRows
 from qeval.store.rows import RowStore
 from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord, read_run
 
+_KEPT_ROWS = 2_000_000
+"""Token rows of variants that are kept at most: some 60 bytes each."""
+
 
 class PairedRun:
     """A run folder: its record, and one model's rows at a time, checked against the baseline's.
 
-    The baseline's rows are kept; a variant's are made anew each time, so that only one is held beside them.
+    Answers are kept, and so are the baseline's token rows, and of the variants' as many as `_KEPT_ROWS` allow; others
+    are made anew each time, so that only one is held beside them.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str] = pairing.TOKEN_COLUMNS) -> None:
@@ -30,7 +34,8 @@ class PairedRun:
         self.folder = folder
         self.record: RunRecord = read_run(folder)
         self._store, self._columns = RowStore(folder), columns
-        self._items: dict[str, ItemRows] = {}
+        self._items: dict[tuple[str, str], ItemRows] = {}
+        self._tokens: dict[str, TokenRows] = {}
 
     @property
     def done(self) -> list[VariantRecord]:
@@ -77,26 +82,33 @@ class PairedRun:
     def tokens(self, variant: VariantRecord) -> TokenRows:
         """A variant's token rows, on the baseline's tokens."""
         name = variant.name
+        if name in self._tokens:
+            return self._tokens[name]
         rows = pairing.token_rows(pairing.select(self._token_table, name, variant.backend), name)
         pairing.pair_tokens(rows, self.baseline_tokens, name)
         if self.protocol and "kl" in self.record.metrics:
             pairing.check_kl(rows, self.protocol, name)
+        if len(rows.windows) * (len(self._tokens) + 1) <= _KEPT_ROWS:
+            self._tokens[name] = rows
         return rows
 
     def baseline_items(self, task: TaskRecord) -> ItemRows:
         """The baseline's answers to a task's questions."""
-        if task.name not in self._items:
+        key = task.name, BASELINE
+        if key not in self._items:
             rows = pairing.select(self._item_table, BASELINE, None)
-            self._items[task.name] = pairing.item_rows(rows, task, BASELINE)
-        return self._items[task.name]
+            self._items[key] = pairing.item_rows(rows, task, BASELINE)
+        return self._items[key]
 
     def items(self, task: TaskRecord, variant: VariantRecord) -> ItemRows:
         """A variant's answers to a task's questions, which are the baseline's."""
-        baseline = self.baseline_items(task)
-        rows = pairing.select(self._item_table, variant.name, variant.backend)
-        found = pairing.item_rows(rows, task, variant.name, baseline)
-        pairing.pair_items(found, baseline, task.name, variant.name)
-        return found
+        key, baseline = (task.name, variant.name), self.baseline_items(task)
+        if key not in self._items:
+            rows = pairing.select(self._item_table, variant.name, variant.backend)
+            found = pairing.item_rows(rows, task, variant.name, baseline)
+            pairing.pair_items(found, baseline, task.name, variant.name)
+            self._items[key] = found
+        return self._items[key]
 
     @cached_property
     def _token_table(self) -> pa.Table:

@@ -5,6 +5,7 @@ plots and the script that sorts and filters its tables are inside.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,10 @@ from qeval.report.build import build_paired
 from qeval.report.explain import highlights
 from qeval.report.explain.section import TOKENS_SHOWN, rows_section
 from qeval.report.model import Report, report_json
-from qeval.report.page import Cell, Plot, Section
+from qeval.report.page import Cell, Heading, Plot, Section
 from qeval.report.paired import PairedRun
 from qeval.report.plots import all_plots
 from qeval.report.sections import sections
-from qeval.report.tables import baseline_name
 from qeval.store.atomic import write_bytes, write_text
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -48,20 +48,27 @@ def render(run_dir: Path) -> Rendered:
 def write(report: Report, folder: Path, run: PairedRun | None = None) -> Rendered:
     """Write a report that is already built; `run` is the run in `folder`, where its rows have been read already."""
     plots = all_plots(report)
+    written = write_plots(plots, folder)
+    found = Rendered(folder / "report.json", folder / "report.md", folder / "report.html", written)
+    rows = rows_section(report, highlights(run or PairedRun(folder), TOKENS_SHOWN))
+    top = _heading(report)
+    write_text(found.markdown, page("report.md.j2", top, sections(report, plots)))
+    write_text(found.html, page("report.html.j2", top, sections(report, plots, rows)))
+    write_text(found.json, report_json(report))
+    return found
+
+
+def write_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
+    """Write every plot as PNG and SVG under `folder`/plots."""
     written = []
     for plot in plots:
         for suffix, data in ((".png", plot.png), (".svg", plot.svg.encode())):
             written.append(folder / "plots" / f"{plot.name}{suffix}")
             write_bytes(written[-1], data)
-    found = Rendered(folder / "report.json", folder / "report.md", folder / "report.html", written)
-    rows = rows_section(report, highlights(run or PairedRun(folder), TOKENS_SHOWN))
-    write_text(found.markdown, page("report.md.j2", report, sections(report, plots)))
-    write_text(found.html, page("report.html.j2", report, sections(report, plots, rows)))
-    write_text(found.json, report_json(report))
-    return found
+    return written
 
 
-def page(template: str, report: Report, parts: list[Section]) -> str:
+def page(template: str, heading: Heading, parts: Sequence[Section]) -> str:
     """One template, filled."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -73,13 +80,18 @@ def page(template: str, report: Report, parts: list[Section]) -> str:
     )
     environment.filters |= {"svg": _svg, "md": markdown_text, "mdcell": _markdown_cell}
     return environment.get_template(template).render(
-        report=report,
-        title=f"{report.model.name}: what quantization lost",
-        baseline=baseline_name(report),
+        heading=heading,
         sections=parts,
         css=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
         live=Markup((_TEMPLATES / "live.js").read_text(encoding="utf-8")),
     )
+
+
+def _heading(report: Report) -> Heading:
+    made = report.provenance
+    facts = (report.model.architecture, report.baseline.label, made.started[:10], f"qeval {made.environment.qeval}")
+    title = f"{report.model.name}: what quantization lost"
+    return Heading(title, facts, tuple(report.notes), tuple(report.warnings))
 
 
 def markdown_text(text: str) -> str:

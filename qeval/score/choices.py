@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Prefix, Session
+from qeval.backends.base import Session
 from qeval.errors import QevalError
 from qeval.progress import Advance
-from qeval.score.prefix import PrefixGroup, group_by_prefix
+from qeval.score.prefix import prefix_tree, tokens_run
+from qeval.score.schedule import Prefixes, schedule
 from qeval.store.schema import constant_column
 from qeval.tasks.harness import Ids, Question, Suite
-from qeval.types import Request
+from qeval.types import Call, Request
 
 QUESTIONS_VERSION = 1
 """Part of every key: raise it when a question's score changes its meaning."""
 
 Score = tuple[float, bool]
 """The summed log-likelihood (nats) of a continuation, and whether it is what the model would say greedily."""
-
-_BLOCK_NUMBERS = 1 << 23
-_CLOSE = 0.75
-"""Sequences of this share of a batch's longest are run with it."""
-_LEAST_SHARE = 1 / 8
-"""A batch is filled to this share of its tokens whatever that pads."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,11 @@ class _Sequence:
         """Every position whose prediction is read."""
         return tuple(sorted({start + i for start, ids, _ in self.asked for i in range(len(ids))}))
 
+    @property
+    def request(self) -> Request:
+        """The whole of it."""
+        return Request(self.tokens, self.positions)
+
 
 def pair_tokens(pairs: Sequence[tuple[Ids, Ids]]) -> int:
     """Tokens of the distinct sequences of some (context, continuation) pairs, before prefixes are shared."""
@@ -52,8 +52,14 @@ def pair_tokens(pairs: Sequence[tuple[Ids, Ids]]) -> int:
 def shared_tokens(questions: Sequence[Question]) -> int:
     """Tokens that are run for some questions when their prefixes are shared."""
     sequences = _sequences([pair for question in questions for pair in question.pairs])
-    spared = sum(group.length * (len(group.members) - 1) for group in _groups(sequences))
-    return sum(len(sequence.tokens) for sequence in sequences) - spared
+    tree = prefix_tree([s.tokens for s in sequences], [s.positions[0] for s in sequences])
+    return tokens_run(tree, [len(sequence.tokens) for sequence in sequences])
+
+
+def question_calls(questions: Sequence[Question], batch_tokens: int) -> list[Call]:
+    """What `score_questions` will ask its session for, in order."""
+    sequences = _sequences([pair for question in questions for pair in question.pairs])
+    return [batch.call for batch in schedule([s.request for s in sequences], batch_tokens)]
 
 
 def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance) -> list[Score]:
@@ -67,12 +73,12 @@ def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens
     """
     scores: list[Score | None] = [None] * len(pairs)
     sequences = _sequences(pairs)
-    for group in _groups(sequences):
-        first = sequences[group.members[0]].tokens[: group.length]
-        prefix = session.prefill(first) if group.length else None
-        for batch in _batches(sequences, group, batch_tokens):
-            _score_batch(session, batch, prefix, group.length, scores)
-            advance(sum(len(sequence.tokens) for sequence in batch))
+    prefixes = Prefixes(session)
+    for batch in schedule([sequence.request for sequence in sequences], batch_tokens):
+        asked = [sequences[member] for member in batch.members]
+        states = session.states(batch.call.requests, prefixes.at(batch.call.path))
+        _score_batch(session, asked, torch.cat(states), scores)
+        advance(sum(len(sequence.tokens) for sequence in asked))
     return [score for score in scores if score is not None]
 
 
@@ -128,31 +134,8 @@ def _sequences(pairs: Sequence[tuple[Ids, Ids]]) -> list[_Sequence]:
     return [_Sequence(tokens, tuple(entries)) for tokens, entries in asked.items()]
 
 
-def _groups(sequences: Sequence[_Sequence]) -> list[PrefixGroup]:
-    """Which sequences share a prefix; no position that is read lies inside one."""
-    return group_by_prefix([s.tokens for s in sequences], [s.positions[0] for s in sequences])
-
-
-def _batches(sequences: Sequence[_Sequence], group: PrefixGroup, batch_tokens: int) -> Iterator[list[_Sequence]]:
-    """A group's sequences, the longest first, at most `batch_tokens` a batch after padding.
-
-    Padding is work: once a batch holds its least share, much shorter sequences are left to the next one.
-    """
-    ordered = sorted((sequences[index] for index in group.members), key=lambda s: (-len(s.tokens), s.tokens))
-    while ordered:
-        own = len(ordered[0].tokens) - group.length
-        close = sum(len(s.tokens) - group.length >= _CLOSE * own for s in ordered)
-        least = int(_LEAST_SHARE * batch_tokens) // own
-        count = max(1, min(batch_tokens // own, max(close, least)))
-        yield ordered[:count]
-        ordered = ordered[count:]
-
-
-def _score_batch(
-    session: Session, batch: Sequence[_Sequence], prefix: Prefix | None, skip: int, scores: list[Score | None]
-) -> None:
-    requests = [Request(s.tokens[skip:], tuple(p - skip for p in s.positions)) for s in batch]
-    states = torch.cat(session.states(requests, prefix))  # one head product for the batch, not one a sequence
+def _score_batch(session: Session, batch: Sequence[_Sequence], states: Tensor, scores: list[Score | None]) -> None:
+    """One head product for the batch, not one a sequence: `states` [positions of all sequences, width]."""
     wanted: list[tuple[int, int]] = []
     parts: list[tuple[int, slice]] = []
     first = 0
@@ -170,7 +153,7 @@ def _score_batch(
 def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """fp64 log-probabilities of the wanted (row of states, token), and whether each is its row's largest."""
     rows, tokens = (torch.tensor(list(part)) for part in zip(*wanted, strict=True))
-    block = max(1, _BLOCK_NUMBERS // session.vocab_size)
+    block = session.block_rows
     log_p = torch.empty(len(wanted), dtype=torch.float64)
     greedy = torch.empty(len(wanted), dtype=torch.bool)
     for start in range(0, len(states), block):

@@ -1,6 +1,6 @@
 """One pass a corpus: every token metric from the same forward pass, against the baseline's cached states."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from qeval.backends.base import Session
 from qeval.metrics.tokens import Logits, distance, own_numbers
 from qeval.progress import Advance
+from qeval.score.schedule import windows_schedule
 from qeval.store.schema import TOKENS, constant_column
 from qeval.tasks.windows import Window
-from qeval.types import Request
+from qeval.types import Call, Request
 
 METRICS_VERSION = 2
 """Part of every key: raise it when a metric's definition changes."""
@@ -55,22 +56,26 @@ def state_positions(window: Window) -> list[int]:
     return sorted({*window.kl_positions, *(position - 1 for position in window.nll_positions)})
 
 
+def window_calls(windows: Sequence[Window], batch_tokens: int) -> list[Call]:
+    """What `window_states` will ask its session for, in order."""
+    return windows_schedule([Request(tuple(w.tokens), tuple(state_positions(w))) for w in windows], batch_tokens)
+
+
 def window_states(session: Session, windows: Sequence[Window], batch_tokens: int, advance: Advance) -> Tensor:
     """The final states [positions of all windows, width] on the CPU, as many windows a batch as `batch_tokens` hold.
 
     `advance` is told the tokens of each batch.
     """
     parts: list[Tensor] = []
-    for batch in _batches(windows, batch_tokens):
-        requests = [Request(tuple(w.tokens), tuple(state_positions(w))) for w in batch]
-        parts += [states.cpu() for states in session.states(requests)]
-        advance(sum(len(w.tokens) for w in batch))
+    for call in window_calls(windows, batch_tokens):
+        parts += [states.cpu() for states in session.states(call.requests)]
+        advance(sum(len(request.tokens) for request in call.requests))
     return torch.cat(parts)
 
 
 def baseline_columns(session: Session, shard: Shard, states: Tensor, names: dict[str, str]) -> dict[str, Any]:
     """The baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
-    own = own_numbers(session.logits, states, _targets(shard.windows))
+    own = own_numbers(session.logits, states, _targets(shard.windows), session.block_rows)
     return _columns(shard, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
 
 
@@ -88,7 +93,9 @@ def variant_columns(
     The states of both sides are [positions of all windows, width]; so are those of `twin`, the same weights on
     another backend, whose distance goes to `kernel_kl_nats`.
     """
-    found = distance(base_logits, base_states, session.logits, states, _targets(shard.windows), twin)
+    found = distance(
+        base_logits, base_states, session.logits, states, _targets(shard.windows), session.block_rows, twin
+    )
     values = {
         "log_p": found.own.log_p,
         "entropy_nats": found.own.entropy_nats,
@@ -101,17 +108,6 @@ def variant_columns(
     if found.twin_kl_nats is not None:
         values["kernel_kl_nats"] = found.twin_kl_nats
     return _columns(shard, names, values)
-
-
-def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    batch: list[Window] = []
-    for window in windows:
-        longest = max(len(w.tokens) for w in [*batch, window])
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
 
 
 def _targets(windows: Sequence[Window]) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qeval.errors import BrokenRecordError
 from qeval.identity import digest_file
-from qeval.store.atomic import atomic_path
+from qeval.store.atomic import publish, temporary_file
 
 _DIGITS = 16
 
@@ -18,11 +18,10 @@ Warn = Callable[[str], None]
 
 def write_record(folder: Path, key: str, suffix: str, write: Callable[[Path], None]) -> Path:
     """Let `write` fill a temporary file, then name it by key and content; it appears whole or not at all."""
-    part = folder / f"{key}.part"
-    with atomic_path(part) as temporary:
+    with temporary_file(folder / f"{key}{suffix}") as temporary:
         write(temporary)
         final = folder / f"{key}-{digest_file(temporary)[:_DIGITS]}{suffix}"
-    part.replace(final)
+        publish(temporary, final)
     return final
 
 
@@ -36,7 +35,7 @@ def find_record(folder: Path, key: str, suffix: str, warn: Warn) -> Path | None:
             verify(path)
         except BrokenRecordError as error:
             warn(f"{error} It is made again.")
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have seen the same
         else:
             return path
     return None
@@ -48,5 +47,9 @@ def verify(path: Path) -> None:
     Raises:
         BrokenRecordError: it names the file.
     """
-    if digest_file(path)[:_DIGITS] != path.stem.rpartition("-")[2]:
+    try:
+        found = digest_file(path)
+    except FileNotFoundError as error:
+        raise BrokenRecordError(f"{path} was removed.") from error
+    if found[:_DIGITS] != path.stem.rpartition("-")[2]:
         raise BrokenRecordError(f"{path} is torn or was changed: its checksum does not fit its name.")

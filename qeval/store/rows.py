@@ -24,6 +24,9 @@ _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
 """Names of shards by kind."""
 
+_READERS = 3
+"""Threads that read shards: more of them wait for one another (525 shards on 2 cores: 0.45 s, with 6 threads 0.6 s)."""
+
 
 class RowStore:
     """The shards of one run folder."""
@@ -55,20 +58,28 @@ class RowStore:
             UsageError: the folder holds no rows.
             BrokenRecordError: a shard is missing, torn or foreign.
         """
-        index_path = self.root / "index.json"
-        try:
-            index = _INDEX.validate_json(index_path.read_bytes())
-        except FileNotFoundError as error:
-            raise UsageError(f"'{self.root.parent}' holds no finished rows ({index_path} is missing).") from error
-        except ValueError as error:
-            raise BrokenRecordError(f"{index_path} is torn; run the same command again to make it.") from error
-        paths = [self.root / kind / name for name in index.get(kind, [])]
+        paths = [self.root / kind / name for name in read_index(self.root.parent).get(kind, [])]
         return concat(kind, paths, columns)
+
+
+def read_index(out: Path) -> dict[str, list[str]]:
+    """The names of the shards that belong to the run in `out` as last asked for, by kind.
+
+    Raises:
+        UsageError: the folder holds no finished rows. BrokenRecordError: the index is torn.
+    """
+    path = out / "rows" / "index.json"
+    try:
+        return _INDEX.validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UsageError(f"'{out}' holds no finished rows ({path} is missing).") from error
+    except ValueError as error:
+        raise BrokenRecordError(f"{path} is torn; run the same command again to make it.") from error
 
 
 def concat(kind: Kind, paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of some shards as one table, read by several threads."""
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(_READERS) as threads:
         tables = list(threads.map(lambda path: _read_shard(kind, path, columns), paths))
     if not tables:
         empty = SCHEMAS[kind].empty_table()

@@ -5,7 +5,7 @@ so that a record of another version is an error and not a half-read one.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -181,6 +181,7 @@ class RunRecord(_Record):
     environment: EnvironmentRecord
     metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ...
     warnings: list[str]
+    settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
 
 
 def read_run(folder: Path) -> RunRecord:

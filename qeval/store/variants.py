@@ -8,7 +8,8 @@ The folder appears whole or not at all, and reads back to the same variant.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.identity import digest_file
+from qeval.owners import temporary_prefix
 from qeval.quant.grid import parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Variant
-from qeval.store.tensors import save_tensors
+from qeval.store.atomic import sync
+from qeval.store.tensors import Spec, save_tensors, tensor_file
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 
@@ -101,16 +104,44 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
         UsageError: the folder exists and holds something else.
         QevalError: it cannot be written.
     """
+    with _placed(folder) as part:
+        save_tensors(_tensors(variant), part / WEIGHTS)
+        _write_manifest(variant, origin, part)
+
+
+def save_variant_by_parts(
+    outline: Variant, parts: Iterable[tuple[str, QWeight]], folder: Path, origin: Callable[[], Origin]
+) -> None:
+    """Write a variant whose matrices come one by one, never all at once; the files are those of `save_variant`.
+
+    `outline` is the variant with its matrices on the meta device; `parts` are they, in any order; `origin` is asked
+    for when all are written.
+
+    Raises:
+        UsageError: the folder exists and holds something else.
+        QevalError: it cannot be written.
+    """
+    with _placed(folder) as part:
+        with tensor_file(part / WEIGHTS, _specs(outline)) as file:
+            for name, weight in parts:
+                for key, tensor in _packed(name, weight).items():
+                    file.write(key, tensor)
+        _write_manifest(outline, origin(), part)
+
+
+@contextmanager
+def _placed(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes its place when the block ends well."""
     check_free(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        part = Path(mkdtemp(prefix=temporary_prefix(folder.name), dir=folder.parent))
     except OSError as error:
         raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
     try:
-        save_tensors(_tensors(variant), part / WEIGHTS)
-        manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
-        (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+        yield part
+        for written in part.iterdir():
+            sync(written)
         part.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -118,6 +149,11 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
         raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
+    manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
+    (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
 
 
 def check_free(folder: Path) -> None:
@@ -180,13 +216,30 @@ def load_variant(folder: Path) -> Variant:
 def _tensors(variant: Variant) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, weight in variant.weights.items():
-        tensors[f"{name}.codes"] = torch.from_numpy(pack(weight.codes.cpu().numpy(), weight.grid.bits))
-        tensors[f"{name}.scales"] = weight.scales
-        if weight.zeros is not None:
-            tensors[f"{name}.zeros"] = torch.from_numpy(pack(weight.zeros.cpu().numpy(), weight.grid.bits))
+        tensors |= _packed(name, weight)
     tensors |= variant.floats
     tensors |= {f"{name}.input_scale": scales for name, scales in variant.input_scales.items()}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _packed(name: str, weight: QWeight) -> dict[str, Tensor]:
+    tensors = {f"{name}.codes": torch.from_numpy(pack(weight.codes.cpu().numpy(), weight.grid.bits))}
+    tensors[f"{name}.scales"] = weight.scales
+    if weight.zeros is not None:
+        tensors[f"{name}.zeros"] = torch.from_numpy(pack(weight.zeros.cpu().numpy(), weight.grid.bits))
+    return tensors
+
+
+def _specs(outline: Variant) -> dict[str, Spec]:
+    """The tensors of a variant whose matrices are on the meta device."""
+    specs: dict[str, Spec] = {}
+    for name, weight in outline.weights.items():
+        (rows, columns), scales = weight.codes.shape, tuple(weight.scales.shape)
+        specs[f"{name}.codes"] = Spec(torch.uint8, (rows, -(-columns * weight.grid.bits // 8)))
+        specs[f"{name}.scales"] = Spec(torch.float32, scales)
+        if weight.zeros is not None:
+            specs[f"{name}.zeros"] = Spec(torch.uint8, (scales[0], -(-scales[1] * weight.grid.bits // 8)))
+    return specs
 
 
 def _weight(entry: WeightEntry, tensors: Mapping[str, Tensor]) -> QWeight:

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -32,6 +33,8 @@ SHARED = {
 }
 RUNTIME = {"--ep": "cpu", "--exporter": "auto", "--format": "nbits", "--precision": None}
 COMPARE = SHARED | {
+    "--stream": False,
+    "--max-memory": None,
     **RUNTIME,
     "--accuracy-level": "1",
     "--methods": None,
@@ -50,6 +53,9 @@ COMPARE = SHARED | {
     "--limit": None,
     "--shots": 5,
     "--batch-tokens": None,
+    "--workers": 1,
+    "--executor": "local",
+    "--worker-gpus": None,
 }
 QUANTIZE = SHARED | {"--method": None}
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--device", "--compute")} | {
@@ -59,18 +65,34 @@ EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--dev
 READERS = {
     "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},
     "card": {"run": None, "--variant": None, "--into": None, "--debug": False},
+    "verify": {
+        "run": None,
+        "--sample": 4,
+        "--seed": 0,
+        "--json": False,
+        "--quiet": False,
+        "--debug": False,
+    },
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs: their arguments by name, then their flags."""
 
-REQUIRED = {"compare": {"--model"}, "quantize": {"--model", "--method"}, "export": {"--model", "--method"}}
+SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
+REQUIRED = {
+    "compare": {"--model"},
+    "sweep": {"--models"},
+    "quantize": {"--model", "--method"},
+    "export": {"--model", "--method"},
+}
 
 
 def parameters(command):
     return typer.main.get_command(app).commands[command].params
 
 
-@pytest.mark.parametrize(("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT)])
+@pytest.mark.parametrize(
+    ("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP)]
+)
 def test_flags_and_their_defaults_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
     assert all(p.param_type_name == "option" for p in found.values())
@@ -98,7 +120,8 @@ def test_the_choices_of_a_flag_are_frozen():
         "bos": ("auto", "always", "never"),
         "exporter": ("auto", "genai", "dynamo"),
         "format": ("nbits", "qdq"),
-        "importance": ("measured", "positional"),
+        "executor": ("local", "ray"),
+        "importance": ("measured", "fisher", "positional"),
     }
 
 
@@ -111,7 +134,20 @@ def test_every_command_and_flag_says_what_it_is_for():
         assert command.help, name
         for parameter in command.params:
             assert parameter.help, (name, parameter.opts)
-    known = {"compare", "quantize", "export", "explain", "gate", "card", "diff", "models", "methods", "tasks"}
+    known = {
+        "compare",
+        "sweep",
+        "quantize",
+        "export",
+        "explain",
+        "gate",
+        "verify",
+        "card",
+        "diff",
+        "models",
+        "methods",
+        "tasks",
+    }
     assert set(typer.main.get_command(app).commands) == known
 
 

@@ -31,6 +31,9 @@ NAMES = {
     "mixed:4.8bpw": Recipe("mixed:4.8bpw", "mixed", budget=4.8),
     "mixed-rtn:g32-6bpw": Recipe("mixed-rtn:g32-6bpw", "mixed-rtn", "g32", budget=6.0),
     "mixed:positional": Recipe("mixed:positional", "mixed", importance="positional"),
+    "gptq": Recipe("gptq", "gptq"),
+    "gptq:int8-channel-noactorder": Recipe("gptq:int8-channel-noactorder", "gptq", "int8-channel", act_order=False),
+    "gptq:g32-damp0.05-clip": Recipe("gptq:g32-damp0.05-clip", "gptq", "g32", clip=True, damping=0.05),
 }
 
 
@@ -50,12 +53,30 @@ def test_a_name_means_a_recipe(name):
         ("mixed:positional", True, True, True),
         ("mixed-rtn", False, True, False),
         ("mixed-rtn:positional", False, False, False),
+        ("gptq", True, True, False),
+        ("gptq:noclip", False, True, False),
     ],
 )
 def test_what_a_method_needs(name, clips, calibrated, uses_awq):
     recipe = parse_method(name)
     assert (recipe.clips, recipe.calibrated, recipe.uses_awq) == (clips, calibrated, uses_awq)
     assert recipe.mixed == name.startswith("mixed")
+    assert recipe.uses_gptq == name.startswith("gptq")
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("rtn:clip", False),
+        ("awq", True),
+        ("mixed-rtn", False),
+        ("mixed-rtn:clip", True),
+        ("mixed", True),
+        ("gptq:clip", False),
+    ],
+)
+def test_which_methods_need_statistics_of_every_input(name, needed):
+    assert parse_method(name).uses_statistics is needed
 
 
 def test_every_method_has_a_line_and_a_recipe():
@@ -77,6 +98,8 @@ def test_a_name_alone_does_not_change_the_numbers():
     recipe = parse_method("rtn:g32")
     assert dataclasses.replace(recipe, name="another").identity() == recipe.identity()
     assert parse_method("awq").identity() == parse_method("awq:clip").identity()
+    assert parse_method("gptq").identity() == parse_method("gptq:damp0.01-actorder-clip").identity()
+    assert parse_method("gptq").identity() != parse_method("gptq:noactorder").identity()
     assert "name" not in recipe.identity()
     for other in ("rtn:g64", "rtn:g32-clip", "rtn:g32-head", "awq:g32", "mixed-rtn:g32"):
         assert parse_method(other).identity() != recipe.identity()
@@ -106,9 +129,14 @@ def test_what_is_no_budget_is_refused(text):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("rtm", "Unknown method 'rtm'; nearest: rtn. Choices: awq, mixed, mixed-rtn, rtn."),
+        ("rtm", "Unknown method 'rtm'; nearest: rtn. Choices: awq, gptq, mixed, mixed-rtn, rtn."),
         ("", "Unknown method ''"),
         ("rtn:4bpw", "'rtn:4bpw': a budget or a high grid belongs to mixed methods, not to rtn."),
+        ("gptq:4bpw", "'gptq:4bpw': a budget or a high grid belongs to mixed methods, not to gptq."),
+        ("rtn:damp0.1", "'rtn:damp0.1': damping and act-order belong to gptq, not to rtn."),
+        ("awq:noactorder", "'awq:noactorder': damping and act-order belong to gptq, not to awq."),
+        ("gptq:damp0", "'gptq:damp0': damping is a share above 0 and at most 1, not 0."),
+        ("gptq:damp3", "'gptq:damp3': damping is a share above 0 and at most 1, not 3."),
     ],
 )
 def test_what_is_no_method_is_refused(name, said):
@@ -183,8 +211,11 @@ BROKEN = {
     "variants: [{name: baseline, method: rtn}]": "cannot be named 'baseline'",
     "variants: [{name: a, method: rtn, high: int8}]": "belongs to mixed methods, not to rtn",
     "variants: [{name: a, method: mixed, budget: lots}]": "variant 1: 'budget' takes bits per weight such as 4.8bpw",
-    "variants: [{name: a, method: mixed, budget: true}]": "variant 1: 'budget' takes bits per weight such as 4.8bpw",
+    "variants: [{name: a, method: mixed, budget: true}]": "variant 1: 'budget' must be str or int or float, not True",
     "variants: [{name: a, method: mixed, importance: measurd}]": "'measurd'; nearest: measured.",
+    "variants: [{name: a, method: gptq, damping: no}]": "'damping' must be int or float, not False",
+    "variants: [{name: a, method: gptq, damping: .nan}]": "damping is a share above 0 and at most 1, not nan",
+    "variants: [{name: a, method: rtn, act_order: false}]": "damping and act-order belong to gptq, not to rtn",
     "variants: [{name: a, method: rtn, rules: [x]}]": "a rule must be a mapping with 'match' and 'grid'",
     "variants: [{name: a, method: rtn, rules: [{match: x}]}]": "a rule needs both 'match' and 'grid'",
     "variants: [{name: a, method: rtn, rules: [{match: x, grids: y}]}]": "'grids'; nearest: grid.",

@@ -111,7 +111,7 @@ def test_kl_of_a_model_from_itself_is_zero(pair):
     _, backend, _ = pair
     states = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     with backend.open(None) as session:
-        found = distance(session.logits, states, session.logits, states, torch.full((50,), -1))
+        found = distance(session.logits, states, session.logits, states, torch.full((50,), -1), 7)
     assert float(found.kl_nats.abs().max()) == 0.0
     assert bool(found.top1_agreement.all())
     assert bool(found.own.log_p.isnan().all())

@@ -26,7 +26,15 @@ from qeval.quant.qweight import QWeight
 from qeval.types import Request
 from tests.fixtures.onnx import MODELS, exporter, exporter_of, float_folder, loaded, made, shared_home, torch_backend
 
-METHODS = ("rtn:g32", "rtn:g32-asym", "rtn:int8-channel", "rtn:g32-head", "awq:g32-asym", "mixed-rtn:g32-head")
+METHODS = (
+    "rtn:g32",
+    "rtn:g32-asym",
+    "rtn:int8-channel",
+    "rtn:g32-head",
+    "awq:g32-asym",
+    "mixed-rtn:g32-head",
+    "gptq:g32",
+)
 CASES = [
     *(("llama", method, "nbits") for method in METHODS),
     ("llama", "rtn:int3-channel-asym", "nbits"),

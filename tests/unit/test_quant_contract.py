@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qeval.errors import UsageError
-from qeval.quant.awq import choose_clip, choose_scales, output_loss
+from qeval.quant.awq import ALPHAS, choose_clip, choose_scales
 from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor, parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import check_fits, from_blocks, to_blocks
@@ -60,6 +60,19 @@ def test_input_is_not_touched_and_codes_fit_the_bits(grid):
     assert q.codes.dtype == torch.uint8
     assert int(q.codes.max()) <= grid.levels
     assert q.dequantize().dtype == torch.float32
+
+
+@every_grid
+def test_rows_rounded_a_few_at_a_time_are_the_same_to_the_bit(grid, monkeypatch):
+    clip = 0.5 + 0.5 * torch.rand(grid.scale_shape(6, 200), generator=torch.Generator().manual_seed(2))
+    whole = quantize(matrix(), grid, clip)
+    ranges = choose_clip(matrix(), grid, matrix(50))
+    monkeypatch.setattr("qeval.quant.rtn._NUMBERS", 700)
+    monkeypatch.setattr("qeval.quant.awq._NUMBERS", 1000)
+    few = quantize(matrix(), grid, clip)
+    assert torch.equal(few.codes, whole.codes)
+    assert torch.equal(few.scales, whole.scales)
+    assert torch.equal(choose_clip(matrix(), grid, matrix(50)), ranges)
 
 
 @every_grid
@@ -172,6 +185,15 @@ def statistics_of(inputs, exact=False):
     return accumulator.statistics()
 
 
+def output_loss(weights, grids, inputs, scales):
+    """The slow definition: the mean over tokens of the squared error of all outputs, from the integers."""
+    total = 0.0
+    for weight, grid in zip(weights, grids, strict=True):
+        error = quantize(weight * scales, grid).dequantize() / scales - weight
+        total += float((error.double() @ inputs.sketch.double().T).square().sum())
+    return total / inputs.tokens
+
+
 def skewed_inputs(tokens=3000, columns=96):
     gains = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(3))]
     return matrix(tokens, columns, seed=4) * gains
@@ -193,20 +215,28 @@ def test_with_a_row_a_token_the_loss_is_exact():
     assert output_loss([weight], [grid], statistics_of(inputs, exact=True), scales) == pytest.approx(exact, rel=1e-4)
 
 
-def test_awq_scales_never_lose_to_plain_rounding_and_help_skewed_inputs():
-    inputs, weights = skewed_inputs(), [matrix(64, 96), matrix(32, 96, seed=9)]
-    choice = choose_scales(weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs))
-    assert choice.loss < 0.8 * choice.plain_loss
-    assert choice.plain_loss == output_loss(
-        weights, [parse("int4-g32"), parse("int8-g32")], statistics_of(inputs), torch.ones(96)
-    )
+@pytest.mark.parametrize("name", ["int4-g32", "int3-g128-asym", "int4-channel", "int4-tensor"])
+@pytest.mark.parametrize("rows", [5, 100, 700])
+def test_awq_scales_are_the_best_of_all_candidates_by_the_slow_definition(name, rows):
+    inputs, grid = statistics_of(skewed_inputs(columns=200)), parse(name)
+    weights = [matrix(rows, 200), matrix(32, 200, seed=9)]
+    choice = choose_scales(weights, [grid, parse("int8-g32")], inputs)
+    losses = []
+    for alpha in ALPHAS:
+        scales = inputs.magnitude.clamp(min=1e-5).pow(alpha)
+        scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(1e-3, 1e3)
+        losses.append(output_loss(weights, [grid, parse("int8-g32")], inputs, scales))
+    assert choice.loss == pytest.approx(min(losses), rel=1e-5)
+    assert choice.plain_loss == pytest.approx(losses[0], rel=1e-5)
+    assert losses[ALPHAS.index(choice.alpha)] == pytest.approx(min(losses), rel=1e-5)
+    assert choice.loss < 0.9 * choice.plain_loss
 
 
 @every_grid
 def test_clipping_never_loses_to_the_full_range_on_its_own_loss(grid):
     inputs, weight = statistics_of(skewed_inputs(400, 200), exact=True), matrix(8)
     for seen in (inputs, None):
-        clip = choose_clip(weight, grid, seen)
+        clip = choose_clip(weight, grid, None if seen is None else seen.sketch)
         assert clip.shape == grid.scale_shape(*weight.shape)
         moments = torch.eye(200) if seen is None else inputs.sketch.T @ inputs.sketch
 

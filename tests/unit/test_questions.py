@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qeval.backends.torch import TorchSession
 from qeval.errors import UsageError
 from qeval.score.choices import score_pairs, score_questions
-from qeval.score.prefix import group_by_prefix
+from qeval.score.prefix import prefix_tree, tokens_run
 from qeval.tasks.harness import load_suite
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
@@ -162,27 +162,73 @@ sequences = st.lists(
 ).map(lambda parts: list(dict.fromkeys((*head, *tail) for head, tail in parts)))
 
 
+def nodes(tree):
+    yield tree
+    for inner in tree.inner:
+        yield from nodes(inner)
+
+
+def least(made, limits, base=0):
+    """The definition: the cheapest way over every set of sequences that share a prefix, however deep."""
+    plain = sum(len(s) - base for s in made)
+    if len(made) < 2:
+        return plain
+    best = plain
+    length = max(n for n in range(min(limits) + 1) if len({s[:n] for s in made}) == 1)
+    if length > base:  # a shorter one would only leave more to each
+        best = min(best, length - base + 64 + least(made, limits, length))
+    for cut in range(1, len(made)):
+        best = min(best, least(made[:cut], limits[:cut], base) + least(made[cut:], limits[cut:], base))
+    return best
+
+
 @given(made=sequences)
 @settings(deadline=None, max_examples=100)
-def test_groups_cover_every_sequence_once_with_a_true_prefix_and_never_cost_tokens(made):
+def test_a_tree_covers_every_sequence_once_with_true_prefixes_and_never_costs_tokens(made):
     limits = [len(sequence) - 1 for sequence in made]
-    groups = group_by_prefix(made, limits)
-    assert sorted(member for group in groups for member in group.members) == list(range(len(made)))
-    run = 0
-    for group in groups:
-        heads = {made[member][: group.length] for member in group.members}
-        assert len(heads) == 1
-        assert all(group.length <= limits[member] for member in group.members)
-        run += group.length + sum(len(made[member]) - group.length for member in group.members)
-    assert run <= sum(map(len, made))
-    assert groups == group_by_prefix(made, limits)
+    tree = prefix_tree(made, limits)
+    assert sorted(tree.every) == list(range(len(made)))
+    for node in nodes(tree):
+        assert len({made[member][: node.length] for member in node.every}) == 1
+        assert all(node.length <= limits[member] for member in node.every)
+        assert all(inner.length > node.length for inner in node.inner)
+    lengths = [len(sequence) for sequence in made]
+    run = tokens_run(tree, lengths)
+    assert run == sum(inner.length - node.length for node in nodes(tree) for inner in node.inner) + sum(
+        lengths[member] - node.length for node in nodes(tree) for member in node.members
+    )
+    assert run <= sum(lengths)
+    assert tree == prefix_tree(made, limits)
 
 
-def test_a_shared_header_and_a_shared_passage_are_both_found():
+@given(
+    made=st.lists(
+        st.tuples(st.sampled_from([(), (1,) * 90, (1,) * 90 + (2,) * 80]), st.integers(0, 3)),
+        min_size=1,
+        max_size=5,
+        unique=True,
+    )
+)
+@settings(deadline=None, max_examples=20)
+def test_no_other_tree_costs_fewer_tokens(made):
+    sequences = sorted((*head, tail + 5) for head, tail in made)
+    limits = [len(sequence) - 1 for sequence in sequences]
+    tree = prefix_tree(sequences, limits)
+    prefixes = sum(1 for _ in nodes(tree)) - 1
+    assert tokens_run(tree, [len(s) for s in sequences]) + 64 * prefixes == least(sequences, limits)
+
+
+def test_a_passage_is_run_once_inside_a_header():
     header, one, two = (5,) * 300, (6,) * 200, (7,) * 200
     made = [header + one + (i,) for i in range(4)] + [header + two + (i,) for i in range(4)]
-    groups = group_by_prefix(made, [500] * 8)
-    assert sorted(group.length for group in groups) == [500, 500]
+    tree = prefix_tree(made, [500] * 8)
+    (outer,) = tree.inner
+    assert (outer.length, outer.members) == (300, ())
+    assert sorted((node.length, sorted(node.members)) for node in outer.inner) == [
+        (500, [0, 1, 2, 3]),
+        (500, [4, 5, 6, 7]),
+    ]
+    assert tokens_run(tree, [501] * 8) == 300 + 2 * 200 + 8
 
 
 def test_the_tokens_that_are_run_are_counted_for_the_estimate(tmp_path):

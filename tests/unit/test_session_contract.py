@@ -151,6 +151,22 @@ def test_a_shared_prefix_changes_nothing(session, length):
         assert_close(session.logits(shared), session.logits(whole))
 
 
+@pytest.mark.parametrize("outer", [1, 7, 23])
+def test_a_prefix_inside_a_prefix_changes_nothing(session, outer):
+    """On either side of the sliding windows' edge; the outer prefix goes on serving others."""
+    first, second, rests = tokens(outer), tokens(10, seed=1), [tokens(n, seed=n) for n in (5, 1, 12)]
+    kept = session.prefill(first)
+    inner = session.prefill(second, kept)
+    assert inner.length == outer + 10
+    whole_prefix = session.prefill(first + second)
+    requests = [Request(rest, tuple(range(len(rest)))) for rest in rests]
+    for shared, other in zip(session.states(requests, inner), session.states(requests, whole_prefix), strict=True):
+        assert_close(shared, other)
+    for shared, rest in zip(session.states(requests, kept), rests, strict=True):
+        positions = tuple(range(outer, outer + len(rest)))
+        assert_close(shared, session.states([Request(first + rest, positions)])[0])
+
+
 def test_two_prefixes_do_not_disturb_each_other(session):
     one, two, rest = tokens(11, seed=1), tokens(14, seed=2), tokens(6, seed=3)
     kept = [session.prefill(prefix) for prefix in (one, two)]

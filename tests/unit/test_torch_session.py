@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
-from qeval.backends.torch import TorchBackend
+from qeval.backends import shared
+from qeval.backends.torch import TorchBackend, TorchSession
 from qeval.calibrate.build import build, source_of
 from qeval.calibrate.stream import collect
 from qeval.config import parse_method
@@ -11,6 +13,7 @@ from qeval.errors import QevalError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
 from qeval.types import Request
+from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import tiny_llama
 
 TOLERANCE = 1e-4
@@ -80,3 +83,74 @@ def test_a_tied_head_can_be_quantized_without_touching_the_embedding():
     with backend.open(variant) as session:
         assert torch.equal(model.get_input_embeddings().weight, embedding)
         assert not torch.equal(session._head.weight, embedding)
+
+
+LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+class Lacking(TorchSession):
+    """Memory for so many rows a batch and no more."""
+
+    def __init__(self, model, rows, error=LACK):
+        super().__init__(model)
+        self.rows, self.error, self.batches = rows, error, []
+
+    def _forward(self, ids, cache):
+        self.batches.append(len(ids))
+        if len(ids) > self.rows:
+            raise self.error
+        return super()._forward(ids, cache)
+
+
+@pytest.mark.parametrize("error", [LACK, torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_batch_that_memory_does_not_hold_is_run_in_halves_once(model, error):
+    requests = [Request(tokens(9, seed=n), (8,)) for n in range(5)]
+    expected = TorchSession(model).states(requests)
+    session = Lacking(model, 3, error)
+    for found, other in zip(session.states(requests), expected, strict=True):
+        assert torch.allclose(found, other, atol=TOLERANCE)
+    assert session.batches == [5, 3, 2]
+
+
+def test_a_half_that_memory_does_not_hold_is_a_clear_error(model):
+    requests = [Request(tokens(9, seed=n), (8,)) for n in range(5)]
+    with pytest.raises(QevalError, match=r"not enough memory for a batch of 45 tokens in 5 sequences.*--batch-tokens"):
+        Lacking(model, 2).states(requests)
+    with pytest.raises(QevalError, match="not enough memory"):
+        Lacking(model, 0).states(requests[:1])
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(model):
+    with pytest.raises(RuntimeError, match="shapes"):
+        Lacking(model, 0, RuntimeError("shapes do not fit")).states([Request(tokens(9), (8,))])
+
+
+def test_batches_shrink_with_free_memory_and_a_flag_wins(backend, monkeypatch):
+    sizes = []
+    for free in (1 << 40, 1 << 26, 1 << 24, 0):
+        monkeypatch.setattr("qeval.backends.memory.free_bytes", lambda device, free=free: free)
+        sizes.append(backend.batch_tokens)
+    assert sizes[0] == 2048 >= sizes[1] > sizes[2] > sizes[3] == 128
+
+
+@pytest.mark.parametrize(("family", "uses"), [("Llama", True), ("Phi", True), ("Mistral", False), ("Gemma2", False)])
+def test_a_prefix_is_attended_to_without_copies_where_attention_is_plainly_causal(family, uses, monkeypatch):
+    calls = []
+    original = shared.attend
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, shared.NAME, lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    model = tiny_family(family)
+    before = model.config._attn_implementation
+    session, copying = TorchSession(model), TorchSession(model)
+    copying._shares = False
+    requests = [Request(tokens(n, seed=n), tuple(range(n))) for n in (9, 7, 1)]
+    for outer in (None, tokens(5, seed=9)):
+        pair = []
+        for each in (session, copying):
+            kept = each.prefill(tokens(30), each.prefill(outer) if outer else None)
+            pair.append(each.states(requests, kept))
+        for one, other in zip(*pair, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    assert len(calls) == (4 if uses else 0)  # two layers, two batches
+    assert model.config._attn_implementation == before

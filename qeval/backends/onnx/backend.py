@@ -1,15 +1,11 @@
 """The backend `ort`: each variant exported with its own integers, and answered by ONNX Runtime's kernels."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import psutil
 
 from qeval.backends.onnx.export import EXPORT_VERSION, Exporter
 from qeval.backends.onnx.folder import Opened, opened
@@ -19,8 +15,10 @@ from qeval.backends.onnx.providers import Provider, require_provider
 from qeval.backends.onnx.session import OrtSession, Sharing
 from qeval.backends.onnx.swap import Style
 from qeval.errors import QevalError
+from qeval.owners import temporary_prefix
 from qeval.paths import home
 from qeval.quant.variant import Variant
+from qeval.store.atomic import sweep
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,6 @@ def _workplace() -> Iterator[Path]:
     """A folder in the cache for as long as a session lives; what killed processes left is removed first."""
     root = home() / "onnx"
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob("session-*"):
-        owner = left.name.split("-")[1]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-    with TemporaryDirectory(prefix=f"session-{os.getpid()}-", dir=root) as folder:
+    sweep(root)
+    with TemporaryDirectory(prefix=temporary_prefix("session"), dir=root) as folder:
         yield Path(folder)

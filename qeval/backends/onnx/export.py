@@ -32,6 +32,7 @@ from qeval.identity import digest, digest_file
 from qeval.metrics.tokens import near_kl
 from qeval.models.cache import build_once
 from qeval.models.info import LoadedModel
+from qeval.owners import temporary_prefix
 from qeval.quant.variant import Variant
 from qeval.types import Request
 
@@ -133,7 +134,7 @@ class Exporter:
         """
         source = self.float_folder()
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        with TemporaryDirectory(prefix=temporary_prefix(out.name), dir=out.parent) as temporary:
             part = Path(temporary) / "folder"
             if variant is None:
                 shutil.copytree(source, part, ignore=shutil.ignore_patterns("qeval.json", _PLACES))

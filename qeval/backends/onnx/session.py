@@ -18,6 +18,7 @@ from qeval.backends.base import Prefix
 from qeval.backends.onnx.decoder import COUNT, HIDDEN, LOGITS, SCORED, STATES, Decoder
 from qeval.backends.onnx.packages import first_line, runtime_errors
 from qeval.errors import QevalError
+from qeval.metrics.tokens import block_rows
 from qeval.types import Request
 
 Sharing = Literal["batch", "one", "none"]
@@ -45,10 +46,6 @@ class OrtPrefix:
     def length(self) -> int:
         """How many tokens the prefix holds."""
         return len(self.tokens)
-
-    def before(self, request: Request) -> Request:
-        """The whole sequence of a request that continues the prefix."""
-        return Request(self.tokens + request.tokens, tuple(p + self.length for p in request.positions))
 
 
 class OrtSession:
@@ -101,20 +98,35 @@ class OrtSession:
                 self.sharing = sharing
                 return
 
-    def prefill(self, tokens: Sequence[int]) -> OrtPrefix:
+    @property
+    def block_rows(self) -> int:
+        """The positions whose logits are made at a time."""
+        return block_rows(self.vocab_size)
+
+    def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> OrtPrefix:
         """Run a prefix once and keep its keys and values; where the graph can't continue one, only its tokens.
 
         Raises:
             QevalError: it is longer than the context, or the forward failed.
         """
+        before = self._own(outer)
+        whole = (*(before.tokens if before else ()), *tokens)
         if self.sharing == "none":
-            return OrtPrefix(self._owner, tuple(tokens), {})
-        return self._filled(tokens)
+            return OrtPrefix(self._owner, whole, {})
+        if before and before.length <= self._rope_limit < len(whole):
+            return self._filled(whole)  # the outer one's keys were turned otherwise
+        return self._filled(tokens, before)
 
-    def _filled(self, tokens: Sequence[int]) -> OrtPrefix:
+    def _filled(self, tokens: Sequence[int], before: OrtPrefix | None = None) -> OrtPrefix:
         names = [past.present for past in self._decoder.pasts]
-        found = self._forward([tokens], [0], None, [COUNT, *names])[1:]
-        return OrtPrefix(self._owner, tuple(tokens), dict(zip(self._empty, found, strict=True)))
+        found = self._forward([tokens], [0], before, [COUNT, *names])[1:]
+        whole = (*(before.tokens if before else ()), *tokens)
+        return OrtPrefix(self._owner, whole, dict(zip(self._empty, found, strict=True)))
+
+    def _own(self, prefix: Prefix | None) -> OrtPrefix | None:
+        if prefix is not None and (not isinstance(prefix, OrtPrefix) or prefix.owner is not self._owner):
+            raise TypeError("A prefix belongs to the session that made it.")
+        return prefix
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
         """The final hidden states at each request's positions, [positions, d_model] fp32.
@@ -122,14 +134,13 @@ class OrtSession:
         Raises:
             QevalError: a sequence is longer than the context, the forward failed, or gave fewer positions than asked.
         """
-        if prefix is not None and (not isinstance(prefix, OrtPrefix) or prefix.owner is not self._owner):
-            raise TypeError("A prefix belongs to the session that made it.")
-        skip = prefix.length if prefix else 0
+        kept = self._own(prefix)
+        skip = kept.length if kept else 0
         found: dict[int, Tensor] = {}
         for is_long in (False, True):
             part = [i for i, r in enumerate(requests) if (skip + len(r.tokens) > self._rope_limit) == is_long]
             if part:
-                found.update(zip(part, self._one_side([requests[i] for i in part], prefix), strict=True))
+                found.update(zip(part, self._one_side([requests[i] for i in part], kept), strict=True))
         return [found[index] for index in range(len(requests))]
 
     def logits(self, states: Tensor) -> Tensor:
@@ -143,7 +154,7 @@ class OrtSession:
     def _one_side(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit."""
         if prefix is not None and (self.sharing == "none" or self._turns(prefix, requests[0])):
-            requests, prefix = [prefix.before(request) for request in requests], None
+            requests, prefix = [request.after(prefix.tokens) for request in requests], None
         if prefix is not None and self.sharing == "one":
             return [self._batch([request], prefix)[0] for request in requests]
         return self._batch(requests, prefix)

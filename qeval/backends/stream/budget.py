@@ -1,0 +1,69 @@
+"""How the memory that a streamed model may take is divided."""
+
+from dataclasses import dataclass
+
+from qeval.errors import UsageError
+
+_STATE_BYTES = 4
+_RESERVE = 6
+"""One part in so many is left for what is not counted: rows, records, the allocator's own."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`total` bytes for weights, activations and logits, beyond what the program itself takes.
+
+    While layers run: one layer's parameters and the next one's bytes, a batch's activations, and the hidden states of
+    every token of the pass. While logits are made: states, a part of the head, and a block of logits.
+    """
+
+    total: int
+    layer: int
+    resident: int
+    width: int
+    itemsize: int
+    token_activations: int
+    kept: int = 0
+    """Bytes of a job's final states: the baseline's are there while layers run, a variant's too while logits are."""
+
+    @property
+    def head(self) -> int:
+        """Bytes of the head's matrix that may be in memory at a time."""
+        return self._without_layers // 3
+
+    @property
+    def logits(self) -> int:
+        """Bytes of all arrays that are as large as a block of logits."""
+        return self._without_layers // 3
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens whose activations take a third of what a layer leaves."""
+        return max(1, self._spare // 3 // self.token_activations)
+
+    def pass_tokens(self, batch_tokens: int) -> int:
+        """Tokens, padding included, whose hidden states and results fit beside a layer and a batch."""
+        spare = self._spare - batch_tokens * self.token_activations
+        return max(0, spare // (self.width * (self.itemsize + _STATE_BYTES)))
+
+    @property
+    def _without_layers(self) -> int:
+        return self.total - self.total // _RESERVE - self.resident - 2 * self.kept
+
+    @property
+    def _spare(self) -> int:
+        return self.total - self.total // _RESERVE - self.resident - self.kept - self.layer
+
+    def check(self) -> None:
+        """Refuse a limit that one layer and a few tokens do not fit in.
+
+        Raises:
+            UsageError: it names the least that would do.
+        """
+        least = self.resident + self.kept + max(self.kept, self.layer) + 64 * self.token_activations
+        least = least * _RESERVE // (_RESERVE - 1)
+        if self.total < least:
+            raise UsageError(
+                f"--max-memory {self.total / 2**20:.0f}MiB is less than one decoder layer and a few tokens take; "
+                f"give at least {least * 4 // 3 / 2**20 + 1:.0f}MiB."
+            )

@@ -1,0 +1,50 @@
+"""The head of a model that is larger than memory: in blocks of the vocabulary where it is too large by itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qeval.models.head import Head
+from qeval.models.reader import Stored
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedHead:
+    """Reads `block` rows of the head's matrix at a time; `settings` say all but the matrix."""
+
+    stored: Stored
+    settings: Head
+    block: int
+    device: torch.device
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of a row of logits."""
+        return self.stored.shape[0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """fp32 logits [n, vocab] of states [n, d_model]."""
+        found = torch.empty(len(states), self.vocab_size, device=self.device)
+        for rows, head in self._blocks():
+            found[:, rows] = head.logits(states.to(self.device))
+        return found
+
+    def _blocks(self) -> Iterator[tuple[slice, Head]]:
+        for start in range(0, self.vocab_size, self.block):
+            rows = slice(start, min(start + self.block, self.vocab_size))
+            yield rows, self._part(rows)
+
+    def _part(self, rows: slice) -> Head:
+        given = self.settings
+        weight = torch.empty(rows.stop - rows.start, self.stored.shape[1], dtype=given.weight.dtype, device=self.device)
+        self.stored.decode(self.stored.fetch(rows.start, rows.stop), weight)
+        return Head(weight, None if given.bias is None else given.bias[rows], given.scale, given.cap)
+
+
+def head_of_parts(stored: Stored, settings: Head, most_bytes: int, device: torch.device) -> Head | StreamedHead:
+    """The head in memory where `most_bytes` hold it as it is computed with and as it is read, else in blocks of it."""
+    row_bytes = stored.shape[1] * settings.weight.element_size() + stored.raw_bytes // stored.shape[0]
+    parts = StreamedHead(stored, settings, max(1, most_bytes // row_bytes), device)
+    return parts._part(slice(0, stored.shape[0])) if parts.block >= stored.shape[0] else parts

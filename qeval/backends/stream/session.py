@@ -1,0 +1,177 @@
+"""A session that runs what it is asked for, and what it was told to expect, in one pass over the layers."""
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qeval.backends.base import Prefix
+from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.shared import can_share, shared_attention
+from qeval.backends.stream.budget import Budget
+from qeval.backends.stream.head import StreamedHead
+from qeval.backends.stream.relay import Relay
+from qeval.backends.stream.steps import Path, Step, is_inside, steps_of
+from qeval.backends.stream.weights import LayerWeights
+from qeval.backends.torch import check_length, rope_limit
+from qeval.models.head import Head
+from qeval.types import Call, Request
+
+
+@dataclass(frozen=True)
+class StreamPrefix:
+    """A prefix that is run, a layer at a time, when what continues it is."""
+
+    path: Path
+
+    @property
+    def length(self) -> int:
+        """How many tokens the prefix holds."""
+        return sum(len(part) for part in self.path)
+
+
+class StreamSession:
+    """A language model whose layers are read one after the other, each run over every token that memory holds."""
+
+    def __init__(
+        self, model: Any, relay: Relay, weights: LayerWeights, head: Head | StreamedHead, budget: Budget
+    ) -> None:
+        """`weights` are put into the model that `relay` runs."""
+        config = model.config
+        self._model, self._shares = model, can_share(model)
+        self._config, self._relay, self._weights, self._head, self._budget = config, relay, weights, head, budget
+        self._rope_limit = rope_limit(config)
+        self._expected: deque[Call] = deque()
+        self._done: dict[Call, deque[list[Tensor]]] = {}
+        self.passes = 0
+        """How often all layers were read."""
+
+    @property
+    def max_length(self) -> int:
+        """The context length that the model's configuration states."""
+        return int(self._config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of a row of logits."""
+        return self._head.vocab_size
+
+    @property
+    def block_rows(self) -> int:
+        """The positions whose logits are made at a time."""
+        return max(1, self._budget.logits // (_LOGIT_ARRAYS * 4 * self.vocab_size))
+
+    def expect(self, calls: Sequence[Call]) -> None:
+        """The calls to come, in their order: what a pass runs ahead. Others may come all the same."""
+        self._expected, self._done = deque(calls), {}
+
+    def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> StreamPrefix:
+        """A prefix; it is run with what continues it."""
+        path = (*_path(outer), tuple(tokens))
+        check_length(sum(len(part) for part in path), self.max_length)
+        return StreamPrefix(path)
+
+    @torch.inference_mode()
+    def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
+        """The final hidden states at each request's positions, [positions, d_model] fp32, on the CPU.
+
+        Raises:
+            QevalError: a sequence is longer than the model's context.
+        """
+        call = Call(_path(prefix), tuple(requests))
+        skip = sum(len(part) for part in call.path)
+        check_length(skip + max(len(request.tokens) for request in requests), self.max_length)
+        if call not in self._done:
+            self._run(self._batch(call))
+        found = self._done[call].popleft()
+        if not self._done[call]:
+            del self._done[call]
+        return found
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """The fp32 logits [n, vocab] of states [n, d_model]."""
+        return self._head.logits(states)
+
+    def close(self) -> None:
+        """Let go of everything that was read."""
+        self._weights.close()
+        self._done.clear()
+
+    def _batch(self, first: Call) -> list[Call]:
+        """The call, and as many of those expected after it as memory holds beside them."""
+        if first not in self._expected:
+            return [first]
+        while self._expected.popleft() != first:
+            pass
+        calls, used = [first], _tokens(first)
+        largest = used
+        while self._expected:
+            more = _tokens(self._expected[0])
+            largest = max(largest, more)
+            used += more
+            if used > self._budget.pass_tokens(largest):
+                break
+            calls.append(self._expected.popleft())
+        return calls
+
+    def _run(self, calls: Sequence[Call]) -> None:
+        """One pass: every layer over every step."""
+        self.passes += 1
+        steps = steps_of(calls, self._rope_limit)
+        found: list[dict[int, Tensor]] = [{} for _ in calls]
+        for index in range(self._weights.count):
+            last = index + 1 == self._weights.count
+            self._weights.install(index, None if last else index + 1)
+            kept: dict[Path, PrefixLayer] = {}
+            for step in steps:
+                kept = {path: layer for path, layer in kept.items() if is_inside(path, step.path)}
+                output = self._step(index, step, kept)
+                if last:
+                    _answer(step, output, found)
+                elif step.hidden is None:
+                    step.hidden = output.clone()
+                else:
+                    step.hidden.copy_(output)
+            self._weights.remove(index)
+        self._weights.release()
+        for call, rows in zip(calls, found, strict=True):
+            self._done.setdefault(call, deque()).append([rows[row] for row in range(len(call.requests))])
+
+    def _step(self, index: int, step: Step, kept: dict[Path, PrefixLayer]) -> Tensor:
+        outer = kept.get(step.path)
+        layer = PrefixLayer(outer, apart=self._shares) if step.keeps else outer
+        cache = None if layer is None else cache_of([layer] * self._weights.count)
+        with shared_attention(self._model) if outer and not step.keeps and self._shares else nullcontext():
+            output = self._relay.run(index, step.hidden, cache, step.ids(self._weights.device))
+        if step.keeps and layer is not None:
+            kept[step.kept_path] = layer
+        return output
+
+
+_LOGIT_ARRAYS = 3
+"""Arrays of a block of logits' size that comparing two models keeps at once: both models' and parts of more."""
+
+
+def _path(prefix: Prefix | None) -> Path:
+    if prefix is None:
+        return ()
+    if not isinstance(prefix, StreamPrefix):
+        raise TypeError("A prefix belongs to the session that made it.")
+    return prefix.path
+
+
+def _tokens(call: Call) -> int:
+    """Tokens of a call's batch, padding and prefix included."""
+    longest = max(len(request.tokens) for request in call.requests)
+    return longest * len(call.requests) + sum(len(part) for part in call.path)
+
+
+def _answer(step: Step, output: Tensor, found: list[dict[int, Tensor]]) -> None:
+    for row, ((call, place), request) in enumerate(zip(step.places, step.requests, strict=True)):
+        found[call][place] = output[row, list(request.positions)].float().cpu().clone()
+    step.hidden = None

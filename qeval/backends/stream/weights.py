@@ -1,0 +1,145 @@
+"""The parameters of one decoder layer at a time, in memory that every layer uses again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qeval.models.reader import Plain, Raw, Stored, gather
+from qeval.models.skeleton import put
+
+Raws = dict[str, Raw]
+Check = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """Where each parameter of a model lies: a variant's own first, then the checkpoint's."""
+
+    checkpoint: Mapping[str, Stored]
+    variant: Mapping[str, Stored]
+
+    def __getitem__(self, name: str) -> Stored:
+        """The tensor of a parameter's name."""
+        return self.variant.get(name) or self.checkpoint[name]
+
+
+class LayerWeights:
+    """Puts a layer's parameters into a weightless model and takes them out again; the next layer is read ahead."""
+
+    def __init__(self, model: Any, layers: Sequence[str], tensors: Tensors, device: torch.device) -> None:
+        """`layers` are the names of the model's decoder layers, in order."""
+        self._model, self._tensors, self.device = model, tensors, device
+        every = dict(model.named_parameters())
+        self._names = [tuple(name for name in every if name.startswith(f"{layer}.")) for layer in layers]
+        self._prefixes = tuple(f"{layer}." for layer in layers)
+        self._empty = {name: every[name] for names in self._names for name in names}
+        self._used: dict[str, nn.Parameter] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._ahead: tuple[int, Future[Raws]] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many layers there are."""
+        return len(self._names)
+
+    @property
+    def largest_bytes(self) -> int:
+        """The most that one layer takes: its parameters as they are computed with, and the next one's as read."""
+        return max((self._bytes(names) for names in self._names), default=0)
+
+    def install(self, index: int, ahead: int | None, check: Check | None = None) -> None:
+        """The parameters of layer `index`; then layer `ahead` starts to be read. `check` sees each parameter."""
+        raws = self._take(index)
+        for name in self._names[index]:
+            parameter = self._memory(index, name)
+            self._tensors[name].decode(raws.pop(name), parameter.data)
+            if check:
+                check(name, parameter)
+            put(self._model, name, parameter)
+        if ahead is not None:
+            self._ahead = (ahead, self._reader.submit(self._fetch, ahead))
+
+    def remove(self, index: int) -> None:
+        """Layer `index` is weightless again."""
+        for name in self._names[index]:
+            put(self._model, name, self._empty[name])
+
+    def release(self) -> None:
+        """Let go of the memory that layers used; what was read ahead is dropped."""
+        if self._ahead is not None:
+            self._ahead[1].cancel() or self._ahead[1].result()
+        self._ahead = None
+        self._used.clear()
+
+    def close(self) -> None:
+        """Release, and end the thread."""
+        self.release()
+        self._reader.shutdown()
+
+    def _take(self, index: int) -> Raws:
+        if self._ahead is not None and self._ahead[0] == index:
+            raws = self._ahead[1].result()
+            self._ahead = None
+            return raws
+        self.release()
+        return self._fetch(index)
+
+    def _fetch(self, index: int) -> Raws:
+        found = {}
+        for name in self._names[index]:
+            stored = self._tensors[name]
+            found[name] = stored.fetch(0, stored.shape[0] if stored.shape else 1)
+        return found
+
+    def _memory(self, index: int, name: str) -> nn.Parameter:
+        """Memory of a parameter's shape and type: the same place's in the layer before, where that fits."""
+        place, empty = name.removeprefix(self._prefixes[index]), self._empty[name]
+        used = self._used.get(place)
+        if used is None or used.shape != empty.shape or used.dtype != empty.dtype:
+            self._used.pop(place, None)
+            value = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
+            used = self._used[place] = nn.Parameter(value, requires_grad=False)
+        return used
+
+    def _bytes(self, names: Sequence[str]) -> int:
+        computed = sum(self._empty[name].numel() * self._empty[name].element_size() for name in names)
+        return int(computed) + sum(self._tensors[name].raw_bytes for name in names)
+
+
+class LookedUp:
+    """An embedding that reads the rows of the tokens it is asked for; the module's own forward does the rest."""
+
+    def __init__(self, module: nn.Module, stored: Plain) -> None:
+        """`module` is a weightless `nn.Embedding` or a subclass of it."""
+        self._module, self._stored = module, stored
+        self._empty = module._parameters["weight"]
+        assert self._empty is not None
+        self._dtype = self._empty.dtype
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The embeddings of `ids`, in the shape and type of the module's own."""
+        rows, places = torch.unique(ids, return_inverse=True)
+        table = gather(self._stored.entry, rows.tolist()).to(device=ids.device, dtype=self._dtype)
+        self._module._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+        try:
+            found: Tensor = type(self._module).forward(self._module, places)
+        finally:
+            self._module._parameters["weight"] = self._empty
+        return found
+
+
+def load_whole(model: Any, names: Sequence[str], tensors: Tensors, device: torch.device, check: Check) -> int:
+    """Load some parameters for good; returns their bytes."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        stored, empty = tensors[name], parameters[name]
+        value = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        stored.decode(stored.fetch(0, stored.shape[0] if stored.shape else 1), value)
+        check(name, value)
+        put(model, name, nn.Parameter(value, requires_grad=False))
+    return sum(prod(parameters[name].shape) * parameters[name].element_size() for name in names)

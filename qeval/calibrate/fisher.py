@@ -1,0 +1,115 @@
+"""How much each group of linears would matter, from a pass forward and one back over a little text: KL to second order.
+
+With y = W x a linear's output at a token, E the error of its quantized weights and g the gradient at y of the
+log-probability of labels drawn from the model itself, KL(baseline || quantized) is about half the mean of (g . E x)^2:
+the labels' own mean makes g g^T the Fisher information (Amari 1998; Martens, *New insights on the natural gradient
+method*, JMLR 2020, section 9). Errors at different tokens are taken as unrelated. It is a proposal, not a measurement.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qeval.calibrate.sensitivity import Effective
+from qeval.models.graph import Description, Group
+from qeval.models.head import Head
+from qeval.progress import Advance
+
+SAMPLES, LENGTH = 4, 256
+"""Calibration tokens that the prediction comes from, one sample at a time."""
+_POSITIONS = 128
+
+
+def predict(
+    model: Any,
+    description: Description,
+    head: Head,
+    samples: Sequence[Sequence[int]],
+    effective: Effective,
+    advance: Advance,
+    seed: int = 0,
+) -> dict[str, float]:
+    """The predicted mean KL in nats of every group quantized alone, by the group's first name.
+
+    `effective` gives a group's quantized matrices as they act in the unfolded model; where it gives none, or no token
+    reaches the group, the KL is 0. `seed` draws the labels. `advance` is told of the groups, a share after each sample.
+    """
+    watched = [_Watched(model, group, effective) for group in description.groups]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    texts = [sample[:LENGTH] for sample in samples[:SAMPLES]]
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
+        for each in watched:
+            each.listen(hooks)
+        embedding = model.get_submodule(description.embedding.removesuffix(".weight"))
+        hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
+        for text in texts:
+            ids = torch.tensor([list(text)], device=model.device)
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            states.backward(_label_gradient(head, states.detach(), generator))
+            for each in watched:
+                each.end_pass()
+            advance(len(watched) // len(texts))
+    return {each.name: each.total / (2 * sum(map(len, texts))) for each in watched}
+
+
+def _label_gradient(head: Head, states: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient at `states` [..., d_model] of the log-probability of one label a position, drawn from the model."""
+    flat = states.reshape(-1, states.shape[-1])
+    parts = [_label_gradient_of(head, part, generator) for part in torch.split(flat, _POSITIONS)]
+    return torch.cat(parts).reshape(states.shape)
+
+
+@torch.no_grad()
+def _label_gradient_of(head: Head, states: Tensor, generator: torch.Generator) -> Tensor:
+    logits = head.logits(states)
+    p = logits.softmax(-1)
+    labels = torch.multinomial(p, 1, generator=generator)
+    back = p.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=p.dtype))
+    if head.cap is not None:
+        back.mul_(1 - (logits / head.cap).square_())
+    return (back.mul_(head.scale).to(head.weight.dtype) @ head.weight).to(states.dtype)
+
+
+class _Watched:
+    """One group's part in a pass: its input on the way forward, what its error would have moved on the way back.
+
+    `total`: the sum over tokens of the square of what the labels' log-probability would have moved by.
+    """
+
+    def __init__(self, model: Any, group: Group, effective: Effective) -> None:
+        self.name, self.total = group.names[0], 0.0
+        self._linears = {name: model.get_submodule(name.removesuffix(".weight")) for name in group.names}
+        self._group, self._effective = group, effective
+        self._errors: dict[str, Tensor] | None = None
+        self._moved: Tensor | None = None  # [1, tokens]
+
+    def listen(self, hooks: ExitStack) -> None:
+        """Hook up every linear of the group."""
+        for name, linear in self._linears.items():
+            hooks.callback(linear.register_forward_hook(self._forward(name)).remove)
+
+    def end_pass(self) -> None:
+        """Take in what the pass that ended has moved."""
+        if self._moved is not None:
+            self.total += float(self._moved.square().sum(dtype=torch.float64))
+        self._moved = self._errors = None
+
+    def _forward(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            given = args[0].detach()
+            output.register_hook(lambda gradient: self._backward(name, given, gradient))  # type: ignore[no-untyped-call]
+
+        return forward
+
+    @torch.no_grad()
+    def _backward(self, name: str, given: Tensor, gradient: Tensor) -> None:
+        if self._errors is None:
+            found = self._effective(self._group)
+            self._errors = {key: value - self._linears[key].weight for key, value in found.items()}
+        error = self._errors.pop(name, None)
+        if error is not None:
+            moved = (nn.functional.linear(given, error.to(given.dtype)) * gradient).sum(-1, dtype=torch.float32)
+            self._moved = moved if self._moved is None else self._moved + moved

@@ -1,0 +1,175 @@
+"""One page for several models' runs: every variant of each, and KL against bits per weight."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qeval.errors import BrokenRecordError, UsageError
+from qeval.report import style, words
+from qeval.report.model import Report, Variant
+from qeval.report.page import NOTHING, Cell, Heading, Plot, Section, Table, metric_cell
+from qeval.report.render import page, write_plots
+from qeval.store.atomic import write_text
+
+_COLUMNS = {
+    "kl_nats": "KL, nats",
+    "top1_agreement": "Same top token",
+    "ppl_ratio": "Perplexity ratio",
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One model of a sweep: its run's folder, and why it failed, or None."""
+
+    model: str
+    folder: Path
+    error: str | None = None
+
+    @cached_property
+    def report(self) -> Report | None:
+        """Its report; None where it failed."""
+        return None if self.error is not None else read_report(self.folder)
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a finished run.
+
+    Raises:
+        UsageError: `folder` holds none. BrokenRecordError: it is torn or of another version.
+    """
+    path = folder / "report.json"
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UsageError(f"'{folder}' holds no report ({path} is missing).") from error
+    except ValidationError as error:
+        raise BrokenRecordError(
+            f"{path} is torn or of another version of qeval; run the same command again."
+        ) from error
+
+
+def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
+    """Write sweep.md, sweep.html, sweep.json and the plot from the runs' own reports; where the page is."""
+    reports = _reports(runs)
+    with style.styled():
+        plots = [plot for plot in (kl_against_bits(reports),) if plot is not None]
+    write_plots(plots, out)
+    section = Section(
+        id="summary",
+        title="Every model and variant",
+        sentences=_sentences(reports),
+        plots=tuple(plots),
+        tables=(overview(runs),),
+    )
+    failed = tuple(f"{run.model} failed: {run.error}" for run in runs if run.error is not None)
+    heading = Heading(f"{len(runs)} models: what quantization lost", _facts(reports), warnings=failed)
+    write_text(out / "sweep.md", page("report.md.j2", heading, [section]))
+    write_text(out / "sweep.html", page("report.html.j2", heading, [section]))
+    write_text(out / "sweep.json", json.dumps(_as_json(runs), indent=2, allow_nan=False) + "\n")
+    return out / "sweep.html"
+
+
+def overview(runs: Sequence[Ended]) -> Table:
+    """A line for every variant of every model; a model that failed has one that says so."""
+    reports = _reports(runs)
+    columns = {name: title for name, title in _columns(reports).items() if _holds(reports, name)}
+    rows: list[tuple[Cell, ...]] = []
+    for run in runs:
+        if run.report is None:
+            rows.append((Cell(run.model), Cell(words.MISSING, remark="failed"), *[NOTHING] * (2 + len(columns))))
+        else:
+            rows += [_row(run.report, variant, list(columns)) for variant in run.report.variants]
+    names = ("Model", "Variant", "Bits/weight", "Size", *columns.values())
+    note = "Each variant is compared with its own model's baseline, on the same tokens and questions."
+    return Table("Size and loss of every variant of every model", names, tuple(rows), note, live=True, filters=(0, 1))
+
+
+def kl_against_bits(reports: Sequence[Report]) -> Plot | None:
+    """KL against bits per weight, a line a model; None below two points."""
+    made, axes = style.figure(3.8)
+    floors, count = [], 0
+    for place, report in enumerate(reports):
+        points = sorted((v.bits_per_weight, v) for v in report.variants if v.ranked and _kl(v) is not None)
+        colour, mark = style.colour(place), style.marker(place)
+        values = [value for _, v in points if (value := _kl(v)) is not None]
+        axes.plot([x for x, _ in points], values, f"{mark}-", color=colour, markersize=6, label=report.model.name)
+        for x, variant in points:
+            metric = variant.metrics["kl_nats"]
+            if metric.low is not None and metric.high is not None:
+                axes.vlines(x, metric.low, metric.high, color=colour, linewidth=1.4)
+        floors += [value for v in report.variants if v.role == "floor" and (value := _kl(v))]
+        count += len(points)
+    if count < 2:
+        return None
+    axes.set_yscale("log")
+    axes.set_xlabel("Bits per weight, over the quantized matrices")
+    axes.set_ylabel("KL from the own baseline (nats)")
+    axes.grid(True)
+    made.legend(loc="outside lower center", ncols=2)
+    svg, png = style.save(made)
+    alt = f"KL against bits per weight, {count} variants of {words.listed([r.model.name for r in reports])}."
+    floor = f" The noise floor lies at {max(floors):.1e} nats, where it was measured." if floors else ""
+    return Plot("kl-bits", "KL against bits per weight", alt + floor, svg, png)
+
+
+def _kl(variant: Variant) -> float | None:
+    """A KL that a logarithmic axis can show."""
+    metric = variant.metrics.get("kl_nats")
+    return metric.value if metric is not None and metric.value is not None and metric.value > 0 else None
+
+
+def _columns(reports: Sequence[Report]) -> dict[str, str]:
+    tasks = {task.record.name: task.record.title for report in reports for task in report.tasks}
+    return _COLUMNS | {f"{name}_acc_diff": f"{title}, difference" for name, title in tasks.items()}
+
+
+def _holds(reports: Sequence[Report], name: str) -> bool:
+    return any(name in variant.metrics for report in reports for variant in report.variants)
+
+
+def _row(report: Report, variant: Variant, names: Sequence[str]) -> tuple[Cell, ...]:
+    remark = {"floor": "noise floor"}.get(variant.role, variant.status if variant.status != "done" else None)
+    cells = [metric_cell(variant.metrics.get(name), signed=name.endswith("_diff")) for name in names]
+    bits, size = Cell(f"{variant.bits_per_weight:.2f}"), Cell(words.size(variant.size_bytes))
+    return Cell(report.model.name), Cell(variant.name, remark=remark), bits, size, *cells
+
+
+def _sentences(reports: Sequence[Report]) -> tuple[str, ...]:
+    said = []
+    for report in reports:
+        best = [v for v in report.variants if v.ranked and _kl(v) is not None]
+        if best:
+            least = min(best, key=lambda v: _kl(v) or 0.0)
+            cell = metric_cell(least.metrics["kl_nats"])
+            said.append(
+                f"{report.model.name}: {least.name} lost least, KL {cell.text} {cell.interval or ''} nats at "
+                f"{least.bits_per_weight:.2f} bits per weight."
+            )
+    return (*said, "Brackets hold 95 % intervals; each model's own report says how they were made.")
+
+
+def _facts(reports: Sequence[Report]) -> tuple[str, ...]:
+    return tuple(sorted({f"qeval {report.provenance.environment.qeval}" for report in reports}))
+
+
+def _as_json(runs: Sequence[Ended]) -> dict[str, Any]:
+    models = [
+        {
+            "model": run.model,
+            "folder": str(run.folder),
+            "error": run.error,
+            "report": None if run.report is None else run.report.model_dump(mode="json"),
+        }
+        for run in runs
+    ]
+    return {"schema_version": 1, "models": models}
+
+
+def _reports(runs: Sequence[Ended]) -> list[Report]:
+    return [run.report for run in runs if run.report is not None]

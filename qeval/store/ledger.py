@@ -1,0 +1,352 @@
+"""The run's ledger, `OUT/ledger.sqlite`: which process works on which job, so that several may work on one run.
+
+It saves work and guards no truth: what is finished is what lies on disk as a record that names its own checksum. A
+ledger that is lost or torn is named and begun anew, and its rows come back as the records are met. A claim whose
+process is dead is taken over: at once where the process can be seen (this host), and after a lease without a heartbeat
+where it can't (another one). A heartbeat is a count, watched by the watcher's own clock: hosts need not agree on the
+time.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+from qeval.errors import QevalError
+from qeval.identity import digest_file
+from qeval.owners import Owner, is_alive, this_process
+from qeval.store.database import Warn, broken, connected, opened, told
+
+LEDGER = "ledger.sqlite"
+LEDGER_VERSION = 1
+LEASE_SECONDS = 60.0
+"""How long a claim of another host's process holds without a heartbeat."""
+
+_BEAT_SECONDS = 2.0
+_SCHEMA = """
+CREATE TABLE owners(id INTEGER PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
+    crew TEXT NOT NULL, settings TEXT NOT NULL, command TEXT NOT NULL, beat INTEGER NOT NULL, gone INTEGER NOT NULL);
+CREATE TABLE jobs(kind TEXT NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, owner INTEGER REFERENCES owners(id),
+    file TEXT, sha256 TEXT, PRIMARY KEY(kind, key));
+CREATE TABLE attempts(kind TEXT NOT NULL, key TEXT NOT NULL, owner INTEGER NOT NULL REFERENCES owners(id),
+    began REAL NOT NULL, ended REAL, outcome TEXT NOT NULL, error TEXT);
+"""
+_TRIES = 2
+"""How often a crew tries a job that fails, each time in another process."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A job as the ledger knows it: a kind and key that name its record, and the model that it is about."""
+
+    kind: str
+    key: str
+    name: str
+
+
+class Attempt(NamedTuple):
+    """One try of a job; `outcome` is `running`, `done`, `failed`, `stopped` or `died`. Times are seconds since 1970."""
+
+    kind: str
+    key: str
+    name: str
+    owner: str
+    outcome: str
+    error: str | None
+    began: float
+    ended: float | None
+
+
+class Finished(NamedTuple):
+    """A finished job's record: the file's name and its whole sha256."""
+
+    kind: str
+    key: str
+    file: str
+    sha256: str
+
+
+class Ledger:
+    """One process's view of a run's ledger; `joined` makes it."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, crew: str) -> None:
+        """`crew` names the processes that one command started; a job's failures are counted within it."""
+        self.path, self._crew = path, crew
+        self._connection = connection
+        self._me = -1
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def enter(self, settings: str, command: str, waiting: Warn) -> None:
+        """Put this process down as one that works here; while one with other `settings` does, wait for it."""
+        told = False
+        while (other := self._entered(settings, command)) is not None:
+            if not told:
+                waiting(f"Waiting for {other}")
+                told = True
+            self.pause()
+
+    def leave(self) -> None:
+        """Take this process off; what it still claims is free."""
+        with self._writing() as run:
+            run("UPDATE attempts SET outcome = 'stopped' WHERE owner = ? AND outcome = 'running'", self._me)
+            run("UPDATE jobs SET owner = NULL WHERE owner = ?", self._me)
+            run("UPDATE owners SET gone = 1 WHERE id = ?", self._me)
+
+    def claim(self, ticket: Ticket) -> bool:
+        """Whether the job is now this process's; False while a live process has it, or this one's crew gave it up."""
+        with self._writing() as run:
+            found = run("SELECT owner FROM jobs WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
+            owner = found[0][0] if found else None
+            if owner is not None and owner != self._me and self._is_here(run, owner):
+                return False
+            failures = self._failures(run, ticket)
+            if len(failures) >= _TRIES or any(each == self._me for each, _ in failures):
+                return False
+            run(
+                "INSERT INTO jobs(kind, key, name, owner) VALUES(?, ?, ?, ?) "
+                "ON CONFLICT(kind, key) DO UPDATE SET owner = excluded.owner, name = excluded.name",
+                ticket.kind, ticket.key, ticket.name, self._me,
+            )  # fmt: skip
+        return True
+
+    def begin(self, ticket: Ticket) -> None:
+        """Note that the claimed job is being run."""
+        row = (ticket.kind, ticket.key, self._me, time.time())
+        with self._writing() as run:
+            run("INSERT INTO attempts VALUES(?, ?, ?, ?, NULL, 'running', NULL)", *row)
+
+    def finish(self, ticket: Ticket, record: Path) -> None:
+        """Note the job's record, made just now or found on disk; the claim is free."""
+        held = self._read("SELECT file, owner FROM jobs WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
+        if held == [(record.name, None)]:
+            return
+        sha256 = digest_file(record)
+        with self._writing() as run:
+            run(
+                "INSERT INTO jobs VALUES(?, ?, ?, NULL, ?, ?) ON CONFLICT(kind, key) "
+                "DO UPDATE SET owner = NULL, name = excluded.name, file = excluded.file, sha256 = excluded.sha256",
+                ticket.kind, ticket.key, ticket.name, record.name, sha256,
+            )  # fmt: skip
+            self._end(run, ticket, "done", None)
+
+    def release(self, ticket: Ticket, outcome: str, error: str | None = None) -> None:
+        """Give a claim back: the try ended as `failed` or `stopped`, and why."""
+        with self._writing() as run:
+            run("UPDATE jobs SET owner = NULL WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
+            self._end(run, ticket, outcome, error)
+
+    def given_up(self, ticket: Ticket) -> str | None:
+        """Why nobody of this process's crew will run the job (again), or None."""
+        with self._writing() as run:
+            failures = self._failures(run, ticket)
+            if not failures:
+                return None
+            tried = {owner for owner, _ in failures}
+            others = run("SELECT id FROM owners WHERE crew = ? AND gone = 0", self._crew)
+            untried = any(owner not in tried and self._is_here(run, owner) for (owner,) in others)
+        return failures[-1][1] if len(failures) >= _TRIES or not untried else None
+
+    def attempts(self) -> list[Attempt]:
+        """Every try of every job, in the order in which they began."""
+        query = (
+            "SELECT a.kind, a.key, j.name, o.host, o.pid, o.started, a.outcome, a.error, a.began, a.ended "
+            "FROM attempts a JOIN owners o ON o.id = a.owner "
+            "JOIN jobs j ON j.kind = a.kind AND j.key = a.key ORDER BY a.rowid"
+        )
+        return [
+            Attempt(kind, key, name, str(Owner(host, pid, started)), *ended)
+            for kind, key, name, host, pid, started, *ended in self._read(query)
+        ]
+
+    def finished(self) -> list[Finished]:
+        """The records of all jobs that ended in one."""
+        query = "SELECT kind, key, file, sha256 FROM jobs WHERE file IS NOT NULL ORDER BY kind, key"
+        return [Finished(*row) for row in self._read(query)]
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Be the one process of the run that does `what`, after any other that does."""
+        ticket = Ticket("alone", what, what)
+        while not self.claim(ticket):
+            self.pause()
+        try:
+            yield
+        finally:
+            self.release(ticket, "done")
+
+    @property
+    def crew(self) -> str:
+        """The name that the processes of one command share."""
+        return self._crew
+
+    @property
+    def others(self) -> bool:
+        """Whether other live processes work on the run."""
+        with self._writing() as run:
+            found = run("SELECT id FROM owners WHERE gone = 0 AND id != ?", self._me)
+            return any(self._is_here(run, owner) for (owner,) in found)
+
+    def at_work(self) -> list[str]:
+        """The other live processes that have claimed jobs."""
+        query = (
+            "SELECT DISTINCT o.id, o.host, o.pid, o.started FROM owners o JOIN jobs j ON j.owner = o.id ORDER BY o.id"
+        )
+        with self._writing() as run:
+            found = [(owner, Owner(*who)) for owner, *who in run(query) if owner != self._me]
+            return [str(who) for owner, who in found if self._is_here(run, owner)]
+
+    def beat(self) -> None:
+        """Tell other hosts that this process lives, also those that thought it dead."""
+        with self._writing() as run:
+            run("UPDATE owners SET beat = beat + 1, gone = 0 WHERE id = ?", self._me)
+
+    @staticmethod
+    def pause() -> None:
+        """Give others the time to come further."""
+        time.sleep(0.1)
+
+    def _entered(self, settings: str, command: str) -> str | None:
+        """Who works here with other settings, or None once this process is put down."""
+        me = this_process()
+        with self._writing() as run:
+            mine = (me.host, me.pid, me.started)
+            run("UPDATE owners SET gone = 1 WHERE host = ? AND pid = ? AND started = ?", *mine)  # an earlier run's
+            for owner, theirs, held in run("SELECT id, settings, command FROM owners WHERE gone = 0"):
+                if theirs != settings and self._is_here(run, owner):
+                    (row,) = run("SELECT host, pid, started FROM owners WHERE id = ?", owner)
+                    return f"{Owner(*row)}, which writes into {self.path.parent} with other settings: {held}"
+            run(
+                "INSERT INTO owners(host, pid, started, crew, settings, command, beat, gone) VALUES(?,?,?,?,?,?,0,0)",
+                *mine, self._crew, settings, command,
+            )  # fmt: skip
+            ((self._me,),) = run("SELECT last_insert_rowid()")
+        return None
+
+    def _is_here(self, run: "Run", owner: int) -> bool:
+        """Whether an owner lives; one that doesn't is noted as gone, and what it was at as died."""
+        if owner == self._me:
+            return True
+        host, pid, started, beat, gone = run("SELECT host, pid, started, beat, gone FROM owners WHERE id = ?", owner)[0]
+        if gone:
+            return False
+        alive = is_alive(Owner(host, pid, started))
+        if alive is None:
+            seen, since = self._seen.setdefault(owner, (beat, time.monotonic()))
+            if seen != beat:
+                self._seen[owner] = (beat, time.monotonic())
+            alive = seen != beat or time.monotonic() - since < LEASE_SECONDS
+        if not alive:
+            ended = "the process that ran it ended without a word"
+            run("UPDATE owners SET gone = 1 WHERE id = ?", owner)
+            run("UPDATE attempts SET outcome='died', error=? WHERE owner=? AND outcome='running'", ended, owner)
+        return alive
+
+    def _failures(self, run: "Run", ticket: Ticket) -> list[tuple[int, str]]:
+        """Who of the crew failed on a job, and why."""
+        query = (
+            "SELECT a.owner, a.error FROM attempts a JOIN owners o ON o.id = a.owner "
+            "WHERE a.kind = ? AND a.key = ? AND o.crew = ? AND a.outcome IN ('failed', 'died') ORDER BY a.rowid"
+        )
+        return [(owner, error) for owner, error in run(query, ticket.kind, ticket.key, self._crew)]
+
+    def _end(self, run: "Run", ticket: Ticket, outcome: str, error: str | None) -> None:
+        run(
+            "UPDATE attempts SET ended = ?, outcome = ?, error = ? "
+            "WHERE kind = ? AND key = ? AND owner = ? AND outcome = 'running'",
+            time.time(), outcome, error, ticket.kind, ticket.key, self._me,
+        )  # fmt: skip
+
+    def _read(self, query: str, *values: Any) -> list[Any]:
+        with told(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _writing(self) -> Iterator["Run"]:
+        """A transaction that no other process writes beside."""
+        with told(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield lambda query, *values: self._connection.execute(query, values).fetchall()
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+
+Run = Callable[..., list[Any]]
+"""Executes a query with its values and gives the rows."""
+
+
+@contextmanager
+def joined(
+    out: Path, settings: str, command: str, warn: Warn, *, waiting: Warn, crew: str | None = None
+) -> Iterator[Ledger]:
+    """This process as one that works on the run in `out`, until the block ends.
+
+    `settings` names what all who work on one run agree on: a process with others waits until it is alone, and `waiting`
+    hears so. `crew` is that of the process that started this one, if any did.
+
+    Raises:
+        QevalError: the ledger can't be written, or is locked all the time.
+    """
+    path = out / LEDGER
+    with closing(opened(path, _SCHEMA, LEDGER_VERSION, warn)) as connection:
+        ledger = Ledger(path, connection, crew or uuid4().hex)
+        ledger.enter(settings, command, waiting)
+        try:
+            with _beating(ledger, warn):
+                yield ledger
+        except BaseException:
+            with suppress(QevalError):  # what went wrong first is what is told; a dead process's claims are free
+                ledger.leave()
+            raise
+        ledger.leave()
+
+
+@contextmanager
+def read_ledger(out: Path) -> Iterator[Ledger]:
+    """The ledger of a run, to look at.
+
+    Raises:
+        FileNotFoundError: there is none. QevalError: it is torn or of another version, or locked.
+    """
+    path = out / LEDGER
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with closing(connected(path)) as connection:
+        with told(path):
+            reason = broken(connection, LEDGER_VERSION)
+        if reason:
+            raise QevalError(f"{path} is torn or of another version ({reason}).")
+        yield Ledger(path, connection, "")
+
+
+@contextmanager
+def _beating(ledger: Ledger, warn: Warn) -> Iterator[None]:
+    """Heartbeats from a thread of their own, so that no batch is too long for them."""
+    stop, failed = Event(), list[str]()
+
+    def beat() -> None:
+        with closing(connected(ledger.path)) as connection:
+            own = Ledger(ledger.path, connection, "")
+            own._me = ledger._me
+            while not stop.wait(_BEAT_SECONDS):
+                try:
+                    own.beat()
+                except QevalError as error:
+                    failed.append(str(error))
+
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if failed:
+            warn(f"{len(failed)} heartbeats failed, so other hosts may have repeated work: {failed[-1]}")
