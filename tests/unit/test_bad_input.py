@@ -49,7 +49,7 @@ FLAGS = {
         "Or give a hub id",
     ),
     "a folder that is not there": ({"model": "./nowhere"}, "The model folder './nowhere' does not exist."),
-    "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: awq, mixed"),
+    "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: awq, gptq, mixed"),
     "no method": ({"methods": " , "}, "--methods names no method"),
     "a method twice": ({"methods": "rtn:g32,rtn:g32"}, "Two variants are named 'rtn:g32'"),
     "bits that no grid has": ({"methods": "rtn:g32,rtn:int9"}, "'rtn:int9': A grid has 2 to 8 bits, not 9."),
@@ -117,7 +117,10 @@ def test_a_wrong_flag_is_refused(refused, changed, said):
 
 
 RECIPES = {
-    "an unknown key": ("variants: [{method: rtn, gird: g32}]", "variant 1 'gird'; nearest: grid. Choices: budget,"),
+    "an unknown key": (
+        "variants: [{method: rtn, gird: g32}]",
+        "variant 1 'gird'; nearest: grid. Choices: act_order, budget,",
+    ),
     "an unknown key at the top": ("varients: [rtn]", "'varients'; nearest: variants"),
     "an unknown method": ("variants: [rtn:g32, {method: awk}]", "Unknown method 'awk'; nearest: awq."),
     "a wrong type": ("variants: [{method: rtn, clip: 3}]", "variant 1: 'clip' must be bool, not 3."),

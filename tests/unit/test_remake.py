@@ -33,9 +33,11 @@ SETTINGS = Settings(
     threads=3,
     seed=9,
     workers=2,
+    executor="ray",
     command="qeval compare",
 )
-FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1}
+FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,
+        "executor": "local", "worker_gpus": 0.5}  # fmt: skip
 BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),

@@ -22,8 +22,7 @@ from qeval.progress import Silent
 from qeval.store.ledger import LEDGER, read_ledger
 from qeval.store.rows import RowStore
 from tests.fixtures.bench import Bench
-from tests.fixtures.kills import CONTEXT, Place, finish
-from tests.fixtures.preloaded import SHARD_TOKENS
+from tests.fixtures.kills import CONTEXT, SHARD_TOKENS, Place, finish
 
 METHODS = "rtn:g32,rtn:int8-channel"
 
