@@ -95,16 +95,22 @@ def kl_against_bits(reports: Sequence[Report]) -> Plot | None:
     made, axes = style.figure(3.8)
     floors, count = [], 0
     for place, report in enumerate(reports):
-        points = sorted((v.bits_per_weight, v) for v in report.variants if v.ranked and _kl(v) is not None)
+        shown = sorted((v for v in report.variants if v.ranked and _kl(v)), key=lambda v: (v.bits_per_weight, v.name))
+        bits, metrics = [v.bits_per_weight for v in shown], [v.metrics["kl_nats"] for v in shown]
         colour, mark = style.colour(place), style.marker(place)
-        values = [value for _, v in points if (value := _kl(v)) is not None]
-        axes.plot([x for x, _ in points], values, f"{mark}-", color=colour, markersize=6, label=report.model.name)
-        for x, variant in points:
-            metric = variant.metrics["kl_nats"]
+        axes.plot(
+            bits,
+            [metric.value or 0.0 for metric in metrics],
+            f"{mark}-",
+            color=colour,
+            markersize=6,
+            label=report.model.name,
+        )
+        for x, metric in zip(bits, metrics, strict=True):
             if metric.low is not None and metric.high is not None:
                 axes.vlines(x, metric.low, metric.high, color=colour, linewidth=1.4)
         floors += [value for v in report.variants if v.role == "floor" and (value := _kl(v))]
-        count += len(points)
+        count += len(shown)
     if count < 2:
         return None
     axes.set_yscale("log")

@@ -8,7 +8,8 @@ from qeval.cli.app import run
 from tests.fixtures.bench import CONTEXT, Bench
 from tests.fixtures.tiny import save_tiny
 
-METHODS = "rtn:g32,rtn:int8-channel"
+METHODS = "rtn:g32,rtn:int8-channel,gptq:g32"
+"""Two of them have the same bits per weight."""
 
 
 @pytest.fixture(scope="module")
