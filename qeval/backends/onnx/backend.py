@@ -33,7 +33,33 @@ class Ran:
     facts: list[str]
 
 
-class OrtBackend:
+class _OnProvider:
+    """Opens folders on one execution provider."""
+
+    def __init__(self, provider: Provider, threads: int, device_id: int) -> None:
+        """`threads` are the CPU's."""
+        self._provider, self._threads, self._device_id = provider, threads, device_id
+        self._runtime = require_runtime()
+        self.ran: Ran | None = None
+        """What the last session was; None before the first."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything about the provider and the runtime that changes a number."""
+        return {
+            "provider": self._provider.onnx_name,
+            "options": dict(self._provider.options),
+            "runtime": f"{self._runtime.distribution} {self._runtime.version}",
+        }
+
+    @contextmanager
+    def _opened(self, folder: Path) -> Iterator[OrtSession]:
+        with opened(folder, self._provider, threads=self._threads, device_id=self._device_id) as found:
+            self.ran = ran(folder, found, self._provider)
+            yield found.session
+
+
+class OrtBackend(_OnProvider):
     """Opens variants, or the float model, on one execution provider."""
 
     def __init__(self, exporter: Exporter, style: Style, provider: Provider, threads: int, device_id: int = 0) -> None:
@@ -43,11 +69,8 @@ class OrtBackend:
             UsageError, QevalError: the provider can't be had here.
         """
         require_provider(provider, device_id)
-        self._exporter, self.style, self._provider = exporter, style, provider
-        self._threads, self._device_id = threads, device_id
-        self._runtime = require_runtime()
-        self.ran: Ran | None = None
-        """What the last session was; None before the first."""
+        super().__init__(provider, threads, device_id)
+        self._exporter, self.style = exporter, style
 
     @property
     def name(self) -> str:
@@ -63,10 +86,7 @@ class OrtBackend:
             "precision": self._exporter.target.precision,
             "format": self.style.format,
             "accuracy_level": self.style.accuracy_level,
-            "provider": self._provider.onnx_name,
-            "options": dict(self._provider.options),
-            "runtime": f"{self._runtime.distribution} {self._runtime.version}",
-        }
+        } | super().identity
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[OrtSession]:
@@ -84,33 +104,16 @@ class OrtBackend:
             with self._opened(folder / "model") as session:
                 yield session
 
-    @contextmanager
-    def _opened(self, folder: Path) -> Iterator[OrtSession]:
-        with opened(folder, self._provider, threads=self._threads, device_id=self._device_id) as found:
-            self.ran = ran(folder, found, self._provider)
-            yield found.session
 
-
-class FolderBackend:
+class FolderBackend(_OnProvider):
     """Opens one folder that someone else made; variants are not its business."""
 
     name = "ort"
 
     def __init__(self, folder: Path, provider: Provider, threads: int, device_id: int = 0) -> None:
         """`folder` holds the model, its configuration and its tokenizer."""
-        self._folder, self._provider, self._threads, self._device_id = folder, provider, threads, device_id
-        self._runtime = require_runtime()
-        self.ran: Ran | None = None
-        """What the session was; None before it."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything about the backend that changes a number, but for the folder's own content."""
-        return {
-            "provider": self._provider.onnx_name,
-            "options": dict(self._provider.options),
-            "runtime": f"{self._runtime.distribution} {self._runtime.version}",
-        }
+        super().__init__(provider, threads, device_id)
+        self._folder = folder
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[OrtSession]:
@@ -121,9 +124,8 @@ class FolderBackend:
         """
         if variant is not None:
             raise QevalError(f"'{self._folder}' is a finished model; no variant can be put into it.")
-        with opened(self._folder, self._provider, threads=self._threads, device_id=self._device_id) as found:
-            self.ran = ran(self._folder, found, self._provider)
-            yield found.session
+        with self._opened(self._folder) as session:
+            yield session
 
 
 def ran(folder: Path, found: Opened, provider: Provider) -> Ran:
