@@ -10,7 +10,7 @@ from rich.console import Console
 from qeval.cli import options
 from qeval.cli.progress import ConsoleProgress
 from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
-from qeval.config import Defaults, load_recipes, parse_budget, parse_methods
+from qeval.config import load_recipes, parse_methods
 from qeval.errors import UsageError
 
 _DEFAULT_METHODS = "rtn,awq,mixed"
@@ -87,7 +87,7 @@ def compare(
 ) -> int:
     """Quantize a model each way, score every variant against the baseline, and write a report."""
     del debug  # read by the program's own error handler
-    defaults = Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
+    defaults = options.defaults(budget, importance, quantize_head)
     recipes = load_recipes(config, defaults) if config else []
     given = tuple(_named_path(text) for text in variant or [])
     if methods is not None or (not recipes and not given):

@@ -10,7 +10,7 @@ from qeval.cli import options
 from qeval.cli.compare import slug
 from qeval.cli.progress import ConsoleProgress
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
-from qeval.config import Defaults, parse_budget, parse_method
+from qeval.config import parse_method
 
 
 def export(
@@ -39,7 +39,7 @@ def export(
 ) -> None:
     """Quantize a model one way and write it as an ONNX folder that onnxruntime-genai loads."""
     del debug  # read by the program's own error handler
-    defaults = Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
+    defaults = options.defaults(budget, importance, quantize_head)
     recipe = None if method == "float" else parse_method(method, defaults)
     choice = BackendChoice(("ort",), (accuracy_level,), ep, exporter, format, precision)
     console = Console(stderr=True)

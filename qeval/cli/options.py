@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from qeval.config import Defaults, parse_budget
+from qeval.config import Importance as ImportanceName
 from qeval.errors import UsageError, unknown
 
 Model = Annotated[
@@ -72,6 +74,11 @@ MaxMemory = Annotated[
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _COMPUTE |= {"fp16": "float16", "float16": "float16"}
+
+
+def defaults(budget: str | None, importance: ImportanceName, quantize_head: bool) -> Defaults:
+    """What recipes take that name none of their own, as the flags say it."""
+    return Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
 
 
 def accuracy_levels(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from qeval.cli import options
 from qeval.cli.compare import slug
 from qeval.cli.progress import ConsoleProgress
 from qeval.compare.settings import CalibrationChoice, ModelChoice
-from qeval.config import Defaults, parse_budget, parse_method
+from qeval.config import parse_method
 
 
 def quantize(
@@ -34,7 +34,7 @@ def quantize(
 ) -> None:
     """Quantize a model one way and write the variant: packed integers, scales, zero points, manifest."""
     del debug  # read by the program's own error handler
-    defaults = Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
+    defaults = options.defaults(budget, importance, quantize_head)
     recipe = parse_method(method, defaults)
     folder = out or Path("variants") / f"{slug(model)}-{slug(method)}"
     console = Console(stderr=True)
