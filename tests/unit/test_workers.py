@@ -21,7 +21,7 @@ from qeval.identity import digest_file
 from qeval.progress import Silent
 from qeval.store.ledger import LEDGER, read_ledger
 from qeval.store.rows import RowStore
-from tests.fixtures.bench import Bench
+from tests.fixtures.bench import Bench, row_files
 from tests.fixtures.kills import CONTEXT, SHARD_TOKENS, Place, finish
 
 METHODS = "rtn:g32,rtn:int8-channel"
@@ -44,10 +44,6 @@ def place(tmp_path_factory):
     return bench
 
 
-def files(out):
-    return {path.name: path.read_bytes() for path in (out / "rows").rglob("*") if path.is_file()}
-
-
 def attempts(out):
     with read_ledger(out) as ledger:
         return ledger.attempts()
@@ -59,7 +55,7 @@ def test_two_workers_give_the_rows_of_one_and_do_each_job_once(place, tmp_path, 
     flags = {"methods": METHODS, "max_windows": "32", "out": str(out), "threads": "2", "workers": "2"}
     assert place.compare("--quiet", **flags) == 0
     assert "warning" not in capfd.readouterr().err
-    assert files(out) == files(place.out)
+    assert row_files(out) == row_files(place.out)
     tried = attempts(out)
     assert set(Counter((each.kind, each.key) for each in tried).values()) == {1}
     assert {each.outcome for each in tried} == {"done"}
@@ -153,9 +149,9 @@ def test_a_worker_that_is_killed_amid_a_job_costs_nothing_but_its_help(place, tm
     assert len(killed) == 1
     said = "A worker ended early: it was killed (exit code -9). What it had not finished was done by others."
     assert f"warning: {said}\n" in capfd.readouterr().err
-    assert files(out) == files(place.out)
+    assert row_files(out) == row_files(place.out)
     assert Counter(each.outcome for each in attempts(out))["died"] <= 1
-    assert sum(Counter((each.kind, each.key) for each in attempts(out)).values()) <= len(files(out))
+    assert sum(Counter((each.kind, each.key) for each in attempts(out)).values()) <= len(row_files(out))
 
 
 def test_a_job_that_fails_in_one_worker_is_done_by_another(place, tmp_path, monkeypatch, capfd):
@@ -174,7 +170,7 @@ def test_a_job_that_fails_in_one_worker_is_done_by_another(place, tmp_path, monk
     monkeypatch.setattr(scoring, "variant_columns", fail_once)
     assert compare(place, out, tmp_path, monkeypatch) == 0
     assert "warning" not in capfd.readouterr().err
-    assert files(out) == files(place.out)
+    assert row_files(out) == row_files(place.out)
     assert Counter(each.outcome for each in attempts(out))["failed"] == 1
 
 
