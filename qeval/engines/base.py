@@ -1,0 +1,108 @@
+"""What every engine offers: a model that runs prompts and then one token after another, keys and values kept.
+
+An engine is opened for one variant in a process of its own (so that its memory is that variant's and its crash no one
+else's), and is asked by one caller. Times are the caller's to take: every method returns only when its work is done.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+"""Token ids: of prompts [batch, prompt], or the next one of each sequence [batch]."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What ran: the engine's name, the provider or device that its nodes got, type, threads and version.
+
+    `dtype` is that of the arithmetic between the quantized products (`fp32`); `weights` says how those are held
+    (`int4 MatMulNBits, accuracy level 4`; `fp32, fake-quantized`), since a speed belongs to that and not to the name.
+    """
+
+    engine: str
+    provider: str
+    dtype: str
+    weights: str
+    threads: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: of the weights on disk, held by weights, held by keys and values now, and of a GPU's memory in use.
+
+    None where the engine can't tell; what the process as a whole holds (peak RSS) is its parent's to measure.
+    """
+
+    disk_bytes: int | None
+    weights_bytes: int | None
+    cache_bytes: int | None
+    device_bytes: int | None
+
+
+class Engine(Protocol):
+    """One open model. `reset`, then `prefill` once, then any number of `step`."""
+
+    @property
+    def identity(self) -> Identity:
+        """What ran, as the runtime itself says it; a provider other than the one asked for raised on opening."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, prompt and generated tokens together."""
+        ...
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling took so far; no part of a latency, since a warm-up of the same shapes comes before."""
+        ...
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """Forget all sequences and make room for `batch` of them with up to `capacity` tokens each.
+
+        Raises:
+            UsageError: this engine can't do such a batch, or a sequence that long.
+            MemoryError: there is no room for the keys and values.
+        """
+        ...
+
+    def prefill(self, prompts: Tokens) -> Tokens:
+        """Run the prompts [batch, prompt], all of one length; the most likely next token of each [batch]."""
+        ...
+
+    def step(self, tokens: Tokens) -> Tokens:
+        """Append one token to each sequence [batch] and run it; the most likely next token of each [batch].
+
+        The tokens need not be those that the engine proposed.
+        """
+        ...
+
+    def logits(self) -> NDArray[np.float32]:
+        """The logits [batch, vocab] that the last `prefill` or `step` chose by."""
+        ...
+
+    def memory(self) -> Memory:
+        """What is held now."""
+        ...
+
+    def close(self) -> None:
+        """Let everything go."""
+        ...
+
+
+def greedy(engine: Engine, prompts: Tokens, count: int) -> list[list[int]]:
+    """The `count` tokens that each of the prompts [batch, prompt] goes on with, by the engine's own choice."""
+    engine.reset(len(prompts), prompts.shape[1] + count)
+    chosen = [engine.prefill(prompts)]
+    while len(chosen) < count:
+        chosen.append(engine.step(chosen[-1]))
+    return _by_sequence(chosen)
+
+
+def _by_sequence(chosen: Sequence[Tokens]) -> list[list[int]]:
+    return [[int(tokens[row]) for tokens in chosen] for row in range(len(chosen[0]))]
