@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qeval.backends.base import Prefix
 from qeval.backends.memory import batch_tokens, with_half_on_lack
 from qeval.backends.prefix import PrefixLayer, cache_of
-from qeval.backends.shared import can_share, shared_attention
+from qeval.backends.shared import can_pack, can_share, packing, shared_attention
 from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
 from qeval.models.graph import Description
@@ -51,6 +51,7 @@ class TorchSession:
         self._head = head_of(model) if head is None else head
         self._rope_limit = rope_limit(model.config)
         self._shares = can_share(model)
+        self.packs = can_pack(model)
 
     @property
     def max_length(self) -> int:
@@ -108,17 +109,30 @@ class TorchSession:
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit, as one batch."""
+        if self.packs and len({len(request.tokens) for request in requests}) > 1:
+            return self._run_packed(requests, prefix)
         longest = max(len(request.tokens) for request in requests)
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         with shared_attention(self._model) if prefix and self._shares else nullcontext():
             hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
+    def _run_packed(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
+        """The same with one sequence behind the other, so that none is filled up."""
+        lengths = [len(request.tokens) for request in requests]
+        skip = prefix.length if prefix else 0
+        places = self._ids([[skip + place for length in lengths for place in range(length)]])
+        ids = self._ids([[token for request in requests for token in request.tokens]])
+        with shared_attention(self._model, packing(lengths, ids.device)):
+            hidden = self._forward(ids, prefix.cache if prefix else None, position_ids=places)[0]
+        parts = zip(requests, torch.split(hidden, lengths), strict=True)
+        return [part[list(request.positions)].float().clone() for request, part in parts]
+
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)
 
-    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
-        output = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    def _forward(self, ids: Tensor, cache: Any, **places: Tensor) -> Tensor:
+        output = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **places)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
