@@ -6,7 +6,7 @@ cannot see it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -218,9 +218,11 @@ class TorchBackend:
             yield TorchSession(self._model, self._head)
             return
         head = self.head_for(variant)
+        weights = installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype)
+        del variant  # its integers need not lie in memory beside what they stand for
         self._is_lent = True
         try:
-            with installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype):
+            with weights:
                 yield TorchSession(self._model, head)
         finally:
             self._is_lent = False
@@ -236,23 +238,34 @@ class TorchBackend:
 def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
     """The model with the variant's weights in place of its own, restored bit for bit at the end."""
     parameters = dict(model.named_parameters())
-    weights = {name: weight for name, weight in variant.weights.items() if name != skip}
     saved: dict[str, Tensor] = {}
+
+    def keep(name: str) -> None:
+        if name not in saved:
+            saved[name] = _compact(parameters[name], keep_dtype)
+
     with ExitStack() as stack, torch.inference_mode():
         try:
-            for name, weight in weights.items():
-                saved[name] = _compact(parameters[name], keep_dtype)
-                parameters[name].copy_(weight.dequantize())
-            for name, value in variant.floats.items():
-                saved[name] = saved.get(name, _compact(parameters[name], keep_dtype))
-                parameters[name].copy_(value)
+            _put(parameters, variant, skip, keep)
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))
                 stack.enter_context(scaled_input(module, scales.to(model.device)))
+            del variant
             yield
         finally:
             for name, value in saved.items():
                 parameters[name].copy_(value)
+
+
+def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: str, keep: Callable[[str], None]) -> None:
+    """Write a variant's weights over the parameters, each of which `keep` is told before."""
+    for name, weight in variant.weights.items():
+        if name != skip:
+            keep(name)
+            parameters[name].copy_(weight.dequantize())
+    for name, value in variant.floats.items():
+        keep(name)
+        parameters[name].copy_(value)
 
 
 def _compact(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:

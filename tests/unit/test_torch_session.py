@@ -1,5 +1,8 @@
 """What PyTorch's backend owes beside the session's contract: the model's own logits, weights put back bit for bit."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -173,3 +176,17 @@ def test_a_packed_batch_runs_no_padding(monkeypatch):
     monkeypatch.setattr(session, "_forward", lambda ids, *a, **k: shapes.append(ids.shape) or forward(ids, *a, **k))
     session.states([Request(tokens(n), (n - 1,)) for n in (9, 7, 1)])
     assert session.packs and shapes == [(1, 17)]
+
+
+def test_a_variants_integers_are_let_go_of_once_they_are_installed(model, backend, monkeypatch):
+    watched = []
+
+    def load(_):
+        variant = made(model, backend, "rtn:g32")
+        watched.extend(weakref.ref(weight.codes) for weight in variant.weights.values())
+        return variant
+
+    monkeypatch.setattr("qeval.backends.torch.load_variant", load)
+    with backend.open_saved(None):
+        gc.collect()
+        assert watched and not any(codes() is not None for codes in watched)
