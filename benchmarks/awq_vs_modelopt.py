@@ -4,11 +4,11 @@
     python benchmarks/awq_vs_modelopt.py --corpus test.txt --calibration valid.txt --samples 16 --length 512
 
 All search input scales for INT4 in symmetric blocks of 128 on the same token ids, head and embedding in float. qeval
-runs twice: without a clip search (`awq_lite` has none) and with the one that its `awq` does by default. The variants are
-then scored by the same lines on the same held-out windows: KL(baseline || variant) in nats, the mean over all positions.
-Seconds are those of calibrating and choosing, one side after the other, each on its own copy of the model, none
-computing the head; `--repeats` takes turns. Prints lines and a JSON object. The exit code is 1 when neither of qeval's
-recipes is ten times faster at no higher KL, 77 when nvidia-modelopt isn't installed.
+runs twice: without a clip search (`awq_lite` has none) and with the one that its `awq` does by default. The variants
+are then scored by the same lines on the same held-out windows: KL(baseline || variant) in nats, the mean over all
+positions. Seconds are those of calibrating and choosing, one side after the other, each on its own copy of the model,
+none computing the head; `--repeats` takes turns. Prints lines and a JSON object. The exit code is 1 when neither of
+qeval's recipes is ten times faster at no higher KL, 77 when nvidia-modelopt isn't installed.
 """
 
 import argparse
