@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from qeval.models.trace import text_config
+
 NAME = "qeval_shared_prefix"
 _PLAIN = {"full_attention"}
 
@@ -27,7 +29,7 @@ class Lent(NamedTuple):
 
 def can_share(model: Any) -> bool:
     """Whether a model's attention is plainly causal, computed by SDPA in fp32 on the CPU."""
-    config = model.base_model.config
+    config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or _PLAIN)
     windows = getattr(config, "sliding_window", None) is not None
     plain = config._attn_implementation == "sdpa" and kinds <= _PLAIN and not windows
@@ -44,7 +46,7 @@ def tagged(keys: Tensor, lent: Lent) -> Tensor:
 @contextmanager
 def shared_attention(model: Any) -> Iterator[None]:
     """Forward passes of `model` attend by parts."""
-    config = model.base_model.config
+    config = text_config(model)
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
