@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from qeval.models.trace import text_config
+
 NAME = "qeval_shared_prefix"
 _PLAIN = {"full_attention"}
 
@@ -61,7 +63,7 @@ _PACKED: ContextVar[Packed | None] = ContextVar("qeval_packed", default=None)
 
 def can_share(model: Any) -> bool:
     """Whether a model's attention is plainly causal, computed by SDPA in fp32 on the CPU."""
-    config = model.base_model.config
+    config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or _PLAIN)
     windows = getattr(config, "sliding_window", None) is not None
     plain = config._attn_implementation == "sdpa" and kinds <= _PLAIN and not windows
@@ -83,7 +85,7 @@ def tagged(keys: Tensor, lent: Lent) -> Tensor:
 @contextmanager
 def shared_attention(model: Any, packed: Packed | None = None) -> Iterator[None]:
     """Forward passes of `model` attend by parts; the sequences of one that runs a `packed` row don't see each other."""
-    config = model.base_model.config
+    config = text_config(model)
     before = config._attn_implementation
     token = _PACKED.set(packed)
     config._attn_implementation = NAME

@@ -24,6 +24,8 @@ from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
 from qeval.models.graph import Description
 from qeval.models.head import Head, head_of
+from qeval.models.matrices import weights_of
+from qeval.models.trace import text_config
 from qeval.quant.variant import Variant
 from qeval.store.variants import load_variant
 from qeval.types import Request
@@ -49,14 +51,14 @@ class TorchSession:
         """`model` is in eval mode; `head` replaces its own (a quantized head does)."""
         self._model = model
         self._head = head_of(model) if head is None else head
-        self._rope_limit = rope_limit(model.config)
+        self._rope_limit = rope_limit(text_config(model))
         self._shares = can_share(model)
         self.packs = can_pack(model)
 
     @property
     def max_length(self) -> int:
         """The context length that the model's configuration states."""
-        return int(self._model.config.max_position_embeddings)
+        return int(text_config(self._model).max_position_embeddings)
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +82,7 @@ class TorchSession:
         check_length(len(whole), self.max_length)
         if before and before.length <= self._rope_limit < len(whole):
             before, tokens = None, whole  # the outer one's keys were turned otherwise
-        outers = before.cache.layers if before else [None] * self._model.config.num_hidden_layers
+        outers = before.cache.layers if before else [None] * text_config(self._model).num_hidden_layers
         cache = cache_of([PrefixLayer(layer, apart=self._shares) for layer in outers])
         self._forward(self._ids([tokens]), cache)
         return TorchPrefix(whole, cache)
@@ -237,7 +239,7 @@ class TorchBackend:
 @contextmanager
 def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
     """The model with the variant's weights in place of its own, restored bit for bit at the end."""
-    parameters = dict(model.named_parameters())
+    parameters = weights_of(model)
     saved: dict[str, Tensor] = {}
 
     def keep(name: str) -> None:
@@ -268,7 +270,7 @@ def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: str, keep: Ca
         parameters[name].copy_(value)
 
 
-def _compact(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in the checkpoint's type if that loses nothing, else in the parameter's own."""
     copy = parameter.detach().to(dtype, copy=True)
     return copy if torch.equal(copy.to(parameter.dtype), parameter) else parameter.detach().clone()

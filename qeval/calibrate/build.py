@@ -23,6 +23,7 @@ from qeval.config import Recipe
 from qeval.errors import UsageError
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
+from qeval.models.matrices import is_expert, weights_of
 from qeval.progress import Advance
 from qeval.quant.grid import Grid, PerBlock, parse
 from qeval.quant.mixed import Option, choose_high, positional_names
@@ -31,6 +32,7 @@ from qeval.quant.rtn import quantize
 from qeval.quant.variant import Choice, Kept, Variant
 
 _FLOAT = "float"
+_NAMED_AT_MOST = 8
 _SCALE_BITS = 32
 HIGH_BITS = 8
 _POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
@@ -58,7 +60,7 @@ def source_of(
     statistics: Mapping[str, Any],
 ) -> Source:
     """A source over `model`; a tied head is listed under its own name too."""
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+    parameters = weights_of(model)
     parameters.setdefault(description.head, head.weight)
     return Source(model, description, head, samples, Search(parameters, dict(statistics)))
 
@@ -133,7 +135,8 @@ def _each_alone(source: Source, recipe: Recipe, grids: Mapping[str, Grid], _: Ad
         return _Made(weights, scales, {})
     explicit = sum(scaled.fold is None for scaled in scales.values())
     words = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
-    return _Made(weights, scales, {"input scales": words})
+    unseen = [group.names[0] for group in groups if group.names[0] not in source.search.statistics]
+    return _Made(weights, scales, {"input scales": words} | _unseen(unseen))
 
 
 def _in_order(source: Source, recipe: Recipe, grids: Mapping[str, Grid], advance: Advance) -> _Made:
@@ -141,7 +144,8 @@ def _in_order(source: Source, recipe: Recipe, grids: Mapping[str, Grid], advance
     options = Options(recipe.damping_share, recipe.orders_by_moment, recipe.clips)
     outcomes = quantize_in_order(source.model, source.description, source.samples, grids, options, advance)
     weights = {outcome.name: outcome.rounded.weight for outcome in outcomes}
-    return _Made(weights, {}, _gptq_details(recipe, outcomes))
+    unseen = [outcome.name for outcome in outcomes if not outcome.is_seen]
+    return _Made(weights, {}, _gptq_details(recipe, outcomes) | _unseen(unseen))
 
 
 def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
@@ -206,6 +210,8 @@ def _reason(source: Source, recipe: Recipe, name: str, dim: int, inside: bool, r
         return "the recipe's rules leave it in float"
     if inside:
         return None
+    if name in description.routers:
+        return "a router: it decides which experts run"
     if name == description.head:
         wanted = recipe.quantize_head or rule is not None
         return None if wanted else "the head stays in float unless --quantize-head"
@@ -226,7 +232,7 @@ def _mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance)
     budget = _mixed_budget(source, recipe, low)  # refused before the long measurement, not after
     if recipe.importance == "positional":
         grids, _ = positional_budget(source, recipe, low)
-        return _Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low)), {})
+        return _Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _units(source, low)), {})
     own = (source.model, source.description, source.head)
     if recipe.importance == "measured":
         kls = measure(*own, source.samples, _effective(source, recipe, low), advance)
@@ -241,7 +247,7 @@ def _mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance)
     effective = {name: _effective(source, recipe, grids) for name, grids in ways.items()}
     measured = accept.measure_ways(*own, source.samples, effective)
     best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
-    choices = tuple(_choice(source, group, ways[best], None, None) for group in _groups(source, low))
+    choices = tuple(_choice(source, group, ways[best], None, None) for group in _units(source, low))
     return _Mix(ways[best], choices, _accepted_details(measured, best))
 
 
@@ -275,7 +281,7 @@ def _under_budget(
     source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
     high = {name: high_grid(recipe) for name in low}
-    groups, parameters = _groups(source, low), source.search.parameters
+    groups, parameters = _units(source, low), source.search.parameters
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
     options = [
         Option(
@@ -325,7 +331,8 @@ def _mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
 
 
 def _explicit_bits(source: Source, low: Mapping[str, Grid]) -> int:
-    groups = [g for g in _groups(source, low) if g.fold is None or g.fold.repeat > 1]
+    explicit = [g for g in source.description.groups if g.is_explicit and (g.fold is None or g.fold.repeat > 1)]
+    groups = [g for g in explicit if any(name in low for name in g.names)]
     return sum(group.columns * len(group.names) * _SCALE_BITS for group in groups)
 
 
@@ -334,16 +341,21 @@ def _effective(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> Cal
     scales = search.scales(every, grids) if recipe.uses_awq else {}
     divisors = row_divisors(scales, search.parameters)
 
-    def of(group: Group) -> dict[str, torch.Tensor]:
-        weights = quantize_groups(search, [group], grids, scales, divisors, clip=recipe.clips)
-        scaled = scales.get(group.names[0])
-        return {name: effective(name, weight, scaled, divisors) for name, weight in weights.items()}
+    by_name = {name: group for group in every for name in group.names}
+
+    def of(unit: Group) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for group in {by_name[name].names[0]: by_name[name] for name in unit.names}.values():
+            weights = quantize_groups(search, [group], grids, scales, divisors, clip=recipe.clips)
+            scaled = scales.get(group.names[0])
+            found |= {name: effective(name, weight, scaled, divisors) for name, weight in weights.items()}
+        return found
 
     return of
 
 
-def _groups(source: Source, grids: Mapping[str, Grid]) -> list[Group]:
-    return [group for group in source.description.groups if any(name in grids for name in group.names)]
+def _units(source: Source, grids: Mapping[str, Grid]) -> list[Group]:
+    return [unit for unit in source.description.units if any(name in grids for name in unit.names)]
 
 
 def _choice(source: Source, group: Group, grids: Mapping[str, Grid], low: float | None, high: float | None) -> Choice:
@@ -362,6 +374,7 @@ def _quantize_head(source: Source, grids: Mapping[str, Grid]) -> QWeight:
 
 def _gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]:
     order = "largest second moment first" if recipe.orders_by_moment else "as they stand"
+    outcomes = [outcome for outcome in outcomes if outcome.is_seen]
     loss = sum(outcome.rounded.loss for outcome in outcomes)
     plain_loss = sum(outcome.rounded.plain_loss for outcome in outcomes)
     rows = sum(len(outcome.rounded.weight.codes) for outcome in outcomes)
@@ -373,6 +386,13 @@ def _gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]
         "loss on the calibration text": f"{loss / plain_loss if plain_loss else 1.0:.4f} of plain rounding's",
         "rows rounded plainly": f"{sum(outcome.rounded.plain_rows for outcome in outcomes)} of {rows}",
     }
+
+
+def _unseen(names: Sequence[str]) -> dict[str, str]:
+    """What is told of experts that no calibration token was routed to."""
+    experts = [name for name in names if is_expert(name)]
+    listed = ", ".join(experts[:_NAMED_AT_MOST]) + (" ..." if len(experts) > _NAMED_AT_MOST else "")
+    return {"rounded plainly, no token reached them": f"{len(experts)}: {listed}"} if experts else {}
 
 
 def _weightless(parameter: torch.Tensor, grid: Grid) -> QWeight:

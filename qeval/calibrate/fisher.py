@@ -6,7 +6,7 @@ the labels' own mean makes g g^T the Fisher information (Amari 1998; Martens, *N
 method*, JMLR 2020, section 9). Errors at different tokens are taken as unrelated. It is a proposal, not a measurement.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qeval.calibrate.sensitivity import Effective
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
+from qeval.models.matrices import After, is_expert, watching, weights_of
 from qeval.progress import Advance
 
 SAMPLES, LENGTH = 4, 256
@@ -37,12 +38,13 @@ def predict(
     `effective` gives a group's quantized matrices as they act in the unfolded model; where it gives none, or no token
     reaches the group, the KL is 0. `seed` draws the labels. `advance` is told of the groups, a share after each sample.
     """
-    watched = [_Watched(model, group, effective) for group in description.groups]
+    weights = weights_of(model)
+    watched = [_Watched(weights, group, effective) for group in description.units]
     generator = torch.Generator(model.device).manual_seed(seed)
     texts = [sample[:LENGTH] for sample in samples[:SAMPLES]]
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
-        for each in watched:
-            each.listen(hooks)
+        after = {name: call for each in watched for name, call in each.listeners().items()}
+        hooks.enter_context(watching(model, after=after))
         embedding = model.get_submodule(description.embedding.removesuffix(".weight"))
         hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
         for text in texts:
@@ -79,17 +81,16 @@ class _Watched:
     `total`: the sum over tokens of the square of what the labels' log-probability would have moved by.
     """
 
-    def __init__(self, model: Any, group: Group, effective: Effective) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], group: Group, effective: Effective) -> None:
         self.name, self.total = group.names[0], 0.0
-        self._linears = {name: model.get_submodule(name.removesuffix(".weight")) for name in group.names}
+        self._weights = {name: weights[name] for name in group.names}
         self._group, self._effective = group, effective
         self._errors: dict[str, Tensor] | None = None
         self._moved: Tensor | None = None  # [1, tokens]
 
-    def listen(self, hooks: ExitStack) -> None:
-        """Hook up every linear of the group."""
-        for name, linear in self._linears.items():
-            hooks.callback(linear.register_forward_hook(self._forward(name)).remove)
+    def listeners(self) -> dict[str, After]:
+        """What each linear of the group is to call after it ran."""
+        return {name: self._forward(name) for name in self._weights}
 
     def end_pass(self) -> None:
         """Take in what the pass that ended has moved."""
@@ -97,9 +98,9 @@ class _Watched:
             self.total += float(self._moved.square().sum(dtype=torch.float64))
         self._moved = self._errors = None
 
-    def _forward(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            given = args[0].detach()
+    def _forward(self, name: str) -> After:
+        def forward(given: Tensor, output: Tensor) -> None:
+            given = given.detach()
             output.register_hook(lambda gradient: self._backward(name, given, gradient))  # type: ignore[no-untyped-call]
 
         return forward
@@ -108,8 +109,11 @@ class _Watched:
     def _backward(self, name: str, given: Tensor, gradient: Tensor) -> None:
         if self._errors is None:
             found = self._effective(self._group)
-            self._errors = {key: value - self._linears[key].weight for key, value in found.items()}
+            self._errors = {key: value - self._weights[key] for key, value in found.items()}
         error = self._errors.pop(name, None)
         if error is not None:
             moved = (nn.functional.linear(given, error.to(given.dtype)) * gradient).sum(-1, dtype=torch.float32)
-            self._moved = moved if self._moved is None else self._moved + moved
+            if is_expert(name):  # other tokens than its neighbours'
+                self.total += float(moved.square().sum(dtype=torch.float64))
+            else:
+                self._moved = moved if self._moved is None else self._moved + moved

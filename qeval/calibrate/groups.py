@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from qeval.calibrate.stream import Statistics
@@ -23,11 +22,15 @@ _EXPLICIT_GAIN = 0.99
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A group's input scales [columns], and what takes their inverse: `fold`, or the input itself when None."""
+    """A group's input scales [columns], and what takes their inverse: `fold`, or the input itself when None.
+
+    `followers` are multiplied by the scales too, in float.
+    """
 
     names: tuple[str, ...]
     choice: ScaleChoice
     fold: Fold | None
+    followers: tuple[str, ...] = ()
 
     @property
     def by_row(self) -> Tensor:
@@ -76,43 +79,50 @@ class Search:
 
 
 def _scale_group(group: Group, parameters: Parameters, grids: Grids, statistics: Statistics) -> Scaled | None:
-    """The scales of a group, or None where no linear of it is quantized or no scaling helps.
+    """The scales of a group, or None where no linear of it is quantized, no token reached it, or no scaling helps.
 
     Where the fold ties channels (grouped queries), a tied scale and a free one applied to the input explicitly are
     both tried, and the better by measured loss is taken.
     """
     names = tuple(name for name in group.names if name in grids)
-    if not names:
-        return None
     fold = group.fold if names == group.names else None  # a linear left in float would see folded inputs
-    inputs = statistics[group.names[0]]
+    inputs = statistics.get(group.names[0])
+    if not names or inputs is None or (fold is None and not group.is_explicit):
+        return None
     weights, used = [parameters[name].float() for name in names], [grids[name] for name in names]
     choice = choose_scales(weights, used, inputs)
     if fold is not None and fold.repeat > 1:
         tied = choose_scales(weights, used, inputs, magnitude=fold.spread(fold.tie(inputs.magnitude)))
         explicit = choice.loss < _EXPLICIT_GAIN * tied.loss
         choice, fold = (choice, None) if explicit else (tied, fold)
-    return None if choice.alpha == 0.0 else Scaled(names, choice, fold)
+    return None if choice.alpha == 0.0 else Scaled(names, choice, fold, group.followers)
 
 
 def row_divisors(scales: Scales, parameters: Parameters) -> dict[str, Tensor]:
     """For each matrix that precedes a scaled group: what its rows are divided by, [rows]."""
-    divisors = {}
-    for scaled in scales.values():
-        for name in scaled.fold.parameters if scaled.fold else ():
-            if parameters[name].dim() == 2:
-                divisors[name] = _divisor(scaled, parameters[name])
-    return divisors
+    return {
+        name: scaled.fold.divisors(scaled.by_row, len(parameters[name]))
+        for scaled in scales.values()
+        if scaled.fold is not None
+        for name in scaled.fold.parameters
+        if parameters[name].dim() == 2
+    }
 
 
 def folded_floats(scales: Scales, parameters: Parameters, grids: Grids) -> dict[str, Tensor]:
-    """The float tensors that folding changes: norms, biases, and preceding matrices that stay in float."""
-    return {
+    """The float tensors that folding changes: norms, biases, preceding matrices that stay in float, and followers."""
+    divided = {
         name: scaled.fold.folded(parameters[name], scaled.by_row)
         for scaled in scales.values()
         if scaled.fold is not None
         for name in scaled.fold.parameters
         if name not in grids
+    }
+    return divided | {
+        name: (parameters[name].float() * scaled.choice.scales).to(parameters[name].dtype)
+        for scaled in scales.values()
+        if scaled.fold is not None
+        for name in scaled.followers
     }
 
 
@@ -152,10 +162,3 @@ def effective(name: str, weight: QWeight, scaled: Scaled | None, divisors: Mappi
     matrix = weight.dequantize()
     matrix = matrix / scaled.choice.scales if scaled else matrix
     return matrix * divisors[name].unsqueeze(1) if name in divisors else matrix
-
-
-def _divisor(scaled: Scaled, producer: Tensor) -> Tensor:
-    assert scaled.fold is not None
-    divisor = torch.ones(len(producer), device=producer.device)
-    divisor[scaled.fold.offset : scaled.fold.offset + scaled.fold.rows] = scaled.by_row
-    return divisor

@@ -14,6 +14,7 @@ from qeval.calibrate.recall import layers_of, recalled, replaced_by
 from qeval.metrics.tokens import mean_kl
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
+from qeval.models.matrices import weights_of
 from qeval.progress import Advance
 
 Effective = Callable[[Group], Mapping[str, Tensor]]
@@ -32,16 +33,16 @@ def measure(
     effective: Effective,
     advance: Advance,
 ) -> dict[str, float]:
-    """Mean KL(baseline || one group quantized) in nats for every group, by the group's first name.
+    """Mean KL(baseline || one group quantized) in nats for every unit of groups, by its first name.
 
-    `advance` is told 1 for every group.
+    `advance` is told 1 for every unit.
     """
     ids = torch.tensor([list(sample[:LENGTH]) for sample in samples[:SAMPLES]], device=model.device)
     layers = layers_of(model, description)
     outputs, final = _baseline(model, layers, ids)
-    parameters = dict(model.named_parameters())
+    parameters = weights_of(model)
     kls = {}
-    for group in description.groups:
+    for group in description.units:
         replaced = effective(group)
         if replaced:
             with replaced_by(parameters, replaced), recalled(layers, group.layer, outputs[group.layer - 1]):

@@ -1,18 +1,18 @@
 """Calibration text streams through the model once; each group of linears keeps statistics of its input."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qeval.models.graph import Description, Group
+from qeval.models.graph import Description
+from qeval.models.matrices import Before, watching
 from qeval.progress import Advance
 from qeval.quant.statistics import Accumulator, InputStatistics
 
 Statistics = dict[str, InputStatistics]
-"""By the name of the first linear of a group."""
+"""By the name of the first linear of a group; an expert that no token reached has none."""
 
 
 @torch.inference_mode()
@@ -27,27 +27,17 @@ def collect(
         group.names[0]: Accumulator(group.columns, seed + index, model.device)
         for index, group in enumerate(description.groups)
     }
-    with _listening(model, description.groups, accumulators):
+    listeners = {group.seen_at: _listener(accumulators[group.names[0]]) for group in description.groups}
+    with watching(model, before=listeners):
         for sample in samples:
             ids = torch.tensor([sample], dtype=torch.long, device=model.device)
             model.base_model(input_ids=ids, use_cache=False)
             advance(len(sample))
-    return {name: accumulator.statistics() for name, accumulator in accumulators.items()}
+    return {name: accumulator.statistics() for name, accumulator in accumulators.items() if accumulator.tokens}
 
 
-@contextmanager
-def _listening(model: Any, groups: Sequence[Group], accumulators: dict[str, Accumulator]) -> Iterator[None]:
-    def listener(accumulator: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: accumulator.add(args[0].reshape(-1, args[0].shape[-1]))
+def _listener(accumulator: Accumulator) -> Before:
+    def listen(given: Tensor) -> None:
+        accumulator.add(given.reshape(-1, given.shape[-1]))
 
-    handles = [
-        model.get_submodule(group.names[0].removesuffix(".weight")).register_forward_pre_hook(
-            listener(accumulators[group.names[0]])
-        )
-        for group in groups
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return listen

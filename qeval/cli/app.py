@@ -25,7 +25,8 @@ from qeval.cli.diff import diff
 from qeval.cli.explain import explain
 from qeval.cli.export import export
 from qeval.cli.gate import gate
-from qeval.cli.listing import methods, models, tasks
+from qeval.cli.listing import methods, tasks
+from qeval.cli.models import models
 from qeval.cli.quantize import quantize
 from qeval.cli.sweep import CONTEXT, INTERRUPTED, sweep
 from qeval.cli.verify import verify

@@ -1,4 +1,4 @@
-"""`qeval models`, `qeval methods`, `qeval tasks`: what can be named, with one line each."""
+"""`qeval methods`, `qeval tasks`: what can be named, with one line each."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from qeval.config import METHODS
-from qeval.models.aliases import list_models
 from qeval.tasks.names import TASKS
 from qeval.tasks.protocols import PROTOCOLS
 
@@ -21,18 +20,12 @@ _GRIDS = (
 )
 
 
-def models() -> None:
-    """The model aliases, and what else --model takes."""
-    _show("alias", ((name, f"{hub_id}: {line}") for name, hub_id, line in list_models()))
-    _say("--model also takes a hub id such as org/name, a local folder, or a .gguf file.")
-
-
 def methods() -> None:
     """The quantization methods, and how their names carry parameters."""
-    _show("method", METHODS.items())
-    _say("Plain names mean INT4, blocks of 128, symmetric; the head and the embedding stay in float.")
-    _show("for example", _GRIDS)
-    _say(
+    show("method", METHODS.items())
+    say("Plain names mean INT4, blocks of 128, symmetric; the head and the embedding stay in float.")
+    show("for example", _GRIDS)
+    say(
         "Parameters: int2..int8, gN | channel | tensor, sym | asym, clip | noclip, actorder | noactorder, dampN, Nbpw, "
         "measured | positional, head."
     )
@@ -40,11 +33,12 @@ def methods() -> None:
 
 def tasks() -> None:
     """The tasks and the named protocols."""
-    _show("task", TASKS.items())
-    _show("protocol", ((p.name, p.description) for p in PROTOCOLS.values()))
+    show("task", TASKS.items())
+    show("protocol", ((p.name, p.description) for p in PROTOCOLS.values()))
 
 
-def _show(kind: str, rows: Iterable[tuple[str, str]]) -> None:
+def show(kind: str, rows: Iterable[tuple[str, str]]) -> None:
+    """A table of names and what they are."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(kind, no_wrap=True)
     table.add_column("what it is")
@@ -53,5 +47,6 @@ def _show(kind: str, rows: Iterable[tuple[str, str]]) -> None:
     Console().print(table)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line of its own."""
     Console().print(f"\n{line}\n", highlight=False)

@@ -30,6 +30,7 @@ from qeval.models.head import Head, head_of
 from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.source import resolve
+from qeval.models.supported import notes_of
 from qeval.score.corpus import Shard, shards_of
 from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
 from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus
@@ -156,11 +157,18 @@ def default_threads(settings: Settings) -> int:
 
 
 def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
-    """The model that a choice names, and what variants are made from."""
+    """The model that a choice names, and what variants are made from.
+
+    Raises:
+        UsageError: it can't be loaded, scored or quantized.
+    """
     loaded = load(resolve(choice.name, choice.revision), device=choice.device, dtype=choice.compute)
+    description = describe(loaded.model)
+    notes = (*loaded.info.notes, *notes_of(loaded.model, description))
+    loaded = replace(loaded, info=replace(loaded.info, notes=notes))
     return loaded, Loaded(
         model=loaded.model,
-        description=describe(loaded.model),
+        description=description,
         head=head_of(loaded.model),
         weights_sha256=loaded.info.weights_sha256,
         config_sha256=loaded.config_sha256,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from qeval.models.graph import Group
 from qeval.models.info import LoadedModel
 from qeval.models.load import check_device, load
 from qeval.models.source import resolve
+from qeval.models.supported import notes_of
 from qeval.models.weights import read_entries, weight_files
 from qeval.progress import Progress
 from qeval.quant.grid import Grid
@@ -37,6 +39,8 @@ def streamed_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, StreamBack
     compute = loaded.info.compute_dtype
     made = streamed(loaded.model, entries, check_device(choice.device), compute)
     description, head = inspect(made, compute)
+    notes = (*loaded.info.notes, *notes_of(loaded.model, description))
+    loaded = replace(loaded, info=replace(loaded.info, notes=notes))
     source = Loaded(
         model=loaded.model,
         description=description,

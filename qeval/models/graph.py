@@ -1,22 +1,28 @@
 """Which linears share an input, and what precedes them that can take a scale; found by tracing, not by class.
 
-One short forward pass records which linears of a decoder layer were handed the very same tensor. What can take their
+One short forward pass records which matrices of a decoder layer were handed the very same tensor. What can take their
 input's scales (a norm's gain, v_proj before o_proj, up_proj before down_proj) is proposed from shapes and accepted only
 if folding random powers of two leaves the model's output unchanged. Powers of two make that test exact in any float
 type, and a family that follows Llama's pattern needs no new line.
+
+A layer's experts share one input, so what enters them is one group with whatever else is handed it; each expert's inner
+matrix has an input of its own, and is a group by itself. The router, and a gate of a single row, stay in float: they
+decide which experts run, and are a thousandth of the weights. Their columns are multiplied by the group's scales.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qeval.errors import UsageError
+from qeval.models.matrices import expert_name, is_expert, stack_of, stacks_of, weights_of
+from qeval.models.trace import Call, Key, decoder_layers, key_of, probe, text_config, trace
 
-_PROBE_TOKENS = 8
 _PROBE_TOLERANCE = 1e-5
 
 
@@ -26,7 +32,8 @@ class Fold:
 
     `parameters` are the producer's tensors that are divided (a norm's gain, or a linear's rows and bias). Rows
     `offset` to `offset + rows` of them carry the input; with grouped queries each run of `head` rows feeds `repeat`
-    runs of the input's channels. `plus_one`: the gain is 1 + weight.
+    runs of the input's channels. Where queries, keys and values are fused head by head (GPT-NeoX), the runs of `head`
+    rows begin `period` rows apart. `plus_one`: the gain is 1 + weight.
     """
 
     parameters: tuple[str, ...]
@@ -35,6 +42,7 @@ class Fold:
     repeat: int = 1
     head: int = 1
     plus_one: bool = False
+    period: int = 0
 
     def tie(self, values: Tensor) -> Tensor:
         """`values` [columns] averaged over the input channels that one producer row feeds, [rows]."""
@@ -44,35 +52,72 @@ class Fold:
         """`values` [rows] as the input sees them, [columns]."""
         return values.reshape(-1, 1, self.head).expand(-1, self.repeat, -1).reshape(-1)
 
+    def divisors(self, scales: Tensor, count: int) -> Tensor:
+        """What each of the producer's `count` rows is divided by for `scales` [rows], fp32."""
+        found = torch.ones(count, device=scales.device)
+        if self.period:
+            found[self.offset :].unfold(0, self.head, self.period).copy_(scales.reshape(-1, self.head))
+        else:
+            found[self.offset : self.offset + self.rows] = scales
+        return found
+
     def folded(self, tensor: Tensor, scales: Tensor) -> Tensor:
         """A producer tensor with its rows divided by `scales` [rows], in fp32 and back."""
-        result = tensor.float().clone()
-        part = result[self.offset : self.offset + self.rows]
-        divisor = scales.reshape(-1, *[1] * (tensor.dim() - 1))
-        part.copy_((part + 1) / divisor - 1 if self.plus_one else part / divisor)
-        return result.to(tensor.dtype)
+        divisors = self.divisors(scales.float(), len(tensor)).reshape(-1, *[1] * (tensor.dim() - 1))
+        whole = tensor.float()
+        return ((whole + 1) / divisors - 1 if self.plus_one else whole / divisors).to(tensor.dtype)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linears (by parameter name) that share an input of `columns` channels and are quantized together."""
+    """Linears (by weight name) that share an input of `columns` channels and are quantized together.
+
+    `followers` share it too and stay in float. `entry`: the module that is handed the input where none of `names` sees
+    all of it (a layer's experts).
+    """
 
     layer: int
     kind: str
     names: tuple[str, ...]
     columns: int
     fold: Fold | None
+    followers: tuple[str, ...] = ()
+    entry: str | None = None
+
+    @property
+    def seen_at(self) -> str:
+        """The weight or module whose input is the group's."""
+        return self.entry or self.names[0]
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether scales that nothing before takes can be applied to the input while running."""
+        return not any(map(is_expert, self.names))
 
 
 @dataclass(frozen=True)
 class Description:
-    """A model as the quantizers see it: its groups in the order of the computation, its layers, head, embedding."""
+    """A model as the quantizers see it: its groups in the order of the computation, its layers, head, embedding.
+
+    `routers` are matrices that decide which experts run.
+    """
 
     groups: tuple[Group, ...]
     layers: tuple[str, ...]
     head: str
     embedding: str
     tied: bool
+    routers: tuple[str, ...] = ()
+
+    @property
+    def units(self) -> tuple[Group, ...]:
+        """Groups that are given their bits together: each by itself, but a layer's experts' inner matrices as one."""
+        found: dict[str, Group] = {}
+        for group in self.groups:
+            key = stack_of(group.names[0])
+            same = found.get(key)
+            found[key] = replace(same, names=same.names + group.names, fold=None) if same else group
+        return tuple(found.values())
 
 
 def describe(model: Any, *, folds: bool = True) -> Description:
@@ -84,18 +129,22 @@ def describe(model: Any, *, folds: bool = True) -> Description:
         UsageError: no decoder layers, or no linears in them, are found.
     """
     layers_name, layers = decoder_layers(model)
-    traces = _trace(model, layers_name, layers)
-    patterns: dict[tuple[Any, ...], Fold | None] = {}
-    groups = []
-    for layer, trace in enumerate(traces):
+    experts = {name: len(stack) for name, stack in stacks_of(model).items()}
+    patterns: dict[tuple[Any, ...], int | None] = {}
+    groups: list[Group] = []
+    routers: list[str] = []
+    for layer, calls in enumerate(trace(model, layers_name, layers)):
         prefix = f"{layers_name}.{layer}."
-        for proposal in trace:
-            signature = (proposal.kind, proposal.columns, tuple(_relative(f, prefix) for f in proposal.folds))
+        inside = {name: count for name, count in experts.items() if name.startswith(prefix)}
+        proposals = _Layer(model, calls, inside).proposals()
+        _tell_apart(proposals)
+        for proposal in proposals:
+            signature = proposal.signature(prefix)
             if signature not in patterns:
-                tried = proposal.folds if folds else ()
-                accepted = next((f for f in tried if _leaves_output(model, proposal, f)), None)
-                patterns[signature] = None if accepted is None else _relative(accepted, prefix)
-            groups.append(proposal.group(layer, _absolute(patterns[signature], prefix)))
+                tried = range(proposal.choices if folds else 0)
+                patterns[signature] = next((n for n in tried if _leaves_output(model, proposal, n)), None)
+            groups += proposal.groups(layer, patterns[signature])
+        routers += [call.name for call in calls if _is_router(call, inside)]
     if not groups:
         raise UsageError(f"No linear layers were found in the decoder layers of {type(model).__name__}.")
     modules = {id(module): name for name, module in model.named_modules()}
@@ -106,142 +155,189 @@ def describe(model: Any, *, folds: bool = True) -> Description:
         head=f"{modules[id(head)]}.weight",
         embedding=f"{modules[id(embedding)]}.weight",
         tied=head.weight is embedding.weight,
+        routers=tuple(routers),
     )
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Member:
+    """One group of a proposal, with the folds that shapes allow."""
+
+    names: list[str]
+    followers: list[str] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+
+
+@dataclass
 class _Proposal:
-    kind: str
-    names: tuple[str, ...]
+    """Groups of one kind that take the same fold: one, or one an expert."""
+
     columns: int
-    folds: tuple[Fold, ...]
+    members: list[_Member]
+    entry: str | None = None
+    parent: str = ""
 
-    def group(self, layer: int, fold: Fold | None) -> Group:
-        return Group(layer, self.kind, self.names, self.columns, fold)
+    @property
+    def choices(self) -> int:
+        """How many folds there are to choose from."""
+        return min(len(member.folds) for member in self.members)
 
+    @property
+    def kind(self) -> str:
+        """The last words of the names."""
+        leaves = (stack_of(name.removesuffix(".weight")).rpartition(".")[2] for name in self.members[0].names)
+        return self.parent + "/".join(dict.fromkeys(leaf.removesuffix("_proj") for leaf in leaves))
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The name and the list of a model's decoder layers.
+    def signature(self, prefix: str) -> tuple[Any, ...]:
+        """What layers of one structure have in common."""
+        folds = (replace(f, parameters=tuple(n.removeprefix(prefix) for n in f.parameters)) for f in self._folds())
+        return self.kind, self.columns, tuple(folds)
 
-    Raises:
-        UsageError: there is no such list.
-    """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    expected = getattr(model.config, "num_hidden_layers", None)
-    for name, module in lists:
-        if len(module) == expected:
-            return name, module
-    raise UsageError(f"{type(model).__name__} has no list of {expected} decoder layers that qeval could find.")
+    def groups(self, layer: int, choice: int | None) -> Iterator[Group]:
+        """The groups, with the fold that was chosen."""
+        for member in self.members:
+            fold = None if choice is None else member.folds[choice]
+            names, followers = tuple(member.names), tuple(member.followers)
+            yield Group(layer, self.kind, names, self.columns, fold, followers, self.entry)
 
-
-def _trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[_Proposal]]:
-    """For each layer its groups in the order in which they run, with the folds that shapes allow."""
-    calls: list[tuple[str, nn.Module, Tensor, Any]] = []  # holding the tensors keeps their ids distinct
-
-    def record(name: str) -> Any:
-        return lambda module, args, output: calls.append((name, module, args[0], output))
-
-    handles = [
-        module.register_forward_hook(record(name))
-        for name, module in layers.named_modules(prefix=layers_name)
-        if not list(module.children())
-    ]
-    try:
-        _probe(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    by_layer = [[c for c in calls if c[0].startswith(f"{layers_name}.{index}.")] for index in range(len(layers))]
-    return [_proposals(model, calls_of_layer) for calls_of_layer in by_layer]
+    def _folds(self) -> Iterator[Fold]:
+        return (fold for member in self.members for fold in member.folds)
 
 
-def _proposals(model: Any, calls: list[tuple[str, nn.Module, Tensor, Any]]) -> list[_Proposal]:
-    shared: dict[int, list[str]] = {}
-    linears: dict[str, nn.Linear] = {}
-    for name, module, given, _ in calls:
-        if isinstance(module, nn.Linear):
-            linears[name] = module
-            shared.setdefault(id(given), []).append(name)
-    proposals = []
-    for key, names in shared.items():
-        columns = linears[names[0]].in_features
-        norms = [(n, m) for n, m, _, out in calls if id(out) == key and not isinstance(m, nn.Linear)]
-        folds = [fold for name, norm in norms for fold in _norm_folds(name, norm, columns)]
-        if not folds:
-            earlier = list(linears)[: list(linears).index(names[0])]
-            folds = [f for n in reversed(earlier) for f in _linear_folds(model, n, linears[n], columns)]
-        kind = "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
-        proposals.append(_Proposal(kind, tuple(f"{n}.weight" for n in names), columns, tuple(folds)))
-    return proposals
+class _Layer:
+    """One decoder layer's calls, and what they say of its groups. `experts`: how many each stack holds."""
+
+    def __init__(self, model: Any, calls: Sequence[Call], experts: dict[str, int]) -> None:
+        self._model, self._calls, self._experts = model, calls, experts
+        self._found: dict[Key | str, _Proposal] = {}
+
+    def proposals(self) -> list[_Proposal]:
+        """The groups in the order in which their inputs appear."""
+        for index, call in enumerate(self._calls):
+            if call.shape is None:
+                continue
+            if is_expert(call.name):
+                self._add_expert(index, call)
+            elif call.is_linear and not _is_router(call, self._experts):
+                self._shared(index, call).names.append(call.name)
+            else:
+                self._shared(index, call).followers.append(call.name)
+        return [proposal for proposal in self._found.values() if proposal.members[0].names]
+
+    def _shared(self, index: int, call: Call, columns: int | None = None) -> _Member:
+        """The group of what was handed the same tensor as `call`."""
+        key, columns = key_of(call.given), columns or call.given.shape[-1]
+        assert key is not None
+        if key not in self._found:
+            norms = (
+                c for c in self._calls[:index] if c.module is not None and c.shape is None and key_of(c.output) == key
+            )
+            folds = [fold for norm in norms for fold in _norm_folds(norm, columns)]
+            folds = folds or [f for c in self._before(index) if not is_expert(c.name) for f in self._rows(c, columns)]
+            self._found[key] = _Proposal(columns, [_Member([], folds=folds)])
+        return self._found[key].members[0]
+
+    def _add_expert(self, index: int, call: Call) -> None:
+        stack = stack_of(call.name)
+        names = [expert_name(stack, expert) for expert in range(self._experts[stack])]
+        if (entry := self._entry(call)) is not None:
+            member = self._shared(index, entry)
+            if names[0] not in member.names:
+                member.names += names
+                self._found[key_of(entry.given) or stack].entry = entry.name
+        elif stack not in self._found:
+            columns = call.given.shape[-1]
+            inner = [self._inner(index, name, columns) for name in names]
+            self._found[stack] = _Proposal(columns, inner)
+
+    def _entry(self, call: Call) -> Call | None:
+        """The module that was handed the tokens which this expert was handed some of."""
+        holder = stack_of(call.name).rpartition(".")[0]
+        entered = next(c for c in self._calls if c.name == holder)
+        given, some = entered.given, call.given
+        if given.shape[-1] != some.shape[-1]:
+            return None
+        among = (some.reshape(-1, 1, some.shape[-1]) == given.reshape(1, -1, given.shape[-1])).all(-1).any(1)
+        return entered if bool(among.all()) else None
+
+    def _inner(self, index: int, name: str, columns: int) -> _Member:
+        """An expert's inner matrix, after the stacks that were multiplied by before."""
+        expert = name[len(stack_of(name)) :]
+        before = {stack_of(c.name): c for c in self._before(index) if is_expert(c.name)}
+        producers = (call._replace(name=f"{stack}{expert}") for stack, call in before.items())
+        return _Member([name], folds=[fold for call in producers for fold in self._rows(call, columns)])
+
+    def _before(self, index: int) -> list[Call]:
+        """Products before a call, the latest first."""
+        return [c for c in reversed(self._calls[:index]) if c.shape and not _is_router(c, self._experts)]
+
+    def _rows(self, call: Call, columns: int) -> Iterator[Fold]:
+        return _linear_folds(text_config(self._model), call, columns)
 
 
-def _norm_folds(name: str, norm: nn.Module, columns: int) -> Iterator[Fold]:
-    parameters = dict(norm.named_parameters(recurse=False))
+def _tell_apart(proposals: Sequence[_Proposal]) -> None:
+    """Put the module's name before kinds that several groups of a layer would have (GPT-2's two `c_proj`)."""
+    counts = Counter(proposal.kind for proposal in proposals)
+    for proposal in [proposal for proposal in proposals if counts[proposal.kind] > 1]:
+        module = stack_of(proposal.members[0].names[0].removesuffix(".weight")).rpartition(".")[0]
+        proposal.parent = module.rpartition(".")[2] + "."
+
+
+def _is_router(call: Call, experts: dict[str, int]) -> bool:
+    """Whether a product, where there are experts, gives a number an expert or a single one."""
+    counts = {1, *experts.values()}
+    return bool(experts) and call.shape is not None and not is_expert(call.name) and call.shape[0] in counts
+
+
+def _norm_folds(norm: Call, columns: int) -> Iterator[Fold]:
+    assert norm.module is not None
+    parameters = dict(norm.module.named_parameters(recurse=False))
     if "weight" not in parameters or any(tuple(p.shape) != (columns,) for p in parameters.values()):
         return
-    names = tuple(f"{name}.{key}" for key in parameters)
+    names = tuple(f"{norm.name}.{key}" for key in parameters)
     yield Fold(names, 0, columns)
     if "bias" not in parameters:
         yield Fold(names, 0, columns, plus_one=True)
 
 
-def _linear_folds(model: Any, name: str, linear: nn.Linear, columns: int) -> Iterator[Fold]:
-    config = model.config
-    names = tuple(f"{name}.{key}" for key, _ in linear.named_parameters(recurse=False))
+def _linear_folds(config: Any, call: Call, columns: int) -> Iterator[Fold]:
+    assert call.shape is not None
+    rows, bias = call.shape[0], getattr(call.module, "bias", None) is not None
+    names = (call.name, f"{call.name.removesuffix('weight')}bias") if bias else (call.name,)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
-    rows = linear.out_features
     if rows in (columns, 2 * columns):
         yield from (Fold(names, offset, columns) for offset in range(0, rows, columns))
     if columns % values == 0 and rows in (values, columns + 2 * values):
         yield Fold(names, rows - values, values, repeat=columns // values, head=head)
+    if rows == 3 * columns and columns % head == 0:
+        yield Fold(names, 2 * head, columns, head=head, period=3 * head)
 
 
-def _leaves_output(model: Any, proposal: _Proposal, fold: Fold) -> bool:
-    """Whether dividing the producer and multiplying the group's columns by random powers of two changes nothing."""
+def _leaves_output(model: Any, proposal: _Proposal, choice: int) -> bool:
+    """Whether dividing the producers and multiplying the groups' columns by random powers of two changes nothing."""
     generator = torch.Generator().manual_seed(0)
-    exponents = torch.randint(-2, 3, (fold.rows,), generator=generator)
-    before = _probe(model)
-    parameters = dict(model.named_parameters())
-    scales = torch.pow(2.0, exponents).to(before.device)
-    with _restored([parameters[n] for n in (*proposal.names, *fold.parameters)]):
-        for name in fold.parameters:
-            parameters[name].copy_(fold.folded(parameters[name], scales))
-        for name in proposal.names:
-            parameters[name].mul_(fold.spread(scales).to(parameters[name].dtype))
-        after = _probe(model)
+    before = probe(model)
+    weights = weights_of(model)
+    folds = [member.folds[choice] for member in proposal.members]
+    touched = [n for m, f in zip(proposal.members, folds, strict=True) for n in (*m.names, *m.followers, *f.parameters)]
+    with _restored([weights[name] for name in touched]):
+        for member, fold in zip(proposal.members, folds, strict=True):
+            scales = torch.pow(2.0, torch.randint(-2, 3, (fold.rows,), generator=generator)).to(before.device)
+            for name in fold.parameters:
+                weights[name].copy_(fold.folded(weights[name], scales))
+            for name in (*member.names, *member.followers):
+                weights[name].mul_(fold.spread(scales).to(weights[name].dtype))
+        after = probe(model)
     return bool((after - before).abs().max() <= _PROBE_TOLERANCE * before.abs().max())
 
 
 @contextmanager
-def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
-    saved = [parameter.detach().clone() for parameter in parameters]
+def _restored(tensors: list[Tensor]) -> Iterator[None]:
+    saved = [tensor.detach().clone() for tensor in tensors]
     with torch.inference_mode():
         try:
             yield
         finally:
-            for parameter, value in zip(parameters, saved, strict=True):
-                parameter.copy_(value)
-
-
-@torch.inference_mode()
-def _probe(model: Any) -> Tensor:
-    """The final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = (
-        torch.arange(1, _PROBE_TOKENS + 1, device=model.get_output_embeddings().weight.device).mul(7919) % vocabulary
-    )
-    state: Tensor = model.base_model(input_ids=tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
-    return state.float()
-
-
-def _relative(fold: Fold, prefix: str) -> Fold:
-    return _renamed(fold, tuple(name.removeprefix(prefix) for name in fold.parameters))
-
-
-def _absolute(fold: Fold | None, prefix: str) -> Fold | None:
-    return None if fold is None else _renamed(fold, tuple(prefix + name for name in fold.parameters))
-
-
-def _renamed(fold: Fold, parameters: tuple[str, ...]) -> Fold:
-    return Fold(parameters, fold.offset, fold.rows, fold.repeat, fold.head, fold.plus_one)
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)

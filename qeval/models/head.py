@@ -42,7 +42,7 @@ def head_of(model: Any) -> Head:
     Raises:
         QevalError: the model turns hidden states into logits in a way that qeval doesn't know.
     """
-    config, linear = model.config, model.get_output_embeddings()
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     if divisor := getattr(config, "logits_scaling", None):
         scale /= float(divisor)

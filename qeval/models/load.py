@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qeval.errors import UsageError, unknown
 from qeval.models import cache, weights
@@ -19,6 +18,7 @@ from qeval.models.info import LoadedModel, ModelInfo
 from qeval.models.quiet import quiet
 from qeval.models.skeleton import skeleton
 from qeval.models.source import ModelSource
+from qeval.models.supported import check_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -133,19 +133,11 @@ def _read_config(folder: Path) -> Any:
             config = AutoConfig.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"'{path}' can't be used: {_first_line(error)}.") from error
-    _check_causal(config, path)
+    check_config(config, path)
     if "quantization_config" in raw:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise UsageError(f"'{folder}' is quantized already ({method}); the baseline must be the float model.")
     return config
-
-
-def _check_causal(config: Any, path: Path) -> None:
-    named = list(config.architectures or [])
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (named and known.isdisjoint(named)):
-        what = ", ".join(named) or config.model_type
-        raise UsageError(f"'{path}' names {what}, which is no causal language model that transformers can run.")
 
 
 def _compute_dtype(own: str, device: torch.device, asked: str | None) -> str:

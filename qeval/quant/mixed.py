@@ -10,6 +10,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from qeval.errors import UsageError
 
 POSITIONAL_KINDS = ("v_proj", "down_proj")
+_FUSED_KINDS = ("c_attn", "mlp.c_proj", "query_key_value", "dense_4h_to_h")
+"""What stands for them in GPT-2 and GPT-NeoX, which have neither: values fused with queries and keys, the way down."""
 
 
 class Option(NamedTuple):
@@ -34,20 +36,21 @@ def positional_layers(layers: int) -> set[int]:
 
 
 def positional_names(names: Iterable[str], layers: int) -> set[str]:
-    """The weights that the positional rule gives INT8: v_proj and down_proj of its layers.
+    """The weights that the positional rule gives INT8: v_proj and down_proj of its layers, every expert's too.
 
     Raises:
-        UsageError: the model names no linear v_proj or down_proj, so the rule does not apply.
+        UsageError: the model names no linear like these, so the rule does not apply.
     """
-    chosen = positional_layers(layers)
-    pattern = re.compile(rf"\.(\d+)\..*\b({'|'.join(POSITIONAL_KINDS)})\.weight$")
-    found = {name for name in names if (match := pattern.search(name)) and int(match[1]) in chosen}
-    if not found:
-        raise UsageError(
-            "The positional rule gives INT8 to v_proj and down_proj, and this model has neither; "
-            "take --importance measured."
-        )
-    return found
+    every, chosen = list(names), positional_layers(layers)
+    for kinds in (POSITIONAL_KINDS, _FUSED_KINDS):
+        pattern = re.compile(rf"\.(\d+)\..*\b({'|'.join(map(re.escape, kinds))})(\.weight|\[\d+\])$")
+        found = {name for name in every if (match := pattern.search(name)) and int(match[1]) in chosen}
+        if found:
+            return found
+    raise UsageError(
+        "The positional rule gives INT8 to v_proj and down_proj, and this model has neither; "
+        "take --importance measured with a --budget."
+    )
 
 
 def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:

@@ -42,6 +42,11 @@ class Accumulator:
         self._generator = torch.Generator().manual_seed(seed)
         self._tokens = 0
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens were taken in."""
+        return self._tokens
+
     def add(self, inputs: Tensor) -> None:
         """Take in the inputs [tokens, columns] of the next tokens."""
         inputs = inputs.float()

@@ -73,6 +73,13 @@ READERS = {
         "--quiet": False,
         "--debug": False,
     },
+    "models": {
+        "--check": False,
+        "--family": None,
+        "--json": False,
+        "--quiet": False,
+        "--debug": False,
+    },
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs: their arguments by name, then their flags."""

@@ -1,10 +1,10 @@
 """What tracing finds in each family: the groups, what takes their scales, the head; and that the scales take back."""
 
+import re
 from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import build, source_of
@@ -13,6 +13,7 @@ from qeval.config import Recipe, Rule, parse_method
 from qeval.errors import QevalError, UsageError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
+from qeval.models.matrices import weights_of
 from qeval.types import Request
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.tiny import tiny_llama
@@ -44,7 +45,7 @@ EXPECTED = {
         Found("gate_up", "post_attention_layernorm"),
         Found("down", "mlp.gate_up_proj", (112, 112)),
     ],
-    "Gemma": [QKV._replace(plus_one=True), O_GROUPED, GATE_UP._replace(plus_one=True), DOWN],
+    "Gemma": [QKV._replace(plus_one=True), Found("o", V, (0, 16), repeat=4), GATE_UP._replace(plus_one=True), DOWN],
     "Gemma2": [
         QKV._replace(plus_one=True),
         O_GROUPED,
@@ -63,7 +64,45 @@ EXPECTED = {
     "Olmo": [Found("q/k/v", None), O_GROUPED, Found("gate/up", None), DOWN],  # its norms have no gain
     "Olmo2": [Found("q/k/v", None), O_GROUPED, Found("gate/up", None), DOWN],  # its norms follow what they norm
     "Cohere": [Found("q/k/v/gate/up", "input_layernorm"), O_GROUPED, DOWN],
+    "Phi4-mini": [
+        Found("qkv", "input_layernorm"),
+        Found("o", "self_attn.qkv_proj", (96, 32), repeat=2),
+        Found("gate_up", "post_attention_layernorm"),
+        Found("down", "mlp.gate_up_proj", (112, 112)),
+    ],
+    "StableLm2": [
+        Found("q/k/v/gate/up", "input_layernorm", bias=True),
+        O_GROUPED._replace(bias=True),
+        DOWN,
+    ],
+    "GPT2": [
+        Found("c_attn", "ln_1", bias=True),
+        Found("attn.c", "attn.c_attn", (128, 64), bias=True),
+        Found("c_fc", "ln_2", bias=True),
+        Found("mlp.c", None),
+    ],
+    "GPTNeoX": [
+        Found("query_key_value", "input_layernorm", bias=True),
+        Found("dense", "attention.query_key_value", (32, 64), bias=True),  # 16 rows of every 48
+        Found("dense_h_to_4h", "post_attention_layernorm", bias=True),
+        Found("dense_4h_to_h", None),
+    ],
+    "Mixtral": [
+        QKV,
+        O_GROUPED,
+        Found("gate_up", "post_attention_layernorm"),
+        *(Found("down", f"mlp.experts.gate_up_proj[{expert}]", (112, 112)) for expert in range(4)),
+    ],
+    "Qwen2Moe": [
+        QKV,
+        O_GROUPED._replace(bias=True),
+        Found("gate/up/gate_up", "post_attention_layernorm"),
+        Found("shared_expert.down", "mlp.shared_expert.up_proj", (0, 80)),
+        *(Found("experts.down", f"mlp.experts.gate_up_proj[{expert}]", (48, 48)) for expert in range(4)),
+    ],
 }
+ALIKE = {"Llama3": "Llama", "Phi3.5": "Phi3", "Gemma3": "Gemma2", "SmolLM3": "Llama"}
+"""Families whose groups are those of another, whatever else differs."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -76,7 +115,7 @@ def tokens(count, seed=0):
 
 
 def as_found(group):
-    prefix, fold = f"model.layers.{group.layer}.", group.fold
+    prefix, fold = f"{layer_of(group.names[0])}.", group.fold
     if fold is None:
         return Found(group.kind, None)
     takes = fold.parameters[0].removeprefix(prefix).removesuffix(".weight")
@@ -84,13 +123,30 @@ def as_found(group):
     return Found(group.kind, takes, (fold.offset, fold.rows), fold.repeat, fold.plus_one, len(fold.parameters) == 2)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def layer_of(name):
+    return re.match(r".*?\.[01](?=\.)", name)[0]
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, *ALIKE])
 def test_the_groups_of_a_family(name):
     found = describe(tiny_family(name))
     for layer in (0, 1):
-        assert [as_found(group) for group in found.groups if group.layer == layer] == EXPECTED[name]
-    assert found.layers == ("model.layers.0", "model.layers.1")
-    assert (found.head, found.embedding) == ("lm_head.weight", "model.embed_tokens.weight")
+        assert [as_found(group) for group in found.groups if group.layer == layer] == EXPECTED[ALIKE.get(name, name)]
+    assert [layer_of(f"{name}.x") for name in found.layers] == list(found.layers)
+    assert (found.head, found.embedding) == {
+        "GPT2": ("lm_head.weight", "transformer.wte.weight"),
+        "GPTNeoX": ("lm_head.weight", "gpt_neox.embed_in.weight"),
+    }.get(name, ("lm_head.weight", "model.embed_tokens.weight"))
+
+
+def test_a_layers_experts_are_given_their_bits_together_and_its_router_stays_in_float():
+    found = describe(tiny_family("Qwen2Moe"))
+    units = [unit for unit in found.units if unit.layer == 0]
+    assert [len(unit.names) for unit in units] == [3, 1, 6, 1, 4]
+    entering = next(group for group in found.groups if group.entry)
+    assert entering.entry == "model.layers.0.mlp.experts"
+    gates = ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight")
+    assert entering.followers == found.routers[:2] == gates
 
 
 def test_fused_grouped_queries_fold_into_their_value_rows():
@@ -106,10 +162,10 @@ def test_heads_wider_than_the_model_fold_too():
 
 def test_every_linear_of_a_layer_is_in_one_group(model):
     names = [name for group in describe(model).groups for name in group.names]
-    layers = model.model.layers
-    expected = {f"model.layers.{n}.weight" for n, m in layers.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(names) == expected
-    assert len(names) == len(expected)
+    found = describe(model)
+    inside = {n for n, w in weights_of(model).items() if w.dim() == 2 and n.startswith(found.layers)}
+    assert set(names) | set(found.routers) == inside
+    assert len(names) + len(found.routers) == len(inside)
 
 
 def test_describing_changes_nothing(model):
@@ -145,13 +201,14 @@ def test_an_unknown_way_to_logits_is_refused():
         head_of(model)
 
 
-def test_a_model_without_linears_or_layers_is_refused():
-    config = GPT2Config(
-        vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None
-    )
-    with pytest.raises(UsageError, match="No linear layers were found in the decoder layers of GPT2LMHeadModel"):
-        describe(GPT2LMHeadModel(config).eval())
+def test_a_model_without_linears_or_layers_is_refused(monkeypatch):
     model = tiny_llama()
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UsageError, match="No linear layers were found in the decoder layers of LlamaForCausalLM"),
+    ):
+        patched.setattr("qeval.models.graph.trace", lambda *_: [[], []])
+        describe(model)
     model.config.num_hidden_layers = 7
     with pytest.raises(UsageError, match="has no list of 7 decoder layers"):
         describe(model)
@@ -185,7 +242,7 @@ def states(backend, variant):
 
 def assert_scales_change_nothing(model, recipe, monkeypatch):
     backend, variant = unrounded(model, recipe, monkeypatch)
-    parameters = dict(model.named_parameters())
+    parameters = weights_of(model)
     changed = [name for name, weight in variant.weights.items() if not torch.equal(weight.matrix, parameters[name])]
     assert set(changed) == set(variant.weights)
     before = states(backend, None)
@@ -196,6 +253,7 @@ def assert_scales_change_nothing(model, recipe, monkeypatch):
 def test_input_scales_alone_leave_the_output_as_it_is(model, monkeypatch):
     variant = assert_scales_change_nothing(model, parse_method("awq:g32-noclip"), monkeypatch)
     unfolded = {name for group in describe(model).groups if group.fold is None for name in group.names}
+    assert all(group.fold or group.is_explicit for group in describe(model).groups)
     assert unfolded <= set(variant.input_scales)
 
 

@@ -69,4 +69,4 @@ def test_positional_names_are_v_and_down():
 
 def test_a_model_without_such_linears_is_told_so():
     with pytest.raises(UsageError, match="importance measured"):
-        positional_names(["h.0.attn.c_attn.weight"], 4)
+        positional_names(["h.0.attn.in_proj.weight"], 4)

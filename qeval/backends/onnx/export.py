@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from qeval.backends.onnx import dynamo
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
@@ -32,6 +31,7 @@ from qeval.identity import digest, digest_file
 from qeval.metrics.tokens import near_kl
 from qeval.models.cache import build_once
 from qeval.models.info import LoadedModel
+from qeval.models.matrices import is_expert, weights_of
 from qeval.owners import temporary_prefix
 from qeval.quant.variant import Variant
 from qeval.types import Request
@@ -93,8 +93,13 @@ class Exporter:
         else:
             require_builder()
         self._loaded, self.asked, self._threads = loaded, exporter, threads
-        parameters = dict(loaded.model.named_parameters())
-        self._parameters: dict[str, Tensor] = parameters | {n: loaded.model.get_parameter(n) for n in names}
+        weights = weights_of(loaded.model)
+        if any(map(is_expert, weights)):
+            raise UsageError(
+                f"{loaded.info.architecture} has experts, and no exporter writes them as products whose matrices "
+                "could be swapped; leave ONNX out (--backend torch)."
+            )
+        self._parameters = {n: loaded.model.get_parameter(n) for n in names} | weights
         self.route: Route | None = None
         """The route that made the float graph; None before it is made."""
         self.refused: str | None = None

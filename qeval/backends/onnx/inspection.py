@@ -30,6 +30,10 @@ _NAMES = {
 _TYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
 
+_CONTEXT = ("context_length", "max_position_embeddings", "n_positions")
+"""What configurations call it: onnxruntime-genai's, most, GPT-2's."""
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of a graph: its type (`INT64`) and shape, a symbol's name where it varies, None unnamed."""
@@ -145,7 +149,7 @@ def _facts(files: Files, model: ir.Model) -> OnnxFacts:
         producer=" ".join(part for part in (model.producer_name, model.producer_version) if part) or "unknown",
         model_type=settings.get("type", settings.get("model_type")),
         vocab_size=settings.get("vocab_size"),
-        context_length=settings.get("context_length", settings.get("max_position_embeddings")),
+        context_length=next((settings[name] for name in _CONTEXT if name in settings), None),
         head_size=decoder.get("head_size") or _head_size(settings),
         ports=ports,
         matrices=matrices_of(model.graph, ports.ids.name, ports.logits.name),

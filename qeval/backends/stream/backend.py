@@ -18,10 +18,12 @@ from qeval.backends.stream.session import StreamSession
 from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, load_whole
 from qeval.backends.torch import scaled_input
 from qeval.errors import QevalError, UsageError
-from qeval.models.graph import Description, decoder_layers, describe
+from qeval.models.graph import Description, describe
 from qeval.models.head import Head, head_of
 from qeval.models.load import check_finite
+from qeval.models.matrices import weights_of
 from qeval.models.reader import Plain, by_name
+from qeval.models.trace import decoder_layers
 from qeval.models.weights import TensorEntry
 from qeval.quant.variant import Variant
 
@@ -53,8 +55,14 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     """Make a weightless model run: its embedding looks rows up in the file, the few weights outside layers are loaded.
 
     Raises:
-        UsageError: its decoder is no plain list of layers, or a weight is not finite.
+        UsageError: its decoder is no plain list of layers of plain matrices, or a weight is not finite.
     """
+    plain = dict(model.named_parameters())
+    if others := [name for name, weight in weights_of(model).items() if weight is not plain.get(name)]:
+        raise UsageError(
+            f"{type(model).__name__} keeps matrices transposed or in stacks ({others[0]}), which --stream can't read; "
+            "leave it out."
+        )
     name, layers = decoder_layers(model)
     checkpoint = {entry.name: Plain(entry) for entry in by_name(entries).values()}
     names = {id(module): module_name for module_name, module in model.named_modules()}

@@ -1,0 +1,59 @@
+"""`qeval models`: the aliases; with --check, what works for which family."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qeval.cli import options
+from qeval.cli.listing import say, show
+from qeval.cli.printing import stdout
+from qeval.cli.progress import ConsoleProgress
+from qeval.errors import UsageError
+from qeval.models.aliases import list_models
+
+_WIDTH = 160
+
+
+def models(
+    check: Annotated[
+        bool, typer.Option("--check", help="Try every method, score and export on a tiny model of each family.")
+    ] = False,
+    family: Annotated[
+        list[str] | None, typer.Option("--family", help="With --check: this one alone; may be repeated.")
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """The model aliases, and what else --model takes; with --check, what works for which model family.
+
+    Exit codes: 0 all works that can, 1 something that should work does not, 2 wrong use.
+    """
+    del debug  # read by the program's own error handler
+    if check:
+        return _check(family, ConsoleProgress(Console(stderr=True), quiet=quiet), as_json=as_json)
+    if family:
+        raise UsageError("--family belongs to --check; give both.")
+    if as_json:
+        typer.echo(json.dumps([{"alias": a, "model": m, "line": line} for a, m, line in list_models()], indent=1))
+        return 0
+    show("alias", ((name, f"{hub_id}: {line}") for name, hub_id, line in list_models()))
+    say("--model also takes a hub id such as org/name, a local folder, or a .gguf file.")
+    return 0
+
+
+def _check(families: list[str] | None, progress: ConsoleProgress, *, as_json: bool) -> int:
+    from qeval.compare.families import check_families, failed, markdown  # noqa: PLC0415 - torch takes seconds to import
+    from qeval.models.families import FAMILIES  # noqa: PLC0415
+
+    found = check_families(families or list(FAMILIES), progress)
+    if as_json:
+        spelled = {name: {check: asdict(cell) for check, cell in cells.items()} for name, cells in found.items()}
+        typer.echo(json.dumps(spelled, indent=1))
+    else:
+        for line in markdown(found):
+            stdout(_WIDTH).print(line, highlight=False, markup=False, soft_wrap=True)
+    return int(failed(found))

@@ -1,0 +1,130 @@
+"""Every weight as the quantizers see it, a matrix [outputs, inputs], whatever its module keeps it as; and its inputs.
+
+transformers keeps some matrices otherwise: GPT-2's `Conv1D` as [inputs, outputs], the experts of a layer as one stack
+[experts, outputs, inputs]. Here the first is its transposed view and the second a view an expert, named `NAME[3]`:
+what is written into a view is in the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+Before = Callable[[Tensor], None]
+"""Told the input [..., columns] of a product."""
+After = Callable[[Tensor, Tensor], None]
+"""Told the input [..., columns] and the output [..., rows] of a product."""
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters by name; views where its modules keep matrices transposed or in stacks."""
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    stacks = stacks_of(model)
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in stacks:
+            found |= {expert_name(name, index): parameter[index] for index in range(len(parameter))}
+        else:
+            found[name] = parameter.T if name in turned else parameter
+    return found
+
+
+def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that hold a matrix an expert, by name: three dimensions, and no convolution's."""
+    return {
+        f"{name}.{key}".removeprefix("."): parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def expert_name(stack: str, index: int) -> str:
+    """What an expert's matrix in a stack is called."""
+    return f"{stack}[{index}]"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a weight is an expert's, in a stack."""
+    return name.endswith("]")
+
+
+def stack_of(name: str) -> str:
+    """The stack that an expert's matrix is in; any other weight's own name."""
+    return name.partition("[")[0]
+
+
+@contextmanager
+def watching(
+    model: Any, before: Mapping[str, Before] | None = None, after: Mapping[str, After] | None = None
+) -> Iterator[None]:
+    """Call back at every product by the named weights, before or after it is computed.
+
+    A module's name may stand for a weight's: then its first input is told. Experts run one by one meanwhile, and each
+    sees the tokens that are routed to it.
+    """
+    before, after = before or {}, after or {}
+    with ExitStack() as stack:
+        for name, early in before.items():
+            if not is_expert(name):
+                stack.callback(_module(model, name).register_forward_pre_hook(_early(early)).remove)
+        for name, late in after.items():
+            if not is_expert(name):
+                stack.callback(_module(model, name).register_forward_hook(_late(late)).remove)
+        if any(map(is_expert, (*before, *after))):
+            weights = weights_of(model)
+            stack.enter_context(one_by_one(model))
+            stack.enter_context(_Slices(_by_address(weights, before), _by_address(weights, after)))
+        yield
+
+
+@contextmanager
+def one_by_one(model: Any) -> Iterator[None]:
+    """Experts multiply one after the other, where transformers would group their products."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+class _Slices(TorchFunctionMode):
+    """Sees `linear(x, stack[expert])`, which no module's hook does; slices are known by their address."""
+
+    def __init__(self, before: Mapping[int, Before], after: Mapping[int, After]) -> None:
+        super().__init__()
+        self._before, self._after = before, after
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if function is not nn.functional.linear or len(args) < 2:
+            return function(*args, **(kwargs or {}))
+        address = args[1].data_ptr()
+        if early := self._before.get(address):
+            early(args[0])
+        output = function(*args, **(kwargs or {}))
+        if late := self._after.get(address):
+            late(args[0], output)
+        return output
+
+
+def _by_address(weights: Mapping[str, Tensor], calls: Mapping[str, Any]) -> dict[int, Any]:
+    return {weights[name].data_ptr(): call for name, call in calls.items() if is_expert(name)}
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.removesuffix(".weight"))
+
+
+def _early(call: Before) -> Any:
+    return lambda _, args: call(args[0])
+
+
+def _late(call: After) -> Any:
+    return lambda _, args, output: call(args[0], output)

@@ -1,0 +1,129 @@
+"""What runs inside each decoder layer over a few tokens: products by matrices, norms, and who was handed what."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qeval.errors import UsageError
+from qeval.models.matrices import stack_of, stacks_of, watching, weights_of
+
+_PROBE_TOKENS = 8
+
+Key = tuple[int, int]
+"""Where a tensor's numbers lie and how many they are: views of one tensor are alike."""
+
+
+class Call(NamedTuple):
+    """Something that ran. `shape`: (rows, columns) of the matrix it multiplied by, if it did so; `module`: what it is.
+
+    For a module that holds stacks, what it was handed is noted before anything inside it runs.
+    """
+
+    name: str
+    shape: tuple[int, int] | None
+    module: nn.Module | None
+    given: Tensor
+    output: Any
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a layer that multiplies, and does nothing else."""
+        return isinstance(self.module, nn.Linear | Conv1D)
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model itself, where images or sound come in beside."""
+    return model.config.get_text_config()
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a model's decoder layers.
+
+    Raises:
+        UsageError: there is no such list.
+    """
+    expected = getattr(text_config(model), "num_hidden_layers", None)
+    decoder = model.get_decoder() or model
+    inside = {id(module) for module in decoder.modules()}  # a vision tower may have as many layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and id(module) in inside and len(module) == expected:
+            return name, module
+    raise UsageError(f"{type(model).__name__} has no list of {expected} decoder layers that qeval could find.")
+
+
+def key_of(tensor: Any) -> Key | None:
+    """The key of a tensor; None for anything else."""
+    return (tensor.data_ptr(), tensor.numel()) if isinstance(tensor, Tensor) else None
+
+
+def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Call]]:
+    """For each layer, what ran in it, in that order.
+
+    Raises:
+        UsageError: the model can't be run as a plain language model.
+    """
+    calls: list[Call] = []  # holding the tensors keeps their addresses distinct
+    stacks = {name: stack for name, stack in stacks_of(model).items() if name.startswith(f"{layers_name}.")}
+    holders = {name.rpartition(".")[0] for name in stacks}
+    with ExitStack() as hooks:
+        for name, module in layers.named_modules(prefix=layers_name):
+            if name in holders:
+                hooks.callback(module.register_forward_pre_hook(_entered(calls, name)).remove)
+            elif not list(module.children()):
+                hooks.callback(module.register_forward_hook(_ran(calls, name)).remove)
+        if stacks:
+            slices = {name: weight for name, weight in weights_of(model).items() if stack_of(name) in stacks}
+            hooks.enter_context(watching(model, after={n: _multiplied(calls, n, w) for n, w in slices.items()}))
+        try:
+            probe(model)
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
+            raise UsageError(
+                f"{type(model).__name__} does not give final hidden states for tokens alone ({reason}), so qeval can't "
+                "score it."
+            ) from error
+    return [list(_of_layer(calls, f"{layers_name}.{index}.")) for index in range(len(layers))]
+
+
+@torch.inference_mode()
+def probe(model: Any) -> Tensor:
+    """The final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = (
+        torch.arange(1, _PROBE_TOKENS + 1, device=model.get_output_embeddings().weight.device).mul(7919) % vocabulary
+    )
+    state: Tensor = model.base_model(input_ids=tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
+    return state.float()
+
+
+def _of_layer(calls: list[Call], prefix: str) -> Iterator[Call]:
+    return (call for call in calls if call.name.startswith(prefix))
+
+
+def _entered(calls: list[Call], name: str) -> Any:
+    return lambda module, args: calls.append(Call(name, None, module, args[0], None))
+
+
+def _ran(calls: list[Call], name: str) -> Any:
+    def ran(module: nn.Module, args: Any, output: Any) -> None:
+        if not args or not isinstance(args[0], Tensor):
+            return
+        weight = getattr(module, "weight", None)
+        rows, columns = weight.shape if isinstance(weight, Tensor) and weight.dim() == 2 else (0, 0)
+        if isinstance(module, Conv1D):
+            rows, columns = columns, rows
+        if columns and columns == args[0].shape[-1]:
+            calls.append(Call(f"{name}.weight", (rows, columns), module, args[0], output))
+        else:
+            calls.append(Call(name, None, module, args[0], output))
+
+    return ran
+
+
+def _multiplied(calls: list[Call], name: str, weight: Tensor) -> Any:
+    rows, columns = weight.shape
+    return lambda given, output: calls.append(Call(name, (rows, columns), None, given, output))

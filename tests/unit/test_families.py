@@ -1,0 +1,151 @@
+"""Every family against everything that is promised of it; and that these checks can fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qeval.cli.app import run
+from qeval.compare import families
+from qeval.compare.families import CHECKS, Bench, Cell, WrongError, check_families, failed, markdown
+from qeval.errors import UsageError
+from qeval.models.families import FAMILIES
+from qeval.models.matrices import stacks_of, weights_of
+from qeval.progress import Silent
+from tests.fixtures.made_up import heron
+
+README = Path(__file__).parents[2] / "README.md"
+QUICK = [check for check in CHECKS if check != "onnx"]
+EXPORTED = ("Qwen3", "GPT2", "GPTNeoX", "StableLm2")
+"""Of what the tests of exports leave out: by the builder, and by torch's exporter with all that is odd."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def bench(request):
+    return Bench(request.param)
+
+
+@pytest.mark.parametrize("check", QUICK)
+def test_a_family_does_all_that_is_promised(bench, check):
+    assert CHECKS[check](bench)
+
+
+def test_a_family_that_nobody_has_heard_of_needs_no_line():
+    bench = Bench("Heron", heron())
+    groups = [group for group in bench.description.groups if group.layer == 1]
+    assert [group.kind for group in groups] == ["ask/offer/tell", "gather", "drag/lift", "land"]
+    takers = [group.fold.parameters[0].removeprefix("heron.strides.1.") for group in groups]
+    assert takers == ["before.weight", "gaze.tell.weight", "between.weight", "wing.lift.weight"]
+    assert [group.fold.plus_one for group in groups] == [True, False, True, False]
+    assert groups[1].fold.parameters[1] == "heron.strides.1.gaze.tell.bias"
+    for check in set(QUICK) - {"mixed"}:
+        assert CHECKS[check](bench)
+    assert bench.kl(bench.variant("mixed:g32-7bpw")) < bench.kl(bench.variant("awq:g32"))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not stacks_of(families.tiny_family(name))])
+@pytest.mark.usefixtures("home")
+def test_every_family_without_experts_is_exported(name):
+    pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("onnxscript")
+    assert CHECKS["onnx"](Bench(name))
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+@pytest.mark.usefixtures("home")
+def test_experts_are_not_exported_and_the_sentence_says_so_before_any_work(name):
+    pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("onnxscript")
+    with pytest.raises(UsageError, match=r"has experts, and no exporter .* leave ONNX out"):
+        CHECKS["onnx"](Bench(name))
+
+
+def test_every_check_fails_where_something_is_wrong(monkeypatch):
+    """Each mutation is one that the check is there for."""
+    bench = Bench("Mixtral")
+    router = bench.description.routers[0]
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="AWQ's scales alone change the states"):
+        patched.setattr(families, "folded_floats", without(families.folded_floats, router))
+        CHECKS["folding"](bench)
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="changes nothing"):
+        patched.setattr(Bench, "kl", lambda *_: 0.0)
+        CHECKS["rtn"](bench)
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="neither quantized nor kept"):
+        patched.setattr(families, "quantizable", lambda description: ["another"])
+        CHECKS["rtn"](bench)
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="INT8 has a KL"):
+        patched.setattr(families, "_FINER", 0.0)
+        CHECKS["rtn"](bench)
+    bench.head.weight.mul_(2)  # the model's own: kept states still give its logits
+    assert CHECKS["states"](bench)
+    bench.__dict__["states"] = bench.states * 1.01
+    with pytest.raises(WrongError, match="kept states give other logits"):
+        CHECKS["states"](bench)
+
+
+def without(call, name):
+    return lambda *given: {key: value for key, value in call(*given).items() if key != name}
+
+
+def test_weights_are_views_so_that_what_is_written_is_in_the_model():
+    model = families.tiny_family("Mixtral")
+    weights = weights_of(model)
+    weights["model.layers.0.mlp.experts.down_proj[2]"].fill_(7)
+    assert bool((model.model.layers[0].mlp.experts.down_proj[2] == 7).all())
+    turned = families.tiny_family("GPT2")
+    weights_of(turned)["transformer.h.0.mlp.c_fc.weight"][3].fill_(7)
+    assert bool((turned.transformer.h[0].mlp.c_fc.weight[:, 3] == 7).all())
+
+
+def test_the_command_prints_the_matrix_and_its_code_is_1_when_something_fails(monkeypatch, capfd):
+    monkeypatch.setattr(families, "CHECKS", {"rtn": CHECKS["rtn"], "states": lambda bench: 1 / 0})
+    monkeypatch.setattr(check_families, "__defaults__", (("rtn", "states"),))
+    assert run(["models", "--check", "--family", "Llama", "--family", "Olmo"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split() == ["|", "family", "|", "rtn", "|", "states", "|"]
+    assert lines[2].split() == ["|", "Llama", "|", "yes", "|", "NO", "|"]
+    assert lines[-1] == "Olmo, states: division by zero"
+    monkeypatch.setattr(families, "CHECKS", {"rtn": CHECKS["rtn"], "states": CHECKS["states"]})
+    assert run(["models", "--check", "--family", "Llama", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["Llama"]["rtn"]["status"] == "works"
+
+
+def test_wrong_use_of_the_command(capfd):
+    assert run(["models", "--check", "--family", "Lama"]) == 2
+    assert "Unknown family 'Lama'; nearest: Llama" in capfd.readouterr().err
+    assert run(["models", "--family", "Llama"]) == 2
+    assert "--family belongs to --check" in capfd.readouterr().err
+    assert run(["models", "--json"]) == 0
+    assert {"alias", "model", "line"} == set(json.loads(capfd.readouterr().out)[0])
+
+
+def test_a_cell_that_cannot_apply_is_no_failure():
+    matrix = {"A": {"onnx": Cell("cannot", "it has experts"), "rtn": Cell("works", "KL 1")}}
+    assert not failed(matrix)
+    assert markdown(matrix)[2:] == ["| A      | -    | yes |", "", "A, onnx: it has experts"]
+
+
+def test_the_readmes_table_is_that_of_the_families():
+    rows = [line.strip("| ").split("|") for line in README.read_text(encoding="utf-8").splitlines() if "|" in line]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    start = cells.index(["family", *CHECKS])
+    table = {row[0]: row[1:] for row in cells[start + 2 : start + 2 + len(FAMILIES)]}
+    assert list(table) == list(FAMILIES)
+    for name, found in table.items():
+        experts = bool(stacks_of(families.tiny_family(name)))
+        assert found[:-1] == ["yes"] * len(QUICK), name
+        assert found[-1] in (["-"] if experts else ["genai", "dynamo"]), name
+
+
+def test_an_unforeseen_failure_is_told_in_its_cell(monkeypatch):
+    monkeypatch.setattr(families, "CHECKS", {"rtn": lambda bench: torch.zeros(2) @ torch.zeros(3)})
+    found = check_families(["Llama"], Silent(), ["rtn"])
+    assert found["Llama"]["rtn"].status == "fails"
+    assert "inconsistent tensor size" in found["Llama"]["rtn"].line
