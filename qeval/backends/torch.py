@@ -186,10 +186,19 @@ class TorchBackend:
         return self._head
 
     def head_for(self, variant: Variant) -> Head:
-        """The head that a variant's states go through: its own where it quantizes one; a tied embedding stays."""
-        if self._head_name not in variant.weights:
+        """The head that a variant's states go through: its own where it has one, or a tied embedding of its own."""
+        if self._head_name in variant.weights:
+            weight = variant.weights[self._head_name].dequantize()
+        elif (name := self._head_float(variant)) is not None:
+            weight = variant.floats[name]
+        else:
             return self._head
-        return replace(self._head, weight=variant.weights[self._head_name].dequantize().to(self._head.weight))
+        return replace(self._head, weight=weight.to(self._head.weight))
+
+    def _head_float(self, variant: Variant) -> str | None:
+        """What the variant's floats call the head, if they hold it; a tied one goes by the embedding's name."""
+        owners = (name for name, tensor in self._model.named_parameters() if tensor is self._head.weight)
+        return next((name for name in (self._head_name, *owners) if name in variant.floats), None)
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[TorchSession]:
@@ -223,6 +232,7 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
     """The model with the variant's weights in place of its own, restored bit for bit at the end."""
     parameters = dict(model.named_parameters())
     weights = {name: weight for name, weight in variant.weights.items() if name != skip}
+    head = model.get_output_embeddings().weight
     saved: dict[str, Tensor] = {}
     with ExitStack() as stack, torch.inference_mode():
         try:
@@ -230,6 +240,9 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
                 saved[name] = _compact(parameters[name], keep_dtype)
                 parameters[name].copy_(weight.dequantize())
             for name, value in variant.floats.items():
+                if parameters.get(name, head) is head:  # the baseline's logits are made with it meanwhile
+                    stack.enter_context(_in_place_of(model, name, value))
+                    continue
                 saved[name] = saved.get(name, _compact(parameters[name], keep_dtype))
                 parameters[name].copy_(value)
             for name, scales in variant.input_scales.items():
@@ -239,6 +252,19 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
         finally:
             for name, value in saved.items():
                 parameters[name].copy_(value)
+
+
+@contextmanager
+def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
+    """A model with another tensor under a parameter's name, whose own is left as it is."""
+    place, _, leaf = name.rpartition(".")
+    module = model.get_submodule(place)
+    own = module._parameters[leaf]
+    module._parameters[leaf] = nn.Parameter(value.to(own), requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters[leaf] = own
 
 
 def _compact(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
