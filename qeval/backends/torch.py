@@ -6,7 +6,7 @@ cannot see it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,10 +202,19 @@ class TorchBackend:
         return self._head
 
     def head_for(self, variant: Variant) -> Head:
-        """The head that a variant's states go through: its own where it quantizes one; a tied embedding stays."""
-        if self._head_name not in variant.weights:
+        """The head that a variant's states go through: its own where it has one, or a tied embedding of its own."""
+        if self._head_name in variant.weights:
+            weight = variant.weights[self._head_name].dequantize()
+        elif (name := self._head_float(variant)) is not None:
+            weight = variant.floats[name]
+        else:
             return self._head
-        return replace(self._head, weight=variant.weights[self._head_name].dequantize().to(self._head.weight))
+        return replace(self._head, weight=weight.to(self._head.weight))
+
+    def _head_float(self, variant: Variant) -> str | None:
+        """What the variant's floats call the head, if they hold it; a tied one goes by the embedding's name."""
+        owners = (name for name, tensor in self._model.named_parameters() if tensor is self._head.weight)
+        return next((name for name in (self._head_name, *owners) if name in variant.floats), None)
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[TorchSession]:
@@ -240,6 +249,8 @@ class TorchBackend:
 def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
     """The model with the variant's weights in place of its own, restored bit for bit at the end."""
     parameters = weights_of(model)
+    head = model.get_output_embeddings().weight
+    aside = {name for name in variant.floats if parameters.get(name, head) is head}
     saved: dict[str, Tensor] = {}
 
     def keep(name: str) -> None:
@@ -248,7 +259,9 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
 
     with ExitStack() as stack, torch.inference_mode():
         try:
-            _put(parameters, variant, skip, keep)
+            _put(parameters, variant, {skip, *aside}, keep)
+            for name in aside:  # the baseline's logits are made with it meanwhile
+                stack.enter_context(_in_place_of(model, name, variant.floats[name]))
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))
                 stack.enter_context(scaled_input(module, scales.to(model.device)))
@@ -259,15 +272,29 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
                 parameters[name].copy_(value)
 
 
-def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: str, keep: Callable[[str], None]) -> None:
+def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], keep: Callable[[str], None]) -> None:
     """Write a variant's weights over the parameters, each of which `keep` is told before."""
     for name, weight in variant.weights.items():
-        if name != skip:
+        if name not in skip:
             keep(name)
             parameters[name].copy_(weight.dequantize())
     for name, value in variant.floats.items():
-        keep(name)
-        parameters[name].copy_(value)
+        if name not in skip:
+            keep(name)
+            parameters[name].copy_(value)
+
+
+@contextmanager
+def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
+    """A model with another tensor under a parameter's name, whose own is left as it is."""
+    place, _, leaf = name.rpartition(".")
+    module = model.get_submodule(place)
+    own = module._parameters[leaf]
+    module._parameters[leaf] = nn.Parameter(value.to(own), requires_grad=False)
+    try:
+        yield
+    finally:
+        module._parameters[leaf] = own
 
 
 def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:

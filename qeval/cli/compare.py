@@ -27,7 +27,9 @@ def compare(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file of recipes.")] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option("--variant", help="NAME=FOLDER, a variant or an ONNX folder made before; may be repeated."),
+        typer.Option(
+            "--variant", help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file."
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option("--backend", help="torch (fake-quantized weights), ort (ONNX Runtime's kernels), or both.")
@@ -151,5 +153,5 @@ def _names(text: str | None) -> tuple[str, ...]:
 def _named_path(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not name or not path:
-        raise UsageError(f"--variant takes NAME=FOLDER, not '{text}'.")
+        raise UsageError(f"--variant takes NAME=PATH, not '{text}'.")
     return name, Path(path)

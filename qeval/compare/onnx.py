@@ -1,13 +1,11 @@
 """What `compare` and `export` need of ONNX Runtime; imported only when it is asked for."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend, Ran
 from qeval.backends.onnx.decoder import read_decoder
@@ -18,16 +16,15 @@ from qeval.backends.onnx.matrices import Matrix
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
+from qeval.compare.elsewhere import Asked, check_tokens
 from qeval.compare.settings import BackendChoice
 from qeval.errors import UsageError
 from qeval.identity import digest_file
 from qeval.models.graph import Description
 from qeval.models.hashes import remembered
 from qeval.models.info import LoadedModel
-from qeval.models.quiet import quiet
 from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor, describe
 from qeval.store.run import KeptRecord, RuntimeRecord, VariantRecord
-from qeval.tasks.corpus import encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +61,8 @@ class Foreign:
     folder: Path
     facts: OnnxFacts
     sha256: str
+    told: Mapping[str, str]
+    """What a reader must know of its tokenizer."""
 
     def backend(self, choice: BackendChoice) -> FolderBackend:
         """What runs it."""
@@ -93,7 +92,7 @@ class Foreign:
             quantized_parameters=quantized,
             kept=kept,
             input_scales=[],
-            details={"made by": facts.producer, "folder": self.folder.name},
+            details={"made by": facts.producer, "folder": self.folder.name, **self.told},
             importance=None,
             budget_bits_per_weight=None,
             groups=[],
@@ -103,10 +102,10 @@ class Foreign:
         )
 
 
-def foreign(name: str, folder: Path, loaded: LoadedModel, vocabulary: int, texts: Sequence[str]) -> Foreign:
+def foreign(name: str, folder: Path, loaded: LoadedModel, vocabulary: int, asked: Asked) -> Foreign:
     """The ONNX folder of `--variant NAME=FOLDER`, checked before anything is scored.
 
-    `vocabulary` is the width of the baseline's logits; the tokens of `texts` must be the baseline's.
+    `vocabulary` is the width of the baseline's logits; the tokens of what is `asked` must be the baseline's.
 
     Raises:
         UsageError: files are missing or cut short, the graph can't be scored, or it speaks of other tokens.
@@ -118,10 +117,10 @@ def foreign(name: str, folder: Path, loaded: LoadedModel, vocabulary: int, texts
             f"--variant {name}={folder} gives logits of {decoder.vocab_size} tokens and the baseline of {vocabulary}, "
             "so their distributions cannot be compared."
         )
-    _check_tokens(name, folder, loaded.tokenizer, texts)
+    told = check_tokens(f"--variant {name}={folder}", folder, loaded.tokenizer, asked)
     files = content_files(facts.files)
     sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
-    return Foreign(name, folder, facts, sha256)
+    return Foreign(name, folder, facts, sha256, told)
 
 
 def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level: int | None) -> RuntimeRecord:
@@ -137,23 +136,6 @@ def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level:
         shares_prefixes=ran.sharing,
         facts=ran.facts,
     )
-
-
-def _check_tokens(name: str, folder: Path, tokenizer: Any, texts: Iterable[str]) -> None:
-    try:
-        with quiet():
-            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UsageError(f"The tokenizer in '{folder}' can't be read: {error}.") from error
-    for text in texts:
-        ours, other = encode(tokenizer, text), encode(theirs, text)
-        if ours != other:
-            where = next((i for i, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b), None)
-            first = "one is longer" if where is None else f"the first at token {where}: {ours[where]}, {other[where]}"
-            raise UsageError(
-                f"--variant {name}={folder} has other token ids than the baseline for the same text ({first}), "
-                "so nothing of it could be compared."
-            )
 
 
 def _grid(matrix: Matrix) -> Grid:

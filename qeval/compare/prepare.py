@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,10 +18,20 @@ from qeval.backends.onnx.providers import require_provider
 from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
+from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
 from qeval.compare.estimate import Shape
 from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
 from qeval.compare.stream import streamed_model
-from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
+from qeval.compare.variants import (
+    Calibration,
+    Entry,
+    FitsKernel,
+    Loaded,
+    check_recipes,
+    given_entry,
+    is_variant,
+)
+from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.executors.cluster import require_ray
 from qeval.identity import digest
@@ -123,7 +133,7 @@ def prepare(settings: Settings) -> Plan:
     suites = _suites(settings, loaded)
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
-    given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
+    asked = _asked(settings, loaded, witness_of(shards, suites, protocol), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     if any(recipe.calibrated for recipe in settings.recipes):
         calibration()
@@ -137,8 +147,8 @@ def prepare(settings: Settings) -> Plan:
         shards=shards,
         suites=suites,
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
-        given=tuple(given_entry(name, path, loaded.info.weights_sha256, *fits) for name, path in given),
-        foreign=_foreign(settings, loaded, source.head, suites),
+        given=_given(settings, loaded, source, backend, asked, fits),
+        foreign=_foreign(settings, loaded, source.head, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
@@ -212,7 +222,23 @@ def _is_onnx(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "genai_config.json").exists() or any(folder.glob("*.onnx")))
 
 
-def _foreign(settings: Settings, loaded: LoadedModel, head: Head, suites: Sequence[Suite]) -> "tuple[Foreign, ...]":
+def _given(
+    settings: Settings,
+    loaded: LoadedModel,
+    source: Loaded,
+    backend: TorchBackend | StreamBackend,
+    asked: Asked,
+    fits: Sequence[FitsKernel],
+) -> tuple[Entry, ...]:
+    """The variants of --variant that are no ONNX folders: qeval's own, and checkpoints that were made elsewhere."""
+    given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
+    elsewhere = [(name, path) for name, path in given if not is_variant(path) and is_made_elsewhere(path)]
+    found = {entry.name: entry for entry in imported(elsewhere, loaded, source, backend, asked, fits)}
+    own = loaded.info.weights_sha256
+    return tuple(found[name] if name in found else given_entry(name, path, own, *fits) for name, path in given)
+
+
+def _foreign(settings: Settings, loaded: LoadedModel, head: Head, asked: Asked) -> "tuple[Foreign, ...]":
     """The ONNX folders among --variant, each found to speak of the baseline's tokens in the texts of this run."""
     found = [(name, path) for name, path in settings.variants if not is_variant(path) and _is_onnx(path)]
     if not found:
@@ -221,10 +247,21 @@ def _foreign(settings: Settings, loaded: LoadedModel, head: Head, suites: Sequen
     from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
 
     require_provider(choose_provider(settings.backends.ep))
+    return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), asked) for name, path in found)
+
+
+def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[Suite]) -> Asked:
+    """What every side of the run is asked, and what a tokenizer makes of it."""
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens:
         texts.append(load_corpus(_protocol(settings.corpus).corpus).text)
-    return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), texts) for name, path in found)
+
+    def theirs(tokenizer: Any) -> str:
+        side = replace(loaded, tokenizer=tokenizer)
+        protocol, shards = _corpus(settings.corpus, side) if settings.scores_tokens else (None, ())
+        return witness_of(shards, _suites(settings, side), protocol)
+
+    return Asked(texts, settings.corpus.bos, ours, theirs)
 
 
 def _protocol(asked: CorpusChoice) -> Protocol:

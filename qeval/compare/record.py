@@ -1,13 +1,18 @@
 """The run's record: what each variant is and what it was measured on, in the words that reports use."""
 
+from collections.abc import Mapping
+
 from qeval.quant.grid import describe, parse
 from qeval.store.run import GroupRecord, KeptRecord, VariantRecord
 from qeval.store.variants import Manifest
 
 
-def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: float) -> VariantRecord:
-    """A finished variant, from its manifest."""
+def variant_record(
+    name: str, backend: str, manifest: Manifest, score_seconds: float, told: Mapping[str, str]
+) -> VariantRecord:
+    """A finished variant, from its manifest and what else was `told` of it."""
     grids = _grids(manifest)
+    forms = list(dict.fromkeys(entry.form for entry in manifest.stored))
     recipe = manifest.recipe
     return VariantRecord(
         name=name,
@@ -16,17 +21,19 @@ def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: f
         status="done",
         error=None,
         key=manifest.key,
-        grid=" + ".join(grids),
-        granularity=" + ".join(dict.fromkeys(describe(parse(grid)) for grid in grids)),
+        grid=" + ".join([*grids, *forms]),
+        granularity=" + ".join(
+            [*dict.fromkeys(describe(parse(grid)) for grid in grids), *(["its own"] if forms else [])]
+        ),
         symmetric=all(parse(grid).symmetric for grid in grids),
         bits_per_weight=manifest.bits_per_weight,
         bits_per_weight_model=manifest.bits_per_weight_model,
         size_bytes=manifest.size_bytes,
-        quantized_weights=len(manifest.weights),
-        quantized_parameters=sum(entry.rows * entry.columns for entry in manifest.weights),
+        quantized_weights=len(manifest.weights) + len(manifest.stored),
+        quantized_parameters=_on_grids(manifest) + sum(entry.parameters for entry in manifest.stored),
         kept=[KeptRecord(**entry.model_dump()) for entry in manifest.kept],
         input_scales=manifest.input_scales,
-        details=manifest.details,
+        details={**manifest.details, **told},
         importance=str(recipe["importance"]) if str(recipe["method"]).startswith("mixed") else None,
         budget_bits_per_weight=recipe.get("budget"),
         groups=[GroupRecord(**entry.model_dump()) for entry in manifest.choices],
@@ -69,3 +76,7 @@ def _grids(manifest: Manifest) -> list[str]:
     for entry in manifest.weights:
         weights[entry.grid] = weights.get(entry.grid, 0) + entry.rows * entry.columns
     return sorted(weights, key=lambda grid: -weights[grid])
+
+
+def _on_grids(manifest: Manifest) -> int:
+    return sum(entry.rows * entry.columns for entry in manifest.weights)

@@ -21,6 +21,7 @@ from qeval.compare.standing import Model, Scored, score_all, work_of
 from qeval.compare.stream import StreamWorkshop
 from qeval.compare.texts import keep_texts
 from qeval.compare.variants import Entry, Workshop
+from qeval.compare.witness import witness_of
 from qeval.paths import home
 from qeval.progress import Progress
 from qeval.score.choices import shared_tokens
@@ -66,7 +67,8 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         wait_for(helpers, work, first, models)
         first.score(wait=False)
         score_all(first, models, work)
-    variants = [model.record() for model in models]
+    witness = witness_of(plan.shards, plan.suites, plan.protocol)
+    variants = [model.record().model_copy(update={"witness": witness}) for model in models]
     record = RunRecord(
         run_version=1,
         command=plan.settings.command,
@@ -88,6 +90,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         metrics=list(plan.settings.tasks),
         warnings=list(progress.warnings),
         settings=None if plan.is_drawn else settings_json(plan.settings),
+        witness=witness,
     )
     _write(plan, work, [first, *(model.scored for model in models)], record)
     return record

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Entry:
     method: str
     folder: Path | None
     error: str | None = None
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What a reader must know of it in this run, beside what its manifest says."""
 
 
 def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: int) -> str:

@@ -18,6 +18,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A matrix among a variant's floats that lies quantized where it came from, in a form that no `Grid` says.
+
+    `form` names it (`nf4, blocks of 64`, `Q4_K`); `size_bits` is what it takes there, scales included.
+    """
+
+    name: str
+    parameters: int
+    form: str
+    size_bits: int
+
+
+@dataclass(frozen=True)
 class Choice:
     """What the mixed-precision choice saw of one group of linears, and the bits it gave them."""
 
@@ -36,7 +49,8 @@ class Variant:
 
     `weights`: by parameter name. `floats`: tensors that replace the model's own (AWQ folds its scales into norms).
     `input_scales`: linears (by parameter name) whose input is multiplied by a vector [columns] before the matrix
-    product. `kept`: every other weight, with its reason. `details`: what the method decided, in words.
+    product. `kept`: every other weight, with its reason. `details`: what the method decided, in words. `stored`: which
+    of the floats are a quantized matrix's values.
     """
 
     key: str
@@ -46,17 +60,20 @@ class Variant:
     kept: tuple[Kept, ...]
     choices: tuple[Choice, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
+    stored: tuple[Stored, ...] = ()
 
     @property
     def quantized_parameters(self) -> int:
-        """How many weights are on a grid."""
-        return sum(weight.codes.numel() for weight in self.weights.values())
+        """How many weights are on a grid, or lie quantized in a form of their own."""
+        on_grids = sum(weight.codes.numel() for weight in self.weights.values())
+        return on_grids + sum(each.parameters for each in self.stored)
 
     @property
     def quantized_bits(self) -> int:
-        """Bits of the quantized matrices on disk: codes, scales, zero points, input scales in fp32."""
+        """Bits of the quantized matrices on disk: codes, scales, zero points, input scales in fp32; else as stored."""
         scales = sum(vector.numel() * 32 for vector in self.input_scales.values())
-        return scales + sum(weight.size_bits for weight in self.weights.values())
+        stored = sum(each.size_bits for each in self.stored)
+        return scales + stored + sum(weight.size_bits for weight in self.weights.values())
 
     @property
     def bits_per_weight(self) -> float:

@@ -32,7 +32,7 @@ class PairedRun:
             BrokenRecordError: its record is torn or of another version.
         """
         self.folder = folder
-        self.record: RunRecord = read_run(folder)
+        self.record: RunRecord = comparable(read_run(folder))
         self._store, self._columns = RowStore(folder), columns
         self._items: dict[tuple[str, str], ItemRows] = {}
         self._tokens: dict[str, TokenRows] = {}
@@ -117,3 +117,21 @@ class PairedRun:
     @cached_property
     def _item_table(self) -> pa.Table:
         return self._store.read("items")
+
+
+def comparable(record: RunRecord) -> RunRecord:
+    """The record with every variant failed that was not asked exactly what the baseline was: none of it is compared."""
+    if record.witness is None:
+        return record
+    variants = [_witnessed(variant, record.witness) for variant in record.variants]
+    return record.model_copy(update={"variants": variants})
+
+
+def _witnessed(variant: VariantRecord, witness: str) -> VariantRecord:
+    if variant.status != "done" or variant.witness in (None, witness):
+        return variant
+    reason = (
+        f"It was not asked what the baseline was: the witness of its token ids, positions and BOS is {variant.witness} "
+        f"and the baseline's {witness}."
+    )
+    return variant.model_copy(update={"status": "failed", "error": reason})

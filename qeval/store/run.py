@@ -131,6 +131,7 @@ class VariantRecord(_Record):
     score_seconds: float
     twin: str | None = None  # the same weights on torch: what `kernel_kl_nats` compares with
     runtime: RuntimeRecord | None = None  # None on torch
+    witness: str | None = None  # of what it was asked; None in older records
 
 
 class CalibrationRecord(_Record):
@@ -182,6 +183,7 @@ class RunRecord(_Record):
     metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ...
     warnings: list[str]
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
+    witness: str | None = None  # the hash of token ids, positions and BOS of all that was scored; None in older records
 
 
 def read_run(folder: Path) -> RunRecord:

@@ -25,7 +25,7 @@ from qeval.owners import temporary_prefix
 from qeval.quant.grid import parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
-from qeval.quant.variant import Choice, Kept, Variant
+from qeval.quant.variant import Choice, Kept, Stored, Variant
 from qeval.store.atomic import sync
 from qeval.store.tensors import Spec, save_tensors, tensor_file
 
@@ -52,6 +52,15 @@ class KeptEntry(_Part):
     name: str
     parameters: int
     reason: str
+
+
+class StoredEntry(_Part):
+    """A matrix among the floats that lies quantized where it came from, in a form that no grid says."""
+
+    name: str
+    parameters: int
+    form: str
+    size_bits: int
 
 
 class ChoiceEntry(_Part):
@@ -85,6 +94,7 @@ class Manifest(_Part):
     details: dict[str, str]
     seconds: float
     weights_sha256: str
+    stored: list[StoredEntry] = []
 
 
 class Origin(_Part):
@@ -210,6 +220,7 @@ def load_variant(folder: Path) -> Variant:
         kept=tuple(Kept(**entry.model_dump()) for entry in manifest.kept),
         choices=tuple(Choice(**entry.model_dump()) for entry in manifest.choices),
         details=manifest.details,
+        stored=tuple(Stored(**entry.model_dump()) for entry in manifest.stored),
     )
 
 
@@ -280,4 +291,5 @@ def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest
         details=dict(variant.details),
         seconds=origin.seconds,
         weights_sha256=weights_sha256,
+        stored=[StoredEntry(**vars(each)) for each in variant.stored],
     )

@@ -101,7 +101,7 @@ FLAGS = {
     "an unknown compute type": ({"compute": "fp8"}, "Unknown compute type 'fp8'"),
     "an unknown backend": ({"backend": "onnx"}, "Unknown backend 'onnx'. Choices: ort, torch."),
     "a revision of a folder": ({"revision": "main"}, "--revision main needs a model on the hub"),
-    "a variant without a folder": ({"variant": "mine"}, "--variant takes NAME=FOLDER, not 'mine'."),
+    "a variant without a folder": ({"variant": "mine"}, "--variant takes NAME=PATH, not 'mine'."),
     "a variant named as a method": ({"variant": "rtn:g32=x"}, "Two variants are named 'rtn:g32'"),
     "a variant named as the baseline": ({"variant": "baseline=x"}, "A variant cannot be named 'baseline'"),
     "a variant that is not there": ({"variant": "mine=x"}, "'x' holds no variant: there is no manifest.json in it."),

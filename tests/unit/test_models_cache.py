@@ -16,7 +16,8 @@ from qeval.models.gguf import converted, read_contents
 from qeval.models.load import load
 from qeval.models.source import resolve
 from qeval.tasks.corpus import encode
-from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
+from tests.fixtures.ggufs import write_gguf
+from tests.fixtures.tiny import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -72,54 +73,6 @@ def test_notes_that_were_changed_are_refused(old, new, says):
     record.write_text(record.read_text().replace(old, new))
     with pytest.raises(BrokenRecordError, match=says):
         read_notes(folder)
-
-
-def write_gguf(path, model, *, quantize=None, leave_out=None):
-    """A Llama GGUF of `model` with the bytes as tokens; rows permuted as llama.cpp stores rotary weights."""
-    writer = gguf.GGUFWriter(path, "llama")
-    config = model.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    vocab = tiny_tokenizer().get_vocab()
-    tokens = [*sorted(vocab, key=vocab.get), "<|endoftext|>", "ab"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(256)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == leave_out:
-            continue
-        data = stored_order(name, tensor, config).numpy()
-        kind = quantize if quantize is not None and data.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)),
-            gguf.quants.quantize(data, kind),
-            raw_dtype=kind,
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def stored_order(name, tensor, config):
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for part, count in heads.items():
-        if part in name:
-            halves = tensor.reshape(count, 2, tensor.shape[0] // count // 2, *tensor.shape[1:])
-            return halves.swapaxes(1, 2).reshape(tensor.shape)
-    return tensor
 
 
 @pytest.fixture

@@ -212,6 +212,7 @@ class StreamBackend:
         )
 
     def _head(self, variant: SavedVariant | None) -> Head | StreamedHead:
-        own = variant.tensors.get(self._description.head) if variant else None
+        names = (self._description.head, self.made.head_name)  # a tied head goes by the embedding's name too
+        own = next((variant.tensors[name] for name in names if name in variant.tensors), None) if variant else None
         stored = own or self.made.checkpoint[self.made.head_name]
         return head_of_parts(stored, self._settings, self.budget.head, self.made.device)

@@ -1,0 +1,345 @@
+"""A checkpoint that someone else quantized, laid beside the baseline and made into a `Variant`, or refused.
+
+Every weight of the baseline is found in it or named as missing. Before anything is scored: the tensors that no
+quantizer changes (embedding, last norm) must be the baseline's, and every matrix must resemble it as its bits allow
+(`formats/resemble.py`), AWQ's folded scales taken back through the groups that `models/graph.py` found.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qeval.errors import UsageError
+from qeval.formats.base import Config, Format, Matrix, Module, Values
+from qeval.formats.checkpoint import Tensors
+from qeval.formats.resemble import Resemblance, relative, resemblance, values_of
+from qeval.models.graph import Description, Fold, Group
+from qeval.models.weights import listed
+from qeval.progress import Advance
+from qeval.quant.qweight import QWeight
+from qeval.quant.variant import Kept, Stored, Variant
+
+_SAME = 0.004
+"""Up to here two float tensors are one, rounded: bf16 loses 2^-9 / sqrt 3 of a value on average."""
+_HARMLESS = ("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale", "input_global_scale", "masked_bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """What a checkpoint is laid beside: parameters by name (a tied head under its own name too), structure, prefixes.
+
+    `head_dim`: rows of an attention head. `prefix`: what the base model's tensors begin with, such as `model.`.
+    """
+
+    parameters: Mapping[str, Tensor]
+    description: Description
+    head_dim: int
+    prefix: str
+
+    @property
+    def needed(self) -> list[str]:
+        """The parameters that a checkpoint must hold: all but a tied head."""
+        head = self.description.head
+        return [name for name in self.parameters if not (self.description.tied and name == head)]
+
+
+class Reading(NamedTuple):
+    """How a checkpoint's tensors are to be read: by a format, or as floats; the forms that floats come from, if any."""
+
+    format: Format | None
+    config: Config
+    forms: Mapping[str, tuple[str, int]]
+    """For a checkpoint converted from another file: what a matrix was there, and its bits."""
+
+
+def assemble(tensors: Tensors, reading: Reading, baseline: Baseline, key: str, advance: Advance) -> Variant:
+    """The variant that lies in `tensors`. `advance` is told the parameters that were read.
+
+    Raises:
+        UsageError: tensors are missing or of another shape, it is another model's, or its matrices are misread.
+    """
+    check_same_base(tensors, reading, baseline)
+    found: dict[str, Matrix | Tensor] = {}
+    for name in _names(tensors, baseline):
+        found[name] = _read(tensors, reading, baseline, name)
+        _check_finite(name, found[name])
+        advance(baseline.parameters[name].numel())
+    check_tie(tensors, found, baseline)
+    check_resemblance(found, baseline, exact=reading.format is not None or bool(reading.forms))
+    return _variant(found, reading, baseline, key)
+
+
+def check_same_base(tensors: Tensors, reading: Reading, baseline: Baseline) -> None:
+    """Refuse another model's checkpoint by tensors that no quantizer changes, where they are floats in it.
+
+    Raises:
+        UsageError: tensors are missing, or the embedding or the last norm differ.
+    """
+    missing = [name for name in baseline.needed if _stored_name(tensors, name, baseline.prefix) is None]
+    if missing:
+        raise UsageError(f"it lacks {listed(sorted(missing))}, which the baseline has: it is another model's.")
+    for name in _untouched(baseline):
+        if _is_packed(tensors, reading, baseline, name) or name in reading.forms:
+            continue
+        ours = baseline.parameters[name]
+        theirs = _fitting(name, tensors.load(_found_name(tensors, name, baseline.prefix)), ours)
+        if (apart := relative(theirs, ours.cpu())) > _SAME:
+            raise UsageError(
+                f"its {name} differs from the baseline's by {100 * apart:.1f} %, which no quantizer changes: it was "
+                "made from another model (a fine-tuned one, or one whose weights were rotated)."
+            )
+
+
+def check_tie(tensors: Tensors, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
+    """Refuse a float head of its own in a model whose head is its embedding.
+
+    Raises:
+        UsageError: the head that the file holds is not the embedding that it holds.
+    """
+    about = baseline.description
+    if not about.tied or f"{about.head}" not in tensors:
+        return
+    head, embedding = tensors.load(about.head), found[about.embedding]
+    ours = values_of(embedding) if isinstance(embedding, QWeight | Values) else embedding
+    if head.is_floating_point() and relative(_fitting(about.head, head, ours), ours) > _SAME:
+        raise UsageError(
+            f"its {about.head} is not its {about.embedding}, though the baseline ties the two: the tie is broken."
+        )
+
+
+def check_resemblance(found: Mapping[str, Matrix | Tensor], baseline: Baseline, *, exact: bool) -> None:
+    """Refuse matrices that are not the baseline's, with the misreading that explains them where one does.
+
+    `exact`: whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated
+    matrices are refused.
+
+    Raises:
+        UsageError: it names the first such matrix, how many there are, and the cause.
+    """
+    wrong = {name: each for name, each in _resemblances(found, baseline) if not (each.ok or _excused(each, exact))}
+    if not wrong:
+        return
+    name, first = next(iter(wrong.items()))
+    alike = sum(each.cause == first.cause for each in wrong.values())
+    told = f": {first.cause}" if first.cause else ", and no misreading that qeval knows explains it"
+    raise UsageError(
+        f"its {name} is not the baseline's: the relative error is {first.error:.2f} where its bits allow "
+        f"{first.allowed:.2f}{told} ({alike} of {len(found)} weights alike)."
+    )
+
+
+def _excused(each: Resemblance, exact: bool) -> bool:
+    return not exact and each.cause is None and each.error < 1.0
+
+
+def _resemblances(found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> Iterator[tuple[str, Resemblance]]:
+    """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
+    rows: dict[str, Tensor] = {}
+    producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
+    for group in baseline.description.groups:
+        scales = _input_scales(group, found, baseline, rows)
+        for name in group.names:
+            base = baseline.parameters[name].float().cpu()
+            read = _as_matrix(found[name])
+            rows[name] = _row_factors(values_of(read), base * scales)
+            seen = resemblance(read, base, scales, _turned(group, name, baseline))
+            if not seen.ok and name in producers:
+                folded = resemblance(read, base * rows[name].clamp(1e-3, 1e3).unsqueeze(1), scales)
+                seen = folded if folded.ok else seen
+            if not seen.ok:  # what follows is not to be judged by it
+                rows[name] = torch.ones(len(base))
+            yield name, seen
+    for name in (baseline.description.embedding, baseline.description.head):
+        if isinstance(own := found.get(name), QWeight | Values):
+            base = baseline.parameters[name].float().cpu()
+            yield name, resemblance(own, base, torch.ones(base.shape[1]))
+
+
+def _input_scales(
+    group: Group, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
+) -> Tensor:
+    """By what the columns of a group's matrices were multiplied, as what precedes them was divided by it, [columns]."""
+    fold = group.fold
+    if fold is None:
+        return torch.ones(group.columns)
+    name = fold.parameters[0]
+    return fold.spread(1 / _divisions(fold, name, found, baseline, rows)[fold.offset : fold.offset + fold.rows])
+
+
+def _divisions(
+    fold: Fold, name: str, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
+) -> Tensor:
+    """What is left of each row of a producer: 1 where nothing was folded into it."""
+    if name in rows:
+        left = rows[name]
+    else:
+        ours, theirs = baseline.parameters[name].float().cpu(), _as_floats(found[name])
+        one = float(fold.plus_one)
+        left = (theirs + one) / (ours + one)
+    return torch.where(torch.isfinite(left) & (left > 0), left, torch.ones_like(left))
+
+
+def _row_factors(values: Tensor, base: Tensor) -> Tensor:
+    """The factor of each row that brings `base` nearest to `values` (least squares), [rows]."""
+    return (values * base).sum(1) / base.square().sum(1).clamp(min=1e-30)
+
+
+def _turned(group: Group, name: str, baseline: Baseline) -> int | None:
+    """The rows of a head where rotary positions turn a linear's output: the first projections of a layer."""
+    return baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
+
+
+def _variant(found: Mapping[str, Matrix | Tensor], reading: Reading, baseline: Baseline, key: str) -> Variant:
+    weights = {name: read for name, read in found.items() if isinstance(read, QWeight)}
+    floats: dict[str, Tensor] = {}
+    kept, stored = [], []
+    linears = {name for group in baseline.description.groups for name in group.names}
+    simulated = reading.format is None and not reading.forms
+    for name, read in found.items():
+        if isinstance(read, QWeight):
+            continue
+        if isinstance(read, Values):
+            floats[name] = read.values
+            stored.append(Stored(name, read.values.numel(), read.form, read.size_bits))
+            continue
+        ours = baseline.parameters[name]
+        same = torch.equal(read.to(ours.dtype), ours.cpu())
+        if not same:
+            floats[name] = read
+        if simulated and name in linears:
+            stored.append(Stored(name, read.numel(), _dtype(read), read.numel() * read.element_size() * 8))
+        else:
+            kept.append(Kept(name, read.numel(), f"in float{'' if same else ', other than the baseline has it'}"))
+    if not (weights or stored):
+        raise UsageError("it holds no quantized weight.")
+    return Variant(key, weights, floats, {}, tuple(kept), details=_details(weights, stored), stored=tuple(stored))
+
+
+def _details(weights: Mapping[str, QWeight], stored: Iterable[Stored]) -> dict[str, str]:
+    forms = Counter(each.form for each in stored)
+    told = [f"{len(weights)} matrices as integers, scales and zero points"] if weights else []
+    told += [f"{count} as dequantized values ({form})" for form, count in forms.most_common()]
+    return {"read as": ", ".join(told), "computed": "fake-quantized, not by the kernels that it was made for"}
+
+
+def _names(tensors: Tensors, baseline: Baseline) -> list[str]:
+    """The parameters to read: a tied head too where the file quantizes one of its own."""
+    head = baseline.description.head
+    own = len([name for name in tensors.below(head.removesuffix(".weight")) if name != head]) > 0
+    return [*baseline.needed, *([head] if baseline.description.tied and own else [])]
+
+
+def _read(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> Matrix | Tensor:
+    ours = baseline.parameters[name]
+    if reading.format is not None and _is_packed(tensors, reading, baseline, name):
+        rows, columns = ours.shape
+        module = _module_name(tensors, name, baseline.prefix)
+        return reading.format.decode(Module(module, rows, columns, tensors.parts_of(module)), reading.config)
+    theirs = _fitting(name, tensors.load(_found_name(tensors, name, baseline.prefix)), ours)
+    if name in reading.forms:
+        form, bits = reading.forms[name]
+        return Values(theirs, form, bits)
+    if not theirs.is_floating_point():
+        raise UsageError(f"it holds {name} as {_dtype(theirs)} without what would say how to read that.")
+    return theirs
+
+
+def _is_packed(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> bool:
+    if reading.format is None or baseline.parameters[name].dim() != 2 or not name.endswith(".weight"):
+        return False
+    module = _module_name(tensors, name, baseline.prefix)
+    return any(f"{module}.{marker}" in tensors for marker in reading.format.markers)
+
+
+def _fitting(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """A tensor of the baseline's shape: rows beyond its vocabulary are padding, which no token names.
+
+    Raises:
+        UsageError: it is of another shape.
+    """
+    if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) > len(ours):
+        theirs = theirs[: len(ours)]
+    if theirs.shape != ours.shape:
+        raise UsageError(f"it holds {name} of {list(theirs.shape)} where the baseline has {list(ours.shape)}.")
+    return theirs
+
+
+def padding(tensors: Tensors, baseline: Baseline) -> range:
+    """The ids that the checkpoint's embedding has beyond the baseline's."""
+    name = baseline.description.embedding
+    ours = baseline.parameters[name].shape[0]
+    stored = _stored_name(tensors, name, baseline.prefix)
+    entry = next((entry for entry in tensors.entries if entry.name == stored), None)
+    return range(ours, max(ours, entry.shape[0] if entry and len(entry.shape) == 2 else ours))
+
+
+def unused(tensors: Tensors, baseline: Baseline) -> list[str]:
+    """Tensors that belong to none of the baseline's parameters, and are not known to be harmless."""
+    used = set()
+    for name in baseline.parameters:
+        module, _, leaf = name.rpartition(".")
+        for prefixed in _candidates(module, baseline.prefix):
+            used |= set(tensors.below(prefixed)) if leaf == "weight" else {f"{prefixed}.{leaf}"}
+    return sorted(name for name in tensors.named() if name not in used and not name.endswith(_HARMLESS))
+
+
+def _untouched(baseline: Baseline) -> list[str]:
+    """The embedding, and the norms that no group's scales can be folded into."""
+    folded = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
+    norms = [n for n, p in baseline.parameters.items() if p.dim() == 1 and n.endswith("weight") and n not in folded]
+    return [baseline.description.embedding, *norms]
+
+
+def _stored_name(tensors: Tensors, name: str, prefix: str) -> str | None:
+    """What the file calls a parameter, or the first of its module's tensors; None where it has neither."""
+    module, _, leaf = name.rpartition(".")
+    for candidate in _candidates(module, prefix):
+        if f"{candidate}.{leaf}" in tensors:
+            return f"{candidate}.{leaf}"
+        if leaf == "weight" and (below := tensors.below(candidate)):
+            return below[0]
+    return None
+
+
+def _found_name(tensors: Tensors, name: str, prefix: str) -> str:
+    found = _stored_name(tensors, name, prefix)
+    if found is None or found.rpartition(".")[2] != name.rpartition(".")[2]:
+        raise UsageError(f"it has no {name}, but {found}, which its format does not say how to read.")
+    return found
+
+
+def _module_name(tensors: Tensors, name: str, prefix: str) -> str:
+    module = name.removesuffix(".weight")
+    return next((each for each in _candidates(module, prefix) if tensors.below(each)), module)
+
+
+def _candidates(module: str, prefix: str) -> tuple[str, ...]:
+    """A module's name, and that name with or without what the base model's names begin with."""
+    other = module.removeprefix(prefix) if module.startswith(prefix) else prefix + module
+    return module, other
+
+
+def _check_finite(name: str, read: Matrix | Tensor) -> None:
+    parts = [read.scales] if isinstance(read, QWeight) else [read.values if isinstance(read, Values) else read]
+    bad = sum(int((~torch.isfinite(part.float())).sum()) for part in parts)
+    if bad:
+        what = "scales" if isinstance(read, QWeight) else "values"
+        raise UsageError(f"its {name} has {bad} {what} that are not finite.")
+
+
+def _as_matrix(read: Matrix | Tensor) -> Matrix:
+    if isinstance(read, QWeight | Values):
+        return read
+    return Values(read.float(), _dtype(read), read.numel() * read.element_size() * 8)
+
+
+def _as_floats(read: Matrix | Tensor) -> Tensor:
+    return values_of(read) if isinstance(read, QWeight | Values) else read.float()
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,140 @@
+"""compressed-tensors (llm-compressor, vLLM).
+
+    weight_packed [rows, columns * bits / 32] int32   pack-quantized: codes less 2^(bits-1), the lowest bits first
+    weight [rows, columns] int8 | float8              int-quantized, naive-quantized, float-quantized
+    weight_packed [rows, columns / 2] uint8           nvfp4-, mxfp4-pack-quantized: FP4, two a byte
+    weight_scale [rows, groups] | [rows, 1] | [1]     weight_zero_point of its shape, packed along the rows or int8
+    weight_g_idx [columns]                            with actorder: the group of each column
+
+Source: compressors/{pack_quantized,naive_quantized,nvfp4,mxfp4} of compressed_tensors 0.20.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from qeval.errors import UsageError
+from qeval.formats.base import (
+    Config,
+    Format,
+    Matrix,
+    Module,
+    Values,
+    group_size,
+    in_groups,
+    is_in_order,
+    on_grid,
+    read_bits,
+)
+from qeval.formats.floats import FP8, fp4, powers, spread
+
+_READ = (
+    "dense", "int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+)  # fmt: skip
+
+
+def decode(module: Module, config: Config) -> Matrix:
+    """The integers of a linear, or the values of its small floats."""
+    if "weight_packed" in module.parts and module.parts["weight_packed"].dtype == torch.uint8:
+        return _fp4(module)
+    if "weight_packed" in module.parts:
+        return _packed(module, config)
+    weight = module.part("weight", shape=(module.rows, module.columns))
+    if weight.dtype in FP8:
+        return _fp8(module, weight)
+    if weight.dtype != torch.int8:
+        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
+    bits = max((each for each in _widths(config)), default=8)
+    return _integers(module, config, weight, bits)
+
+
+def notes(config: Config) -> tuple[str, ...]:
+    """What of the model is quantized beside its weights, which is not scored here.
+
+    Raises:
+        UsageError: a format that is not read, sparse weights, or rotations that are applied while running.
+    """
+    named = {str(config.get("format", "dense")), *(str(g["format"]) for g in _groups(config) if g.get("format"))}
+    if other := sorted(named - set(_READ)):
+        raise UsageError(f"The compressed-tensors format '{other[0]}' is not read; these are: {', '.join(_READ)}.")
+    if config.get("transform_config"):
+        raise UsageError("Its transform_config rotates activations while running, which qeval does not; not read.")
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise UsageError("Its weights are stored sparsely (sparsity_config), which is not read.")
+    told = [f"format {', '.join(sorted(named))}"]
+    if any(group.get("input_activations") for group in _groups(config)):
+        told.append("its own kernels round activations too: only the loss of its weights is scored")
+    return tuple(told)
+
+
+def _packed(module: Module, config: Config) -> Matrix:
+    packed = module.part("weight_packed", shape=(module.rows, None))
+    bits = next((b for b in _widths(config) if -(-module.columns * b // 32) == packed.shape[1]), None)
+    if bits is None:
+        raise module.error(f"holds {packed.shape[1]} words a row, which no width of config.json gives")
+    signed = read_bits(packed, bits, module.columns).to(torch.int16) - (1 << (bits - 1))
+    return _integers(module, config, signed, bits)
+
+
+def _integers(module: Module, config: Config, signed: Tensor, bits: int) -> Matrix:
+    """Signed codes [rows, columns], with their scales, on an unsigned grid."""
+    middle = 1 << (bits - 1)
+    codes = (signed.to(torch.int16) + middle).to(torch.uint8)
+    scales = module.part("weight_scale")
+    scales = scales.reshape(1, 1) if scales.numel() == 1 else scales.reshape(module.rows, -1)
+    zeros = _zeros(module, bits, tuple(scales.shape))
+    size = group_size(module, scales.shape[1], next(iter(_sizes(config, module, scales.shape[1])), None))
+    order = module.parts.get("weight_g_idx")
+    if order is None or int(order.min()) < 0 or is_in_order(order, size):
+        return on_grid(codes, scales, zeros, bits, size)
+    middles = torch.full(scales.shape, middle) if zeros is None else zeros
+    return in_groups(module, codes, scales, middles, bits, order)
+
+
+def _zeros(module: Module, bits: int, shape: tuple[int, ...]) -> Tensor | None:
+    zeros = module.parts.get("weight_zero_point")
+    if zeros is None:
+        return None
+    if zeros.dtype == torch.int32:
+        unpacked = read_bits(zeros.reshape(-1, shape[1]).t(), bits, shape[0]).t()
+        return unpacked.to(torch.uint8)
+    return (zeros.reshape(shape).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def _fp8(module: Module, weight: Tensor) -> Values:
+    scales = module.part("weight_scale")
+    values = weight.float() * spread(scales, module.rows, module.columns)
+    name = "fp8 e4m3" if weight.dtype == torch.float8_e4m3fn else "fp8 e5m2"
+    return Values(values, name, 8 * weight.numel() + 8 * scales.numel() * scales.element_size())
+
+
+def _fp4(module: Module) -> Values:
+    packed = module.part("weight_packed", shape=(module.rows, module.columns // 2))
+    stored = module.part("weight_scale", shape=(module.rows, None))
+    micro = stored.dtype == torch.uint8
+    scales = powers(stored) if micro else stored.float() / module.part("weight_global_scale").float().reshape(())
+    values = fp4(packed) * spread(scales, module.rows, module.columns)
+    return Values(values, "mxfp4" if micro else "nvfp4", 8 * (packed.numel() + stored.numel()))
+
+
+def _groups(config: Config) -> list[Config]:
+    groups = config.get("config_groups") or {}
+    return [group for group in groups.values() if isinstance(group, dict)]
+
+
+def _weights(config: Config) -> Iterable[Config]:
+    return (group["weights"] for group in _groups(config) if group.get("weights"))
+
+
+def _widths(config: Config) -> list[int]:
+    return sorted({int(weights.get("num_bits", 8)) for weights in _weights(config)}, reverse=True)
+
+
+def _sizes(config: Config, module: Module, groups: int) -> Iterable[int]:
+    sizes = (weights.get("group_size") for weights in _weights(config))
+    return (int(size) for size in sizes if size and -(-module.columns // int(size)) == groups)
+
+
+FORMAT = Format("compressed-tensors", ("weight_packed", "weight_scale"), decode, notes)

@@ -1,0 +1,163 @@
+"""Whether a quantized matrix is the baseline's, and if not, which misreading would make it so. Pure.
+
+The relative error |read - base| / |base| (Frobenius norms) of a matrix on a grid is that of rounding to it,
+give or take what a clip or a search moves. Codes in a wrong order give 1.4 (two unrelated matrices of one size); zero
+points off by one add a whole step, 3.6 times the error of rounding (uniform: step / sqrt 12). So each plausible
+misreading is undone on a few rows, and where that halves the error, it is the cause.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qeval.formats.base import Matrix, Values
+from qeval.quant.grid import Grid, PerBlock
+from qeval.quant.qweight import QWeight
+from qeval.quant.rtn import quantize
+
+_SLACK = 4.0
+"""By what factor searches (clips, AWQ's scales, GPTQ's order) may exceed the error of rounding to nearest."""
+_ADDED = 0.05
+"""What a format may lose beyond that: FP8's three bits of fraction lose 0.03."""
+_UNRELATED = 1.0
+"""From here on a matrix of zeros would be nearer."""
+_SAMPLE_ROWS = 64
+_HALVED = 0.5
+_NOTHING = 1e-3
+"""Errors below this are rounding of scales to half precision."""
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Resemblance:
+    """How far a matrix is from the baseline's, what its bits allow, and which misreading explains it (None: none)."""
+
+    error: float
+    allowed: float
+    cause: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be the baseline's."""
+        return self.cause is None and self.error <= self.allowed
+
+
+def resemblance(read: Matrix, base: Tensor, scales: Tensor, head_dim: int | None = None) -> Resemblance:
+    """`read` beside `base` [rows, columns] fp32, whose columns were multiplied by `scales` [columns] before.
+
+    `head_dim`: rows of an attention head, where the linear's rows are turned by rotary positions.
+    """
+    scaled = base * scales
+    error = relative(values_of(read), scaled)
+    cause = None
+    if error > _NOTHING:
+        rows = max(_SAMPLE_ROWS, head_dim or 0)
+        few = _few(read, rows), scaled[:rows]
+        now = relative(values_of(few[0]), few[1])
+        found = [(relative(values, target), name) for name, values, target in _misreadings(*few, head_dim)]
+        if read_error := min(found, default=None):
+            cause = read_error[1] if read_error[0] < _HALVED * now else None
+        if cause is None and base.shape[0] == base.shape[1] and error > _UNRELATED:
+            cause = "it is transposed" if relative(values_of(read).t(), scaled) < _HALVED * error else None
+    return Resemblance(error, allowed_error(read, scaled), cause)
+
+
+def relative(values: Tensor, base: Tensor) -> float:
+    """|values - base| / |base|, 0 where both are zeros; infinite where values are not finite."""
+    difference = float(torch.linalg.vector_norm(values.float() - base.float()))
+    size = float(torch.linalg.vector_norm(base.float()))
+    if math.isnan(difference):
+        return math.inf
+    return difference / size if size else difference
+
+
+def allowed_error(read: Matrix, base: Tensor) -> float:
+    """The largest relative error that the width of `read` explains, from rounding `base` to it."""
+    few = base[:_SAMPLE_ROWS]
+    grid = read.grid if isinstance(read, QWeight) else _like(read, base)
+    rounded = relative(quantize(few, grid).dequantize(), few)
+    return min(_UNRELATED, _SLACK * rounded + _ADDED)
+
+
+def values_of(read: Matrix) -> Tensor:
+    """The matrix, fp32."""
+    return read.values.float() if isinstance(read, Values) else read.dequantize()
+
+
+def _like(read: Values, base: Tensor) -> Grid:
+    """A grid of about as many bits as the values take where they are stored."""
+    bits = int(read.size_bits / base.numel())
+    return Grid(max(2, min(8, bits)), PerBlock(min(64, base.shape[1])), symmetric=False)
+
+
+def _few(read: Matrix, rows: int) -> Matrix:
+    if isinstance(read, Values):
+        return replace(read, values=read.values[:rows])
+    if len(read.scales) == 1 < len(read.codes):
+        return replace(read, codes=read.codes[:rows])
+    zeros = None if read.zeros is None else read.zeros[:rows]
+    return replace(read, codes=read.codes[:rows], scales=read.scales[:rows], zeros=zeros)
+
+
+def _misreadings(few: Matrix, base: Tensor, head_dim: int | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What the rows would be if one thing had been read otherwise, in words, and what they are laid beside."""
+    if head_dim and len(base) >= head_dim:
+        rows = len(base) // head_dim * head_dim
+        for words, order in (("halves to pairs", (2, -1)), ("pairs to halves", (-1, 2))):
+            turned = values_of(few)[:rows].reshape(-1, head_dim, base.shape[1])
+            turned = turned.reshape(len(turned), *order, base.shape[1]).transpose(1, 2).reshape(rows, -1)
+            yield f"its rows are in the other order of rotary positions ({words})", turned, base[:rows]
+    if isinstance(few, QWeight):
+        yield from ((words, change(few).dequantize(), base) for words, change in _CHANGES.items())
+        for words, rows_of in _row_orders(len(base)):
+            yield from ((words, _permuted(few, rows_of, zeros=zeros), base) for zeros in (False, True))
+
+
+def _shifted(step: int) -> Callable[[QWeight], QWeight]:
+    """Zero points moved by a step, by moving the codes the other way, beyond their range where need be."""
+
+    def change(weight: QWeight) -> QWeight:
+        return replace(weight, codes=(weight.codes.to(torch.int16) - step))
+
+    return change
+
+
+def _swapped(weight: QWeight) -> QWeight:
+    even = weight.codes.shape[1] // 2 * 2
+    codes = weight.codes.clone()
+    codes[:, :even] = weight.codes[:, :even].reshape(len(codes), -1, 2).flip(-1).reshape(len(codes), -1)
+    return replace(weight, codes=codes)
+
+
+def _signed(weight: QWeight) -> QWeight:
+    return replace(weight, codes=weight.codes ^ weight.grid.zero)
+
+
+_CHANGES: dict[str, Callable[[QWeight], QWeight]] = {
+    "its zero points are one too low": _shifted(1),
+    "its zero points are one too high": _shifted(-1),
+    "its nibbles are swapped along the columns": _swapped,
+    "its codes are signed and were written as unsigned, or the other way round": _signed,
+}
+
+
+def _row_orders(rows: int) -> Iterator[tuple[str, Tensor]]:
+    yield "its nibbles are swapped along the rows", torch.arange(rows // 2 * 2).reshape(-1, 2).flip(-1).reshape(-1)
+    eights = torch.arange(rows // 8 * 8).reshape(-1, 8)
+    order = torch.tensor(_AWQ_ORDER)
+    words = "its nibbles are not in AWQ's order (0 2 4 6 1 3 5 7)"
+    yield words, eights[:, order].reshape(-1)
+    yield words, eights[:, torch.argsort(order)].reshape(-1)
+
+
+def _permuted(weight: QWeight, order: Tensor, *, zeros: bool) -> Tensor:
+    """Codes taken from other rows, and zero points with them or not; scales are floats and stay."""
+    codes, points = weight.codes.clone(), weight.zeros
+    codes[: len(order)] = weight.codes[order]
+    if zeros and points is not None and len(points) == len(codes):
+        points = points.clone()
+        points[: len(order)] = points[order]
+    return replace(weight, codes=codes, zeros=points).dequantize()

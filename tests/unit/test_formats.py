@@ -1,0 +1,285 @@
+"""Every format's reader against checkpoints packed by hand, and against the other tool's own code where it installs."""
+
+import json
+
+import pytest
+import torch
+
+from qeval.errors import UsageError
+from qeval.formats.assemble import Baseline, Reading, assemble
+from qeval.formats.base import Module, Values
+from qeval.formats.checkpoint import opened, read_config
+from qeval.formats.compressed import decode as decode_compressed
+from qeval.formats.gptq import decode as decode_gptq
+from qeval.formats.hqq import decode as decode_hqq
+from qeval.formats.registry import FORMATS, format_of
+from qeval.models.graph import describe
+from qeval.quant.grid import parse
+from qeval.quant.qweight import QWeight
+from qeval.quant.rtn import quantize
+from qeval.store.variants import Origin, load_variant, save_variant
+from tests.fixtures import packers
+from tests.fixtures.tiny import save_tiny, tiny_llama
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+CT = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16}}},
+}
+
+
+def compressed(bits, form="pack-quantized", size=None):
+    weights = {"num_bits": bits, "group_size": size}
+    return CT | {"format": form, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+def packed_v2(weight):
+    return packers.gptq(weight, v1=False)
+
+
+CASES = {
+    "awq": (AWQ, packers.awq, "int4-g16-asym"),
+    "awq without zero points": (AWQ, packers.awq, "int4-g16"),
+    "gptq": (GPTQ, packers.gptq, "int4-g16"),
+    "gptq with zero points": (GPTQ, packers.gptq, "int4-g16-asym"),
+    "gptq v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, packed_v2, "int4-g16-asym"),
+    "gptq of 8 bits": (GPTQ | {"bits": 8}, packers.gptq, "int8-g16"),
+    "gptq of 2 bits": (GPTQ | {"bits": 2}, packers.gptq, "int2-g16-asym"),
+    "gptq per channel": (GPTQ | {"group_size": -1}, packers.gptq, "int4-channel-asym"),
+    "autoround, its default": ({"quant_method": "auto-round", "group_size": 16}, packers.gptq, "int4-g16-asym"),
+    "autoround as gptqmodel": (
+        {"quant_method": "auto-round", "group_size": 16, "packing_format": "auto_round:gptqmodel"},
+        packed_v2,
+        "int4-g16-asym",
+    ),
+    "autoround as awq": (
+        {"quant_method": "auto-round", "group_size": 16, "packing_format": "auto_round:auto_awq"},
+        packers.awq,
+        "int4-g16",
+    ),
+    "compressed": (CT, packers.compressed, "int4-g16"),
+    "compressed with zero points": (CT, packers.compressed, "int4-g16-asym"),
+    "compressed, a short last group": (compressed(4, size=48), packers.compressed, "int4-g48"),
+    "compressed, 8 bits per channel": (compressed(8), packers.compressed, "int8-channel"),
+    "compressed, 3 bits": (compressed(3, size=16), packers.compressed, "int3-g16"),
+    "compressed, bytes": (compressed(8, "int-quantized"), packers.int_quantized, "int8-channel"),
+    "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, packers.llm_int8, "int8-channel"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base"), dtype=torch.float32, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def baseline(model):
+    return Baseline(dict(model.named_parameters()), describe(model), 16, "model.")
+
+
+def read(folder, baseline):
+    config = read_config(folder)["quantization_config"]
+    found = format_of(config, "here")
+    found.notes(config)
+    with opened(folder) as tensors:
+        return assemble(tensors, Reading(found, config, {}), baseline, "key", lambda count: None)
+
+
+def same(read, weight):
+    assert str(read.grid) == str(weight.grid)
+    assert torch.equal(read.codes, weight.codes)
+    assert torch.allclose(read.scales, weight.scales, rtol=1e-6)
+    assert (read.zeros is None) == (weight.zeros is None)
+    assert weight.zeros is None or torch.equal(read.zeros, weight.zeros)
+
+
+@pytest.mark.parametrize("config,pack,grid", CASES.values(), ids=CASES)
+def test_integers_are_read_as_they_were_packed(base, baseline, tmp_path, config, pack, grid):
+    weights = packers.quantized(base, grid)
+    folder = packers.save_checkpoint(base, tmp_path, config, {name: pack(weight) for name, weight in weights.items()})
+    variant = read(folder, baseline)
+    assert set(variant.weights) == set(weights)
+    assert not variant.floats and not variant.stored
+    for name, weight in weights.items():
+        same(variant.weights[name], weight)
+    assert {kept.name for kept in variant.kept} == set(baseline.parameters) - set(weights)
+
+
+def test_columns_in_the_order_of_activations_become_values(model):
+    weight = quantize(model.model.layers[0].mlp.up_proj.weight, parse("int4-g16-asym"))
+    order = torch.arange(64)[torch.randperm(64, generator=torch.Generator().manual_seed(1))] // 16
+    found = decode_gptq(Module("m", 128, 64, packers.gptq(weight, g_idx=order)), GPTQ)
+    assert isinstance(found, Values)
+    for row, column in ((0, 0), (3, 17), (100, 63)):
+        group = int(order[column])
+        code, zero = int(weight.codes[row, column]), int(weight.zeros[row, group])
+        assert float(found.values[row, column]) == pytest.approx((code - zero) * float(weight.scales[row, group]))
+
+
+def test_zero_points_of_zero_survive_the_borrow_of_gptqmodel(model):
+    """GPTQModel subtracts 0x11111111 from whole words: a zero point of 0 borrows from the next."""
+    weight = quantize(model.model.layers[0].mlp.up_proj.weight.abs(), parse("int4-g16-asym"))
+    assert not weight.zeros.any()
+    same(decode_gptq(Module("m", 128, 64, packers.gptq(weight)), GPTQ), weight)
+
+
+def test_nf4_is_dequantized_by_its_own_table(base, baseline, tmp_path, model):
+    name = "model.layers.0.mlp.up_proj.weight"
+    parts, values = packers.nf4(model.get_parameter(name))
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    variant = read(packers.save_checkpoint(base, tmp_path, config, {name: parts}), baseline)
+    assert torch.equal(variant.floats[name], values)
+    (stored,) = variant.stored
+    assert (stored.name, stored.form, stored.size_bits) == (name, "nf4, blocks of 64", 64 * 128 * 4 + 128 * 32)
+    assert variant.bits_per_weight == 4.5
+
+
+def test_fp8_and_fp4_are_values(model):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    parts = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+    found = decode_compressed(Module("m", 128, 64, parts), CT)
+    assert torch.equal(found.values, parts["weight"].float() * scale)
+    assert float((found.values - weight).norm() / weight.norm()) < 0.04
+    codes = torch.arange(128 * 32).reshape(128, 32).to(torch.uint8)
+    scales = torch.full((128, 4), 2.0).to(torch.float8_e4m3fn)
+    four = {"weight_packed": codes, "weight_scale": scales, "weight_global_scale": torch.tensor([4.0])}
+    values = decode_compressed(Module("m", 128, 64, four), CT).values
+    assert values[0, :4].tolist() == [0.0, 0.0, 0.25, 0.0]  # bytes 0 and 1, low nibble first; 2 / 4 a unit
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_hqq_is_read_along_either_axis(model, bits, axis):
+    generator = torch.Generator().manual_seed(bits)
+    shape = (128, 64) if axis == 1 else (64, 128)
+    codes = torch.randint(0, 2**bits, shape, generator=generator)
+    scale, zero = torch.rand((128, 1), generator=generator), torch.rand((128, 1), generator=generator) * 2**bits
+    scale, zero = (scale, zero) if axis == 1 else (scale.t(), zero.t())
+    count = 8 // bits
+    step = len(codes) // count
+    packed = sum(codes[i * step : (i + 1) * step] << bits * (count - 1 - i) for i in range(count)).to(torch.uint8)
+    numbers = {"nbits": bits, "group_size": 64, "axis": axis, "view_as_float": 0}
+    parts = {name: torch.tensor(value) for name, value in numbers.items()} | {
+        "W_q": packed,
+        "scale": scale,
+        "zero": zero,
+    }
+    found = decode_hqq(Module("m", 128, 64, parts), {})
+    assert torch.allclose(found.values, ((codes - zero) * scale).reshape(128, 64))
+
+
+REFUSED = {
+    "an unknown tool": ({"quant_method": "aqlm"}, "quantized by 'aqlm', which is not read"),
+    "AWQ's other layout": (AWQ | {"version": "gemv"}, "not 4 bits in 'gemv'; save it as gemm"),
+    "a checkpoint format": (GPTQ | {"checkpoint_format": "marlin"}, "'marlin' is not read; save it as gptq or gptq_v2"),
+    "a packing of AutoRound": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:itrex"},
+        "Unknown AutoRound packing 'auto_round:itrex'",
+    ),
+    "sparse weights": (CT | {"format": "marlin-24"}, "'marlin-24' is not read"),
+    "rotations": (CT | {"transform_config": {"config_groups": {"a": {}}}}, "rotates activations while running"),
+}
+
+
+@pytest.mark.parametrize("config,sentence", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_read_is_named(config, sentence):
+    with pytest.raises(UsageError) as told:
+        format_of(config, "here").notes(config)
+    assert sentence in str(told.value)
+
+
+def test_a_missing_library_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr("qeval.formats.registry.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"torchao, which is not installed: pip install 'qeval\[torchao\]'"):
+        format_of({"quant_method": "torchao"}, "here")
+
+
+def test_every_format_has_a_title_and_markers():
+    for name, found in FORMATS.items():
+        assert found.title and found.markers, name
+
+
+def test_a_module_of_another_shape_is_named(model):
+    weight = quantize(model.model.layers[0].mlp.up_proj.weight, parse("int4-g16"))
+    parts = packers.gptq(weight)
+    with pytest.raises(UsageError, match="m holds qweight of"):
+        decode_gptq(Module("m", 128, 128, {**parts, "qweight": parts["qweight"][:7]}), GPTQ)
+    with pytest.raises(UsageError, match="m has no scales beside"):
+        decode_gptq(Module("m", 128, 64, {name: part for name, part in parts.items() if name != "scales"}), GPTQ)
+
+
+def test_compressed_tensors_own_packing_is_read(model):
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    for bits in (3, 4, 8):
+        weight = quantize(model.model.layers[0].mlp.up_proj.weight, parse(f"int{bits}-g16-asym"))
+        middle = 1 << (bits - 1)
+        signed, zeros = ((each.to(torch.int16) - middle).to(torch.int8) for each in (weight.codes, weight.zeros))
+        parts = {
+            "weight_packed": helpers.pack_to_int32(signed, bits),
+            "weight_zero_point": helpers.pack_to_int32(zeros, bits, packed_dim=0),
+            "weight_scale": weight.scales,
+        }
+        same(decode_compressed(Module("m", 128, 64, parts), compressed(bits, size=16)), weight)
+
+
+def test_bitsandbytes_own_dequantization_agrees(model):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for kind in ("nf4", "fp4"):
+        for nested in (False, True):
+            packed, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+            parts = {"weight": packed} | {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
+            found = FORMATS["bitsandbytes"].decode(Module("m", 128, 64, parts), {})
+            assert torch.allclose(found.values, functional.dequantize_4bit(packed, state), atol=1e-6), (kind, nested)
+
+
+def test_hqqs_own_dequantization_agrees(model):
+    hqq = pytest.importorskip("hqq.core.quantize")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    for bits in (2, 3, 4, 8):
+        linear = torch.nn.Linear(64, 128, bias=False)
+        linear.weight.data = weight.clone()
+        config = hqq.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
+        made = hqq.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+        made.encoded_state_dict = True
+        parts = {name: part for name, part in made.state_dict().items() if name != "bias"}
+        found = FORMATS["hqq"].decode(Module("m", 128, 64, parts), {})
+        assert torch.allclose(found.values, made.dequantize(), atol=1e-6), bits
+
+
+def test_torchaos_own_values_are_read(model):
+    pytest.importorskip("torchao")
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    from qeval.formats.torchao import HEADER
+
+    linear = torch.nn.Sequential(torch.nn.Linear(64, 128, bias=False))
+    linear[0].weight.data = model.model.layers[0].mlp.up_proj.weight.clone()
+    quantize_(linear, Int8WeightOnlyConfig(version=2))
+    tensors, header = flatten_tensor_state_dict({"0.weight": linear[0].weight})
+    parts = {name.removeprefix("0."): tensor for name, tensor in tensors.items()}
+    found = FORMATS["torchao"].decode(Module("0", 128, 64, parts), {HEADER: header})
+    assert torch.equal(found.values, linear[0].weight.dequantize().float())
+    assert json.loads(header["tensor_names"]) == ["0.weight"]
+
+
+def test_a_variant_of_values_reads_back_from_disk(base, baseline, tmp_path, model):
+    name = "model.layers.0.mlp.up_proj.weight"
+    parts, _ = packers.nf4(model.get_parameter(name))
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    variant = read(packers.save_checkpoint(base, tmp_path / "in", config, {name: parts}), baseline)
+    origin = Origin(recipe={"method": "bitsandbytes"}, model={}, calibration=None, float_bits=16, seconds=0.0)
+    save_variant(variant, tmp_path / "out", origin)
+    again = load_variant(tmp_path / "out")
+    assert again.stored == variant.stored
+    assert torch.equal(again.floats[name], variant.floats[name])
+    assert isinstance(again.weights, dict) and not any(isinstance(each, QWeight) for each in again.floats.values())
