@@ -7,6 +7,7 @@ from rich.table import Table
 
 from qeval.config import METHODS
 from qeval.models.aliases import list_models
+from qeval.tasks.conventions import CONVENTIONS
 from qeval.tasks.names import TASKS
 from qeval.tasks.protocols import PROTOCOLS
 
@@ -39,9 +40,10 @@ def methods() -> None:
 
 
 def tasks() -> None:
-    """The tasks and the named protocols."""
+    """The tasks, the named protocols and the conventions of perplexity."""
     _show("task", TASKS.items())
     _show("protocol", ((p.name, p.description) for p in PROTOCOLS.values()))
+    _show("convention", ((c.name, f"{c.description} ({c.source})") for c in CONVENTIONS.values()))
 
 
 def _show(kind: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -19,8 +19,9 @@ from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
-from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import streamed_model
+from qeval.compare.tokens import bos_warnings, protocol_of, token_work
 from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.executors.cluster import require_ray
@@ -30,11 +31,10 @@ from qeval.models.head import Head, head_of
 from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.source import resolve
-from qeval.score.corpus import Shard, shards_of
+from qeval.score.corpus import Shard
 from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
-from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus
+from qeval.tasks.corpus import encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, load_suite
-from qeval.tasks.protocols import Protocol, choose
 from qeval.tasks.windows import tokens_sha256
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class Plan:
     """Tokens a batch: what was asked for, else what suits the device and its free memory."""
     is_drawn: bool = False
     """Whether this is a part of what the settings name, drawn by a gate."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What must be known of the numbers before any is made."""
+        return bos_warnings(self.protocol, self.loaded) if self.protocol else []
 
     @property
     def baseline_key(self) -> str:
@@ -118,7 +123,7 @@ def prepare(settings: Settings) -> Plan:
     loaded, source, backend = _model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
-    protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
+    protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
@@ -215,12 +220,8 @@ def _foreign(settings: Settings, loaded: LoadedModel, head: Head, suites: Sequen
     require_provider(choose_provider(settings.backends.ep))
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens:
-        texts.append(load_corpus(_protocol(settings.corpus).corpus).text)
+        texts.append(load_corpus(protocol_of(settings.corpus, loaded).corpus).text)
     return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), texts) for name, path in found)
-
-
-def _protocol(asked: CorpusChoice) -> Protocol:
-    return choose(name=asked.protocol, corpus=asked.corpus, window=asked.window, stride=asked.stride)
 
 
 def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
@@ -231,35 +232,6 @@ def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         bytes_per_parameter=next(iter(parameters.values())).element_size(),
     )
-
-
-def _corpus(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
-    protocol = _protocol(asked)
-    if protocol.window > loaded.info.context_length:
-        raise UsageError(
-            f"A window of {protocol.window} tokens is longer than the model's context of "
-            f"{loaded.info.context_length}; give a smaller --window."
-        )
-    corpus = load_corpus(protocol.corpus)
-    windows = protocol.windows(
-        encode(loaded.tokenizer, corpus.text),
-        bos=bos_token(loaded.tokenizer, asked.bos),
-        max_windows=asked.max_windows,
-    )
-    record = ProtocolRecord(
-        name=protocol.name,
-        corpus=corpus.name,
-        corpus_sha256=corpus.sha256,
-        tokens_sha256=windows.tokens_sha256,
-        window=protocol.window,
-        stride=protocol.stride,
-        windows=len(windows.windows),
-        windows_available=windows.available,
-        bos=windows.bos is not None,
-        kl_positions=windows.kl_count,
-        nll_positions=windows.nll_count,
-    )
-    return record, shards_of(windows.windows)
 
 
 def _suites(settings: Settings, loaded: LoadedModel) -> tuple[Suite, ...]:

@@ -56,6 +56,8 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     at is waited for in the end.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
+    for warning in set(plan.warnings) - set(progress.warnings):
+        progress.warn(warning)
     baseline = baseline_of(plan, progress)
     work = work_of(plan, baseline, ledger, progress)
     first = Scored(work, lambda: Scorer(baseline.candidate))

@@ -188,6 +188,8 @@ def _protocol(record: ProtocolRecord, windows: Sequence[Window]) -> ProtocolReco
             "windows": len(windows),
             "kl_positions": sum(len(window.kl_positions) for window in windows),
             "nll_positions": sum(len(window.nll_positions) for window in windows),
+            "words": None,
+            "bytes": None,
         }
     )
 

@@ -26,7 +26,7 @@ from qeval.report.paired import PairedRun
 from qeval.report.pairing import BASELINE, TokenRows
 from qeval.stats import bootstrap
 from qeval.stats.bootstrap import Clusters, Floats
-from qeval.store.run import RunRecord, TaskRecord, VariantRecord
+from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord
 
 _CLUSTERS = "windows for tokens; subjects for questions, and questions where there is but one subject"
 
@@ -62,7 +62,7 @@ def build(run_dir: Path) -> Report:
 def build_paired(rows: PairedRun) -> Report:
     """The same from a run whose rows may have been read already."""
     run = rows.record
-    tokens = _tokens(rows) if rows.protocol else _NO_TOKENS
+    tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
     metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in rows.done)])
     variants = [_variant(each, run, metrics, results, tokens.curves) for each in run.variants]
@@ -113,18 +113,19 @@ def mark_pareto(variants: list[Variant]) -> list[Variant]:
 _NO_TOKENS = _Tokens({}, {}, {}, None)
 
 
-def _tokens(paired: PairedRun) -> _Tokens:
+def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
     """One model after the other, so that only one variant's rows are held beside the baseline's."""
     run, baseline = paired.record, paired.baseline_tokens
     wants_ppl = "ppl" in run.metrics
-    metrics = {BASELINE: measure_tokens.baseline_perplexity(baseline, run.seed) if wants_ppl else {}}
+    own = measure_tokens.baseline_perplexity(baseline, protocol, run.seed) if wants_ppl else {}
+    metrics = {BASELINE: own}
     _require_finite(metrics[BASELINE])
     curves: dict[str, Curve | None] = {}
     kl: dict[str, Floats] = {}
     windows = None
     for variant in paired.done:
         name, rows = variant.name, paired.tokens(variant)
-        metrics[name] = _token_metrics(rows, baseline, run)
+        metrics[name] = _token_metrics(rows, baseline, run, protocol)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
             if variant.role == "variant" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
@@ -132,12 +133,12 @@ def _tokens(paired: PairedRun) -> _Tokens:
     return _Tokens(metrics, curves, kl, windows)
 
 
-def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord) -> Metrics:
+def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protocol: ProtocolRecord) -> Metrics:
     metrics: Metrics = {}
     if "kl" in run.metrics:
         metrics |= measure_tokens.kl_metrics(rows, run.seed) | measure_tokens.kernel_metrics(rows, run.seed)
     if "ppl" in run.metrics:
-        metrics |= measure_tokens.nll_metrics(rows, baseline, run.seed)
+        metrics |= measure_tokens.nll_metrics(rows, baseline, protocol, run.seed)
     return metrics | measure_tokens.delta_metrics(rows, run.seed)
 
 

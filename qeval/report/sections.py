@@ -178,10 +178,10 @@ def _protocol(report: Report) -> str:
     p = report.protocol
     if p is None:
         return ""
-    start = "BOS starts each window" if p.bos else "no BOS"
     return (
         f"{p.name}: {p.windows} of {p.windows_available} windows of {p.window} tokens of {p.corpus}, "
-        f"stride {p.stride}, {start}; NLL over {p.nll_positions} positions, KL over {p.kl_positions}."
+        f"stride {p.stride}, {words.bos(p)}; perplexity by convention {p.convention}; NLL over "
+        f"{p.nll_positions} positions, KL over {p.kl_positions}."
     )
 
 

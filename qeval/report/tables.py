@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from qeval.report import words
+from qeval.report import conventions, words
 from qeval.report.measure_items import at_chance
 from qeval.report.model import Baseline, GroupScore, Kept, Metric, Report, Task, Variant
 from qeval.report.page import NOTHING, Cell, Table, metric_cell
@@ -23,7 +23,8 @@ def overview(report: Report) -> Table:
     tasks = [task.record for task in report.tasks]
     wanted = _present(
         report,
-        {"kl_nats": "KL, nats", "top1_agreement": "Same top token", "ppl": "Perplexity"}
+        {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
+        | perplexities(report)
         | {f"{task.name}_acc": task.title for task in tasks},
     )
     base = report.baseline
@@ -36,6 +37,12 @@ def overview(report: Report) -> Table:
     rows = [first, *(_overview_row(variant, list(wanted)) for variant in report.variants)]
     caption = "Size and loss of every variant"
     return Table(caption, ("Variant", "Bits/weight", "Size", *wanted.values()), tuple(rows))
+
+
+def perplexities(report: Report) -> dict[str, str]:
+    """The report's perplexities, each with the name of its convention."""
+    own = conventions.names(report.protocol) if report.protocol else []
+    return {name: conventions.title(name) for name in ("ppl", *own)}
 
 
 def variants(report: Report) -> Table:
@@ -75,7 +82,7 @@ def perplexity(report: Report) -> Table:
     """Perplexity with the variants as columns."""
     names = _present(
         report,
-        {"ppl": "Perplexity", "ppl_ratio": "Ratio to the baseline", "nll_diff_nats": "NLL difference, nats",
+        perplexities(report) | {"ppl_ratio": "Ratio to the baseline", "nll_diff_nats": "NLL difference, nats",
          "delta_p": "Change of the true token's probability", "delta_p_rms": "The same, root mean square"},
     )  # fmt: skip
     signed = {"nll_diff_nats", "delta_p"}

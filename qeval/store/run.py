@@ -49,9 +49,15 @@ class ProtocolRecord(_Record):
     stride: int
     windows: int
     windows_available: int
-    bos: bool  # whether a BOS token starts each window
+    bos: bool  # whether a BOS token is put in at all
     kl_positions: int
     nll_positions: int
+    convention: str = "token-mean"  # how one perplexity is made of the rows: a name of `tasks/conventions.py`
+    bos_policy: str | None = None  # "auto", "always", "never": what was asked for
+    bos_placement: str | None = None  # "text": once; "window": each; "replace": each first token; "document"
+    bos_token: str | None = None  # "<s>"
+    words: int | None = None  # of the scored documents as they were, where the convention counts them
+    bytes: int | None = None
 
 
 class TaskRecord(_Record):

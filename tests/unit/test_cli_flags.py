@@ -44,6 +44,7 @@ COMPARE = SHARED | {
     "--tasks": "kl,ppl,mmlu",
     "--corpus": None,
     "--protocol": None,
+    "--convention": None,
     "--window": None,
     "--stride": None,
     "--max-windows": None,
