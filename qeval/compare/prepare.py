@@ -19,6 +19,7 @@ from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.estimate import Shape
+from qeval.compare.overlap import overlap_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import streamed_model
 from qeval.compare.tokens import bos_warnings, protocol_of, token_work
@@ -32,7 +33,7 @@ from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.source import resolve
 from qeval.score.corpus import Shard
-from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
+from qeval.store.run import CalibrationRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
 from qeval.tasks.corpus import encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, load_suite
 from qeval.tasks.windows import tokens_sha256
@@ -61,6 +62,8 @@ class Plan:
     foreign: "tuple[Foreign, ...]"
     runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
+    overlap: Callable[[], OverlapRecord]
+    """What the calibration text shares with what is scored."""
     shape: Shape
     batch_tokens: int
     """Tokens a batch: what was asked for, else what suits the device and its free memory."""
@@ -129,8 +132,9 @@ def prepare(settings: Settings) -> Plan:
         backend.reserve(max((shard.tokens for shard in shards), default=0))
     given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
+    overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.recipes):
-        calibration()
+        overlap()
     return Plan(
         settings=settings,
         loaded=loaded,
@@ -145,6 +149,7 @@ def prepare(settings: Settings) -> Plan:
         foreign=_foreign(settings, loaded, source.head, suites),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
+        overlap=overlap,
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
         shape=_shape(loaded, quantizable(source.description)),
     )

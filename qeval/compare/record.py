@@ -32,6 +32,7 @@ def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: f
         groups=[GroupRecord(**entry.model_dump()) for entry in manifest.choices],
         quantize_seconds=manifest.seconds,
         score_seconds=score_seconds,
+        calibration_sha256=(manifest.calibration or {}).get("tokens_sha256"),
     )
 
 

@@ -151,7 +151,7 @@ def _baseline_label(plan: Plan) -> str:
 def _calibration(plan: Plan) -> CalibrationRecord | None:
     if not any(recipe.calibrated for recipe in plan.settings.recipes):
         return None
-    return CalibrationRecord.model_validate(plan.calibration().record)
+    return CalibrationRecord.model_validate({**plan.calibration().record, "overlap": plan.overlap()})
 
 
 def failed(variants: Sequence[VariantRecord]) -> list[str]:

@@ -35,6 +35,7 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     bad = _count_bad(rows, ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt"))
     if bad:
         tails: dict[str, tuple[str, Better]] = dict.fromkeys((*KL_LEVELS, "kl_nats_max"), ("nats", "lower"))
+        tails |= {"kl_nats_p99_over_mean": ("ratio", "neither")}
         return _broken(_KL_MEANS | tails, int(rows.scored["kl_nats"].sum()), bad)
     clusters, kl = rows.clusters("kl_nats"), rows.of("kl_nats")
     found = {
@@ -44,6 +45,8 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     levels = list(KL_LEVELS.values())
     quantiles = estimates.quantiles(kl, levels, clusters, unit="nats", better="lower", seed=seed)
     found |= dict(zip(KL_LEVELS, quantiles, strict=True))
+    if kl.size and kl.sum() > 0:
+        found["kl_nats_p99_over_mean"] = estimates.quantile_over_mean(kl, 0.99, clusters, better="neither", seed=seed)
     found["kl_nats_max"] = estimates.maximum(kl, clusters, unit="nats", better="lower")
     return as_metrics(found)
 

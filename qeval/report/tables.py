@@ -9,6 +9,7 @@ from qeval.report.page import NOTHING, Cell, Table, metric_cell
 
 _FOLD_FROM = 20  # rows
 _SENSITIVE_SHOWN = 10
+VOID = "void: calibrated on what it was scored on"
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
 
@@ -94,7 +95,7 @@ def perplexity(report: Report) -> Table:
         )
         for name, label in names.items()
     ]
-    columns = ("", baseline_name(report), *(v.name for v in report.variants))
+    columns = ("", baseline_name(report), *(v.name + (" (void)" if v.void else "") for v in report.variants))
     note = (
         "Ratio, NLL difference and change of probability are paired: the same token under both models, so "
         "their intervals are far narrower than those of two perplexities laid side by side."
@@ -112,7 +113,7 @@ def kl(report: Report) -> Table:
     }
     rows = [
         (
-            Cell(v.name),
+            Cell(v.name, remark=VOID if v.void else None),
             Cell(v.method),
             Cell(v.granularity),
             *(metric_cell(v.metrics.get(name)) for name in names),
@@ -131,7 +132,9 @@ def kl(report: Report) -> Table:
 
 def kl_tail(report: Report) -> Table:
     """How KL is distributed over tokens."""
-    names = {"p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max"}
+    names = {
+        "p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max", "p99_over_mean": "p99 / mean",
+    }  # fmt: skip
     rows = [(Cell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names)) for v in report.variants]
     note = "A maximum has no interval: no resample holds a larger one."
     return Table("KL over tokens, nats", ("Variant", *names.values()), tuple(rows), note)
@@ -283,6 +286,7 @@ def kept(report: Report) -> Table:
 def _overview_row(variant: Variant, names: list[str]) -> tuple[Cell, ...]:
     remark = "noise floor" if variant.role == "floor" else None
     remark = remark if variant.status == "done" else variant.status
+    remark = VOID if variant.void else remark
     return (
         Cell(variant.name, remark=remark),
         Cell(f"{variant.bits_per_weight:.2f}"),

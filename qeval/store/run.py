@@ -137,6 +137,16 @@ class VariantRecord(_Record):
     score_seconds: float
     twin: str | None = None  # the same weights on torch: what `kernel_kl_nats` compares with
     runtime: RuntimeRecord | None = None  # None on torch
+    calibration_sha256: str | None = None  # of the token ids that its quantizer saw; None where it saw none
+
+
+class OverlapRecord(_Record):
+    """What the calibration text shares with the scored tokens: runs of `ngram` tokens."""
+
+    ngram: int
+    shared_tokens: int  # scored tokens that lie in such a run
+    tokens: int  # scored tokens, questions' included
+    where: str | None  # "window 3", "question 7 of mmlu anatomy": the first; None where nothing is shared
 
 
 class CalibrationRecord(_Record):
@@ -147,6 +157,7 @@ class CalibrationRecord(_Record):
     tokens_sha256: str
     samples: int
     length: int
+    overlap: OverlapRecord | None = None  # None: it was not looked for
 
 
 class EnvironmentRecord(_Record):

@@ -21,6 +21,9 @@ Part = Literal["test", "calibration"]
 _CALIBRATION_DOCUMENTS = 4096
 """How many documents (WikiText-2: lines) of a hub data set are calibrated on: 300 thousand tokens or more."""
 
+_SHARED_WORDS = 16
+"""Words in a row that the halves of the Python reference may not share; some 32 tokens of its prose."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -148,10 +151,27 @@ def pydoc_text(part: Part, topics: Mapping[str, str] | None = None) -> str:
     The reference differs by Python version, so the text's sha256 belongs in the record. Topics repeat one another
     (`specialnames` holds all of `customization`): they are taken longest first, a paragraph that was seen before is
     dropped, and a topic of which less than half is left is dropped whole. The sha256 of a topic's name says
-    which half it belongs to, so a new topic moves no other.
+    which half it belongs to, so a new topic moves no other. Sentences recur with a word changed: the half to calibrate
+    on leaves out paragraphs that share so many words in a row with the other.
     """
-    kept = _distinct_topics(_pydoc_topics() if topics is None else topics)
-    return "\n\n\n".join(text for name, text in kept if _part_of(name) == part) + "\n"
+    kept = list(_distinct_topics(_pydoc_topics() if topics is None else topics))
+    test = [text for name, text in kept if _part_of(name) == "test"]
+    if part == "test":
+        return "\n\n\n".join(test) + "\n"
+    seen = {run for text in test for run in _word_runs(text)}
+    rest = [_without(text, seen) for name, text in kept if _part_of(name) == "calibration"]
+    return "\n\n\n".join(filter(None, rest)) + "\n"
+
+
+def _word_runs(text: str) -> set[tuple[str, ...]]:
+    """Every run of `_SHARED_WORDS` words of a text."""
+    words = text.split()
+    return {tuple(words[at : at + _SHARED_WORDS]) for at in range(len(words) - _SHARED_WORDS + 1)}
+
+
+def _without(text: str, seen: set[tuple[str, ...]]) -> str:
+    """A text's paragraphs but for those that hold a run of words in `seen`."""
+    return "\n\n".join(part for part in text.split("\n\n") if seen.isdisjoint(_word_runs(part)))
 
 
 def _distinct_topics(topics: Mapping[str, str]) -> Iterator[tuple[str, str]]:
