@@ -27,6 +27,7 @@ from qeval.cli.export import export
 from qeval.cli.gate import gate
 from qeval.cli.listing import methods, models, tasks
 from qeval.cli.quantize import quantize
+from qeval.cli.selfcheck import selfcheck
 from qeval.cli.sweep import CONTEXT, INTERRUPTED, sweep
 from qeval.cli.verify import verify
 from qeval.errors import QevalError, UsageError
@@ -51,6 +52,7 @@ app.command()(export)
 app.command()(explain)
 app.command()(gate)
 app.command()(verify)
+app.command()(selfcheck)
 app.command()(card)
 app.command()(diff)
 app.command()(models)
