@@ -28,6 +28,7 @@ from qeval.cli.gate import gate
 from qeval.cli.listing import methods, tasks
 from qeval.cli.models import models
 from qeval.cli.quantize import quantize
+from qeval.cli.selfcheck import selfcheck
 from qeval.cli.sweep import CONTEXT, INTERRUPTED, sweep
 from qeval.cli.verify import verify
 from qeval.errors import QevalError, UsageError
@@ -52,6 +53,7 @@ app.command()(export)
 app.command()(explain)
 app.command()(gate)
 app.command()(verify)
+app.command()(selfcheck)
 app.command()(card)
 app.command()(diff)
 app.command()(models)

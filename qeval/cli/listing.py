@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qeval.config import METHODS
+from qeval.tasks.conventions import CONVENTIONS
 from qeval.tasks.names import TASKS
 from qeval.tasks.protocols import PROTOCOLS
 
@@ -32,9 +33,10 @@ def methods() -> None:
 
 
 def tasks() -> None:
-    """The tasks and the named protocols."""
+    """The tasks, the named protocols and the conventions of perplexity."""
     show("task", TASKS.items())
     show("protocol", ((p.name, p.description) for p in PROTOCOLS.values()))
+    show("convention", ((c.name, f"{c.description} ({c.source})") for c in CONVENTIONS.values()))
 
 
 def show(kind: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from qeval.cli.printing import stdout
 from qeval.compare.prepare import Plan
 from qeval.compare.run import estimate
-from qeval.report import Report, report_json, summary_table
+from qeval.report import Report, report_json, summary_table, words
 from qeval.store.run import RunRecord
 
 
@@ -26,6 +26,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     if plan.protocol:
         p = plan.protocol
         table.add_row("corpus", f"{p.name}: {p.windows} of {p.windows_available} windows, {plan.corpus_tokens} tokens")
+        table.add_row("convention", f"{p.convention}; {words.bos(p)}")
     for task in plan.tasks:
         table.add_row("questions", f"{task.title}: {task.items} in {len(task.subjects)} subjects")
     table.add_row("estimate", f"about {_duration(cost.seconds)} from nothing, {cost.peak_bytes / 2**30:.1f} GiB")

@@ -20,8 +20,10 @@ from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
 from qeval.compare.estimate import Shape
-from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.overlap import overlap_of
+from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import streamed_model
+from qeval.compare.tokens import bos_warnings, protocol_of, token_work
 from qeval.compare.variants import (
     Calibration,
     Entry,
@@ -41,11 +43,10 @@ from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.source import resolve
 from qeval.models.supported import notes_of
-from qeval.score.corpus import Shard, shards_of
-from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
-from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus
+from qeval.score.corpus import Shard
+from qeval.store.run import CalibrationRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
+from qeval.tasks.corpus import encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, load_suite
-from qeval.tasks.protocols import Protocol, choose
 from qeval.tasks.windows import tokens_sha256
 
 if TYPE_CHECKING:
@@ -72,11 +73,18 @@ class Plan:
     foreign: "tuple[Foreign, ...]"
     runtime: "Runtime | None"
     calibration: Callable[[], Calibration]
+    overlap: Callable[[], OverlapRecord]
+    """What the calibration text shares with what is scored."""
     shape: Shape
     batch_tokens: int
     """Tokens a batch: what was asked for, else what suits the device and its free memory."""
     is_drawn: bool = False
     """Whether this is a part of what the settings name, drawn by a gate."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What must be known of the numbers before any is made."""
+        return bos_warnings(self.protocol, self.loaded) if self.protocol else []
 
     @property
     def baseline_key(self) -> str:
@@ -129,14 +137,15 @@ def prepare(settings: Settings) -> Plan:
     loaded, source, backend = _model(settings.model)
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
-    protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
+    protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
+    overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.recipes):
-        calibration()
+        overlap()
     return Plan(
         settings=settings,
         loaded=loaded,
@@ -151,6 +160,7 @@ def prepare(settings: Settings) -> Plan:
         foreign=_foreign(settings, loaded, source.head, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
+        overlap=overlap,
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
         shape=_shape(loaded, quantizable(source.description)),
     )
@@ -254,18 +264,14 @@ def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[
     """What every side of the run is asked, and what a tokenizer makes of it."""
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens:
-        texts.append(load_corpus(_protocol(settings.corpus).corpus).text)
+        texts.append(load_corpus(protocol_of(settings.corpus, loaded).corpus).text)
 
     def theirs(tokenizer: Any) -> str:
         side = replace(loaded, tokenizer=tokenizer)
-        protocol, shards = _corpus(settings.corpus, side) if settings.scores_tokens else (None, ())
+        protocol, shards = token_work(settings.corpus, side) if settings.scores_tokens else (None, ())
         return witness_of(shards, _suites(settings, side), protocol)
 
     return Asked(texts, settings.corpus.bos, ours, theirs)
-
-
-def _protocol(asked: CorpusChoice) -> Protocol:
-    return choose(name=asked.protocol, corpus=asked.corpus, window=asked.window, stride=asked.stride)
 
 
 def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
@@ -276,35 +282,6 @@ def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         bytes_per_parameter=next(iter(parameters.values())).element_size(),
     )
-
-
-def _corpus(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
-    protocol = _protocol(asked)
-    if protocol.window > loaded.info.context_length:
-        raise UsageError(
-            f"A window of {protocol.window} tokens is longer than the model's context of "
-            f"{loaded.info.context_length}; give a smaller --window."
-        )
-    corpus = load_corpus(protocol.corpus)
-    windows = protocol.windows(
-        encode(loaded.tokenizer, corpus.text),
-        bos=bos_token(loaded.tokenizer, asked.bos),
-        max_windows=asked.max_windows,
-    )
-    record = ProtocolRecord(
-        name=protocol.name,
-        corpus=corpus.name,
-        corpus_sha256=corpus.sha256,
-        tokens_sha256=windows.tokens_sha256,
-        window=protocol.window,
-        stride=protocol.stride,
-        windows=len(windows.windows),
-        windows_available=windows.available,
-        bos=windows.bos is not None,
-        kl_positions=windows.kl_count,
-        nll_positions=windows.nll_count,
-    )
-    return record, shards_of(windows.windows)
 
 
 def _suites(settings: Settings, loaded: LoadedModel) -> tuple[Suite, ...]:

@@ -39,6 +39,7 @@ def variant_record(
         groups=[GroupRecord(**entry.model_dump()) for entry in manifest.choices],
         quantize_seconds=manifest.seconds,
         score_seconds=score_seconds,
+        calibration_sha256=(manifest.calibration or {}).get("tokens_sha256"),
     )
 
 

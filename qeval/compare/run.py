@@ -57,6 +57,8 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     at is waited for in the end.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
+    for warning in set(plan.warnings) - set(progress.warnings):
+        progress.warn(warning)
     baseline = baseline_of(plan, progress)
     work = work_of(plan, baseline, ledger, progress)
     first = Scored(work, lambda: Scorer(baseline.candidate))
@@ -152,7 +154,7 @@ def _baseline_label(plan: Plan) -> str:
 def _calibration(plan: Plan) -> CalibrationRecord | None:
     if not any(recipe.calibrated for recipe in plan.settings.recipes):
         return None
-    return CalibrationRecord.model_validate(plan.calibration().record)
+    return CalibrationRecord.model_validate({**plan.calibration().record, "overlap": plan.overlap()})
 
 
 def failed(variants: Sequence[VariantRecord]) -> list[str]:

@@ -44,7 +44,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class CorpusChoice:
-    """Which text and windows; `protocol` excludes `window` and `stride`."""
+    """Which text and windows; `protocol` excludes `window`, `stride` and another `convention`."""
 
     corpus: str | None = None
     protocol: str | None = None
@@ -52,6 +52,7 @@ class CorpusChoice:
     stride: int | None = None
     max_windows: int | None = None
     bos: Bos = "auto"
+    convention: str | None = None
 
 
 @dataclass(frozen=True)

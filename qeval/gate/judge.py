@@ -12,6 +12,7 @@ from qeval.gate.kinds import Kind, kind_of
 from qeval.gate.policy import Policy, Rule
 from qeval.gate.verdict import GateVerdict, Outcome, RuleVerdict, VariantVerdict, any_of, every, of_rule
 from qeval.report.paired import PairedRun
+from qeval.report.void import void
 from qeval.stats.bootstrap import Interval
 from qeval.stats.bounds import factor_to_decide, smallest_effect
 from qeval.store.run import VariantRecord
@@ -83,7 +84,7 @@ class _Judge:
     """One variant under a policy; its figures are read once, whatever the number of levels tried."""
 
     def __init__(self, run: PairedRun, record: VariantRecord, policy: Policy, floors: list[_Floor]) -> None:
-        self._record, self._policy = record, policy
+        self._run, self._record, self._policy = run.record, record, policy
         self._figure = cache(Figures(run, record).of)
         own = [floor for floor in floors if floor.backend == record.backend]
         self._floors = own or floors
@@ -93,6 +94,8 @@ class _Judge:
         name = self._record.name
         if self._record.status != "done":
             return VariantVerdict(name, "broken", (), f"'{name}' failed in this run: {self._record.error}")
+        if why := void(self._run, self._record):
+            return VariantVerdict(name, "broken", (), why)
         rules = tuple(self._rule(rule, among) for rule in self._policy.rules if rule.holds_for(name))
         if not rules:
             return VariantVerdict(name, "broken", (), f"No rule of the policy is about '{name}': nothing was checked.")

@@ -23,6 +23,7 @@ from qeval.gate.policy import Policy
 from qeval.gate.verdict import GateVerdict, RuleVerdict, VariantVerdict, every
 from qeval.progress import Progress
 from qeval.report.paired import PairedRun
+from qeval.report.void import void
 from qeval.score.corpus import Shard
 from qeval.stats.sequential import BURN_IN
 from qeval.store.ledger import Ledger
@@ -74,6 +75,8 @@ def _judged(pool: "Pool", policy: Policy, progress: Progress, ledger: Ledger) ->
         if variant.status != "done":
             error = f"'{variant.name}' failed in this run: {variant.error}"
             return _told(settings, policy, VariantVerdict(variant.name, "broken", (), error), part.words(pool))
+        if why := void(record, variant):
+            return _told(settings, policy, VariantVerdict(variant.name, "broken", (), why), part.words(pool))
         rules = look(PairedRun(settings.out), variant, policy, pool.drawn(part))
         open_tasks = _undecided(rules)
         if not open_tasks or any(rule.outcome == "broken" for rule in rules):
@@ -188,6 +191,8 @@ def _protocol(record: ProtocolRecord, windows: Sequence[Window]) -> ProtocolReco
             "windows": len(windows),
             "kl_positions": sum(len(window.kl_positions) for window in windows),
             "nll_positions": sum(len(window.nll_positions) for window in windows),
+            "words": None,
+            "bytes": None,
         }
     )
 

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from qeval.errors import QevalError
 from qeval.report import measure_items, measure_tokens
+from qeval.report.measure_sureness import flips_by_margin, kl_by_entropy
 from qeval.report.model import (
     Baseline,
     Comparison,
     Curve,
+    EntropyBucket,
     Intervals,
     Kept,
     Metrics,
@@ -23,10 +25,11 @@ from qeval.report.model import (
 )
 from qeval.report.notes import notes
 from qeval.report.paired import PairedRun
-from qeval.report.pairing import BASELINE, TokenRows
+from qeval.report.pairing import BASELINE, ItemRows, TokenRows
+from qeval.report.void import unchecked, void
 from qeval.stats import bootstrap
 from qeval.stats.bootstrap import Clusters, Floats
-from qeval.store.run import RunRecord, TaskRecord, VariantRecord
+from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord
 
 _CLUSTERS = "windows for tokens; subjects for questions, and questions where there is but one subject"
 
@@ -36,6 +39,7 @@ class _Tokens(NamedTuple):
 
     metrics: dict[str, Metrics]
     curves: dict[str, Curve | None]
+    by_entropy: dict[str, list[EntropyBucket]]
     kl: dict[str, Floats]
     windows: Clusters | None
 
@@ -62,10 +66,10 @@ def build(run_dir: Path) -> Report:
 def build_paired(rows: PairedRun) -> Report:
     """The same from a run whose rows may have been read already."""
     run = rows.record
-    tokens = _tokens(rows) if rows.protocol else _NO_TOKENS
+    tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
     metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in rows.done)])
-    variants = [_variant(each, run, metrics, results, tokens.curves) for each in run.variants]
+    variants = [_variant(each, run, metrics, results, tokens) for each in run.variants]
     tasks = [each.task for each in items]
     return Report(
         schema_version=1,
@@ -85,8 +89,8 @@ def build_paired(rows: PairedRun) -> Report:
         tasks=tasks,
         metrics_asked=run.metrics,
         intervals=_intervals(run.seed),
-        notes=notes(run, tasks, metrics[BASELINE]),
-        warnings=run.warnings,
+        notes=notes(run, tasks, metrics[BASELINE]) + unchecked(run),
+        warnings=[*filter(None, (variant.void for variant in variants)), *run.warnings],
         provenance=_provenance(run),
     )
 
@@ -94,7 +98,7 @@ def build_paired(rows: PairedRun) -> Report:
 def quality(variant: Variant) -> float | None:
     """What variants are ranked by, lower being better: KL, else the perplexity ratio; None where it isn't ranked."""
     for name in ("kl_nats", "ppl_ratio"):
-        if variant.status == "done" and variant.ranked and name in variant.metrics:
+        if variant.status == "done" and variant.ranked and not variant.void and name in variant.metrics:
             return variant.metrics[name].value
     return None
 
@@ -110,34 +114,37 @@ def mark_pareto(variants: list[Variant]) -> list[Variant]:
     return [variant.model_copy(update={"pareto": variant.name in front}) for variant in variants]
 
 
-_NO_TOKENS = _Tokens({}, {}, {}, None)
+_NO_TOKENS = _Tokens({}, {}, {}, {}, None)
 
 
-def _tokens(paired: PairedRun) -> _Tokens:
+def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
     """One model after the other, so that only one variant's rows are held beside the baseline's."""
     run, baseline = paired.record, paired.baseline_tokens
     wants_ppl = "ppl" in run.metrics
-    metrics = {BASELINE: measure_tokens.baseline_perplexity(baseline, run.seed) if wants_ppl else {}}
+    own = measure_tokens.baseline_perplexity(baseline, protocol, run.seed) if wants_ppl else {}
+    metrics = {BASELINE: own}
     _require_finite(metrics[BASELINE])
     curves: dict[str, Curve | None] = {}
+    by_entropy: dict[str, list[EntropyBucket]] = {}
     kl: dict[str, Floats] = {}
     windows = None
     for variant in paired.done:
         name, rows = variant.name, paired.tokens(variant)
-        metrics[name] = _token_metrics(rows, baseline, run)
+        metrics[name] = _token_metrics(rows, baseline, run, protocol)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
+            by_entropy[name] = kl_by_entropy(rows, baseline, run.seed)
             if variant.role == "variant" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
-    return _Tokens(metrics, curves, kl, windows)
+    return _Tokens(metrics, curves, by_entropy, kl, windows)
 
 
-def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord) -> Metrics:
+def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protocol: ProtocolRecord) -> Metrics:
     metrics: Metrics = {}
     if "kl" in run.metrics:
         metrics |= measure_tokens.kl_metrics(rows, run.seed) | measure_tokens.kernel_metrics(rows, run.seed)
     if "ppl" in run.metrics:
-        metrics |= measure_tokens.nll_metrics(rows, baseline, run.seed)
+        metrics |= measure_tokens.nll_metrics(rows, baseline, protocol, run.seed)
     return metrics | measure_tokens.delta_metrics(rows, run.seed)
 
 
@@ -153,8 +160,19 @@ def _items(paired: PairedRun, record: TaskRecord) -> _Items:
     guess = measure_items.chance(baseline)
     at_chance = measure_items.at_chance(metrics[BASELINE][f"{task}_acc"], guess)
     found = measure_items.results(record, models, BASELINE, seed)
-    results = measure_items.adjusted(found, [variant.name for variant in paired.done if variant.role == "variant"])
+    family = [variant.name for variant in paired.done if variant.role == "variant"]
+    results = _with_margins(measure_items.adjusted(found, family), models, seed)
     return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
+
+
+def _with_margins(results: dict[str, TaskResult], models: dict[str, ItemRows], seed: int) -> dict[str, TaskResult]:
+    """The results with flips by the baseline's margin, where there are flips."""
+    return {
+        name: result
+        if result.flips is None
+        else result.model_copy(update={"flips_by_margin": flips_by_margin(models[name], models[BASELINE], seed)})
+        for name, result in results.items()
+    }
 
 
 def _merged(
@@ -185,7 +203,7 @@ def _variant(
     run: RunRecord,
     metrics: dict[str, Metrics],
     results: dict[str, dict[str, TaskResult]],
-    curves: dict[str, Curve | None],
+    tokens: _Tokens,
 ) -> Variant:
     own = metrics.get(record.name, {})
     broken = _broken(own)
@@ -210,9 +228,11 @@ def _variant(
         pareto=False,
         metrics=own,
         tasks=results.get(record.name, {}),
-        kl_curve=curves.get(record.name),
+        kl_curve=tokens.curves.get(record.name),
+        kl_by_entropy=tokens.by_entropy.get(record.name, []),
         mix=mix,
         kept=_kept(record),
+        void=void(run, record),
     )
 
 

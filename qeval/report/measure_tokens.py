@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from qeval.report.conventions import convention_metrics
 from qeval.report.model import Curve, Metric, Metrics
 from qeval.report.pairing import TokenRows
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats
+from qeval.store.run import ProtocolRecord
 from qeval.types import Better, Estimate
 
 KL_LEVELS = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
@@ -33,6 +35,7 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     bad = _count_bad(rows, ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt"))
     if bad:
         tails: dict[str, tuple[str, Better]] = dict.fromkeys((*KL_LEVELS, "kl_nats_max"), ("nats", "lower"))
+        tails |= {"kl_nats_p99_over_mean": ("ratio", "neither")}
         return _broken(_KL_MEANS | tails, int(rows.scored["kl_nats"].sum()), bad)
     clusters, kl = rows.clusters("kl_nats"), rows.of("kl_nats")
     found = {
@@ -42,6 +45,8 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     levels = list(KL_LEVELS.values())
     quantiles = estimates.quantiles(kl, levels, clusters, unit="nats", better="lower", seed=seed)
     found |= dict(zip(KL_LEVELS, quantiles, strict=True))
+    if kl.size and kl.sum() > 0:
+        found["kl_nats_p99_over_mean"] = estimates.quantile_over_mean(kl, 0.99, clusters, better="neither", seed=seed)
     found["kl_nats_max"] = estimates.maximum(kl, clusters, unit="nats", better="lower")
     return as_metrics(found)
 
@@ -67,27 +72,29 @@ def kl_curve(rows: TokenRows) -> Curve | None:
     return Curve(share=(worst / kl.size).tolist(), kl_nats=kl[kl.size - worst].tolist())
 
 
-def baseline_perplexity(rows: TokenRows, seed: int) -> Metrics:
-    """The baseline's own perplexity."""
+def baseline_perplexity(rows: TokenRows, protocol: ProtocolRecord, seed: int) -> Metrics:
+    """The baseline's own perplexity, over all scored tokens and by the run's convention."""
     bad = _count_bad_nll(rows)
     if bad:
         return _broken({"ppl": _NLL_KINDS["ppl"]}, int(rows.scored["nll"].sum()), bad)
-    return as_metrics({"ppl": estimates.perplexity(rows.of("nll"), rows.clusters("nll"), seed=seed)})
+    own = as_metrics({"ppl": estimates.perplexity(rows.of("nll"), rows.clusters("nll"), seed=seed)})
+    return own | convention_metrics(rows, protocol, seed)
 
 
-def nll_metrics(rows: TokenRows, baseline: TokenRows, seed: int) -> Metrics:
-    """Perplexity, its ratio to the baseline's, and the paired difference of NLL."""
+def nll_metrics(rows: TokenRows, baseline: TokenRows, protocol: ProtocolRecord, seed: int) -> Metrics:
+    """Perplexity (also by the run's convention), its ratio to the baseline's, and the paired difference of NLL."""
     bad = _count_bad_nll(rows)
     if bad:
         return _broken(_NLL_KINDS, int(rows.scored["nll"].sum()), bad)
     nll, base, clusters = rows.of("nll"), baseline.of("nll"), rows.clusters("nll")
-    return as_metrics(
+    found = as_metrics(
         {
             "ppl": estimates.perplexity(nll, clusters, seed=seed),
             "ppl_ratio": estimates.perplexity_ratio(nll, base, clusters, seed=seed),
             "nll_diff_nats": estimates.difference(nll, base, clusters, unit="nats", better="lower", seed=seed),
         }
     )
+    return found | convention_metrics(rows, protocol, seed)
 
 
 def delta_metrics(rows: TokenRows, seed: int) -> Metrics:

@@ -22,10 +22,13 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 |---|---|---|
 | `kl_nats` | mean of KL(baseline, variant) over positions | nats |
 | `kl_nats_p50`, `_p90`, `_p99`, `_p99_9`, `_max` | its quantiles and its largest value | nats |
+| `kl_nats_p99_over_mean` | how much worse the worst hundredth begins than the mean is | ratio |
 | `reverse_kl_nats` | mean of KL(variant, baseline) | nats |
 | `kl_abs_modelopt` | mean of the sum of p abs(log p - log q), Model Optimizer's 'KL' | nats |
 | `top1_agreement` | share of positions with the same most likely next token | fraction |
-| `ppl` | exp of the mean NLL over tokens | ppl |
+| `ppl` | exp of the mean NLL over tokens (convention `token-mean`) | ppl |
+| `ppl_hf_strided`, `ppl_gptq_2048`, `ppl_llamacpp_512_half` | by the run's convention, if it is that one | ppl |
+| `word_ppl`, `byte_ppl`, `bits_per_byte` | the same under `lm-eval-word` | ppl, ppl, bits |
 | `ppl_ratio` | perplexity over the baseline's | ratio |
 | `nll_diff_nats` | mean of the paired differences of NLL | nats |
 | `delta_p`, `delta_p_rms` | change of the true token's probability: mean, root mean square | probability |
@@ -103,8 +106,31 @@ class Flips(_Part):
     wrong_to_other: int
 
 
+class MarginBucket(_Part):
+    """Questions whose first choice the baseline held so far above its second (probability over the choices)."""
+
+    low: float
+    high: float
+    questions: int
+    flips: Metric  # right to wrong and wrong to right together, as a share of these questions
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_other: int
+
+
+class EntropyBucket(_Part):
+    """A fifth of the positions by the baseline's entropy (nats), from `low_nats` to `high_nats`."""
+
+    low_nats: float
+    high_nats: float
+    positions: int
+    kl_share: float | None  # of all positions' KL; None where that is zero
+    kl_nats: Metric
+    top1_agreement: Metric
+
+
 class TaskResult(_Part):
-    """One task, taken apart. Both tables are empty, and the rest is None, where rows are not finite.
+    """One task, taken apart. All tables are empty, and the rest is None, where rows are not finite.
 
     `flips_p` is McNemar's exact test of whether more answers flipped one way; `flips_p_adjusted` the same after Holm
     over the run's variants, None for the noise floor, which is not among them.
@@ -115,6 +141,7 @@ class TaskResult(_Part):
     flips: Flips | None
     flips_p: float | None = None
     flips_p_adjusted: float | None = None
+    flips_by_margin: list[MarginBucket] = []  # empty in the baseline's own
 
 
 class Curve(_Part):
@@ -161,6 +188,7 @@ class Variant(_Part):
     metrics: Metrics
     tasks: dict[str, TaskResult]
     kl_curve: Curve | None
+    kl_by_entropy: list[EntropyBucket] = []  # the surest fifth first; empty where KL was not asked for or is not finite
     mix: Mix | None
     kept: list[Kept]
     input_scales: list[str]
@@ -169,6 +197,7 @@ class Variant(_Part):
     score_seconds: float
     twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with
     runtime: RuntimeRecord | None = None  # how ONNX Runtime ran it; None on torch
+    void: str | None = None  # why its figures say nothing: it was calibrated on what it was scored on
 
     @property
     def ranked(self) -> bool:

@@ -19,11 +19,13 @@ from qeval.store.run import ProtocolRecord, TaskRecord
 BASELINE = "baseline"
 Mask = NDArray[np.bool_]
 
-_FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats")
+_FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats", "entropy_nats")
 TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
 """What of a token row a report needs."""
 FEW_TOKEN_COLUMNS = tuple(
-    name for name in TOKEN_COLUMNS if name not in ("reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats")
+    name
+    for name in TOKEN_COLUMNS
+    if name not in ("reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats", "entropy_nats")
 )
 """What an explanation and a diff need: reading takes most of their time."""
 

@@ -1,6 +1,6 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import split, tables, words
+from qeval.report import split, sureness, tables, words
 from qeval.report.model import Report, Task, Variant
 from qeval.report.page import Cell, Plot, Section, Table
 from qeval.report.plots import slug
@@ -59,12 +59,16 @@ def _perplexity(report: Report, drawn: dict[str, Plot]) -> Section:
 
 def _kl(report: Report) -> Section:
     compared = (tables.comparisons(report),) if report.comparisons else ()
-    return Section(id="kl", title="KL-divergence", tables=(tables.kl(report), tables.kl_tail(report), *compared))
+    return Section(
+        id="kl",
+        title="KL-divergence",
+        tables=(tables.kl(report), tables.kl_tail(report), *sureness.by_entropy(report), *compared),
+    )
 
 
 def _task(report: Report, task: Task, drawn: dict[str, Plot]) -> Section:
     record = task.record
-    found = [tables.task_summary(report, task), tables.flips(report, task)]
+    found = [tables.task_summary(report, task), tables.flips(report, task), *sureness.by_margin(report, task)]
     if record.categories:
         found.append(tables.task_groups(report, task, "category"))
     if len(record.subjects) > 1:
@@ -178,10 +182,10 @@ def _protocol(report: Report) -> str:
     p = report.protocol
     if p is None:
         return ""
-    start = "BOS starts each window" if p.bos else "no BOS"
     return (
         f"{p.name}: {p.windows} of {p.windows_available} windows of {p.window} tokens of {p.corpus}, "
-        f"stride {p.stride}, {start}; NLL over {p.nll_positions} positions, KL over {p.kl_positions}."
+        f"stride {p.stride}, {words.bos(p)}; perplexity by convention {p.convention}; NLL over "
+        f"{p.nll_positions} positions, KL over {p.kl_positions}."
     )
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
-from qeval.report import words
+from qeval.report import conventions, words
 from qeval.report.measure_items import at_chance
 from qeval.report.model import Baseline, GroupScore, Kept, Metric, Report, Task, Variant
 from qeval.report.page import NOTHING, Cell, Table, metric_cell
 
 _FOLD_FROM = 20  # rows
 _SENSITIVE_SHOWN = 10
+VOID = "void: calibrated on what it was scored on"
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
 
@@ -23,7 +24,8 @@ def overview(report: Report) -> Table:
     tasks = [task.record for task in report.tasks]
     wanted = _present(
         report,
-        {"kl_nats": "KL, nats", "top1_agreement": "Same top token", "ppl": "Perplexity"}
+        {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
+        | perplexities(report)
         | {f"{task.name}_acc": task.title for task in tasks},
     )
     base = report.baseline
@@ -36,6 +38,12 @@ def overview(report: Report) -> Table:
     rows = [first, *(_overview_row(variant, list(wanted)) for variant in report.variants)]
     caption = "Size and loss of every variant"
     return Table(caption, ("Variant", "Bits/weight", "Size", *wanted.values()), tuple(rows))
+
+
+def perplexities(report: Report) -> dict[str, str]:
+    """The report's perplexities, each with the name of its convention."""
+    own = conventions.names(report.protocol) if report.protocol else []
+    return {name: conventions.title(name) for name in ("ppl", *own)}
 
 
 def variants(report: Report) -> Table:
@@ -75,7 +83,7 @@ def perplexity(report: Report) -> Table:
     """Perplexity with the variants as columns."""
     names = _present(
         report,
-        {"ppl": "Perplexity", "ppl_ratio": "Ratio to the baseline", "nll_diff_nats": "NLL difference, nats",
+        perplexities(report) | {"ppl_ratio": "Ratio to the baseline", "nll_diff_nats": "NLL difference, nats",
          "delta_p": "Change of the true token's probability", "delta_p_rms": "The same, root mean square"},
     )  # fmt: skip
     signed = {"nll_diff_nats", "delta_p"}
@@ -87,7 +95,7 @@ def perplexity(report: Report) -> Table:
         )
         for name, label in names.items()
     ]
-    columns = ("", baseline_name(report), *(v.name for v in report.variants))
+    columns = ("", baseline_name(report), *(v.name + (" (void)" if v.void else "") for v in report.variants))
     note = (
         "Ratio, NLL difference and change of probability are paired: the same token under both models, so "
         "their intervals are far narrower than those of two perplexities laid side by side."
@@ -105,7 +113,7 @@ def kl(report: Report) -> Table:
     }
     rows = [
         (
-            Cell(v.name),
+            Cell(v.name, remark=VOID if v.void else None),
             Cell(v.method),
             Cell(v.granularity),
             *(metric_cell(v.metrics.get(name)) for name in names),
@@ -124,7 +132,9 @@ def kl(report: Report) -> Table:
 
 def kl_tail(report: Report) -> Table:
     """How KL is distributed over tokens."""
-    names = {"p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max"}
+    names = {
+        "p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max", "p99_over_mean": "p99 / mean",
+    }  # fmt: skip
     rows = [(Cell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names)) for v in report.variants]
     note = "A maximum has no interval: no resample holds a larger one."
     return Table("KL over tokens, nats", ("Variant", *names.values()), tuple(rows), note)
@@ -276,6 +286,7 @@ def kept(report: Report) -> Table:
 def _overview_row(variant: Variant, names: list[str]) -> tuple[Cell, ...]:
     remark = "noise floor" if variant.role == "floor" else None
     remark = remark if variant.status == "done" else variant.status
+    remark = VOID if variant.void else remark
     return (
         Cell(variant.name, remark=remark),
         Cell(f"{variant.bits_per_weight:.2f}"),

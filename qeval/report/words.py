@@ -3,6 +3,7 @@
 from math import floor, log10
 
 from qeval.report.model import Metric
+from qeval.store.run import ProtocolRecord
 
 MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EN DASH}"
@@ -154,6 +155,23 @@ def letter(choice: int) -> str:
     ('C', '31')
     """
     return chr(ord("A") + choice) if choice < _LETTERS else str(choice + 1)
+
+
+_BOS = {
+    "text": "once, in front of the text",
+    "window": "in front of each window",
+    "replace": "in place of each window's first token",
+    "document": "in front of each page",
+    None: "in front of each window",
+}
+
+
+def bos(protocol: ProtocolRecord) -> str:
+    """Where BOS stands, by which policy."""
+    asked = f" (--bos {protocol.bos_policy})" if protocol.bos_policy else ""
+    if not protocol.bos:
+        return f"no BOS{asked}"
+    return f"{protocol.bos_token or 'BOS'} {_BOS[protocol.bos_placement]}{asked}"
 
 
 def listed(names: list[str]) -> str:

@@ -35,7 +35,7 @@ class Shard:
     @property
     def tokens(self) -> int:
         """Tokens to run."""
-        return sum(len(window.tokens) for window in self.windows)
+        return sum(window.run_length for window in self.windows)
 
     def key(self) -> dict[str, Any]:
         """What of it changes numbers: the token ids and the positions that are scored."""
@@ -58,7 +58,8 @@ def state_positions(window: Window) -> list[int]:
 
 def window_calls(windows: Sequence[Window], batch_tokens: int) -> list[Call]:
     """What `window_states` will ask its session for, in order."""
-    return windows_schedule([Request(tuple(w.tokens), tuple(state_positions(w))) for w in windows], batch_tokens)
+    asked = [Request(tuple(w.tokens[: w.run_length]), tuple(state_positions(w))) for w in windows]
+    return windows_schedule(asked, batch_tokens)
 
 
 def window_states(session: Session, windows: Sequence[Window], batch_tokens: int, advance: Advance) -> Tensor:

@@ -147,6 +147,17 @@ def quantiles(
     return [Estimate(point, end.low, end.high, unit, better, n, count) for point, end in zip(points, ends, strict=True)]
 
 
+def quantile_over_mean(values: ArrayLike, level: float, clusters: Clusters, *, better: Better, seed: int) -> Estimate:
+    """A quantile over the mean of the same rows, resampled together; the mean must be above zero."""
+    ordered, sums, sizes = order(values, clusters), clusters.sums(finite(values)), clusters.sizes()
+    value = quantile(ordered, level) * float(sizes.sum()) / float(sums.sum())
+    ends = NO_INTERVAL
+    if clusters.count >= 2:
+        drawn = quantile_resamples(ordered, [level], seed)[0] / ratio_resamples(sums, sizes, seed)
+        ends = interval(drawn, clusters.count)
+    return Estimate(value, ends.low, ends.high, "ratio", better, len(ordered.values), clusters.count)
+
+
 def maximum(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better) -> Estimate:
     """The largest value. It has no interval: no resample holds a larger one than was seen."""
     array = finite(values)

@@ -49,9 +49,15 @@ class ProtocolRecord(_Record):
     stride: int
     windows: int
     windows_available: int
-    bos: bool  # whether a BOS token starts each window
+    bos: bool  # whether a BOS token is put in at all
     kl_positions: int
     nll_positions: int
+    convention: str = "token-mean"  # how one perplexity is made of the rows: a name of `tasks/conventions.py`
+    bos_policy: str | None = None  # "auto", "always", "never": what was asked for
+    bos_placement: str | None = None  # "text": once; "window": each; "replace": each first token; "document"
+    bos_token: str | None = None  # "<s>"
+    words: int | None = None  # of the scored documents as they were, where the convention counts them
+    bytes: int | None = None
 
 
 class TaskRecord(_Record):
@@ -132,6 +138,16 @@ class VariantRecord(_Record):
     twin: str | None = None  # the same weights on torch: what `kernel_kl_nats` compares with
     runtime: RuntimeRecord | None = None  # None on torch
     witness: str | None = None  # of what it was asked; None in older records
+    calibration_sha256: str | None = None  # of the token ids that its quantizer saw; None where it saw none
+
+
+class OverlapRecord(_Record):
+    """What the calibration text shares with the scored tokens: runs of `ngram` tokens."""
+
+    ngram: int
+    shared_tokens: int  # scored tokens that lie in such a run
+    tokens: int  # scored tokens, questions' included
+    where: str | None  # "window 3", "question 7 of mmlu anatomy": the first; None where nothing is shared
 
 
 class CalibrationRecord(_Record):
@@ -142,6 +158,7 @@ class CalibrationRecord(_Record):
     tokens_sha256: str
     samples: int
     length: int
+    overlap: OverlapRecord | None = None  # None: it was not looked for
 
 
 class EnvironmentRecord(_Record):

@@ -1,7 +1,7 @@
 """A text's token ids become windows; each says which of its positions are scored. Pure: ids in, windows out.
 
 A position is an index into a window's tokens. A KL position is scored by the distribution after it; an NLL position
-is a token that is predicted from those before it in the window. Four rules say which they are:
+is a token that is predicted from those before it in the window. Five rules say which they are:
 
 - Windows without overlap (stride == window): KL at every position, NLL from 1 on. A shorter tail is dropped.
 - Overlapping windows (stride < window), as in the Hugging Face guide to perplexity: the first window is scored
@@ -9,6 +9,10 @@ is a token that is predicted from those before it in the window. Four rules say 
   the text and may be shorter.
 - `second_half`, as llama.cpp's perplexity: windows without overlap, of which the logits at window/2 to window - 2 are
   scored (KL at these, NLL of the tokens after them). A shorter tail is dropped.
+- `rolling`, as lm-evaluation-harness's rolling log-likelihood: each document's tokens are predicted once, `window` at
+  a time, the first after an added token, every later window after one token of the one before; the last window is
+  filled up with context. The last token of a window is a target alone, so that `window` tokens are run. KL where an
+  NLL is predicted.
 - BOS, where there is one, is never a target, and always counts inside the window's length, so no context is longer
   than `window`. `text` puts it once in front of the whole text. `window` puts it in front of each window, which then
   holds window - 1 tokens of the text; none is skipped. `replace` is llama.cpp's: once in front of the text, then in
@@ -18,14 +22,15 @@ is a token that is predicted from those before it in the window. Four rules say 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 
 from qeval.errors import UsageError
 
-Scoring = Literal["new", "second_half"]
-BosPlacement = Literal["text", "window", "replace"]
+Scoring = Literal["new", "second_half", "rolling"]
+BosPlacement = Literal["text", "window", "replace", "document"]
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,25 @@ class Window:
     kl_positions: tuple[int, ...]
     nll_positions: tuple[int, ...]
 
+    @property
+    def run_length(self) -> int:
+        """How many tokens are run: those up to the last whose final state is wanted."""
+        return max(*self.kl_positions[-1:], *(position - 1 for position in self.nll_positions[-1:]), 0) + 1
+
 
 @dataclass(frozen=True)
 class Windows:
     """The windows of one text, in its order.
 
-    `available` counts them before any limit; `tokens_sha256` names the whole text's ids, without BOS.
+    `available` counts them before any limit; `tokens_sha256` names the whole text's ids, without BOS; `documents` are
+    those that the windows score.
     """
 
     windows: tuple[Window, ...]
     available: int
     tokens_sha256: str
     bos: BosPlacement | None
+    documents: int = 1
 
     @property
     def kl_count(self) -> int:
@@ -66,7 +78,7 @@ class Windows:
     @property
     def token_count(self) -> int:
         """How many tokens are run."""
-        return sum(len(window.tokens) for window in self.windows)
+        return sum(window.run_length for window in self.windows)
 
 
 def make_windows(
@@ -99,6 +111,31 @@ def make_windows(
         )
     made = tuple(_cut(tuple(ids), window, stride, scoring, bos, placement))
     return Windows(made[:max_windows], len(made), tokens_sha256(ids), placement)
+
+
+def rolling_windows(
+    documents: Sequence[Sequence[int]], window: int, *, prefix: int, max_windows: int | None
+) -> Windows:
+    """The windows of documents' token ids that score each token once, `prefix` before the first of each document.
+
+    `max_windows` takes as many documents as fit whole into so many windows.
+
+    Raises:
+        UsageError: the window leaves nothing, or no document fits whole into `max_windows`.
+
+    >>> made = rolling_windows([[10, 11, 12, 13, 14]], window=3, prefix=1, max_windows=None)
+    >>> [w.tokens for w in made.windows], [w.nll_positions for w in made.windows]
+    ([(1, 10, 11, 12), (11, 12, 13, 14)], [(1, 2, 3), (2, 3)])
+    """
+    _check_sizes(window, window, "rolling", None, max_windows)
+    starts = accumulate((len(ids) for ids in documents), initial=0)
+    every = [list(_roll(tuple(ids), window, prefix, start)) for ids, start in zip(documents, starts, strict=False)]
+    ends = list(accumulate(len(found) for found in every))
+    whole = sum(max_windows is None or end <= max_windows for end in ends)
+    if not whole:
+        raise UsageError(f"--max-windows {max_windows} holds no whole document; its first takes more windows.")
+    made = tuple(each for found in every[:whole] for each in found)
+    return Windows(made, ends[-1], tokens_sha256([token for ids in documents for token in ids]), "document", whole)
 
 
 def tokens_sha256(ids: Sequence[int]) -> str:
@@ -136,6 +173,17 @@ def _cut(
         offset = max(begin + len(replaced) - len(lead), 0)
         first_scored = len(tokens) - new if overlapping and begin else 0
         yield Window(tokens, offset, *_scored(len(tokens), first_scored, scoring))
+
+
+def _roll(ids: tuple[int, ...], window: int, prefix: int, start: int) -> Iterator[Window]:
+    """One document's windows; `start` is where it begins among all documents' ids."""
+    stream = (prefix, *ids)
+    for begin in range(0, len(ids), window):
+        end = min(begin + window, len(ids))  # of the targets, which stand one place later in the stream
+        first = max(end - window, 0)
+        tokens = stream[first : end + 1]
+        targets = tuple(range(begin + 1 - first, end + 1 - first))
+        yield Window(tokens, start + max(first - 1, 0), tuple(p - 1 for p in targets), targets)
 
 
 def _spans(total: int, length: int, step: int, *, keep_tail: bool) -> Iterator[tuple[int, int, int]]:

@@ -44,6 +44,7 @@ COMPARE = SHARED | {
     "--tasks": "kl,ppl,mmlu",
     "--corpus": None,
     "--protocol": None,
+    "--convention": None,
     "--window": None,
     "--stride": None,
     "--max-windows": None,
@@ -84,12 +85,24 @@ READERS = {
 }
 """Commands that read finished runs: their arguments by name, then their flags."""
 
+SELFCHECK = {
+    "--rows": None,
+    "--table": None,
+    "--data": None,
+    "--mmlu-dir": None,
+    "--device": "cpu",
+    "--threads": None,
+    "--json": False,
+    "--quiet": False,
+    "--debug": False,
+}
 SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
 REQUIRED = {
     "compare": {"--model"},
     "sweep": {"--models"},
     "quantize": {"--model", "--method"},
     "export": {"--model", "--method"},
+    "selfcheck": set(),
 }
 
 
@@ -98,7 +111,8 @@ def parameters(command):
 
 
 @pytest.mark.parametrize(
-    ("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP)]
+    ("command", "frozen"),
+    [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP), ("selfcheck", SELFCHECK)],
 )
 def test_flags_and_their_defaults_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
@@ -149,6 +163,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         "explain",
         "gate",
         "verify",
+        "selfcheck",
         "card",
         "diff",
         "models",
