@@ -17,7 +17,7 @@ class Opening:
     engine refuses what it can't open. `precision` is the type of the float model's weights (on a CPU fp16 weights are
     computed in fp32), and of what a variant leaves in float. `device` is torch's (`cpu`, `cuda:0`), `provider` is
     ONNX Runtime's by our name (`backends.onnx.providers.PROVIDERS`). `batch` and `capacity` are the largest that will
-    be asked of `Engine.reset`. `accuracy_level` is that of MatMulNBits: 1 for fp32 activations, 4 for int8 inside the product.
+    be asked of `Engine.reset`. `accuracy_level` is MatMulNBits's: 1 for fp32 activations, 4 for int8 in the product.
     """
 
     model: ModelSource
