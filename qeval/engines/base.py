@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qeval.errors import QevalError, UsageError
+
 Tokens = NDArray[np.int64]
 """Token ids: of prompts [batch, prompt], or the next one of each sequence [batch]."""
 
@@ -79,6 +81,9 @@ class Engine(Protocol):
         """Append one token to each sequence [batch] and run it; the most likely next token of each [batch].
 
         The tokens need not be those that the engine proposed.
+
+        Raises:
+            QevalError: the sequences would be longer than the capacity of `reset`.
         """
         ...
 
@@ -93,6 +98,30 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let everything go."""
         ...
+
+
+def check_room(name: str, batch: int, capacity: int, *, max_length: int, largest_batch: int | None = None) -> None:
+    """Refuse a batch or a sequence that the engine `name` can't do; `largest_batch` None: any.
+
+    Raises:
+        UsageError: it says what the engine can do.
+    """
+    if largest_batch is not None and batch > largest_batch:
+        raise UsageError(f"{name} can't run a batch of {batch}; its largest is {largest_batch}.")
+    if capacity > max_length:
+        raise UsageError(f"{capacity} tokens, prompt and generated together, don't fit the context of {max_length}.")
+
+
+def check_tokens(name: str, tokens: Tokens, length: int, capacity: int, vocabulary: int) -> None:
+    """Refuse tokens [any shape] that would make sequences longer than `capacity`, or that no row of the model knows.
+
+    Raises:
+        QevalError: it says which.
+    """
+    if length > capacity:
+        raise QevalError(f"{name}: {length} tokens are more than the {capacity} that room was made for.")
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
+        raise QevalError(f"{name}: a token lies outside the vocabulary of {vocabulary}.")
 
 
 def greedy(engine: Engine, prompts: Tokens, count: int) -> list[list[int]]:
