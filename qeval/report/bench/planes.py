@@ -93,6 +93,6 @@ def _told(found: Summary, plane: Plane, loss: str, points: Sequence[Point]) -> s
     kept = words.listed([str(point.row.system) for point in points if point.front])
     intervals = "95 % intervals on both axes" if plane is _SPEED else "95 % intervals of the loss; memory is read once"
     return (
-        f"{_LOSSES[loss]} against {plane.label.lower()} of {found.bench.model} at {_cell(points)}, one point an engine "
-        f"with a variant, {intervals}. Filled points are on the Pareto front: {kept}."
+        f"{_LOSSES[loss]} against {plane.label.lower()} of {found.record.model.name} at {_cell(points)}, one point an "
+        f"engine with a variant, {intervals}. Filled points are on the Pareto front: {kept}."
     )

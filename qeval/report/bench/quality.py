@@ -3,13 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from qeval.errors import UsageError
 from qeval.report.bench.rows import Row
 from qeval.report.bench.summary import Summary
 from qeval.report.build import quality
 from qeval.report.model import Metric, Report
-from qeval.report.sweep import read_report
+from qeval.report.sweep import REPORT, read_report
+
+
+class Losses(NamedTuple):
+    """The name of a metric, and each variant's loss in it."""
+
+    metric: str
+    lost: Mapping[str, Metric]
 
 
 @dataclass(frozen=True)
@@ -22,19 +30,18 @@ class Point:
     front: bool
 
 
-def losses(folder: Path, found: Summary) -> tuple[str, dict[str, Metric]]:
-    """The metric's name and each variant's loss in it: KL, else the perplexity ratio, as a comparison ranks them.
+def losses(folder: Path, found: Summary) -> Losses:
+    """What each ranked variant lost: KL, else the perplexity ratio, as a comparison ranks them.
 
     Raises:
         UsageError: `folder` holds no report, or one of another model, or none of the benchmark's variants.
         BrokenRecordError: its report is torn.
     """
     report = read_report(folder)
-    theirs, ours = report.model.weights_sha256, found.bench.weights_sha256
-    if ours is not None and theirs != ours:
+    if report.model.weights_sha256 != found.record.model.weights_sha256:
         raise UsageError(
             f"The comparison in '{folder}' is of {report.model.name}, whose weights are not those of this benchmark of "
-            f"{found.bench.model}; give one of the same model."
+            f"{found.record.model.name}; give one of the same model."
         )
     name = _metric(report)
     lost = {v.name: v.metrics[name] for v in report.variants if name in v.metrics and quality(v) is not None}
@@ -44,7 +51,17 @@ def losses(folder: Path, found: Summary) -> tuple[str, dict[str, Metric]]:
             f"The comparison in '{folder}' has none of this benchmark's variants ({', '.join(sorted(names))}); it has "
             f"{', '.join(sorted(lost)) or 'none that is ranked'}."
         )
-    return name, lost
+    return Losses(name, lost)
+
+
+def own_losses(out: Path, found: Summary) -> tuple[Losses | None, list[str]]:
+    """Those of a comparison in the benchmark's own folder, if it holds one; why they don't fit, where they don't."""
+    if not (out / REPORT).exists():
+        return None, []
+    try:
+        return losses(out, found), []
+    except UsageError as error:
+        return None, [f"No quality is laid beside speed: {error}"]
 
 
 def speed_points(found: Summary, lost: Mapping[str, Metric]) -> list[Point]:

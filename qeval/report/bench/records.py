@@ -28,8 +28,8 @@ def tables(found: Summary) -> dict[str, list[Record]]:
 def as_json(found: Summary) -> dict[str, Any]:
     """All of summary.json."""
     base = None if found.base is None else found.base._asdict()
-    facts = dict(found.bench.facts)
-    return {"schema_version": SCHEMA_VERSION, "model": found.bench.model, "facts": facts, "base": base, **tables(found)}
+    kept = found.record.model_dump(mode="json", include={"command", "model", "environment", "settings", "seed"})
+    return {"schema_version": SCHEMA_VERSION, **kept, "base": base, **tables(found)}
 
 
 def as_csv(records: Sequence[Record]) -> str:
@@ -42,7 +42,7 @@ def as_csv(records: Sequence[Record]) -> str:
 
 
 def _engines(found: Summary) -> list[Record]:
-    return [dict(vars(each)) for each in found.bench.opened]
+    return [dict(vars(each)) for each in found.record.opened]
 
 
 def _speed(found: Summary, row: Row) -> Record:

@@ -11,21 +11,7 @@ from qeval.errors import BrokenRecordError
 from qeval.report.model import Metric, Metrics
 from qeval.stats.bootstrap import Floats
 from qeval.stats.median import median, median_ratio
-from qeval.store.timings import Cell, Drift, Opened, Timing
-
-
-@dataclass(frozen=True)
-class Bench:
-    """All that a benchmark left; `facts` says what it ran on, key and value; `weights_sha256` are the baseline's."""
-
-    model: str
-    weights_sha256: str | None
-    seed: int
-    facts: tuple[tuple[str, str], ...]
-    opened: Sequence[Opened]
-    cells: Sequence[Cell]
-    timings: Sequence[Timing]
-    drifts: Sequence[Drift]
+from qeval.store.timings import Cell, Timing
 
 
 class System(NamedTuple):
@@ -77,16 +63,16 @@ FIGURES = {
 """Figure: the latency that it is made of, and what a second of it counts; None: a throughput in tokens a second."""
 
 
-def rows(bench: Bench) -> list[Row]:
+def rows(cells: Sequence[Cell], timings: Sequence[Timing]) -> list[Row]:
     """One row a cell, in the order of the records.
 
     Raises:
         BrokenRecordError: repeats of one cell generated different numbers of tokens, or a measured cell has none.
     """
     repeats: dict[tuple[System, int, int], list[Timing]] = defaultdict(list)
-    for timing in bench.timings:
+    for timing in timings:
         repeats[System(timing.engine, timing.variant), timing.batch, timing.prompt].append(timing)
-    return [_row(cell, repeats[System(cell.engine, cell.variant), cell.batch, cell.prompt]) for cell in bench.cells]
+    return [_row(cell, repeats[System(cell.engine, cell.variant), cell.batch, cell.prompt]) for cell in cells]
 
 
 def times(row: Row, base: Row, latency: str, seed: int) -> Metric | None:

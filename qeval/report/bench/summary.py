@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from qeval.errors import UsageError, unknown
 from qeval.report.bench.correct import Correctness, correctness
-from qeval.report.bench.rows import Bench, Row, System, rows, times
+from qeval.report.bench.rows import Row, System, rows, times
 from qeval.report.model import Metric
-from qeval.store.timings import Opened
+from qeval.store.timings import BenchRecord, Opened, Timing
 
 FULL = ("fp16", "bf16", "fp32")
 """Variants that aren't quantized, the first that an engine has being its base."""
@@ -31,7 +31,7 @@ class Saving:
 class Summary:
     """What tables, plots and files are made of; `base` is what 'x times' refers to."""
 
-    bench: Bench
+    record: BenchRecord
     base: System | None
     rows: Sequence[Row]
     savings: Sequence[Saving]
@@ -45,7 +45,7 @@ class Summary:
     @property
     def opened(self) -> dict[System, Opened]:
         """By system."""
-        return {System(each.engine, each.variant): each for each in self.bench.opened}
+        return {System(each.engine, each.variant): each for each in self.record.opened}
 
     def broken(self, system: System) -> bool:
         """Whether a system's tokens were checked and are not the reference's."""
@@ -54,21 +54,21 @@ class Summary:
     def against_base(self, row: Row, latency: str) -> Metric | None:
         """How many times as fast as the base a row is in its own cell."""
         other = next((each for each in self.shown if (each.system, each.place) == (self.base, row.place)), None)
-        return None if other is None else times(row, other, latency, self.bench.seed)
+        return None if other is None else times(row, other, latency, self.record.seed)
 
 
-def summarize(bench: Bench, base: str | None = None) -> Summary:
+def summarize(record: BenchRecord, timings: Sequence[Timing], base: str | None = None) -> Summary:
     """Measure all cells; `base` is an engine's name, or `ENGINE/VARIANT`; None: the first engine that has one.
 
     Raises:
         UsageError: no such engine or variant was measured.
         BrokenRecordError: the records of one cell contradict one another.
     """
-    found, correct = rows(bench), correctness(bench.drifts, bench.seed)
+    found, correct = rows(record.cells, timings), correctness(record.drifts, record.seed)
     measured = [row for row in found if row.figures and not (row.system in correct and correct[row.system].broken)]
     chosen = _base([row.system for row in measured], base)
-    savings = [made for row in measured if (made := _saving(row, measured, chosen, bench.seed)) is not None]
-    return Summary(bench, chosen, found, savings, correct)
+    savings = [made for row in measured if (made := _saving(row, measured, chosen, record.seed)) is not None]
+    return Summary(record, chosen, found, savings, correct)
 
 
 def _base(systems: Sequence[System], asked: str | None) -> System | None:

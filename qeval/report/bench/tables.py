@@ -89,7 +89,7 @@ def correctness(found: Summary) -> Table:
 def engines(found: Summary) -> Table:
     """What ran: provider, types, threads, versions, and what opening and compiling took."""
     columns = (*_SYSTEM, "Provider", "Arithmetic", "Weights", "Threads", "Version", "Loading", "Compiling")
-    rows = tuple(_engine_row(each) for each in found.bench.opened)
+    rows = tuple(_engine_row(each) for each in found.record.opened)
     return Table("Engines and variants", columns, rows, "Loading and compiling are in no latency.")
 
 
@@ -109,7 +109,7 @@ def unmeasured(found: Summary) -> Table | None:
     """Engines that did not open and cells without figures, each with its reason; None where there are none."""
     rows: list[tuple[Cell, ...]] = [
         (Cell(each.engine), Cell(each.variant), NOTHING, NOTHING, Cell("not opened"), Cell(each.reason))
-        for each in found.bench.opened
+        for each in found.record.opened
         if each.reason is not None
     ]
     rows += [
@@ -140,7 +140,7 @@ def _speed_row(found: Summary, row: Row) -> tuple[Cell, ...]:
 def _saving_row(found: Summary, saving: Saving) -> tuple[Cell, ...]:
     row, memory_saving = saving.row, saving.memory
     return (
-        Cell(found.bench.model),
+        Cell(found.record.model.name),
         Cell(row.cell.engine),
         Cell(row.cell.variant),
         Cell(str(saving.base)),
