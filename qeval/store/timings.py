@@ -95,13 +95,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Drift:
-    """Greedy tokens of an engine against the reference logits of the same variant, for one prompt.
+    """The tokens that an engine chose for one prompt against the reference logits of the same variant.
 
-    `equal_share` is the share of positions, each after the reference's own tokens, at which the engine's most likely
-    token is the reference's. `first_divergence` is the index of the first generated token that differs when the engine
-    runs freely, or None. At it: `kl_nats` is KL(reference || engine), `margin_nats` the reference's log-probability of
-    its first choice less that of the engine's; `rejoined`: forcing the reference's token there, the engine's free run
-    goes on with the reference's tokens for the next `rejoin_tokens`.
+    The engine runs freely for `tokens` tokens and the reference is asked after each of them, so both see the same text.
+    `equal_share` is the share of positions at which the engine's token is the reference's most likely one.
+    `first_divergence` is the index of the first that isn't, or None: up to there the reference's own greedy run is the
+    same. At it `kl_nats` is KL(reference || engine), `margin_nats` the reference's log-probability of its first choice
+    less that of the engine's; `rejoined`: with the reference's token forced there the engine's free run chooses the
+    reference's most likely tokens for the next `rejoin_tokens`.
     """
 
     __pydantic_config__ = _STRICT
