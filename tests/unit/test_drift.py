@@ -5,7 +5,8 @@ import pytest
 import scipy.special
 
 from qeval.backends.replay import ReplaySession
-from qeval.engines.drift import FreeRun, broken, drift, free_run, log_softmax, reference_logits
+from qeval.engines.base import FreeRun, free_run
+from qeval.engines.drift import broken, drift, log_softmax, reference_logits
 from qeval.engines.replay import ReplayEngine
 from qeval.errors import QevalError
 from qeval.store.timings import Drift
