@@ -12,7 +12,7 @@ def passages(ids: Sequence[int], batch: int, length: int, bos: int | None = None
     """Prompts [batch, length] from a text's token ids, their beginnings spread over it; `bos` stands first in each.
 
     >>> passages(range(100, 110), 2, 4, bos=1).tolist()
-    [[1, 100, 101, 102], [1, 103, 104, 105]]
+    [[1, 100, 101, 102], [1, 104, 105, 106]]
 
     Raises:
         UsageError: the text has not so many different passages.
@@ -24,5 +24,5 @@ def passages(ids: Sequence[int], batch: int, length: int, bos: int | None = None
         raise UsageError(
             f"The corpus holds {len(ids)} tokens, too few for {batch} different prompts of {length}; give a longer one."
         )
-    begins = [room * place // max(batch, 1) for place in range(batch)]
+    begins = [(room + 1) * place // batch for place in range(batch)]
     return np.asarray([(*front, *ids[begin : begin + own]) for begin in begins], np.int64)
