@@ -11,6 +11,7 @@ from qeval.engines.base import greedy
 from qeval.engines.replay import ReplayEngine
 from qeval.errors import QevalError, UsageError
 from tests.fixtures.engines import Case, prompts, slow_greedy, slow_logits
+from tests.fixtures.engines_onnx import ONNX_CASES
 
 CONTEXT = 256
 GENERATED = 6
@@ -21,12 +22,16 @@ CASES = {
         lambda: ReplaySession(256, max_length=CONTEXT),
         largest_batch=4,
     ),
+    **ONNX_CASES,
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    return CASES[request.param]
+    found = CASES[request.param]
+    for module in found.needs:
+        pytest.importorskip(module)
+    return found
 
 
 @pytest.fixture(scope="module")
