@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qeval.backends.base import Prefix
 from qeval.backends.memory import batch_tokens, with_half_on_lack
@@ -187,9 +188,7 @@ class TorchBackend:
 
     def head_for(self, variant: Variant) -> Head:
         """The head that a variant's states go through: its own where it quantizes one; a tied embedding stays."""
-        if self._head_name not in variant.weights:
-            return self._head
-        return replace(self._head, weight=variant.weights[self._head_name].dequantize().to(self._head.weight))
+        return _head_for(variant, self._head, self._head_name)
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[TorchSession]:
@@ -216,6 +215,26 @@ class TorchBackend:
         """A session of the variant that lies in `folder`."""
         with self.open(load_variant(folder)) as session:
             yield session
+
+
+def _head_for(variant: Variant, head: Head, name: str) -> Head:
+    if name not in variant.weights:
+        return head
+    return replace(head, weight=variant.weights[name].dequantize().to(head.weight))
+
+
+@torch.inference_mode()
+def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head:
+    """Put the variant's weights in place of the model's own for good, which takes no copy of these; its head."""
+    parameters = dict(model.named_parameters())
+    for name, weight in variant.weights.items():
+        if name != head_name:
+            parameters[name].copy_(weight.dequantize())
+    for name, value in variant.floats.items():
+        parameters[name].copy_(value)
+    for name, scales in variant.input_scales.items():
+        _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
+    return _head_for(variant, head, head_name)
 
 
 @contextmanager
@@ -250,12 +269,15 @@ def _compact(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def scaled_input(module: nn.Module, scales: Tensor) -> Iterator[None]:
     """A linear whose input is multiplied by `scales` [columns]."""
-
-    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * scales.to(args[0].dtype), *args[1:])
-
-    handle = module.register_forward_pre_hook(multiply)
+    handle = _scale_input(module, scales)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _scale_input(module: nn.Module, scales: Tensor) -> RemovableHandle:
+    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * scales.to(args[0].dtype), *args[1:])
+
+    return module.register_forward_pre_hook(multiply)

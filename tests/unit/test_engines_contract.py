@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 
 from qeval.backends.replay import ReplaySession
-from qeval.engines.base import greedy
+from qeval.backends.torch import TorchSession
+from qeval.engines.base import Identity, greedy
 from qeval.engines.replay import ReplayEngine
+from qeval.engines.torch import CompiledEngine, TorchEngine
 from qeval.errors import QevalError, UsageError
+from qeval.models.head import head_of
 from tests.fixtures.engines import Case, prompts, slow_greedy, slow_logits
 from tests.fixtures.engines_onnx import ONNX_CASES
+from tests.fixtures.families import tiny_family
+from tests.fixtures.tiny import tiny_llama
 
 CONTEXT = 256
 GENERATED = 6
@@ -24,6 +29,24 @@ CASES = {
     ),
     **ONNX_CASES,
 }
+"""Engines by what they run."""
+
+
+def of_model(engine, model, **options):
+    """A case of an engine over a model that is in memory."""
+    told = Identity("pytorch", "cpu", "fp32", "fp32", 1, "torch")
+    return Case(lambda: engine(model, head_of(model), told, **options), lambda: TorchSession(model))
+
+
+MODELS = {
+    "llama": lambda: tiny_llama(vocab_size=256),
+    **{name.lower(): lambda name=name: tiny_family(name, vocab_size=256) for name in ("Mistral", "Gemma2", "Phi")},
+}
+"""Grouped queries; sliding windows; soft caps; parallel attention."""
+for _name, _make in MODELS.items():
+    CASES[f"pytorch-eager-{_name}"] = of_model(TorchEngine, _make())
+CASES["pytorch-compile-llama"] = of_model(CompiledEngine, MODELS["llama"](), backend="eager")
+"""Traced by dynamo and run as traced: generating code for it takes a minute."""
 
 
 @pytest.fixture(scope="module", params=CASES)
