@@ -39,6 +39,7 @@ class Maker:
 
 _TORCH = "qeval.engines.torch"
 _ORT = "qeval.engines.onnxruntime"
+_FOLDER = "qeval.engines.onnx_folder"
 _GENAI = "qeval.engines.genai"
 _LLAMA = "qeval.engines.llamacpp"
 _REPLAY = "qeval.engines.replay"
@@ -46,11 +47,11 @@ _CPU = "pip install 'qeval[cpu]'"
 
 ENGINES: Mapping[str, Maker] = MappingProxyType({
     "onnxruntime": Maker(
-        f"{_ORT}:prepare", f"{_ORT}:open_engine", ("onnxruntime", "onnx_ir"), _CPU,
+        f"{_FOLDER}:prepare", f"{_ORT}:open_engine", ("onnxruntime", "onnx_ir"), _CPU,
         "ONNX Runtime's InferenceSession, keys and values bound to the device",
     ),
     "onnxruntime-genai": Maker(
-        f"{_GENAI}:prepare", f"{_GENAI}:open_engine", ("onnxruntime_genai", "onnx_ir"), _CPU,
+        f"{_FOLDER}:prepare_genai", f"{_GENAI}:open_engine", ("onnxruntime_genai", "onnx_ir"), _CPU,
         "onnxruntime-genai's Generator",
     ),
     "pytorch-eager": Maker(

@@ -60,7 +60,8 @@ class Timing:
 
     `prompt_seconds` ends with the first token's choice, so it is the time to first token; `step_seconds` has the
     latency of each further generated token, [generated - 1]. `order` is the repeat's place among all of the run.
-    `energy_joules` is the device's between begin and end, or None where it can't be read.
+    `energy_joules` is the device's between begin and end, or None where it can't be read; the bytes are the peaks of
+    each phase and the keys and values at the end.
     """
 
     __pydantic_config__ = _STRICT
@@ -74,11 +75,15 @@ class Timing:
     prompt_seconds: float
     step_seconds: tuple[float, ...]
     energy_joules: float | None = None
+    peak_prompt_bytes: int | None = None
+    peak_generate_bytes: int | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What became of a cell, and its peaks of memory in bytes (a process's own RSS, or the device's) in each phase."""
+    """What became of a cell, and its peaks of memory in bytes (a process's own RSS, or the device's) in each phase:
+    the largest of any repeat."""
 
     __pydantic_config__ = _STRICT
 
@@ -95,13 +100,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Drift:
-    """Greedy tokens of an engine against the reference logits of the same variant, for one prompt.
+    """The tokens that an engine chose for one prompt against the reference logits of the same variant.
 
-    `equal_share` is the share of positions, each after the reference's own tokens, at which the engine's most likely
-    token is the reference's. `first_divergence` is the index of the first generated token that differs when the engine
-    runs freely, or None. At it: `kl_nats` is KL(reference || engine), `margin_nats` the reference's log-probability of
-    its first choice less that of the engine's; `rejoined`: forcing the reference's token there, the engine's free run
-    goes on with the reference's tokens for the next `rejoin_tokens`.
+    The engine runs freely for `tokens` tokens and the reference is asked after each of them, so both see the same text.
+    `equal_share` is the share of positions at which the engine's token is the reference's most likely one.
+    `first_divergence` is the index of the first that isn't, or None: up to there the reference's own greedy run is the
+    same. At it `kl_nats` is KL(reference || engine), `margin_nats` the reference's log-probability of its first choice
+    less that of the engine's; `rejoined`: with the reference's token forced there the engine's free run chooses the
+    reference's most likely tokens for the next `rejoin_tokens`.
     """
 
     __pydantic_config__ = _STRICT
@@ -169,6 +175,9 @@ TIMINGS = pa.schema(
         pa.field("prompt_seconds", pa.float64(), nullable=False),
         pa.field("step_seconds", pa.list_(pa.float64()), nullable=False),
         pa.field("energy_joules", pa.float64()),
+        pa.field("peak_prompt_bytes", pa.int64()),
+        pa.field("peak_generate_bytes", pa.int64()),
+        pa.field("cache_bytes", pa.int64()),
     ]
 )
 """One row a file: a `Timing`."""

@@ -14,6 +14,7 @@ from qeval.engines.torch import CompiledEngine, TorchEngine
 from qeval.errors import QevalError, UsageError
 from qeval.models.head import head_of
 from tests.fixtures.engines import Case, prompts, slow_greedy, slow_logits
+from tests.fixtures.engines_onnx import ONNX_CASES
 from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import tiny_llama
 
@@ -26,8 +27,8 @@ CASES = {
         lambda: ReplaySession(256, max_length=CONTEXT),
         largest_batch=4,
     ),
+    **ONNX_CASES,
 }
-
 """Engines by what they run."""
 
 
@@ -50,7 +51,10 @@ CASES["pytorch-compile-llama"] = of_model(CompiledEngine, MODELS["llama"](), bac
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    return CASES[request.param]
+    found = CASES[request.param]
+    for module in found.needs:
+        pytest.importorskip(module)
+    return found
 
 
 @pytest.fixture(scope="module")
