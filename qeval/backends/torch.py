@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicCache
 
 from qeval.backends.base import Prefix
 from qeval.backends.memory import batch_tokens, with_half_on_lack
@@ -108,6 +110,26 @@ class TorchSession:
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, d_model]."""
         return self._head.logits(states.to(self._model.device))
+
+    @torch.inference_mode()
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
+        """The `count` tokens [prompts, count] that prompts of one length go on with, keys and values kept.
+
+        Raises:
+            QevalError: they would be longer than the model's context, or turned by two sets of rotary frequencies.
+        """
+        length = len(prompts[0])
+        check_length(length + count, self.max_length)
+        if length <= self._rope_limit < length + count:
+            raise QevalError(
+                f"A continuation from {length} to {length + count} tokens crosses the model's rotary limit of "
+                f"{self._rope_limit:g}; generate fewer tokens."
+            )
+        cache, fed, said = DynamicCache(config=self._model.config), self._ids(prompts), []
+        for _ in range(count):
+            fed = self._head.logits(self._forward(fed, cache)[:, -1]).argmax(dim=-1, keepdim=True)
+            said.append(fed)
+        return torch.cat(said, dim=1).cpu()
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit, as one batch."""
@@ -203,18 +225,7 @@ class TorchBackend:
 
     def head_for(self, variant: Variant) -> Head:
         """The head that a variant's states go through: its own where it has one, or a tied embedding of its own."""
-        if self._head_name in variant.weights:
-            weight = variant.weights[self._head_name].dequantize()
-        elif (name := self._head_float(variant)) is not None:
-            weight = variant.floats[name]
-        else:
-            return self._head
-        return replace(self._head, weight=weight.to(self._head.weight))
-
-    def _head_float(self, variant: Variant) -> str | None:
-        """What the variant's floats call the head, if they hold it; a tied one goes by the embedding's name."""
-        owners = (name for name, tensor in self._model.named_parameters() if tensor is self._head.weight)
-        return next((name for name in (self._head_name, *owners) if name in variant.floats), None)
+        return _head_for(self._model, variant, self._head, self._head_name)
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[TorchSession]:
@@ -245,12 +256,32 @@ class TorchBackend:
             yield session
 
 
+def _head_for(model: Any, variant: Variant, head: Head, name: str) -> Head:
+    """The baseline's `head`, called `name`, or the variant's; a tied embedding's owner may hold it as a float."""
+    owners = (owner for owner, tensor in model.named_parameters() if tensor is head.weight)
+    floats = (variant.floats[each] for each in (name, *owners) if each in variant.floats)
+    weight = variant.weights[name].dequantize() if name in variant.weights else next(floats, None)
+    return head if weight is None else replace(head, weight=weight.to(head.weight))
+
+
+@torch.inference_mode()
+def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head:
+    """Put the variant's weights in place of the model's own for good, which takes no copy of these; its head."""
+    parameters, own = weights_of(model), _head_for(model, variant, head, head_name)
+    aside = _aside(model, variant, parameters)
+    _put(parameters, variant, {head_name, *aside}, lambda _: None)
+    for name in aside:
+        _replace(model, name, variant.floats[name])
+    for name, scales in variant.input_scales.items():
+        _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
+    return own
+
+
 @contextmanager
 def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
     """The model with the variant's weights in place of its own, restored bit for bit at the end."""
     parameters = weights_of(model)
-    head = model.get_output_embeddings().weight
-    aside = {name for name in variant.floats if parameters.get(name, head) is head}
+    aside = _aside(model, variant, parameters)
     saved: dict[str, Tensor] = {}
 
     def keep(name: str) -> None:
@@ -260,7 +291,7 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
     with ExitStack() as stack, torch.inference_mode():
         try:
             _put(parameters, variant, {skip, *aside}, keep)
-            for name in aside:  # the baseline's logits are made with it meanwhile
+            for name in aside:
                 stack.enter_context(_in_place_of(model, name, variant.floats[name]))
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))
@@ -284,17 +315,29 @@ def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], kee
             parameters[name].copy_(value)
 
 
-@contextmanager
-def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
-    """A model with another tensor under a parameter's name, whose own is left as it is."""
+def _aside(model: Any, variant: Variant, parameters: Mapping[str, Tensor]) -> list[str]:
+    """The variant's floats that stand for the head, tied or not: the baseline's logits are made with it meanwhile."""
+    head = model.get_output_embeddings().weight
+    return [name for name in variant.floats if parameters.get(name, head) is head]
+
+
+def _replace(model: Any, name: str, value: Tensor) -> nn.Parameter:
+    """Put another tensor under a parameter's name; the parameter that was there, left as it is."""
     place, _, leaf = name.rpartition(".")
     module = model.get_submodule(place)
-    own = module._parameters[leaf]
+    own: nn.Parameter = module._parameters[leaf]
     module._parameters[leaf] = nn.Parameter(value.to(own), requires_grad=False)
+    return own
+
+
+@contextmanager
+def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
+    own = _replace(model, name, value)
     try:
         yield
     finally:
-        module._parameters[leaf] = own
+        place, _, leaf = name.rpartition(".")
+        model.get_submodule(place)._parameters[leaf] = own
 
 
 def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -306,12 +349,15 @@ def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def scaled_input(module: nn.Module, scales: Tensor) -> Iterator[None]:
     """A linear whose input is multiplied by `scales` [columns]."""
-
-    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * scales.to(args[0].dtype), *args[1:])
-
-    handle = module.register_forward_pre_hook(multiply)
+    handle = _scale_input(module, scales)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _scale_input(module: nn.Module, scales: Tensor) -> RemovableHandle:
+    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * scales.to(args[0].dtype), *args[1:])
+
+    return module.register_forward_pre_hook(multiply)

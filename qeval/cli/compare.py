@@ -9,7 +9,15 @@ from rich.console import Console
 
 from qeval.cli import options
 from qeval.cli.progress import ConsoleProgress
-from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import (
+    BackendChoice,
+    CalibrationChoice,
+    CorpusChoice,
+    DriftChoice,
+    ModelChoice,
+    Settings,
+    TaskChoice,
+)
 from qeval.config import load_recipes, parse_methods
 from qeval.errors import UsageError
 
@@ -46,7 +54,7 @@ def compare(
     stream: options.Stream = False,
     max_memory: options.MaxMemory = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", help="Comma-separated: kl, ppl, mmlu, or any lm-eval task of choices.")
+        str, typer.Option("--tasks", help="Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.")
     ] = "kl,ppl,mmlu",
     corpus: Annotated[str | None, typer.Option("--corpus", help="wikitext2, pydoc, or a text file.")] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="A named protocol; see `qeval tasks`.")] = None,
@@ -68,6 +76,13 @@ def compare(
     subjects: Annotated[str | None, typer.Option("--subjects", help="Comma-separated MMLU subjects.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions a subject.")] = None,
     shots: Annotated[int, typer.Option("--shots", min=0, help="Examples in a prompt.")] = 5,
+    drift_prompts: Annotated[int, typer.Option("--drift-prompts", min=1, help="With drift: prompts to continue.")] = 32,
+    drift_prompt_tokens: Annotated[
+        int, typer.Option("--drift-prompt-tokens", min=1, help="With drift: tokens of each prompt.")
+    ] = 64,
+    drift_tokens: Annotated[
+        int, typer.Option("--drift-tokens", min=1, help="With drift: tokens that each is continued by.")
+    ] = 64,
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,
@@ -95,7 +110,7 @@ def compare(
     del debug  # read by the program's own error handler
     defaults = options.defaults(budget, importance, quantize_head)
     recipes = load_recipes(config, defaults) if config else []
-    given = tuple(_named_path(text) for text in variant or [])
+    given = tuple(named_path(text) for text in variant or [])
     if methods is not None or (not recipes and not given):
         recipes += parse_methods(methods or _DEFAULT_METHODS, defaults)
     settings = Settings(
@@ -104,14 +119,15 @@ def compare(
         ),
         recipes=tuple(recipes),
         variants=given,
-        tasks=_names(tasks),
+        tasks=names(tasks),
         corpus=CorpusChoice(corpus, protocol, window, stride, max_windows, bos, convention),
-        questions=TaskChoice(mmlu_dir, _names(subjects), limit, shots),
+        questions=TaskChoice(mmlu_dir, names(subjects), limit, shots),
         calibration=CalibrationChoice(calibration, calibration_samples, calibration_length),
         out=out or Path("reports") / slug(model),
         backends=BackendChoice(
-            _names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format, precision
+            names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format, precision
         ),
+        drift=DriftChoice(drift_prompts, drift_prompt_tokens, drift_tokens),
         batch_tokens=batch_tokens,
         threads=threads,
         workers=workers,
@@ -150,11 +166,17 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     return 3 if failed(record.variants) else 0
 
 
-def _names(text: str | None) -> tuple[str, ...]:
+def names(text: str | None) -> tuple[str, ...]:
+    """The words of a comma-separated list, each once."""
     return tuple(dict.fromkeys(name for name in (part.strip() for part in (text or "").split(",")) if name))
 
 
-def _named_path(text: str) -> tuple[str, Path]:
+def named_path(text: str) -> tuple[str, Path]:
+    """The name and the path of NAME=FOLDER.
+
+    Raises:
+        UsageError: it is none.
+    """
     name, separator, path = text.partition("=")
     if not separator or not name or not path:
         raise UsageError(f"--variant takes NAME=PATH, not '{text}'.")

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qeval.errors import QevalError, UsageError
+
 Tokens = NDArray[np.int64]
 """Token ids: of prompts [batch, prompt], or the next one of each sequence [batch]."""
 
@@ -79,6 +81,9 @@ class Engine(Protocol):
         """Append one token to each sequence [batch] and run it; the most likely next token of each [batch].
 
         The tokens need not be those that the engine proposed.
+
+        Raises:
+            QevalError: the sequences would be longer than the capacity of `reset`.
         """
         ...
 
@@ -95,6 +100,30 @@ class Engine(Protocol):
         ...
 
 
+def check_room(name: str, batch: int, capacity: int, *, max_length: int, largest_batch: int | None = None) -> None:
+    """Refuse a batch or a sequence that the engine `name` can't do; `largest_batch` None: any.
+
+    Raises:
+        UsageError: it says what the engine can do.
+    """
+    if largest_batch is not None and batch > largest_batch:
+        raise UsageError(f"{name} can't run a batch of {batch}; its largest is {largest_batch}.")
+    if capacity > max_length:
+        raise UsageError(f"{capacity} tokens, prompt and generated together, don't fit the context of {max_length}.")
+
+
+def check_tokens(name: str, tokens: Tokens, length: int, capacity: int, vocabulary: int) -> None:
+    """Refuse tokens [any shape] that would make sequences longer than `capacity`, or that no row of the model knows.
+
+    Raises:
+        QevalError: it says which.
+    """
+    if length > capacity:
+        raise QevalError(f"{name}: {length} tokens are more than the {capacity} that room was made for.")
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
+        raise QevalError(f"{name}: a token lies outside the vocabulary of {vocabulary}.")
+
+
 def greedy(engine: Engine, prompts: Tokens, count: int) -> list[list[int]]:
     """The `count` tokens that each of the prompts [batch, prompt] goes on with, by the engine's own choice."""
     engine.reset(len(prompts), prompts.shape[1] + count)
@@ -106,3 +135,22 @@ def greedy(engine: Engine, prompts: Tokens, count: int) -> list[list[int]]:
 
 def _by_sequence(chosen: Sequence[Tokens]) -> list[list[int]]:
     return [[int(tokens[row]) for tokens in chosen] for row in range(len(chosen[0]))]
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """The tokens [count] that an engine chose, and the logits [count, vocab] that it chose them by."""
+
+    tokens: tuple[int, ...]
+    logits: NDArray[np.float32]
+
+
+def free_run(engine: Engine, prompt: Sequence[int], count: int) -> FreeRun:
+    """The engine's own choice of `count` tokens after one prompt."""
+    ids = np.asarray([prompt], np.int64)
+    engine.reset(1, len(prompt) + count)
+    chosen, rows = [engine.prefill(ids)], [engine.logits()[0].copy()]
+    while len(chosen) < count:
+        chosen.append(engine.step(chosen[-1]))
+        rows.append(engine.logits()[0].copy())
+    return FreeRun(tuple(int(token[0]) for token in chosen), np.stack(rows))

@@ -26,6 +26,7 @@ def overview(report: Report) -> Table:
         report,
         {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
         | perplexities(report)
+        | {"drift_equal": "Same greedy token"}
         | {f"{task.name}_acc": task.title for task in tasks},
     )
     base = report.baseline

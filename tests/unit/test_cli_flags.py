@@ -53,6 +53,9 @@ COMPARE = SHARED | {
     "--subjects": None,
     "--limit": None,
     "--shots": 5,
+    "--drift-prompts": 32,
+    "--drift-prompt-tokens": 64,
+    "--drift-tokens": 64,
     "--batch-tokens": None,
     "--workers": 1,
     "--executor": "local",
@@ -62,6 +65,20 @@ QUANTIZE = SHARED | {"--method": None}
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--device", "--compute")} | {
     **RUNTIME,
     "--accuracy-level": 1,
+}
+BENCH = {name: value for name, value in SHARED.items() if name not in ("--compute", "--budget")} | {
+    "--methods": "fp32,rtn",
+    "--variant": None,
+    "--engines": "onnxruntime,pytorch-eager",
+    "--batch": "1",
+    "--prompt": "16,256,1024",
+    "--generate": None,
+    "--ep": None,
+    "--accuracy-level": 4,
+    "--size": None,
+    "--corpus": "pydoc",
+    "--budget": 540.0,
+    "--repeats": 30,
 }
 READERS = {
     "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},
@@ -99,6 +116,7 @@ SELFCHECK = {
 SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
 REQUIRED = {
     "compare": {"--model"},
+    "bench": {"--model"},
     "sweep": {"--models"},
     "quantize": {"--model", "--method"},
     "export": {"--model", "--method"},
@@ -112,7 +130,14 @@ def parameters(command):
 
 @pytest.mark.parametrize(
     ("command", "frozen"),
-    [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP), ("selfcheck", SELFCHECK)],
+    [
+        ("compare", COMPARE),
+        ("quantize", QUANTIZE),
+        ("export", EXPORT),
+        ("sweep", SWEEP),
+        ("selfcheck", SELFCHECK),
+        ("bench", BENCH),
+    ],
 )
 def test_flags_and_their_defaults_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
@@ -158,6 +183,7 @@ def test_every_command_and_flag_says_what_it_is_for():
     known = {
         "compare",
         "sweep",
+        "bench",
         "quantize",
         "export",
         "explain",

@@ -14,11 +14,12 @@ pytest.importorskip("onnxscript")
 import onnx_ir as ir
 
 from qeval.backends.onnx import export
-from qeval.backends.onnx.folder import QDQ_LEVEL, opened, session_entries
+from qeval.backends.onnx.folder import opened
 from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.nbits import container_bits, kernel_block
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.reference import round_activations
+from qeval.backends.onnx.settings import QDQ_LEVEL, session_entries
 from qeval.backends.onnx.swap import Style
 from qeval.errors import QevalError, UsageError
 from qeval.metrics.tokens import near_kl

@@ -94,7 +94,7 @@ def test_longrope_is_told_by_the_graph_or_by_config_json(tmp_path, monkeypatch):
     alone = ort_session(folder).states([ids])[0]
     (folder / "config.json").unlink()
     assert apart(ort_session(folder).states([others, ids])[1], alone) <= NATS
-    monkeypatch.setattr("qeval.backends.onnx.folder._constant", lambda value: math.inf)  # as where it is computed
+    monkeypatch.setattr("qeval.backends.onnx.settings._constant", lambda value: math.inf)  # as where it is computed
     rope = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     for config in (
         {"rope_scaling": rope, "original_max_position_embeddings": ROPE_LIMIT},

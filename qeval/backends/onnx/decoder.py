@@ -55,21 +55,20 @@ def read_decoder(facts: OnnxFacts) -> Decoder:
         UsageError: the graph isn't one that qeval can feed or cut; the sentence says why.
     """
     path, ports = facts.files.model, facts.ports
-    if ports.other_inputs:
-        other = ports.other_inputs[0]
-        raise UsageError(
-            f"{path} takes an input '{other.name}' {list(other.shape)} that qeval doesn't know how to fill."
-        )
+    refuse_other_inputs(facts)
     if facts.gives_last_position_only:
         raise UsageError(_last_only(path))
     graph = load_graph(path).graph
     logits = ports.logits.name
-    vocab, hidden = _widths(graph, _head_product(graph, logits, path), logits, path)
+    product = head_product(graph, logits, path)
+    if takes_last_position(product):
+        raise UsageError(_last_only(path))
+    vocab, hidden = widths(graph, product, logits, path)
     return Decoder(
         ids=ports.ids.name,
         mask=ports.mask.name if ports.mask else None,
         positions=ports.positions.name if ports.positions else None,
-        pasts=_pasts(facts),
+        pasts=past_inputs(facts),
         vocab_size=vocab,
         hidden_size=hidden,
         body=_body(path, logits, hidden, unwindow=bool(facts.windowed_caches)),
@@ -77,7 +76,25 @@ def read_decoder(facts: OnnxFacts) -> Decoder:
     )
 
 
-def _pasts(facts: OnnxFacts) -> tuple[PastInput, ...]:
+def refuse_other_inputs(facts: OnnxFacts) -> None:
+    """Only what token ids determine can be fed.
+
+    Raises:
+        UsageError: the graph takes something else, which is named.
+    """
+    for other in facts.ports.other_inputs:
+        raise UsageError(
+            f"{facts.files.model} takes an input '{other.name}' {list(other.shape)} that qeval doesn't know how to "
+            "fill."
+        )
+
+
+def past_inputs(facts: OnnxFacts) -> tuple[PastInput, ...]:
+    """Every layer's keys and values.
+
+    Raises:
+        UsageError: their number, type or shape is none that qeval knows.
+    """
     past, present = facts.ports.past, facts.ports.present
     if len(past) != len(present):
         raise UsageError(
@@ -105,15 +122,18 @@ def _last_only(path: Path) -> str:
     )
 
 
-def _head_product(graph: ir.Graph, logits: str, path: Path) -> ir.Node:
-    """The matrix product that makes logits of states, behind soft caps, scales and casts."""
+def head_product(graph: ir.Graph, logits: str, path: Path) -> ir.Node:
+    """The matrix product that makes logits of states, behind soft caps, scales and casts.
+
+    Raises:
+        UsageError: none is found.
+    """
     node = _output(graph, logits).producer()
     while node is not None and node.op_type in _AFTER_HEAD:
         computed = [value for value in node.inputs if value is not None and not _is_constant(value)]
         node = computed[0].producer() if computed else None
     if node is None or node.op_type not in _PRODUCTS:
         raise UsageError(f"{path}: no matrix product was found before its logits; qeval can't find the head.")
-    _refuse_last_only(node, path)
     return node
 
 
@@ -126,18 +146,24 @@ def _is_constant(value: ir.Value) -> bool:
     return value.const_value is not None or (producer is not None and producer.op_type == "Constant")
 
 
-def _refuse_last_only(product: ir.Node, path: Path) -> None:
+def takes_last_position(product: ir.Node) -> bool:
+    """Whether the head of a graph is given some of the positions only."""
     source = product.inputs[0]
     while source is not None and (producer := source.producer()) is not None:
         if producer.op_type in ("Gather", "GatherND", "Slice", "GatherElements"):
-            raise UsageError(_last_only(path))
+            return True
         if producer.op_type not in ("Cast", "Reshape", "Unsqueeze", "Squeeze"):
-            return
+            return False
         source = producer.inputs[0]
+    return False
 
 
-def _widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> tuple[int, int]:
-    """The vocabulary's rows, and the width of a state."""
+def widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> tuple[int, int]:
+    """The vocabulary's rows, and the width of a state.
+
+    Raises:
+        UsageError: the head's weight doesn't tell.
+    """
     if product.op_type == "MatMulNBits":
         return product.attributes["N"].as_int(), product.attributes["K"].as_int()
     shape = _output(graph, name).shape
@@ -161,15 +187,12 @@ def _matrix_shape(value: ir.Value | None) -> list[int]:
 
 
 def _body(path: Path, logits: str, hidden: int, *, unwindow: bool) -> bytes:
-    """The graph up to the head: states of the wanted rows, and how many rows there were.
-
-    `unwindow` lets sliding layers take plain keys and values; their window stays what it is.
-    """
+    """The graph up to the head: states of the wanted rows, and how many rows there were."""
     model = ir.load(path)
     graph = model.graph
-    for node in graph.all_nodes() if unwindow else ():
-        node.attributes.pop("sliding_window_cache", None)
-    states = _head_product(graph, logits, path).inputs[0]
+    if unwindow:
+        take_plain_caches(graph)
+    states = head_product(graph, logits, path).inputs[0]
     assert states is not None
     scored = ir.Value(name=SCORED, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["scored"]))
     graph.inputs.append(scored)
@@ -182,14 +205,20 @@ def _body(path: Path, logits: str, hidden: int, *, unwindow: bool) -> bytes:
     chosen = _append(graph, "Cast", [gathered], STATES, ir.DataType.FLOAT, to=ir.DataType.FLOAT.value)
     count.shape, chosen.shape = ir.Shape([1]), ir.Shape(["scored", hidden])
     graph.outputs[:] = [chosen, count, *(value for value in graph.outputs if value.name != logits)]
-    return _pruned(model)
+    return serialized(model)
+
+
+def take_plain_caches(graph: ir.Graph) -> None:
+    """Let sliding layers take keys and values of any length; their window stays what it is."""
+    for node in graph.all_nodes():
+        node.attributes.pop("sliding_window_cache", None)
 
 
 def _head(path: Path, logits: str, hidden: int) -> bytes:
     """The head alone: `HIDDEN` [1, n, hidden] fp32 to `LOGITS`."""
     model = ir.load(path)
     graph = model.graph
-    product = _head_product(graph, logits, path)
+    product = head_product(graph, logits, path)
     source = product.inputs[0]
     assert source is not None
     given = ir.Value(name=HIDDEN, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, "n", hidden]))
@@ -200,7 +229,7 @@ def _head(path: Path, logits: str, hidden: int) -> bytes:
     wide = _append(graph, "Cast", [_output(graph, logits)], LOGITS, ir.DataType.FLOAT, to=ir.DataType.FLOAT.value)
     graph.inputs[:] = [given]
     graph.outputs[:] = [wide]
-    return _pruned(model)
+    return serialized(model)
 
 
 def _append(
@@ -212,8 +241,8 @@ def _append(
     return node.outputs[0]
 
 
-def _pruned(model: ir.Model) -> bytes:
-    """The model without what its outputs don't need; weights stay in the file that they are in."""
+def serialized(model: ir.Model) -> bytes:
+    """The model without what its outputs don't need, as bytes; weights stay in the file that they are in."""
     graph = model.graph
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
@@ -222,5 +251,5 @@ def _pruned(model: ir.Model) -> bytes:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and value not in outputs:
             del graph.initializers[name]
-    serialized: bytes = ir.serde.serialize_model(model).SerializeToString()
-    return serialized
+    written: bytes = ir.serde.serialize_model(model).SerializeToString()
+    return written

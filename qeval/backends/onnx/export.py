@@ -20,10 +20,11 @@ import torch
 
 from qeval.backends.onnx import dynamo
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
-from qeval.backends.onnx.folder import QDQ_LEVEL, opened
+from qeval.backends.onnx.folder import opened
 from qeval.backends.onnx.locate import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
 from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.settings import QDQ_LEVEL
 from qeval.backends.onnx.swap import NBITS, Meant, Style, apply, make_exact
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, UsageError

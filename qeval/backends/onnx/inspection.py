@@ -119,6 +119,13 @@ class OnnxFacts:
         shape = self.ports.logits.shape
         return len(shape) < 3 or shape[1] == 1
 
+    @property
+    def weights(self) -> str:
+        """How the matrices are held, the commonest first: `5 x MatMulNBits: 4 bits, ...; 2 x MatMul: fp32`."""
+        own = {matrix.weight: matrix for matrix in self.matrices}.values()
+        kinds = Counter(f"{matrix.op}: {_how_held(matrix)}" for matrix in own)
+        return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+
     def describe(self) -> list[str]:
         """What a reader should know, a sentence each."""
         return list(_sentences(self))
@@ -275,6 +282,10 @@ def _how(matrix: Matrix) -> str:
     if matrix.quantization is None:
         return f"in {_type(matrix)}"
     return f"quantized ({matrix.op}: {_spelled(matrix.quantization)})"
+
+
+def _how_held(matrix: Matrix) -> str:
+    return _type(matrix) if matrix.quantization is None else _spelled(matrix.quantization)
 
 
 def _spelled(how: Quantization) -> str:

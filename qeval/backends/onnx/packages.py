@@ -31,6 +31,7 @@ _DISTRIBUTIONS = {"onnx_ir": "onnx-ir", "huggingface_hub": "huggingface-hub", "m
 """The distributions of modules that bear another name."""
 
 _CODE = re.compile(r".*\[ONNXRuntimeError\] : (\d+ : [A-Z_]+ : )?")
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|OUT_OF_?MEMORY|not enough memory", re.IGNORECASE)
 _SOURCE = re.compile(r"^/\S+:\d+ [^()]*\([^()]*\)( const)? ")
 """A file, a line and a C++ signature."""
 
@@ -133,6 +134,11 @@ def first_line(error: BaseException) -> str:
     """What an error says in its first line, without ONNX Runtime's code, its source lines and the full stop."""
     text = str(error).strip() or type(error).__name__
     return _SOURCE.sub("", _CODE.sub("", text.splitlines()[0])).rstrip(". ")
+
+
+def says_no_memory(error: BaseException) -> bool:
+    """Whether an error of the runtime's means that memory ran out, in whatever words of its allocators."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def _one_owner(folder: str) -> tuple[str, str] | None:

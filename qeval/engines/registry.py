@@ -1,0 +1,114 @@
+"""The engines by name. None of their runtimes is imported before one is prepared or opened.
+
+An engine is made in two steps, each in a process of its own. `prepare(opening)` makes what the engine runs where the
+cache doesn't hold it yet (an exported graph, a GGUF), at whatever memory that takes, and says where it lies; `open_it(
+opening, place)` opens that and nothing else, so that the memory measured then is the engine's own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from qeval.engines.base import Engine
+from qeval.engines.opening import Opening
+from qeval.errors import UsageError, unknown
+
+Prepare = Callable[[Opening], Path]
+Open = Callable[[Opening, Path], Engine]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Where an engine's two steps lie (`module:function`), the modules that they need, and what installs those."""
+
+    prepare: str
+    open_it: str
+    needs: tuple[str, ...]
+    install: str
+    about: str
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The modules that aren't installed."""
+        return tuple(name for name in self.needs if find_spec(name) is None)
+
+
+_TORCH = "qeval.engines.torch"
+_ORT = "qeval.engines.onnxruntime"
+_FOLDER = "qeval.engines.onnx_folder"
+_GENAI = "qeval.engines.genai"
+_LLAMA = "qeval.engines.llamacpp"
+_REPLAY = "qeval.engines.replay"
+_CPU = "pip install 'qeval[cpu]'"
+
+ENGINES: Mapping[str, Maker] = MappingProxyType({
+    "onnxruntime": Maker(
+        f"{_FOLDER}:prepare", f"{_ORT}:open_engine", ("onnxruntime", "onnx_ir"), _CPU,
+        "ONNX Runtime's InferenceSession, keys and values bound to the device",
+    ),
+    "onnxruntime-genai": Maker(
+        f"{_FOLDER}:prepare_genai", f"{_GENAI}:open_engine", ("onnxruntime_genai", "onnx_ir"), _CPU,
+        "onnxruntime-genai's Generator",
+    ),
+    "pytorch-eager": Maker(
+        f"{_TORCH}:prepare", f"{_TORCH}:open_eager", ("torch", "transformers"), "pip install qeval",
+        "transformers in PyTorch, quantized weights as their float values",
+    ),
+    "pytorch-compile": Maker(
+        f"{_TORCH}:prepare", f"{_TORCH}:open_compiled", ("torch", "transformers"), "pip install qeval",
+        "the same with a static cache and torch.compile",
+    ),
+    "llama.cpp": Maker(
+        f"{_LLAMA}:prepare", f"{_LLAMA}:open_engine", ("llama_cpp",), "pip install 'qeval[llamacpp]'",
+        "llama.cpp through llama-cpp-python",
+    ),
+    "replay": Maker(
+        f"{_REPLAY}:prepare", f"{_REPLAY}:open_engine", (), "pip install qeval",
+        "a few formulas and no model, to try the program with: no check lets its speed stand",
+    ),
+})  # fmt: skip
+"""Every engine that `--engines` takes."""
+
+
+def maker(name: str) -> Maker:
+    """The engine of that name.
+
+    Raises:
+        UsageError: there is none (the nearest are listed), or it isn't installed (with what installs it).
+    """
+    if name not in ENGINES:
+        raise unknown("engine", name, ENGINES)
+    found = ENGINES[name]
+    if found.missing:
+        raise UsageError(f"The engine {name} needs {', '.join(found.missing)}, not installed here: {found.install}.")
+    return found
+
+
+def prepare(name: str, opening: Opening) -> Path:
+    """Make what the engine runs, or find it made.
+
+    Raises:
+        UsageError: the engine isn't there, or can't take the variant or the provider. QevalError: making it failed.
+    """
+    step: Prepare = _function(maker(name).prepare)
+    return step(opening)
+
+
+def open_engine(name: str, opening: Opening, place: Path) -> Engine:
+    """Open what was prepared.
+
+    Raises:
+        UsageError: the engine isn't there, or the provider asked for can't be had. QevalError: the runtime refuses.
+        MemoryError: there is no room for the weights.
+    """
+    step: Open = _function(maker(name).open_it)
+    return step(opening, place)
+
+
+def _function(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,111 @@
+"""An engine without a model: the formulas of `backends.replay`, one token at a time, for tests and for trying things.
+
+A sequence's keys and values are one running sum, [width] fp64, so it answers exactly as the session of that name does
+that is given the whole sequence at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qeval import __version__
+from qeval.engines.base import Identity, Memory, Tokens, check_room, check_tokens
+from qeval.engines.opening import Opening
+
+VOCABULARY, CONTEXT, WIDTH = 1 << 16, 4096, 16
+_DECAY, _SHARPNESS = 0.9, 3.0
+_FLOAT64_BYTES = 8
+
+
+@dataclass
+class _Sequences:
+    totals: NDArray[np.float64]
+    capacity: int
+    length: int = 0
+
+
+class ReplayEngine:
+    """A causal language model of a few formulas."""
+
+    def __init__(self, vocab_size: int = VOCABULARY, max_length: int = CONTEXT, largest_batch: int = 64) -> None:
+        """Engines of the same arguments answer alike."""
+        self._max_length, self._largest_batch = max_length, largest_batch
+        index = np.arange(vocab_size * WIDTH, dtype=np.float64).reshape(vocab_size, WIDTH)
+        self._embedding = np.sin((index + 1) * 1.7)
+        self._head = (np.cos((index + 1) * 2.3) * _SHARPNESS).astype(np.float32)
+        self._kept: _Sequences | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Formulas in fp64."""
+        return Identity("replay", "cpu", "fp64", "none", 1, __version__)
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return self._max_length
+
+    @property
+    def compile_seconds(self) -> float:
+        """Nothing is compiled."""
+        return 0.0
+
+    def reset(self, batch: int, capacity: int) -> None:
+        """Forget all sequences.
+
+        Raises:
+            UsageError: the batch or the sequence is too large.
+        """
+        check_room("replay", batch, capacity, largest_batch=self._largest_batch, max_length=self._max_length)
+        self._kept = _Sequences(np.zeros((batch, WIDTH)), capacity)
+
+    def prefill(self, prompts: Tokens) -> Tokens:
+        """Run the prompts [batch, prompt]."""
+        for column in prompts.T:
+            self._append(column)
+        return self._choice()
+
+    def step(self, tokens: Tokens) -> Tokens:
+        """Append one token to each sequence [batch]."""
+        self._append(tokens)
+        return self._choice()
+
+    def logits(self) -> NDArray[np.float32]:
+        """The logits [batch, vocab] of the last token."""
+        assert self._kept is not None, "reset comes first"
+        states: NDArray[np.float32] = np.tanh(self._kept.totals).astype(np.float32)
+        return states @ self._head.T
+
+    def memory(self) -> Memory:
+        """The tables and the sums."""
+        weights = self._embedding.nbytes + self._head.nbytes
+        cache = 0 if self._kept is None else self._kept.totals.size * _FLOAT64_BYTES
+        return Memory(0, weights, cache, None)
+
+    def close(self) -> None:
+        """Forget all sequences."""
+        self._kept = None
+
+    def _append(self, tokens: Tokens) -> None:
+        assert self._kept is not None, "reset comes first"
+        check_tokens("replay", tokens, self._kept.length + 1, self._kept.capacity, len(self._embedding))
+        self._kept.totals = _DECAY * self._kept.totals + self._embedding[tokens]
+        self._kept.length += 1
+
+    def _choice(self) -> Tokens:
+        chosen: Tokens = self.logits().argmax(axis=1).astype(np.int64)
+        return chosen
+
+
+def prepare(opening: Opening) -> Path:
+    """Nothing is made; the place is not read."""
+    del opening
+    return Path()
+
+
+def open_engine(opening: Opening, place: Path) -> ReplayEngine:
+    """The same formulas for every model and variant."""
+    del opening, place
+    return ReplayEngine()
