@@ -19,6 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from qeval import __version__
+from qeval.cli.bench import bench
 from qeval.cli.card import card
 from qeval.cli.compare import compare
 from qeval.cli.diff import diff
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command(context_settings=CONTEXT)(sweep)
+app.command()(bench)
 app.command()(quantize)
 app.command()(export)
 app.command()(explain)

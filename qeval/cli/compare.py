@@ -89,7 +89,7 @@ def compare(
     del debug  # read by the program's own error handler
     defaults = options.defaults(budget, importance, quantize_head)
     recipes = load_recipes(config, defaults) if config else []
-    given = tuple(_named_path(text) for text in variant or [])
+    given = tuple(named_path(text) for text in variant or [])
     if methods is not None or (not recipes and not given):
         recipes += parse_methods(methods or _DEFAULT_METHODS, defaults)
     settings = Settings(
@@ -98,13 +98,13 @@ def compare(
         ),
         recipes=tuple(recipes),
         variants=given,
-        tasks=_names(tasks),
+        tasks=names(tasks),
         corpus=CorpusChoice(corpus, protocol, window, stride, max_windows, bos),
-        questions=TaskChoice(mmlu_dir, _names(subjects), limit, shots),
+        questions=TaskChoice(mmlu_dir, names(subjects), limit, shots),
         calibration=CalibrationChoice(calibration, calibration_samples, calibration_length),
         out=out or Path("reports") / slug(model),
         backends=BackendChoice(
-            _names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format, precision
+            names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format, precision
         ),
         batch_tokens=batch_tokens,
         threads=threads,
@@ -144,11 +144,17 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
     return 3 if failed(record.variants) else 0
 
 
-def _names(text: str | None) -> tuple[str, ...]:
+def names(text: str | None) -> tuple[str, ...]:
+    """The words of a comma-separated list, each once."""
     return tuple(dict.fromkeys(name for name in (part.strip() for part in (text or "").split(",")) if name))
 
 
-def _named_path(text: str) -> tuple[str, Path]:
+def named_path(text: str) -> tuple[str, Path]:
+    """The name and the path of NAME=FOLDER.
+
+    Raises:
+        UsageError: it is none.
+    """
     name, separator, path = text.partition("=")
     if not separator or not name or not path:
         raise UsageError(f"--variant takes NAME=FOLDER, not '{text}'.")

@@ -135,3 +135,22 @@ def greedy(engine: Engine, prompts: Tokens, count: int) -> list[list[int]]:
 
 def _by_sequence(chosen: Sequence[Tokens]) -> list[list[int]]:
     return [[int(tokens[row]) for tokens in chosen] for row in range(len(chosen[0]))]
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """The tokens [count] that an engine chose, and the logits [count, vocab] that it chose them by."""
+
+    tokens: tuple[int, ...]
+    logits: NDArray[np.float32]
+
+
+def free_run(engine: Engine, prompt: Sequence[int], count: int) -> FreeRun:
+    """The engine's own choice of `count` tokens after one prompt."""
+    ids = np.asarray([prompt], np.int64)
+    engine.reset(1, len(prompt) + count)
+    chosen, rows = [engine.prefill(ids)], [engine.logits()[0].copy()]
+    while len(chosen) < count:
+        chosen.append(engine.step(chosen[-1]))
+        rows.append(engine.logits()[0].copy())
+    return FreeRun(tuple(int(token[0]) for token in chosen), np.stack(rows))

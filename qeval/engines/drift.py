@@ -5,47 +5,25 @@ would have chosen after the same text. Two passes of the reference a prompt tell
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qeval.backends.base import Session
-from qeval.engines.base import Engine
+from qeval.engines.base import FreeRun
 from qeval.errors import QevalError
-from qeval.store.timings import Drift
+from qeval.store.timings import LEAST_EQUAL, Drift
 from qeval.types import Request
 
 Logits = NDArray[np.float32]
 
 MOST_KL_NATS, MOST_MARGIN_NATS = 0.5, 2.0
 """At a divergence: beyond either, no rounding explains it. Activations in int8 stay below a tenth of both."""
-LEAST_EQUAL = 0.5
-"""Share of tokens that must be the reference's."""
-
-
-@dataclass(frozen=True)
-class FreeRun:
-    """The tokens [count] that an engine chose, and the logits [count, vocab] that it chose them by."""
-
-    tokens: tuple[int, ...]
-    logits: Logits
-
 
 Run = Callable[[Sequence[int], int], FreeRun]
 """A prompt and a count of tokens to an engine's free run."""
-
-
-def free_run(engine: Engine, prompt: Sequence[int], count: int) -> FreeRun:
-    """The engine's own choice of `count` tokens after one prompt."""
-    ids = np.asarray([prompt], np.int64)
-    engine.reset(1, len(prompt) + count)
-    chosen, rows = [engine.prefill(ids)], [engine.logits()[0].copy()]
-    while len(chosen) < count:
-        chosen.append(engine.step(chosen[-1]))
-        rows.append(engine.logits()[0].copy())
-    return FreeRun(tuple(int(token[0]) for token in chosen), np.stack(rows))
 
 
 def drift(
@@ -54,11 +32,13 @@ def drift(
     """What `run` makes of a prompt against the reference `session`.
 
     Raises:
-        QevalError: the sequence is longer than either takes, or the engine's logits are no numbers.
+        QevalError: the sequence is longer than either takes, or the engine's logits or tokens are none.
     """
     made = run(prompt, count)
     if not np.isfinite(made.logits).all():
         raise QevalError(f"{engine} gives logits that are not finite for {variant}.")
+    if not 0 <= min(made.tokens) <= max(made.tokens) < session.vocab_size:
+        raise QevalError(f"{engine} chooses tokens outside the vocabulary of {session.vocab_size} for {variant}.")
     reference = reference_logits(session, prompt, made.tokens)
     wanted = reference.argmax(axis=1)
     equal = wanted == np.asarray(made.tokens)
@@ -79,9 +59,10 @@ def drift(
 
 def broken(drifts: Sequence[Drift]) -> str | None:
     """Why an engine's tokens can't be the variant's, in one sentence, or None where rounding explains them all."""
+    equal = sum(each.equal_share * each.tokens for each in drifts) / max(sum(each.tokens for each in drifts), 1)
+    if drifts and equal < LEAST_EQUAL:
+        return f"Only {equal:.0%} of its tokens are those of the variant's own reference logits."
     for each in drifts:
-        if each.equal_share < LEAST_EQUAL:
-            return f"Only {each.equal_share:.0%} of its tokens are those of the variant's own reference logits."
         if each.kl_nats is None or each.margin_nats is None:
             continue
         if each.kl_nats > MOST_KL_NATS or each.margin_nats > MOST_MARGIN_NATS:

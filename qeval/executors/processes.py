@@ -68,7 +68,7 @@ def helping(work: Work, arguments: Sequence[tuple[Any, ...]], progress: Progress
     for each in arguments:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=_help, args=(work, each, theirs), daemon=True)
-        with _deaf_to_ctrl_c():
+        with deaf_to_ctrl_c():
             process.start()
         theirs.close()
         running.append((process, ours))
@@ -81,7 +81,7 @@ def helping(work: Work, arguments: Sequence[tuple[Any, ...]], progress: Progress
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
+def deaf_to_ctrl_c() -> Iterator[None]:
     """Ctrl-C reaches every process of a terminal; those started here ignore it from the first, and are told by us."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
         yield

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from qeval.report import words
 from qeval.report.model import Metric
 
-_NUMERIC = re.compile(r"[\d+−–]")  # a digit, a sign, or the dash of an absent number
+_NUMERIC = re.compile(r"[\d+−–]|OOM$")  # a digit, a sign, the dash of an absent number, or what it ran out of
 
 
 class Cell(NamedTuple):

@@ -42,7 +42,7 @@ def quality_against_size(report: Report) -> Plot | None:
     axes.set_ylabel("KL from the baseline (nats)" if name == "kl_nats" else "Perplexity, times the baseline's")
     axes.grid(True)
     axes.margins(0.08)
-    _decades(axes.yaxis)
+    decades(axes.yaxis)
     made.legend(loc="outside lower center", ncols=2)
     return _plot(
         made,
@@ -76,7 +76,7 @@ def kl_distribution(report: Report) -> Plot | None:
     axes.set_ylabel("Share of tokens with at least that KL")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.set_xlim(left=max(min(c.kl_nats[len(c.kl_nats) * 9 // 10] for *_, c in curves), 1e-9))
-    _decades(axes.xaxis)
+    decades(axes.xaxis)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(True)
     made.legend(loc="outside lower center", ncols=2)
@@ -217,8 +217,8 @@ def all_plots(report: Report) -> list[Plot]:
         return [plot for draw in drawn if (plot := draw()) is not None]
 
 
-def _decades(axis: Axis) -> None:
-    """A logarithmic axis of two decades or more is labelled at powers of ten alone, in plain letters.
+def decades(axis: Axis) -> None:
+    """Label a logarithmic axis of two decades or more at powers of ten alone, in plain letters.
 
     Its minor ticks would not be told apart, and take half the time of the whole plot.
     """

@@ -16,6 +16,9 @@ from qeval.report.page import NOTHING, Cell, Heading, Plot, Section, Table, metr
 from qeval.report.render import page, write_plots
 from qeval.store.atomic import write_text
 
+REPORT = "report.json"
+"""The name of a comparison's own report in its folder."""
+
 _COLUMNS = {
     "kl_nats": "KL, nats",
     "top1_agreement": "Same top token",
@@ -43,7 +46,7 @@ def read_report(folder: Path) -> Report:
     Raises:
         UsageError: `folder` holds none. BrokenRecordError: it is torn or of another version.
     """
-    path = folder / "report.json"
+    path = folder / REPORT
     try:
         return Report.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

@@ -26,6 +26,12 @@ BENCH = "bench.json"
 _SUFFIX = ".parquet"
 _STRICT = ConfigDict(extra="forbid")
 
+LEAST_EQUAL = 0.75
+"""Share of an engine's tokens that must be the reference's, over all prompts: below it a model counts as broken, and no
+speed of it is told. Kernels that round activations to eight bits keep 90 % and more; a wrong mask, position or scale
+leaves a few per cent.
+"""
+
 Outcome = Literal["measured", "oom", "refused", "failed", "unspent"]
 """`refused`: the engine can't do such a cell, and says so; `unspent`: the budget ended before its first repeat."""
 
@@ -60,7 +66,8 @@ class Timing:
 
     `prompt_seconds` ends with the first token's choice, so it is the time to first token; `step_seconds` has the
     latency of each further generated token, [generated - 1]. `order` is the repeat's place among all of the run.
-    `energy_joules` is the device's between begin and end, or None where it can't be read.
+    `energy_joules` is the device's between begin and end, or None where it can't be read; the bytes are the peaks of
+    each phase and the keys and values at the end.
     """
 
     __pydantic_config__ = _STRICT
@@ -74,11 +81,15 @@ class Timing:
     prompt_seconds: float
     step_seconds: tuple[float, ...]
     energy_joules: float | None = None
+    peak_prompt_bytes: int | None = None
+    peak_generate_bytes: int | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What became of a cell, and its peaks of memory in bytes (a process's own RSS, or the device's) in each phase."""
+    """What became of a cell, and its peaks of memory in bytes (a process's own RSS, or the device's) in each phase:
+    the largest of any repeat."""
 
     __pydantic_config__ = _STRICT
 
@@ -170,6 +181,9 @@ TIMINGS = pa.schema(
         pa.field("prompt_seconds", pa.float64(), nullable=False),
         pa.field("step_seconds", pa.list_(pa.float64()), nullable=False),
         pa.field("energy_joules", pa.float64()),
+        pa.field("peak_prompt_bytes", pa.int64()),
+        pa.field("peak_generate_bytes", pa.int64()),
+        pa.field("cache_bytes", pa.int64()),
     ]
 )
 """One row a file: a `Timing`."""

@@ -62,6 +62,23 @@ EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--dev
     **RUNTIME,
     "--accuracy-level": 1,
 }
+BENCH = {name: value for name, value in SHARED.items() if name not in ("--compute", "--budget")} | {
+    "--methods": "fp32,rtn",
+    "--variant": None,
+    "--engines": "onnxruntime,pytorch-eager",
+    "--batch": "1",
+    "--prompt": "16,256,1024",
+    "--generate": None,
+    "--ep": None,
+    "--accuracy-level": 4,
+    "--size": None,
+    "--corpus": "pydoc",
+    "--budget": 540.0,
+    "--repeats": 30,
+    "--quality": None,
+    "--reference": None,
+    "--base": None,
+}
 READERS = {
     "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},
     "card": {"run": None, "--variant": None, "--into": None, "--debug": False},
@@ -80,6 +97,7 @@ READERS = {
 SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
 REQUIRED = {
     "compare": {"--model"},
+    "bench": {"--model"},
     "sweep": {"--models"},
     "quantize": {"--model", "--method"},
     "export": {"--model", "--method"},
@@ -91,7 +109,8 @@ def parameters(command):
 
 
 @pytest.mark.parametrize(
-    ("command", "frozen"), [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP)]
+    ("command", "frozen"),
+    [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP), ("bench", BENCH)],
 )
 def test_flags_and_their_defaults_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
@@ -137,6 +156,7 @@ def test_every_command_and_flag_says_what_it_is_for():
     known = {
         "compare",
         "sweep",
+        "bench",
         "quantize",
         "export",
         "explain",

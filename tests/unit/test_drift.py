@@ -5,7 +5,8 @@ import pytest
 import scipy.special
 
 from qeval.backends.replay import ReplaySession
-from qeval.engines.drift import FreeRun, broken, drift, free_run, log_softmax, reference_logits
+from qeval.engines.base import FreeRun, free_run
+from qeval.engines.drift import broken, drift, log_softmax, reference_logits
 from qeval.engines.replay import ReplayEngine
 from qeval.errors import QevalError
 from qeval.store.timings import Drift
@@ -90,7 +91,7 @@ def numbers(**changes):
     ("changes", "says"),
     [
         ({}, None),
-        ({"equal_share": 0.4}, "Only 40%"),
+        ({"equal_share": 0.5}, "Only 70%"),
         ({"kl_nats": 0.6}, "no rounding"),
         ({"margin_nats": 2.5}, "no rounding"),
     ],

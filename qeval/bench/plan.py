@@ -1,0 +1,155 @@
+"""From what was asked for to what is run: the model loaded, the variants made, the prompts cut, bad input found."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+
+import torch
+
+from qeval.backends.torch import TorchBackend
+from qeval.bench.book import Place
+from qeval.bench.settings import BenchChoice
+from qeval.bench.texts import passages
+from qeval.compare.environment import describe_environment
+from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.compare.variants import Entry, Loaded, Workshop, check_recipes, given_entry, is_variant
+from qeval.engines.base import Tokens
+from qeval.engines.opening import Opening
+from qeval.errors import UsageError
+from qeval.models.info import LoadedModel
+from qeval.models.source import resolve
+from qeval.progress import Progress
+from qeval.store.run import ModelRecord
+from qeval.store.timings import BenchRecord, BenchSettings
+from qeval.tasks.corpus import bos_token, encode, load_corpus
+
+_CHECKS, _CHECK_PROMPT = 3, 64
+"""Prompts, and their tokens, that an engine's own tokens are checked on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A benchmark that can start. `too_long` says of each cell beyond the context why it can't be run."""
+
+    choice: BenchChoice
+    loaded: LoadedModel
+    source: Loaded
+    backend: TorchBackend
+    prompts: Mapping[tuple[int, int], Tokens]
+    checks: Tokens
+    too_long: Mapping[tuple[int, int], str]
+    record: BenchRecord
+
+    @property
+    def places(self) -> list[Place]:
+        """All cells of all systems, in the order of the tables."""
+        asked = self.choice
+        return [
+            Place(engine, variant, batch, prompt)
+            for engine in asked.engines
+            for variant in asked.variant_names
+            for batch in asked.batches
+            for prompt in asked.prompts
+        ]
+
+    @property
+    def opening(self) -> Opening:
+        """What every engine is opened for but for its variant."""
+        asked = self.choice
+        on_cpu = asked.model.device == "cpu"
+        return Opening(
+            model=resolve(asked.model.name, asked.model.revision),
+            variant=None,
+            precision="fp32" if on_cpu else "fp16",
+            device=asked.model.device,
+            provider=asked.provider,
+            threads=self.record.settings.threads,
+            batch=max((batch for batch, _ in self.prompts), default=1),
+            capacity=max((prompt for _, prompt in self.prompts), default=_CHECK_PROMPT) + asked.generate,
+            accuracy_level=asked.accuracy_level,
+        )
+
+
+def planned(choice: BenchChoice) -> Plan:
+    """Load and check everything that `choice` names but the engines.
+
+    Raises:
+        UsageError: it is not there, or does not fit.
+    """
+    if choice.threads:
+        torch.set_num_threads(choice.threads)
+    loaded, source = source_of_model(choice.model)
+    check_recipes(choice.recipes, source)
+    for name, folder in choice.variants:
+        if is_variant(folder):
+            given_entry(name, folder, loaded.info.weights_sha256)
+        elif not folder.exists():
+            raise UsageError(f"--variant {name}={folder}: there is nothing there.")
+    corpus = load_corpus(choice.corpus)
+    ids, bos = encode(loaded.tokenizer, corpus.text), bos_token(loaded.tokenizer, "auto")
+    too_long = _too_long(choice, loaded.info.context_length)
+    fitting = [cell for cell in choice.cells if cell not in too_long]
+    return Plan(
+        choice=choice,
+        loaded=loaded,
+        source=source,
+        backend=TorchBackend(loaded.model, source.description, source.head, source.weight_dtype),
+        prompts={(batch, prompt): passages(ids, batch, prompt, bos) for batch, prompt in fitting},
+        checks=passages(ids, _CHECKS, min(_CHECK_PROMPT, loaded.info.context_length // 2), bos),
+        too_long=too_long,
+        record=_record(choice, loaded, corpus.name, corpus.sha256),
+    )
+
+
+def make_variants(plan: Plan, progress: Progress) -> list[Entry]:
+    """All variants in their order; the model itself has no folder, one that could not be made an error."""
+    asked = plan.choice
+    calibration = cache(lambda: calibration_of(asked.calibration, plan.loaded))
+    workshop = Workshop(plan.source, calibration, asked.seed, progress)
+    own = [Entry(precision, "float", None) for precision in asked.precisions]
+    made = [workshop.entry(recipe) for recipe in asked.recipes]
+    return [*own, *made, *(Entry(name, "given", folder) for name, folder in asked.variants)]
+
+
+def _too_long(choice: BenchChoice, context: int) -> dict[tuple[int, int], str]:
+    return {
+        (
+            batch,
+            prompt,
+        ): f"{prompt} tokens of prompt and {choice.generate} generated don't fit the context of {context}."
+        for batch, prompt in choice.cells
+        if prompt + choice.generate > context
+    }
+
+
+def _record(choice: BenchChoice, loaded: LoadedModel, corpus: str, corpus_sha256: str) -> BenchRecord:
+    return BenchRecord(
+        bench_version=1,
+        command=choice.command,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        finished=None,
+        seconds=0.0,
+        seed=choice.seed,
+        model=ModelRecord(**asdict(loaded.info)),
+        environment=describe_environment(choice.model.device),
+        settings=BenchSettings(
+            engines=list(choice.engines),
+            variants=choice.variant_names,
+            batches=list(choice.batches),
+            prompts=list(choice.prompts),
+            generate=choice.generate,
+            budget_seconds=choice.budget_seconds,
+            threads=torch.get_num_threads(),
+            device=choice.model.device,
+            provider=choice.provider,
+            accuracy_level=choice.accuracy_level,
+            corpus=corpus,
+            corpus_sha256=corpus_sha256,
+        ),
+        opened=[],
+        cells=[],
+        drifts=[],
+        timings=[],
+        warnings=[],
+    )

@@ -1,0 +1,176 @@
+"""The process of an engine: it answers, and whatever becomes of it is told in one sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from qeval.bench import child as child_module
+from qeval.bench.child import _answered, _Worker
+from qeval.bench.energy import _meter, energy_meter
+from qeval.bench.peaks import _sampled, peak_rss
+from qeval.bench.process import Child, TroubleError
+from qeval.bench.words import Choose, Failed, Open, Prepare, Prepared, Ready, Time, Timed
+from qeval.engines.base import FreeRun, free_run
+from qeval.engines.opening import Opening
+from qeval.engines.replay import ReplayEngine
+from qeval.errors import QevalError, UsageError
+from qeval.models.source import ModelSource
+from tests.fixtures.engines import prompts
+
+OPENING = Opening(ModelSource("none", "folder"), None)
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory):
+    made = Child(tmp_path_factory.mktemp("log") / "log")
+    place = made.ask(Prepare("replay", OPENING), Prepared).place
+    made.ask(Open("replay", OPENING, place), Ready)
+    yield made
+    made.end()
+
+
+def test_an_open_engine_says_what_it_is(tmp_path):
+    made = Child(tmp_path / "log")
+    ready = made.ask(Open("replay", OPENING, tmp_path), Ready)
+    own = ReplayEngine()
+    assert ready.identity == own.identity
+    assert ready.memory.weights_bytes == own.memory().weights_bytes
+    assert ready.max_length == own.max_length
+    assert ready.rss_bytes > ready.memory.weights_bytes
+    made.end()
+    assert not made.is_alive
+
+
+def test_a_run_has_a_time_for_the_prompt_and_for_each_further_token(child):
+    timed = child.ask(Time(prompts(2, 5, 256), 4), Timed)
+    assert timed.prompt_seconds > 0
+    assert len(timed.step_seconds) == 3
+    assert min(timed.step_seconds) > 0
+    assert timed.peak_generate_bytes > 10 * MEGABYTE
+    assert timed.energy_joules is None
+    assert timed.compiled_seconds == 0
+
+
+def test_free_runs_cross_the_pipe_as_they_are(child):
+    prompt = tuple(prompts(1, 6, 256)[0].tolist())
+    found, own = child.ask(Choose(prompt, 5), FreeRun), free_run(ReplayEngine(), prompt, 5)
+    assert found.tokens == own.tokens
+    np.testing.assert_array_equal(found.logits, own.logits)
+
+
+def test_what_an_engine_refuses_leaves_it_open(child):
+    with pytest.raises(TroubleError, match="batch of 65") as refused:
+        child.ask(Time(prompts(65, 2, 256), 2), Timed)
+    assert refused.value.trouble == "refused"
+    assert child.ask(Time(prompts(1, 2, 256), 2), Timed)
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
+def test_a_process_that_is_killed_is_told_by_the_signal(tmp_path, number, name):
+    made = Child(tmp_path / "log")
+    os.kill(made.pid, number)
+    with pytest.raises(TroubleError, match=name) as told:
+        made.ask(Prepare("replay", OPENING), Prepared)
+    assert told.value.trouble == "failed"
+    assert not made.is_alive
+
+
+def test_a_kill_by_the_system_for_want_of_memory_is_told_as_that(tmp_path, monkeypatch):
+    counts = iter([4, 5])
+    monkeypatch.setattr("qeval.bench.process._oom_kills", lambda: next(counts))
+    made = Child(tmp_path / "log")
+    os.kill(made.pid, signal.SIGKILL)
+    with pytest.raises(TroubleError, match="Out of memory") as told:
+        made.ask(Prepare("replay", OPENING), Prepared)
+    assert told.value.trouble == "oom"
+
+
+def test_one_that_does_not_answer_is_ended(tmp_path):
+    made = Child(tmp_path / "log")
+    os.kill(made.pid, signal.SIGSTOP)
+    with pytest.raises(TroubleError, match="did not answer within 0 s"):
+        made.ask(Prepare("replay", OPENING), Prepared, seconds=0.2)
+    assert not made.is_alive
+
+
+def test_ctrl_c_is_not_the_childs(child):
+    os.kill(child.pid, signal.SIGINT)
+    assert child.ask(Time(prompts(1, 2, 256), 2), Timed)
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (MemoryError(), Failed("oom", "Out of memory.", fatal=True)),
+        (MemoryError("no room"), Failed("oom", "Out of memory: no room.", fatal=True)),
+        (UsageError("It can't."), Failed("refused", "It can't.")),
+        (QevalError("It broke."), Failed("failed", "It broke.")),
+        (ValueError("one\ntwo"), Failed("failed", "ValueError: one", fatal=True)),
+    ],
+)
+def test_whatever_is_raised_is_an_answer(monkeypatch, error, failed):
+    def raising(*_):
+        raise error
+
+    monkeypatch.setattr(child_module.registry, "prepare", raising)
+    assert _answered(_Worker(), Prepare("replay", OPENING)) == failed
+
+
+def test_an_engines_process_holds_no_runtime_that_the_engine_does_not_need():
+    code = "import sys, qeval.bench.child; print([n for n in ('torch', 'onnxruntime', 'pyarrow') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def touched(megabytes):
+    return np.ones(megabytes * MEGABYTE, np.uint8)
+
+
+@pytest.mark.parametrize("meter", [peak_rss, _sampled])
+def test_the_peak_of_a_phase_is_what_was_held_at_once_in_it(meter):
+    before = touched(200)
+    del before
+    with meter() as read:
+        small = read()
+    with meter() as read:
+        held = touched(150)
+        time.sleep(0.05)
+        del held
+        large = read()
+    assert 140 * MEGABYTE < large - small < 190 * MEGABYTE
+
+
+class FakeNvml:
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, counts=True):
+        self.counts, self.millijoules = counts, iter([1000, 1000, 4500])
+
+    def nvmlInit(self):  # noqa: N802 - NVML's own name
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        if not self.counts:
+            raise self.NVMLError
+        assert handle == 1
+        return next(self.millijoules)
+
+
+def test_energy_is_nvmls_in_joules():
+    meter = _meter(FakeNvml(), 1)
+    assert -meter() + meter() == pytest.approx(3.5)
+
+
+def test_energy_that_nothing_counts_is_none():
+    assert energy_meter("cpu") is None
+    assert _meter(FakeNvml(counts=False), 1) is None
