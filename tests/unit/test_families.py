@@ -1,6 +1,7 @@
 """Every family against everything that is promised of it; and that these checks can fail."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from qeval.compare.families import CHECKS, Bench, Cell, WrongError, check_famili
 from qeval.errors import UsageError
 from qeval.models.families import FAMILIES
 from qeval.models.matrices import stacks_of, weights_of
+from qeval.models.quiet import quiet
 from qeval.progress import Silent
+from tests.fixtures.bench import Bench as Workplace
 from tests.fixtures.made_up import heron
+from tests.fixtures.tiny import tiny_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
 QUICK = [check for check in CHECKS if check != "onnx"]
@@ -42,6 +46,22 @@ def test_a_family_that_nobody_has_heard_of_needs_no_line():
     for check in set(QUICK) - {"mixed"}:
         assert CHECKS[check](bench)
     assert bench.kl(bench.variant("mixed:g32-7bpw")) < bench.kl(bench.variant("awq:g32"))
+
+
+@pytest.mark.parametrize("method", ["awq:g32", "gptq:g32"])
+def test_an_expert_that_no_token_reaches_is_rounded_plainly_and_named(method):
+    bench = Bench("Qwen3Moe", families.tiny_family("Qwen3Moe", num_experts=32))
+    bench.samples = [bench.samples[0][:6]]
+    reached = set(bench.statistics)
+    unseen = [group.names[0] for group in bench.description.groups if group.names[0] not in reached]
+    assert 0 < len(unseen) < 64
+    variant, plain = bench.variant(method), bench.variant("rtn:g32-clip")
+    told = variant.details["rounded plainly, no token reached them"]
+    assert told.startswith(f"{len(unseen)}: {unseen[0]}")
+    for name in unseen:
+        assert torch.equal(variant.weights[name].codes, plain.weights[name].codes)
+    seen = next(group.names[0] for group in bench.description.groups if group.names[0] in reached)
+    assert not torch.equal(variant.weights[seen].codes, plain.weights[seen].codes)
 
 
 @pytest.fixture
@@ -149,3 +169,24 @@ def test_an_unforeseen_failure_is_told_in_its_cell(monkeypatch):
     found = check_families(["Llama"], Silent(), ["rtn"])
     assert found["Llama"]["rtn"].status == "fails"
     assert "inconsistent tensor size" in found["Llama"]["rtn"].line
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GPT2"])
+def test_the_program_takes_checkpoints_whose_matrices_lie_otherwise(name, tmp_path, monkeypatch):
+    """Experts under the checkpoint's own names; Conv1D: quantized, written, read back, scored and accounted for."""
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    place = Workplace(tmp_path)
+    shutil.rmtree(place.model)
+    with quiet():
+        families.tiny_family(name).save_pretrained(place.model)
+    tiny_tokenizer().save_pretrained(place.model)
+    methods = ("rtn:g32", "awq:g32", "gptq:g32", "mixed-rtn:g32-fisher")
+    assert place.compare("--quiet", methods=",".join(methods), tasks="kl", calibration_samples="6") == 0
+    found = {variant["name"]: variant for variant in place.report()["variants"]}
+    assert tuple(found) == methods
+    kls = {each: found[each]["metrics"]["kl_nats"]["value"] for each in methods}
+    assert 0 < kls["mixed-rtn:g32-fisher"] < kls["rtn:g32"]
+    manifest = json.loads(next((tmp_path / "home" / "variants").glob("*/manifest.json")).read_text())
+    total = sum(entry["rows"] * entry["columns"] for entry in manifest["weights"])
+    total += sum(entry["parameters"] for entry in manifest["kept"])
+    assert total == place.report()["model"]["parameters"]
