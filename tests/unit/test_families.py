@@ -43,9 +43,8 @@ def test_a_family_that_nobody_has_heard_of_needs_no_line():
     assert takers == ["before.weight", "gaze.tell.weight", "between.weight", "wing.lift.weight"]
     assert [group.fold.plus_one for group in groups] == [True, False, True, False]
     assert groups[1].fold.parameters[1] == "heron.strides.1.gaze.tell.bias"
-    for check in set(QUICK) - {"mixed"}:
+    for check in QUICK:
         assert CHECKS[check](bench)
-    assert bench.kl(bench.variant("mixed:g32-7bpw")) < bench.kl(bench.variant("awq:g32"))
 
 
 @pytest.mark.parametrize("method", ["awq:g32", "gptq:g32"])
