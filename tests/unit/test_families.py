@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from qeval.cli.app import run
 from qeval.compare import families
 from qeval.compare.families import CHECKS, Bench, Cell, WrongError, check_families, failed, markdown
-from qeval.errors import UsageError
+from qeval.errors import QevalError, UsageError
 from qeval.models.families import FAMILIES
 from qeval.models.matrices import stacks_of, weights_of
 from qeval.models.quiet import quiet
@@ -21,8 +23,9 @@ from tests.fixtures.tiny import tiny_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
 QUICK = [check for check in CHECKS if check != "onnx"]
-EXPORTED = ("Qwen3", "GPT2", "GPTNeoX", "StableLm2")
-"""Of what the tests of exports leave out: by the builder, and by torch's exporter with all that is odd."""
+EXPORTED = ("GPT2", "GPTNeoX")
+"""What the tests of exports leave out: matrices kept transposed, and fused head by head."""
+EXPERTS = ("Mixtral", "Qwen2Moe", "Qwen3Moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -68,16 +71,49 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("QEVAL_HOME", str(tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not stacks_of(families.tiny_family(name))])
-@pytest.mark.usefixtures("home")
-def test_every_family_without_experts_is_exported(name):
+@pytest.fixture
+def exporters_here(home, monkeypatch):
+    """Exporters without a process of their own, whose imports take longer than a tiny export."""
     pytest.importorskip("onnxruntime_genai")
     pytest.importorskip("onnxscript")
+    from qeval.backends.onnx import dynamo_child, export, genai_child
+
+    def build(checkpoint, out, _):
+        out.mkdir(parents=True)
+        monkeypatch.setattr(sys, "argv", ["", str(checkpoint), str(out), "cpu", "fp32"])
+        here(genai_child.main)
+
+    def translate(checkpoint, out):
+        out.mkdir(parents=True, exist_ok=True)
+        here(lambda: dynamo_child.export(checkpoint, out))
+
+    monkeypatch.setattr(export, "_run_builder", build)
+    monkeypatch.setattr(export.dynamo, "export_dynamo", translate)
+
+
+def here(call):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+    except Exception as error:
+        raise QevalError(str(error)) from error
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.usefixtures("exporters_here")
+def test_what_torchs_exporter_alone_takes_is_exported(name):
+    assert CHECKS["onnx"](Bench(name)).startswith("dynamo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in {*EXPORTED, *EXPERTS}])
+@pytest.mark.usefixtures("exporters_here")
+def test_every_other_family_without_experts_is_exported(name):
     assert CHECKS["onnx"](Bench(name))
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+@pytest.mark.parametrize("name", EXPERTS)
 @pytest.mark.usefixtures("home")
 def test_experts_are_not_exported_and_the_sentence_says_so_before_any_work(name):
     pytest.importorskip("onnxruntime_genai")
