@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 a gate failed, 2 wrong use (what the user gave is wrong), 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-_LISTED_AT_MOST = 60
+_LISTED_AT_MOST = 40
 """Of more names than this (MMLU has 57 subjects) only the nearest are told."""
 
 

@@ -171,7 +171,8 @@ def quantizable(description: Description) -> list[str]:
 def positional_budget(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> tuple[dict[str, Grid], int]:
     """The grids under the positional rule, and their size in bits."""
     high = high_grid(recipe)
-    chosen = positional_names(grids, len(source.description.layers))
+    last = {unit.layer: unit.names for unit in source.description.units}
+    chosen = positional_names(grids, len(source.description.layers), last)
     mixed = {name: high if name in chosen else grid for name, grid in grids.items()}
     return mixed, _bits(mixed, source.search.parameters)
 

@@ -45,8 +45,8 @@ _PREFIXES, _RESTS = (7, 23), (5, 1, 12)
 _GRIDS = ("int4-g32", "int4-channel", "int4-tensor", "int8-g32")
 _FINER = 0.25
 """INT8's KL is at most this share of INT4's: 16 steps in the place of one."""
-_SPECIAL = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
-"""The model builder needs them."""
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 264}
+"""The model builder needs them, and room for the token that Qwen2's tokenizer adds."""
 
 Status = Literal["works", "fails", "cannot"]
 

@@ -41,6 +41,7 @@ from qeval.models.graph import describe
 from qeval.models.head import Head, head_of
 from qeval.models.info import LoadedModel
 from qeval.models.load import load
+from qeval.models.matrices import weights_of
 from qeval.models.source import resolve
 from qeval.models.supported import notes_of
 from qeval.score.corpus import Shard
@@ -282,7 +283,7 @@ def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[
 
 
 def _shape(loaded: LoadedModel, names: list[str]) -> Shape:
-    parameters = dict(loaded.model.named_parameters())
+    parameters = weights_of(loaded.model)
     return Shape(
         layer_weights=sum(parameters[name].numel() for name in names),
         head_weights=loaded.model.get_output_embeddings().weight.numel(),

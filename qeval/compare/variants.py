@@ -25,7 +25,7 @@ from qeval.quant.variant import Variant
 from qeval.store.locks import alone
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
 
-QUANTIZERS_VERSION = 2
+QUANTIZERS_VERSION = 3
 """Part of every variant's key: raise it when the same recipe gives other integers."""
 
 

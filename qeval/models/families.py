@@ -77,7 +77,11 @@ FAMILIES: Mapping[str, Family] = {
     "Phi": Family(
         "Phi", "Phi-2; attention beside the feed-forward, biases, a part is rotated", {"num_key_value_heads": 4}
     ),
-    "Phi3": Family("Phi3", "Phi-3; fused qkv and gate_up", {"num_key_value_heads": 4}),
+    "Phi3": Family(
+        "Phi3",
+        "Phi-3; fused qkv and gate_up",
+        {"num_key_value_heads": 4, "original_max_position_embeddings": 256},
+    ),
     "Phi3.5": Family("Phi3", "LongRoPE", {"num_key_value_heads": 4, **_long_rope(16)}),
     "Phi4-mini": Family(
         "Phi3",

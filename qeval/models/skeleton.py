@@ -70,7 +70,7 @@ def _check(model: Any, entries: Mapping[str, TensorEntry], where: str) -> list[s
     if missing and unused:
         raise UsageError(
             f"'{where}' names its tensors otherwise than its model ({listed(unused)} instead of {listed(missing)}), "
-            "which --stream can't read."
+            "which --stream can't read; leave it out."
         )
     check_complete(missing, where)
     for name, parameter in parameters.items():

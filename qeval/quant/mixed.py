@@ -1,7 +1,7 @@
 """Which groups of linears get the high bit width: measured sensitivity under a size budget, or by position."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +10,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from qeval.errors import UsageError
 
 POSITIONAL_KINDS = ("v_proj", "down_proj")
-_FUSED_KINDS = ("c_attn", "mlp.c_proj", "query_key_value", "dense_4h_to_h")
-"""What stands for them in GPT-2 and GPT-NeoX, which have neither: values fused with queries and keys, the way down."""
 
 
 class Option(NamedTuple):
@@ -35,22 +33,24 @@ def positional_layers(layers: int) -> set[int]:
     return {layer for layer in range(layers) if layer < eighth or layer >= layers - eighth or (layer - eighth) % 3 == 0}
 
 
-def positional_names(names: Iterable[str], layers: int) -> set[str]:
+def positional_names(names: Iterable[str], layers: int, last: Mapping[int, Sequence[str]] | None = None) -> set[str]:
     """The weights that the positional rule gives INT8: v_proj and down_proj of its layers, every expert's too.
 
+    `last`: what each layer multiplies by last, by layer; it stands for them in a model that names neither.
+
     Raises:
-        UsageError: the model names no linear like these, so the rule does not apply.
+        UsageError: none of these is among `names`, so the rule does not apply.
     """
-    every, chosen = list(names), positional_layers(layers)
-    for kinds in (POSITIONAL_KINDS, _FUSED_KINDS):
-        pattern = re.compile(rf"\.(\d+)\..*\b({'|'.join(map(re.escape, kinds))})(\.weight|\[\d+\])$")
-        found = {name for name in every if (match := pattern.search(name)) and int(match[1]) in chosen}
-        if found:
-            return found
-    raise UsageError(
-        "The positional rule gives INT8 to v_proj and down_proj, and this model has neither; "
-        "take --importance measured with a --budget."
-    )
+    every, chosen = set(names), positional_layers(layers)
+    pattern = re.compile(rf"\.(\d+)\..*\b({'|'.join(POSITIONAL_KINDS)})(\.weight|\[\d+\])$")
+    found = {name for name in every if (match := pattern.search(name)) and int(match[1]) in chosen}
+    found = found or {name for layer in chosen for name in (last or {}).get(layer, ()) if name in every}
+    if not found:
+        raise UsageError(
+            "The positional rule gives INT8 to v_proj and down_proj, and this model has neither; "
+            "take --importance measured with a --budget."
+        )
+    return found
 
 
 def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:

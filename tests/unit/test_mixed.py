@@ -67,6 +67,15 @@ def test_positional_names_are_v_and_down():
     assert not any("q_proj" in name for name in found)
 
 
+def test_what_a_layer_multiplies_by_last_stands_for_them_where_neither_is_named():
+    names = [f"h.{i}.{p}.weight" for i in range(9) for p in ("attn.c_attn", "mlp.c_proj")]
+    last = {i: (f"h.{i}.mlp.c_proj.weight",) for i in range(9)}
+    found = positional_names(names, 9, last)
+    assert found == {f"h.{i}.mlp.c_proj.weight" for i in positional_layers(9)}
+    experts = [f"model.layers.0.mlp.experts.down_proj[{i}]" for i in range(3)]
+    assert positional_names([*experts, "model.layers.0.mlp.experts.gate_up_proj[0]"], 1, last) == set(experts)
+
+
 def test_a_model_without_such_linears_is_told_so():
     with pytest.raises(UsageError, match="importance measured"):
         positional_names(["h.0.attn.in_proj.weight"], 4)

@@ -19,7 +19,8 @@ SESSIONS = {
     "torch-llama": lambda: TorchSession(tiny_llama(vocab_size=VOCABULARY)),
     **{
         f"torch-{family.lower()}": lambda family=family: TorchSession(tiny_family(family, vocab_size=VOCABULARY))
-        for family in ("Mistral", "Gemma2", "Phi")  # sliding windows, soft caps, parallel attention
+        # sliding windows, soft caps, parallel attention, learned positions, experts
+        for family in ("Mistral", "Gemma2", "Phi", "GPT2", "Mixtral")
     },
 }
 LONG_ROPE = {
