@@ -46,6 +46,7 @@ _ORT = "qeval.engines.onnxruntime"
 _FOLDER = "qeval.engines.onnx_folder"
 _GENAI = "qeval.engines.genai"
 _LLAMA = "qeval.engines.llamacpp"
+_GGUF = "qeval.engines.gguf_file"
 _REPLAY = "qeval.engines.replay"
 _CPU = "pip install 'qeval[cpu]'"
 
@@ -67,7 +68,7 @@ ENGINES: Mapping[str, Maker] = MappingProxyType({
         "the same with a static cache and torch.compile", is_light=True,
     ),
     "llama.cpp": Maker(
-        f"{_LLAMA}:prepare", f"{_LLAMA}:open_engine", ("llama_cpp",), "pip install 'qeval[llamacpp]'",
+        f"{_GGUF}:prepare", f"{_LLAMA}:open_engine", ("llama_cpp",), "pip install 'qeval[llamacpp]'",
         "llama.cpp through llama-cpp-python",
     ),
     "replay": Maker(
