@@ -23,7 +23,8 @@ from qeval.backends.onnx.files import GENAI_CONFIG
 from qeval.backends.onnx.packages import first_line, import_genai, require_genai, says_no_memory
 from qeval.backends.onnx.providers import choose
 from qeval.engines.base import Identity, Memory, Tokens, check_room, check_tokens
-from qeval.engines.onnxruntime import DTYPES, device_id_of, disk_bytes, facts_of, weights_told
+from qeval.engines.gpu import bytes_in_use
+from qeval.engines.onnxruntime import DTYPES, device_id_of, disk_bytes, facts_of, gpu_of, weights_told
 from qeval.engines.opening import Opening
 from qeval.errors import QevalError, UsageError
 
@@ -68,6 +69,7 @@ class GenaiEngine:
             f"{versions.distribution} {versions.version}",
         )
         self._disk_bytes, self._weights_bytes = disk_bytes(facts), facts.size_bytes
+        self._gpu = gpu_of(provider, device_id)
         self._generator: Any = None
         self._room, self._longest, self._length = (0, 0), 0, 0
         self._tokens: Tokens = np.empty((0, 0), np.int64)
@@ -149,7 +151,8 @@ class GenaiEngine:
         batch = self._room[0] if self._generator is not None else 0
         per_token = sum(past.heads * past.head_size * np.dtype(past.dtype).itemsize for past in self._pasts)
         held = batch * self._longest
-        return Memory(self._disk_bytes, self._weights_bytes, held * per_token, None)
+        in_use = None if self._gpu is None else bytes_in_use(self._gpu)
+        return Memory(self._disk_bytes, self._weights_bytes, held * per_token, in_use)
 
     def close(self) -> None:
         """Let the generator go, then the model."""

@@ -17,6 +17,7 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from qeval.engines.base import Identity, Memory, Tokens, check_room, check_tokens
+from qeval.engines.gpu import bytes_in_use
 from qeval.engines.opening import Opening
 from qeval.errors import QevalError, UsageError
 
@@ -59,6 +60,7 @@ class LlamaCppEngine:
         self._max_length = int(self._llama.llama_model_n_ctx_train(self._model))
         self._weights_bytes = int(self._llama.llama_model_size(self._model))
         self._threads, self._device, self._exact = threads, "GPU" if on_gpu else "CPU", exact
+        self._gpu = int(device.partition(":")[2] or 0) if on_gpu else None
         self._context: Any = None
         self._room, self._length = (0, 0), 0
         self._logits: NDArray[np.float32] = np.empty((0, 0), np.float32)
@@ -112,7 +114,8 @@ class LlamaCppEngine:
 
     def memory(self) -> Memory:
         """Weights as llama.cpp counts them; keys and values for the whole context, which is how they are held."""
-        return Memory(self._disk_bytes, self._weights_bytes, self._cache_bytes(), None)
+        in_use = None if self._gpu is None else bytes_in_use(self._gpu)
+        return Memory(self._disk_bytes, self._weights_bytes, self._cache_bytes(), in_use)
 
     def close(self) -> None:
         """Let the context go, then the model."""

@@ -16,7 +16,7 @@ import torch
 
 from qeval.backends.onnx.files import GENAI_CONFIG
 from qeval.backends.onnx.inspection import inspect_folder
-from qeval.backends.onnx.serving import read_served
+from qeval.backends.onnx.serving import _WIDTH, read_served
 from qeval.backends.torch import TorchSession
 from qeval.engines import onnx_folder
 from qeval.engines.base import greedy
@@ -115,7 +115,8 @@ def test_a_graph_that_gives_the_last_position_already_is_served_as_it_is(tmp_pat
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "model.onnx").unlink()
     (tmp_path / "model.onnx").write_bytes(served.graph)
-    assert read_served(inspect_folder(tmp_path, needs_tokenizer=False)).graph == served.graph
+    again = read_served(inspect_folder(tmp_path, needs_tokenizer=False)).graph
+    assert again.count(_WIDTH.encode()) == served.graph.count(_WIDTH.encode()) > 0, "one Gather, not two"
     given = prompts(2, 7, LAST)
     assert greedy(OrtEngine(tmp_path), given, 5) == greedy(engines["onnxruntime"], given, 5)
 
