@@ -173,6 +173,10 @@ class Settings:
             raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
         if self.workers > 1 or self.executor == "ray":
             raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
+        if tools := [recipe.name for recipe in self.recipes if recipe.tool]:
+            raise UsageError(
+                f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
+            )
         if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
             raise UsageError(
                 f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
