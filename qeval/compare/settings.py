@@ -180,7 +180,7 @@ class Settings:
         if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
             raise UsageError(
                 f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
-                "Take rtn, or a variant made before (--variant NAME=FOLDER)."
+                "Take rtn, or a variant made before (--variant NAME=PATH)."
             )
 
     @property
