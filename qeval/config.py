@@ -20,7 +20,35 @@ METHODS = {
     "gptq": "a clip search, then column after column, each one's error made good by the next (calibrated)",
     "mixed": "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
     "mixed-rtn": "the same on rtn",
+    "modelopt": "NVIDIA Model Optimizer's awq_lite (calibrated; needs nvidia-modelopt)",
+    "torchao": "torchao's int4wo or int8wo (needs torchao)",
+    "hqq": "HQQ, half-quadratic search of zero points (needs hqq)",
+    "gptqmodel": "GPTQ by GPTQModel (calibrated; needs gptqmodel)",
+    "autoround": "AutoRound, rounding learned by signed gradients (calibrated; needs auto-round)",
+    "ort": "ONNX Runtime's rtn or k_quant (needs onnxruntime)",
 }
+
+
+@dataclass(frozen=True)
+class ToolMethods:
+    """What the name of another tool's method may say: its algorithms with the grid that each means by itself.
+
+    The first algorithm is meant where none is named; a tool of one has the empty name.
+    """
+
+    algorithms: Mapping[str, str]
+    calibrated: bool = False
+
+
+TOOLS: dict[str, ToolMethods] = {
+    "modelopt": ToolMethods({"awq_lite": "int4-g128"}, calibrated=True),
+    "torchao": ToolMethods({"int4wo": "int4-g64", "int8wo": "int8-channel"}),
+    "hqq": ToolMethods({"": "int4-g64"}),
+    "gptqmodel": ToolMethods({"": "int4-g128"}, calibrated=True),
+    "autoround": ToolMethods({"": "int4-g128"}, calibrated=True),
+    "ort": ToolMethods({"rtn": "int4-g32", "k_quant": "int4-g32-asym"}),
+}
+"""Other tools as quantizers; their adapters are in `calibrate/tools`."""
 Importance = Literal["measured", "fisher", "positional"]
 """How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
 BASELINE = "baseline"
@@ -56,7 +84,7 @@ class Recipe:
 
     `clip` None means the method's own default: a clip search for awq and gptq, none for rtn. `budget` None means the
     size that the positional rule would take, in bits per weight. `damping` (a share of the mean second moment; None:
-    0.01) and `act_order` (None: yes) belong to gptq.
+    0.01) and `act_order` (None: yes) belong to gptq. `algorithm` is the word of another tool for what it does.
     """
 
     name: str
@@ -70,6 +98,7 @@ class Recipe:
     rules: tuple[Rule, ...] = field(default=())
     damping: float | None = None
     act_order: bool | None = None
+    algorithm: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no variant can be made from."""
@@ -81,6 +110,10 @@ class Recipe:
             raise UsageError(f"'{self.name}': a budget or a high grid belongs to mixed methods, not to {self.method}.")
         if not self.uses_gptq and (self.damping is not None or self.act_order is not None):
             raise UsageError(f"'{self.name}': damping and act-order belong to gptq, not to {self.method}.")
+        if self.algorithm is not None and self.algorithm not in (TOOLS[self.method].algorithms if self.tool else ()):
+            raise UsageError(f"'{self.name}': {self.method} has no algorithm '{self.algorithm}'.")
+        if self.tool and (self.clip is not None or self.quantize_head):
+            raise UsageError(f"'{self.name}': clip, noclip and the head belong to qeval's own methods.")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise UsageError(f"'{self.name}': damping is a share above 0 and at most 1, not {self.damping:g}.")
 
@@ -90,14 +123,21 @@ class Recipe:
         return self.method.startswith("mixed")
 
     @property
+    def tool(self) -> bool:
+        """Whether another tool quantizes."""
+        return self.method in TOOLS
+
+    @property
     def calibrated(self) -> bool:
         """Whether making the variant needs calibration text."""
+        if self.tool:
+            return TOOLS[self.method].calibrated
         return self.uses_awq or self.uses_gptq or (self.mixed and self.importance != "positional")
 
     @property
     def uses_statistics(self) -> bool:
         """Whether the statistics of all layer inputs are needed, not just the text."""
-        return self.uses_awq or (self.calibrated and self.clips and not self.uses_gptq)
+        return self.uses_awq or (self.calibrated and self.clips and not self.uses_gptq and not self.tool)
 
     @property
     def uses_awq(self) -> bool:
@@ -133,7 +173,8 @@ class Recipe:
         own: dict[str, Any] = {"clip": self.clips}
         if self.uses_gptq:
             own |= {"damping": self.damping_share, "act_order": self.orders_by_moment}
-        return {key: value for key, value in asdict(self).items() if key != "name"} | own
+        left = ("name",) if self.tool else ("name", "algorithm")
+        return {key: value for key, value in asdict(self).items() if key not in left} | own
 
 
 @dataclass(frozen=True)
@@ -155,6 +196,8 @@ def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     grid: list[str] = []
+    if method in TOOLS:
+        return _parse_tool(text.strip(), method, words)
     options: dict[str, Any] = {"quantize_head": defaults.quantize_head}
     if method.startswith("mixed"):
         options |= {"budget": defaults.budget, "importance": defaults.importance}
@@ -168,6 +211,23 @@ def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
         else:
             grid.append(word)
     return Recipe(name=text.strip(), method=method, grid="-".join(grid) or _DEFAULT_GRID, **options)
+
+
+def _parse_tool(name: str, method: str, words: str) -> Recipe:
+    """The recipe of another tool's method: `torchao:int4wo`, `hqq:int4-g64`, `ort:k_quant-g128`."""
+    known = TOOLS[method].algorithms
+    said = words.split("-") if words else []
+    named = next((word for word in said if word in known), next(iter(known)))
+    grid = "-".join(word for word in said if word != named)
+    own = known[named].split("-")
+    merged = "-".join([*(word for word in own if not _replaces(grid.split("-"), word)), *([grid] if grid else [])])
+    return Recipe(name=name, method=method, grid=merged, algorithm=named or None)
+
+
+def _replaces(words: Sequence[str], word: str) -> bool:
+    """Whether a user's words say the same part of a grid as one of a tool's own: bits, blocks, symmetry."""
+    parts = (r"int\d+", r"g\d+|channel|tensor", r"a?sym")
+    return any(re.fullmatch(part, word) and any(re.fullmatch(part, each) for each in words) for part in parts)
 
 
 def parse_methods(text: str, defaults: Defaults = Defaults()) -> list[Recipe]:
@@ -232,6 +292,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rules": (list,),
     "damping": (int, float),
     "act_order": (bool,),
+    "algorithm": (str,),
 }
 
 

@@ -19,8 +19,11 @@ from qeval.calibrate.groups import (
 )
 from qeval.calibrate.in_order import Options, Outcome, quantize_in_order
 from qeval.calibrate.sensitivity import measure
+from qeval.calibrate.tools.base import Job
+from qeval.calibrate.tools.registry import installed_tool, tool_version
 from qeval.config import Recipe
 from qeval.errors import UsageError
+from qeval.formats.base import Values
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
 from qeval.models.matrices import is_expert, weights_of
@@ -29,7 +32,7 @@ from qeval.quant.grid import Grid, PerBlock, parse
 from qeval.quant.mixed import Option, choose_high, positional_names
 from qeval.quant.qweight import QWeight, check_fits
 from qeval.quant.rtn import quantize
-from qeval.quant.variant import Choice, Kept, Variant
+from qeval.quant.variant import Choice, Kept, Stored, Variant
 
 _FLOAT = "float"
 _NAMED_AT_MOST = 8
@@ -78,6 +81,8 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     if recipe.mixed:
         mix = _mix(source, recipe, grids, advance)
         grids, choices, told = mix.grids, mix.choices, mix.details
+    if recipe.tool:
+        return _by_tool(source, recipe, grids, kept, key)
     made = (_in_order if recipe.uses_gptq else _each_alone)(source, recipe, grids, advance)
     if source.description.head in grids:
         made.weights[source.description.head] = _quantize_head(source, grids)
@@ -89,6 +94,24 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
         kept=kept,
         choices=choices,
         details=_details(recipe) | told | made.details,
+    )
+
+
+def _by_tool(source: Source, recipe: Recipe, grids: Mapping[str, Grid], kept: tuple[Kept, ...], key: str) -> Variant:
+    """What another tool makes of the model, in the one form that all variants have."""
+    tool = installed_tool(recipe.method)
+    job = Job(source.model, source.search.parameters, grids, recipe.algorithm, source.samples)
+    with torch.inference_mode(mode=False):
+        made = tool.quantize(job)
+    values = {name: each for name, each in made.items() if isinstance(each, Values)}
+    return Variant(
+        key=key,
+        weights={name: each for name, each in made.items() if isinstance(each, QWeight)},
+        floats={name: each.values for name, each in values.items()},
+        input_scales={},
+        kept=kept,
+        details={"made by": f"{tool.distribution} {tool_version(recipe.method)}"},
+        stored=tuple(Stored(name, each.values.numel(), each.form, each.size_bits) for name, each in values.items()),
     )
 
 
@@ -156,6 +179,8 @@ def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
     Raises:
         UsageError: as `build`.
     """
+    if recipe.tool:
+        installed_tool(recipe.method)
     grids, _ = _assign(source, recipe, parse(recipe.grid))
     if not recipe.mixed:
         return {name: (grid,) for name, grid in grids.items()}

@@ -17,6 +17,9 @@ _GRIDS = (
     ("gptq:noclip-noactorder", "as in the paper's first form: the full range, the columns as they stand"),
     ("gptq:int4-channel-damp0.05", "one scale a row, 5 % of the mean second moment added to every one (default 1 %)"),
     ("mixed-rtn:4.8bpw", "under a size budget in bits per weight"),
+    ("hqq:int4-g64", "HQQ at 4 bits in blocks of 64"),
+    ("torchao:int8wo", "torchao's INT8, one scale a row"),
+    ("ort:k_quant-g128", "ONNX Runtime's k_quant in blocks of 128"),
     ("mixed:positional", "INT8 by position (first and last eighth, every third between), as other tools do"),
 )
 

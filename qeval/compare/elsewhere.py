@@ -85,11 +85,13 @@ def found(name: str, path: Path, baseline: Baseline) -> Made:
     if quantized is None:
         reading = Reading(None, {}, {})
         return Made(name, path, path, config, reading, "float", "floats", ("no quantization_config: taken as it is",))
-    reads = format_of(quantized, str(path))
-    return Made(
-        name, path, path, config, Reading(reads, quantized, {}), str(quantized["quant_method"]), reads.title,
-        reads.notes(quantized),
-    )  # fmt: skip
+    try:
+        reads = format_of(quantized, str(path))
+        notes = reads.notes(quantized)
+    except UsageError as error:
+        raise UsageError(f"--variant {name}={path}: {error}") from error
+    method = str(quantized["quant_method"])
+    return Made(name, path, path, config, Reading(reads, quantized, {}), method, reads.title, notes)
 
 
 def _gguf(name: str, path: Path, baseline: Baseline) -> Made:
@@ -223,6 +225,11 @@ def _whole(folder: Path) -> Manifest | None:
 def _import(
     made: Made, tensors: Tensors, baseline: Baseline, source: Loaded, backend: object, folder: Path
 ) -> Manifest:
+    if any(parameter.is_meta for parameter in baseline.parameters.values()):
+        raise made.error(
+            "a checkpoint is laid beside the whole baseline first, which --stream does not hold; run once without "
+            "--stream where memory holds both: the cache keeps what was read."
+        )
     variant = _read(made, tensors, baseline, folder.name, lambda count: None)
     whole = replace(variant, details={**_details(made, tensors, baseline), **variant.details})
     if isinstance(backend, TorchBackend):

@@ -194,10 +194,14 @@ class Settings:
                 "--tasks drift generates one token after another, and --stream would read every layer for each: leave "
                 "one of them out."
             )
+        if tools := [recipe.name for recipe in self.recipes if recipe.tool]:
+            raise UsageError(
+                f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
+            )
         if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
             raise UsageError(
                 f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
-                "Take rtn, or a variant made before (--variant NAME=FOLDER)."
+                "Take rtn, or a variant made before (--variant NAME=PATH)."
             )
 
     @property

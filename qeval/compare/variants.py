@@ -12,6 +12,7 @@ import torch
 from qeval.calibrate.build import Source, build, check, quantizable, source_of
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.stream import collect
+from qeval.calibrate.tools.registry import tool_version
 from qeval.config import Recipe
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.identity import digest
@@ -74,8 +75,10 @@ def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: 
         seen = [loaded.config_sha256, calibration.record["tokens_sha256"]]
     elif recipe.calibrated:
         seen = [loaded.config_sha256, calibration.record["tokens_sha256"], seed, SKETCH_ROWS, SAMPLES, LENGTH, EVERY]
+    tool = {"tool": tool_version(recipe.method)} if recipe.tool else {}
     return digest(
         {
+            **tool,
             "quantizers": QUANTIZERS_VERSION,
             "recipe": recipe.identity(),
             "weights": loaded.weights_sha256,

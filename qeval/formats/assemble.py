@@ -223,7 +223,7 @@ def _details(weights: Mapping[str, QWeight], stored: Iterable[Stored]) -> dict[s
     forms = Counter(each.form for each in stored)
     told = [f"{len(weights)} matrices as integers, scales and zero points"] if weights else []
     told += [f"{count} as dequantized values ({form})" for form, count in forms.most_common()]
-    return {"read as": ", ".join(told), "computed": "fake-quantized, not by the kernels that it was made for"}
+    return {"read as": ", ".join(told), "computed": "by qeval's own path, not by the kernels that it was made for"}
 
 
 def _names(tensors: Tensors, baseline: Baseline) -> list[str]:
@@ -236,9 +236,7 @@ def _names(tensors: Tensors, baseline: Baseline) -> list[str]:
 def _read(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> Matrix | Tensor:
     ours = baseline.parameters[name]
     if reading.format is not None and _is_packed(tensors, reading, baseline, name):
-        rows, columns = ours.shape
-        module = _module_name(tensors, name, baseline.prefix)
-        return reading.format.decode(Module(module, rows, columns, tensors.parts_of(module)), reading.config)
+        return _decoded(tensors, reading.format, reading.config, _module_name(tensors, name, baseline.prefix), ours)
     theirs = _fitting(name, tensors.load(_found_name(tensors, name, baseline.prefix)), ours)
     if name in reading.forms:
         form, bits = reading.forms[name]
@@ -246,6 +244,15 @@ def _read(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> 
     if not theirs.is_floating_point():
         raise UsageError(f"it holds {name} as {_dtype(theirs)} without what would say how to read that.")
     return theirs
+
+
+def _decoded(tensors: Tensors, reads: Format, config: Config, name: str, ours: Tensor) -> Matrix:
+    rows, columns = ours.shape
+    module = Module(name, rows, columns, tensors.parts_of(name))
+    try:
+        return reads.decode(module, config)
+    except (ValueError, RuntimeError, IndexError, KeyError) as error:  # parts that do not fit each other
+        raise module.error(f"can't be read as {reads.title} ({' '.join(str(error).split())})") from error
 
 
 def _is_packed(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> bool:
@@ -263,6 +270,11 @@ def _fitting(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
     """
     if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) > len(ours):
         theirs = theirs[: len(ours)]
+    if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) < len(ours):
+        raise UsageError(
+            f"its {name} lacks rows {len(theirs)} to {len(ours) - 1} of the baseline's: where these are ids, it has no "
+            "probability for them, and the two can't be compared."
+        )
     if theirs.shape != ours.shape:
         raise UsageError(f"it holds {name} of {list(theirs.shape)} where the baseline has {list(ours.shape)}.")
     return theirs

@@ -83,6 +83,8 @@ def _integers(module: Module, config: Config, signed: Tensor, bits: int) -> Matr
     middle = 1 << (bits - 1)
     codes = (signed.to(torch.int16) + middle).to(torch.uint8)
     scales = module.part("weight_scale")
+    if scales.numel() > 1 and scales.shape[0] != module.rows:
+        raise module.error(f"has scales of {list(scales.shape)}, which belong to tiles and not to rows")
     scales = scales.reshape(1, 1) if scales.numel() == 1 else scales.reshape(module.rows, -1)
     zeros = _zeros(module, bits, tuple(scales.shape))
     size = group_size(module, scales.shape[1], next(iter(_sizes(config, module, scales.shape[1])), None))

@@ -284,5 +284,6 @@ def _intervals(seed: int) -> Intervals:
 def _provenance(run: RunRecord) -> Provenance:
     copied = (
         "command", "started", "finished", "seconds", "peak_rss_bytes", "seed", "environment", "calibration",
+        "witness",
     )  # fmt: skip
     return Provenance(**{name: getattr(run, name) for name in copied})

@@ -261,6 +261,8 @@ class Provenance(_Part):
     seed: int
     environment: EnvironmentRecord
     calibration: CalibrationRecord | None
+    witness: str | None = None
+    """The hash of the token ids, positions and BOS of all that was scored, the same for every variant compared."""
 
 
 class Report(_Part):

@@ -170,6 +170,8 @@ def _measured_on(report: Report) -> list[tuple[str, str]]:
             ("Corpus, sha256", p.corpus_sha256),
             ("Token ids, sha256", p.tokens_sha256),
         ]
+    if report.provenance.witness:
+        found.append(("Witness of all token ids, positions and BOS", report.provenance.witness))
     if report.provenance.calibration:
         c = report.provenance.calibration
         found += [

@@ -86,7 +86,7 @@ def test_a_checkpoint_is_scored_as_the_variant_that_it_was_packed_from(bench, ma
         assert found[name]["grid"] == "int4-g16"
         assert found[name]["method"] == name
         assert found[name]["details"]["read as"] == "14 matrices as integers, scales and zero points"
-        assert found[name]["details"]["computed"] == "fake-quantized, not by the kernels that it was made for"
+        assert found[name]["details"]["computed"] == "by qeval's own path, not by the kernels that it was made for"
     run = json.loads((out / "run.json").read_text())
     assert {each["witness"] for each in run["variants"]} == {run["witness"]}
 
@@ -172,6 +172,19 @@ def test_a_missing_tensor_and_another_shape_are_named(made, refused):
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if "1.mlp.down_proj" not in name}, file)
     assert "it lacks model.layers.1.mlp.down_proj.weight, which the baseline has" in refused(path)
+
+
+def test_fewer_ids_than_the_baselines_are_named(bench, made, refused):
+    tensors = load_file(bench.model / "model.safetensors")
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    path = made(GPTQ, packers.gptq, changed={name: tensors[name][:-6].clone() for name in names})
+    assert "its model.embed_tokens.weight lacks rows 250 to 255 of the baseline's" in refused(path)
+
+
+def test_a_streamed_baseline_can_not_be_laid_beside(bench, made, capsys):
+    flags = ("--stream", "--variant", f"theirs={made(GPTQ, packers.gptq, 'int4-g32')}")
+    assert bench.compare(*QUIET, *flags, methods=None) == 2
+    assert "run once without --stream where memory holds both" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_configuration_is_named(made, refused):

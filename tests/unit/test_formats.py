@@ -5,6 +5,9 @@ import json
 import pytest
 import torch
 
+from qeval.calibrate.build import build, source_of
+from qeval.calibrate.stream import collect
+from qeval.config import parse_method
 from qeval.errors import UsageError
 from qeval.formats.assemble import Baseline, Reading, assemble
 from qeval.formats.base import Module, Values
@@ -14,6 +17,7 @@ from qeval.formats.gptq import decode as decode_gptq
 from qeval.formats.hqq import decode as decode_hqq
 from qeval.formats.registry import FORMATS, format_of
 from qeval.models.graph import describe
+from qeval.models.head import head_of
 from qeval.quant.grid import parse
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize
@@ -174,6 +178,35 @@ def test_hqq_is_read_along_either_axis(model, bits, axis):
     }
     found = decode_hqq(Module("m", 128, 64, parts), {})
     assert torch.allclose(found.values, ((codes - zero) * scale).reshape(128, 64))
+
+
+def test_awqs_own_search_is_excused_wherever_it_folds(tmp_path):
+    """qeval's AWQ for the tool's: scales in norms, in v_proj's rows for o_proj, in up_proj's for down_proj."""
+    folder = save_tiny(tmp_path / "base", dtype=torch.float32, intermediate_size=128, num_key_value_heads=4)
+    model = tiny_llama(intermediate_size=128, num_key_value_heads=4)
+    samples = [torch.arange(start, start + 48).mul(37).remainder(256).tolist() for start in range(4)]
+    about = describe(model)
+    statistics = collect(model, about, samples, 0, lambda count: None)
+    source = source_of(model, about, head_of(model), samples, statistics)
+    made = build(source, parse_method("awq:int4-g16-asym"), "key", lambda done: None)
+    assert not made.input_scales and len(made.floats) >= 4
+    parts = {name: packers.awq(weight) for name, weight in made.weights.items()}
+    path = packers.save_checkpoint(folder, tmp_path / "awq", AWQ, parts, made.floats)
+    variant = read(path, Baseline(dict(model.named_parameters()), about, 16, "model."))
+    for name, weight in made.weights.items():
+        same(variant.weights[name], weight)
+    assert {name: tensor.tolist() for name, tensor in variant.floats.items()} == {
+        name: tensor.tolist() for name, tensor in made.floats.items()
+    }
+
+
+def test_parts_that_do_not_fit_each_other_are_named(base, baseline, tmp_path):
+    weights = packers.quantized(base, "int4-g16")
+    parts = {name: packers.gptq(weight) for name, weight in weights.items()}
+    name = "model.layers.0.mlp.up_proj"
+    parts[f"{name}.weight"]["g_idx"] = torch.arange(64) // 16 + 7
+    with pytest.raises(UsageError, match=f"{name} has a g_idx that names groups which are not there"):
+        read(packers.save_checkpoint(base, tmp_path, GPTQ, parts), baseline)
 
 
 REFUSED = {
