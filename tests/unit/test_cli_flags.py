@@ -31,6 +31,7 @@ SHARED = {
     "--quiet": False,
     "--debug": False,
 }
+MIXED = ("--budget", "--importance", "--quantize-head")
 RUNTIME = {"--ep": "cpu", "--exporter": "auto", "--format": "nbits", "--precision": None}
 COMPARE = SHARED | {
     "--stream": False,
@@ -89,13 +90,25 @@ SELFCHECK = {
     "--quiet": False,
     "--debug": False,
 }
-SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
+SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXED} | {
+    "--method": "rtn",
+    "--budgets": None,
+}
+SWEEP = {
+    "--models": None,
+    "--out": Path("reports/sweep"),
+    "--bits": None,
+    "--groups": None,
+    "--budgets": None,
+    "--debug": False,
+}
 REQUIRED = {
     "compare": {"--model"},
     "sweep": {"--models"},
     "quantize": {"--model", "--method"},
     "export": {"--model", "--method"},
     "selfcheck": set(),
+    "sensitivity": {"--model"},
 }
 
 
@@ -105,7 +118,14 @@ def parameters(command):
 
 @pytest.mark.parametrize(
     ("command", "frozen"),
-    [("compare", COMPARE), ("quantize", QUANTIZE), ("export", EXPORT), ("sweep", SWEEP), ("selfcheck", SELFCHECK)],
+    [
+        ("compare", COMPARE),
+        ("quantize", QUANTIZE),
+        ("export", EXPORT),
+        ("sweep", SWEEP),
+        ("selfcheck", SELFCHECK),
+        ("sensitivity", SENSITIVITY),
+    ],
 )
 def test_flags_and_their_defaults_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
@@ -157,6 +177,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         "gate",
         "verify",
         "selfcheck",
+        "sensitivity",
         "card",
         "diff",
         "models",
