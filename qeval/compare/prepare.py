@@ -22,7 +22,7 @@ from qeval.compare.estimate import Shape
 from qeval.compare.overlap import overlap_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import streamed_model
-from qeval.compare.tokens import bos_warnings, protocol_of, token_work
+from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.variants import Calibration, Entry, Loaded, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.executors.cluster import require_ray
@@ -225,7 +225,7 @@ def _foreign(settings: Settings, loaded: LoadedModel, head: Head, suites: Sequen
     require_provider(choose_provider(settings.backends.ep))
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens:
-        texts.append(load_corpus(protocol_of(settings.corpus, loaded).corpus).text)
+        texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in each_corpus(settings.corpus)]
     return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), texts) for name, path in found)
 
 

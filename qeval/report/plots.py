@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from qeval.report import split, style, words
+from qeval.report import conventions, split, style, words
 from qeval.report.build import quality
 from qeval.report.model import Metric, Report, Task, Variant
 from qeval.report.page import Plot
@@ -112,7 +112,7 @@ def perplexity_bars(report: Report) -> Plot | None:
         axes.set_xscale("log")
     axes.set_xlim(right=axes.get_xlim()[1] * (2 if axes.get_xscale() == "log" else 1.12))
     _name_rows(axes, [name for name, _, _ in bars])
-    axes.set_xlabel("Perplexity (lower is better)")
+    axes.set_xlabel(f"{conventions.title('ppl')}, lower is better")
     said = "; ".join(f"{name} {words.metric_text(metric)}" for name, metric, _ in bars)
     return _plot(made, "perplexity", "Perplexity", f"Perplexity with 95 % intervals: {said}.")
 

@@ -128,7 +128,7 @@ def kl_against_bits(reports: Sequence[Report]) -> Plot | None:
 
 def _kl(variant: Variant) -> float | None:
     """A KL that a logarithmic axis can show."""
-    metric = variant.metrics.get("kl_nats")
+    metric = None if variant.void else variant.metrics.get("kl_nats")
     return metric.value if metric is not None and metric.value is not None and metric.value > 0 else None
 
 
