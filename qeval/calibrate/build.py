@@ -75,7 +75,7 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     Raises:
         UsageError: a block larger than a row, a budget that no choice meets, a rule that matches nothing.
     """
-    grids, kept = _assign(source, recipe, parse(recipe.grid))
+    grids, kept = assign(source, recipe, parse(recipe.grid))
     choices: tuple[Choice, ...] = ()
     told: dict[str, str] = {}
     if recipe.mixed:
@@ -121,7 +121,7 @@ def outline(source: Source, recipe: Recipe, key: str) -> tuple[dict[str, Grid], 
     Raises:
         UsageError: as `build`.
     """
-    grids, kept = _assign(source, recipe, parse(recipe.grid))
+    grids, kept = assign(source, recipe, parse(recipe.grid))
     mix = _Mix(grids, (), {})
     if recipe.mixed:
         mix = _mix(source, recipe, grids, lambda done: None)
@@ -181,10 +181,10 @@ def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
     """
     if recipe.tool:
         installed_tool(recipe.method)
-    grids, _ = _assign(source, recipe, parse(recipe.grid))
+    grids, _ = assign(source, recipe, parse(recipe.grid))
     if not recipe.mixed:
         return {name: (grid,) for name, grid in grids.items()}
-    _mixed_budget(source, recipe, grids)
+    mixed_budget(source, recipe, grids)
     return {name: (grid, high_grid(recipe)) for name, grid in grids.items()}
 
 
@@ -208,7 +208,7 @@ def high_grid(recipe: Recipe) -> Grid:
     return replace(low, bits=HIGH_BITS) if recipe.high is None else parse(recipe.high, low)
 
 
-def _assign(source: Source, recipe: Recipe, grid: Grid) -> tuple[dict[str, Grid], tuple[Kept, ...]]:
+def assign(source: Source, recipe: Recipe, grid: Grid) -> tuple[dict[str, Grid], tuple[Kept, ...]]:
     """The grid of every quantized weight, and every other weight with its reason."""
     inside = set(quantizable(source.description))
     _check_rules(recipe, source.search.parameters)
@@ -255,22 +255,22 @@ def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
 
 
 def _mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> _Mix:
-    budget = _mixed_budget(source, recipe, low)  # refused before the long measurement, not after
+    budget = mixed_budget(source, recipe, low)  # refused before the long measurement, not after
     if recipe.importance == "positional":
         grids, _ = positional_budget(source, recipe, low)
         return _Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _units(source, low)), {})
     own = (source.model, source.description, source.head)
     if recipe.importance == "measured":
-        kls = measure(*own, source.samples, _effective(source, recipe, low), advance)
-        return _Mix(*_under_budget(source, recipe, low, budget, kls), {})
+        kls = measure(*own, source.samples, effective_of(source, recipe, low), advance)
+        return _Mix(*under_budget(source, recipe, low, budget, kls), {})
     if len(source.samples) < fisher.SAMPLES + accept.SAMPLES:
         raise UsageError(
             f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
             f"{accept.SAMPLES} others; give at least {fisher.SAMPLES + accept.SAMPLES} --calibration-samples."
         )
-    kls = fisher.predict(*own, source.samples, _effective(source, recipe, low), advance)
+    kls = fisher.predict(*own, source.samples, effective_of(source, recipe, low), advance)
     ways = _ways(source, recipe, low, budget, kls)
-    effective = {name: _effective(source, recipe, grids) for name, grids in ways.items()}
+    effective = {name: effective_of(source, recipe, grids) for name, grids in ways.items()}
     measured = accept.measure_ways(*own, source.samples, effective)
     best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
     choices = tuple(_choice(source, group, ways[best], None, None) for group in _units(source, low))
@@ -284,7 +284,7 @@ def _ways(
     ways = {}
     for name, power in _POWERS.items():
         bent = {group: kl**power for group, kl in kls.items()}
-        ways[name], _ = _under_budget(source, recipe, low, budget, bent)
+        ways[name], _ = under_budget(source, recipe, low, budget, bent)
     try:
         positional, bits = positional_budget(source, recipe, low)
     except UsageError:  # the rule does not apply to this model; there is one way less
@@ -303,9 +303,10 @@ def _accepted_details(measured: Mapping[str, float], best: str) -> dict[str, str
     }
 
 
-def _under_budget(
+def under_budget(
     source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+    """The grids that the least summed KL takes within `budget` bits, from each group's KL alone at the low width."""
     high = {name: high_grid(recipe) for name in low}
     groups, parameters = _units(source, low), source.search.parameters
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
@@ -329,7 +330,7 @@ def _under_budget(
     )
 
 
-def _mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
+def mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
     """The bits that may be spent on codes, scales and zero points, what AWQ's input scales may need taken off.
 
     Raises:
@@ -362,7 +363,10 @@ def _explicit_bits(source: Source, low: Mapping[str, Grid]) -> int:
     return sum(group.columns * len(group.names) * _SCALE_BITS for group in groups)
 
 
-def _effective(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> Callable[[Group], dict[str, torch.Tensor]]:
+def effective_of(
+    source: Source, recipe: Recipe, grids: Mapping[str, Grid]
+) -> Callable[[Group], dict[str, torch.Tensor]]:
+    """What gives each group's quantized matrices as they act in the unfolded model; scales are searched here."""
     search, every = source.search, source.description.groups
     scales = search.scales(every, grids) if recipe.uses_awq else {}
     divisors = row_divisors(scales, search.parameters)

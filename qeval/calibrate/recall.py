@@ -29,13 +29,13 @@ def recalled(layers: nn.ModuleList, first: int, output: Any) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_by(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other values of some parameters, its own put back bit for bit."""
+def replaced_by(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """The model with other values of some parameters; its own are given to the block, and put back bit for bit."""
     saved = {name: parameters[name].detach().clone() for name in values}
     try:
         for name, value in values.items():
             parameters[name].copy_(value)
-        yield
+        yield saved
     finally:
         for name, value in saved.items():
             parameters[name].copy_(value)

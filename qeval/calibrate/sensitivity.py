@@ -5,6 +5,7 @@ group costs a forward pass of its own layer and those after it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,22 +38,53 @@ def measure(
 
     `advance` is told 1 for every unit.
     """
-    ids = torch.tensor([list(sample[:LENGTH]) for sample in samples[:SAMPLES]], device=model.device)
-    layers = layers_of(model, description)
-    outputs, final = _baseline(model, layers, ids)
-    parameters = weights_of(model)
+    passed = Passed.of(model, description, tokens(model, samples))
     kls = {}
     for group in description.units:
-        replaced = effective(group)
-        if replaced:
-            with replaced_by(parameters, replaced), recalled(layers, group.layer, outputs[group.layer - 1]):
-                states = _states(model, ids)
-            kls[group.names[0]] = mean_kl(head.logits, final, head.logits, states)
+        kl = kl_with(passed, head, passed.final, group, effective(group))
+        if kl is not None:
+            kls[group.names[0]] = kl
         advance(1)
     return kls
 
 
-def _baseline(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any], Tensor]:
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A model, the tokens that passed it, each layer's output, and the final states at every fourth position."""
+
+    model: Any
+    layers: nn.ModuleList
+    parameters: Mapping[str, Tensor]
+    ids: Tensor
+    outputs: list[Any]
+    final: Tensor
+
+    @classmethod
+    def of(cls, model: Any, description: Description, ids: Tensor) -> "Passed":
+        """One pass of `ids` through the model as it is."""
+        layers = layers_of(model, description)
+        return cls(model, layers, weights_of(model), ids, *_through(model, layers, ids))
+
+
+def tokens(model: Any, samples: Sequence[Sequence[int]]) -> Tensor:
+    """The calibration tokens that sensitivities are measured on, [samples, length]."""
+    return torch.tensor([list(sample[:LENGTH]) for sample in samples[:SAMPLES]], device=model.device)
+
+
+def kl_with(passed: Passed, head: Head, reference: Tensor, group: Group, values: Mapping[str, Tensor]) -> float | None:
+    """Mean KL in nats from `reference` (final states) of the passed model with other values in one group.
+
+    None where there are no values. Only the group's layer and those after it are run.
+    """
+    if not values:
+        return None
+    before = passed.outputs[group.layer - 1]
+    with replaced_by(passed.parameters, values), recalled(passed.layers, group.layer, before):
+        states = _states(passed.model, passed.ids)
+    return mean_kl(head.logits, reference, head.logits, states)
+
+
+def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any], Tensor]:
     """Each layer's output on `ids`, and the final states."""
     outputs: list[Any] = []
     handles = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in layers]

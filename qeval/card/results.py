@@ -12,11 +12,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qeval.errors import BrokenRecordError, unknown
 from qeval.report import Report
+from qeval.report.conventions import title as title_of
 from qeval.report.model import Metric, Task, Variant
 
 _DATASETS = {"wikitext2": ("Salesforce/wikitext", "WikiText-2 raw"), "pydoc": ("pydoc", "CPython reference")}
 _TOKENS = {
-    "ppl": ("perplexity", "Perplexity"),
+    "ppl": ("perplexity", title_of("ppl")),
     "kl_nats": ("kl_divergence", "KL-divergence from the baseline (nats)"),
     "top1_agreement": ("top1_agreement", "Same most likely token as the baseline"),
 }
@@ -68,7 +69,7 @@ def _unsound(variant: Variant) -> str | None:
         return "is the noise floor, the baseline against itself"
     if variant.status != "done":
         return f"{'failed' if variant.status == 'failed' else 'is broken'} ({variant.error})"
-    return None
+    return f"is void ({variant.void})" if variant.void else None
 
 
 def _results(report: Report, variant: Variant) -> Iterator[EvalResult]:

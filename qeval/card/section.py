@@ -11,7 +11,7 @@ from qeval.card.markers import BEGIN, END
 from qeval.card.plots import FOLDER, Pair
 from qeval.card.results import model_name
 from qeval.errors import QevalError
-from qeval.report import Report, words
+from qeval.report import Report, conventions, words
 from qeval.report.measure_items import at_chance as is_at_chance
 from qeval.report.model import Metric, Task, Variant
 from qeval.report.render import markdown_text
@@ -59,7 +59,7 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
                 "a loss of it."
             )
     if "ppl" in report.baseline.metrics:
-        yield "### Perplexity"
+        yield f"### {conventions.title('ppl')}"
         yield _table(*_perplexity(report))
     if any("kl_nats" in v.metrics for v in report.variants):
         yield "### KL-divergence"

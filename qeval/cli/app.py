@@ -30,6 +30,7 @@ from qeval.cli.listing import methods, tasks
 from qeval.cli.models import models
 from qeval.cli.quantize import quantize
 from qeval.cli.selfcheck import selfcheck
+from qeval.cli.sensitivity import sensitivity
 from qeval.cli.sweep import CONTEXT, INTERRUPTED, sweep
 from qeval.cli.verify import verify
 from qeval.errors import QevalError, UsageError
@@ -56,6 +57,7 @@ app.command()(explain)
 app.command()(gate)
 app.command()(verify)
 app.command()(selfcheck)
+app.command()(sensitivity)
 app.command()(card)
 app.command()(diff)
 app.command()(models)

@@ -56,7 +56,9 @@ def compare(
     tasks: Annotated[
         str, typer.Option("--tasks", help="Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.")
     ] = "kl,ppl,mmlu",
-    corpus: Annotated[str | None, typer.Option("--corpus", help="wikitext2, pydoc, or a text file.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", help="wikitext2, c4, pydoc, code, or a text file; several with commas.")
+    ] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="A named protocol; see `qeval tasks`.")] = None,
     convention: Annotated[
         str | None,

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qeval.cli import options
 from qeval.cli.compare import compare, slug
+from qeval.cli.grid import grid_methods, without_methods
 from qeval.cli.printing import stdout
 from qeval.errors import QevalError, UsageError
 
@@ -28,6 +29,15 @@ def sweep(
     out: Annotated[
         Path, typer.Option("--out", help="A folder; each model's run goes into one of its own there.")
     ] = Path("reports/sweep"),
+    bits: Annotated[
+        str | None, typer.Option("--bits", help="Widths that every method is made at, such as 2,3,4,5,6,8.")
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", help="Block sizes, channel, tensor, such as 32,64,128,channel.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="Sizes of mixed variants, such as 4.5,4.8,5.5bpw.")
+    ] = None,
     debug: options.Debug = False,
 ) -> int:
     """Compare several models each with its variants (all other flags are those of `qeval compare`), on one page.
@@ -42,8 +52,11 @@ def sweep(
         raise UsageError(f"Two of the models {', '.join(names)} would share a folder; sweep them apart.")
     if "--json" in context.args:
         raise UsageError(f"A sweep prints no JSON; it writes {out / 'sweep.json'}.")
-    command = _command()
-    given = {name: [*context.args, "--model", name, "--out", str(folder)] for name, folder in folders.items()}
+    command, common = _command(), list(context.args)
+    if bits or groups or budgets:
+        common, methods = without_methods(common)
+        common += ["--methods", ",".join(grid_methods(methods, bits, groups, budgets))]
+    given = {name: [*common, "--model", name, "--out", str(folder)] for name, folder in folders.items()}
     for arguments in given.values():
         command.make_context("compare", list(arguments))  # a wrong flag is told before any work starts
     codes, ended = [], []

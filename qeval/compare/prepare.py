@@ -23,7 +23,7 @@ from qeval.compare.estimate import Shape
 from qeval.compare.overlap import overlap_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import streamed_model
-from qeval.compare.tokens import bos_warnings, protocol_of, token_work
+from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.variants import (
     Calibration,
     Entry,
@@ -272,7 +272,7 @@ def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[
     """What every side of the run is asked, and what a tokenizer makes of it."""
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens:
-        texts.append(load_corpus(protocol_of(settings.corpus, loaded).corpus).text)
+        texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in each_corpus(settings.corpus)]
 
     def theirs(tokenizer: Any) -> str:
         side = replace(loaded, tokenizer=tokenizer)
@@ -300,7 +300,7 @@ def _drift(settings: Settings, loaded: LoadedModel) -> tuple[DriftRecord, tuple[
             f"Prompts of {asked.prompt_tokens} tokens and {asked.tokens} more are longer than the model's context of "
             f"{loaded.info.context_length}; give smaller --drift-prompt-tokens or --drift-tokens."
         )
-    corpus = load_corpus(protocol_of(settings.corpus, loaded).corpus)
+    corpus = load_corpus(protocol_of(each_corpus(settings.corpus)[0], loaded).corpus)
     bos = bos_token(loaded.tokenizer, settings.corpus.bos)
     prompts = prompts_of(encode(loaded.tokenizer, corpus.text), asked.prompts, asked.prompt_tokens, bos)
     record = DriftRecord(

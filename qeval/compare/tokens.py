@@ -1,18 +1,25 @@
 """The token rows of a run: from flags to a protocol, its text, its windows, and what a reader must know of them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from qeval.compare.settings import CorpusChoice
 from qeval.errors import UsageError
+from qeval.identity import digest
 from qeval.models.info import LoadedModel
 from qeval.score.corpus import Shard, shards_of
-from qeval.store.run import ProtocolRecord
-from qeval.tasks.corpus import Corpus, bos_token, encode, load_corpus
+from qeval.store.run import CorpusPart, ProtocolRecord
+from qeval.tasks.corpus import Corpus, bos_token, corpus_names, encode, load_corpus
 from qeval.tasks.documents import prefix_token, rolling
 from qeval.tasks.protocols import Protocol, choose
-from qeval.tasks.windows import Windows
+from qeval.tasks.windows import Window, Windows
 
 _GEMMA = "Gemma"
+_COUNTS = ("windows", "windows_available", "kl_positions", "nll_positions")
+_OF_PART = ("corpus", "corpus_sha256", "tokens_sha256", "windows", "windows_available")
+
+_Part = tuple[ProtocolRecord, tuple[Window, ...]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class _Cut:
 
 
 def protocol_of(asked: CorpusChoice, loaded: LoadedModel) -> Protocol:
-    """The protocol that was asked for, on this model.
+    """The protocol that was asked for, over one text, on this model.
 
     Raises:
         UsageError: an unknown name, flags that exclude each other, or a window longer than the model's context.
@@ -54,6 +61,22 @@ def token_work(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord
     Raises:
         UsageError: as `protocol_of`, and where the text is not there or too short.
     """
+    parts = [_one(each, loaded) for each in each_corpus(asked)]
+    record, windows = parts[0] if len(parts) == 1 else _together(parts)
+    return record, shards_of(windows)
+
+
+def each_corpus(asked: CorpusChoice) -> list[CorpusChoice]:
+    """The choice of each text, where several were asked for."""
+    if asked.corpus is None:
+        return [asked]
+    names = corpus_names(asked.corpus)
+    if not names:
+        raise UsageError("--corpus names no text; say for example --corpus pydoc,code.")
+    return [replace(asked, corpus=name) for name in names]
+
+
+def _one(asked: CorpusChoice, loaded: LoadedModel) -> _Part:
     protocol = protocol_of(asked, loaded)
     corpus = load_corpus(protocol.corpus)
     cut = _cut(protocol, corpus, asked, loaded)
@@ -77,7 +100,36 @@ def token_work(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord
         words=cut.words,
         bytes=cut.bytes,
     )
-    return record, shards_of(windows.windows)
+    return record, windows.windows
+
+
+def _together(parts: Sequence[_Part]) -> _Part:
+    """Several texts' windows one after the other, under one record that says which are whose.
+
+    Raises:
+        UsageError: the convention counts words, or two texts have one name.
+    """
+    records, first = [record for record, _ in parts], parts[0][0]
+    names = [record.corpus for record in records]
+    if first.words is not None:
+        raise UsageError(f"--convention {first.convention} counts the words of one --corpus at a time.")
+    if len(set(names)) < len(names):
+        raise UsageError(f"Two of the corpora are called {max(names, key=names.count)}; rename one.")
+    starts = accumulate((record.windows for record in records), initial=0)
+    merged = first.model_copy(
+        update={
+            "name": ", ".join(record.name for record in records),
+            "corpus": " + ".join(names),
+            "corpus_sha256": digest({"corpora": [record.corpus_sha256 for record in records]}),
+            "tokens_sha256": digest({"tokens": [record.tokens_sha256 for record in records]}),
+            **{name: sum(getattr(record, name) for record in records) for name in _COUNTS},
+            "parts": [
+                CorpusPart(first=start, **{name: getattr(record, name) for name in _OF_PART})
+                for record, start in zip(records, starts, strict=False)
+            ],
+        }
+    )
+    return merged, tuple(window for _, windows in parts for window in windows)
 
 
 def bos_warnings(record: ProtocolRecord, loaded: LoadedModel) -> list[str]:

@@ -137,6 +137,10 @@ class Workshop:
             variant = build(source, recipe, self.key(recipe), advance)
         return variant, time.perf_counter() - start
 
+    def calibrated_source(self, recipe: Recipe) -> Source:
+        """The model with its calibration samples, and the statistics that `recipe` needs."""
+        return self._source(True, recipe.uses_statistics)
+
     def origin(self, recipe: Recipe, seconds: float) -> Origin:
         """What the manifest says of where the variant came from."""
         return Origin(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qeval.errors import QevalError
-from qeval.report import measure_drift, measure_items, measure_tokens
+from qeval.report import corpora, measure_drift, measure_items, measure_tokens
 from qeval.report.measure_sureness import flips_by_margin, kl_by_entropy
 from qeval.report.model import (
     Baseline,
@@ -40,6 +40,7 @@ class _Tokens(NamedTuple):
     metrics: dict[str, Metrics]
     curves: dict[str, Curve | None]
     by_entropy: dict[str, list[EntropyBucket]]
+    by_corpus: dict[str, dict[str, Metrics]]
     kl: dict[str, Floats]
     windows: Clusters | None
 
@@ -115,7 +116,7 @@ def mark_pareto(variants: list[Variant]) -> list[Variant]:
     return [variant.model_copy(update={"pareto": variant.name in front}) for variant in variants]
 
 
-_NO_TOKENS = _Tokens({}, {}, {}, {}, None)
+_NO_TOKENS = _Tokens({}, {}, {}, {}, {}, None)
 
 
 def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
@@ -127,17 +128,19 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
     _require_finite(metrics[BASELINE])
     curves: dict[str, Curve | None] = {}
     by_entropy: dict[str, list[EntropyBucket]] = {}
+    by_corpus: dict[str, dict[str, Metrics]] = {}
     kl: dict[str, Floats] = {}
     windows = None
     for variant in paired.done:
         name, rows = variant.name, paired.tokens(variant)
         metrics[name] = _token_metrics(rows, baseline, run, protocol)
+        by_corpus[name] = corpora.by_corpus(rows, baseline, protocol, run)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
             by_entropy[name] = kl_by_entropy(rows, baseline, run.seed)
             if variant.role == "variant" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
-    return _Tokens(metrics, curves, by_entropy, kl, windows)
+    return _Tokens(metrics, curves, by_entropy, by_corpus, kl, windows)
 
 
 def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protocol: ProtocolRecord) -> Metrics:
@@ -238,6 +241,7 @@ def _variant(
         metrics=own,
         tasks=results.get(record.name, {}),
         kl_curve=tokens.curves.get(record.name),
+        by_corpus=tokens.by_corpus.get(record.name, {}),
         kl_by_entropy=tokens.by_entropy.get(record.name, []),
         mix=mix,
         kept=_kept(record),

@@ -194,6 +194,7 @@ class Variant(_Part):
     metrics: Metrics
     tasks: dict[str, TaskResult]
     kl_curve: Curve | None
+    by_corpus: dict[str, Metrics] = {}  # each text apart, and `macro`, their mean; empty where there is one
     kl_by_entropy: list[EntropyBucket] = []  # the surest fifth first; empty where KL was not asked for or is not finite
     mix: Mix | None
     kept: list[Kept]

@@ -1,7 +1,7 @@
 """The report's plots, drawn from the Report alone. Each has a title, an alternative in words, SVG and PNG."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import log10
 
@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from qeval.report import split, style, words
+from qeval.report import conventions, split, style, words
 from qeval.report.build import quality
 from qeval.report.model import Metric, Report, Task, Variant
 from qeval.report.page import Plot
@@ -112,7 +112,7 @@ def perplexity_bars(report: Report) -> Plot | None:
         axes.set_xscale("log")
     axes.set_xlim(right=axes.get_xlim()[1] * (2 if axes.get_xscale() == "log" else 1.12))
     _name_rows(axes, [name for name, _, _ in bars])
-    axes.set_xlabel("Perplexity (lower is better)")
+    axes.set_xlabel(f"{conventions.title('ppl')}, lower is better")
     said = "; ".join(f"{name} {words.metric_text(metric)}" for name, metric, _ in bars)
     return _plot(made, "perplexity", "Perplexity", f"Perplexity with 95 % intervals: {said}.")
 
@@ -162,21 +162,9 @@ def layer_map(index: int, variant: Variant) -> Plot | None:
     for group in groups:
         alone[layers.index(group.layer), kinds.index(group.kind)] = np.nan if group.kl_low is None else group.kl_low
     made, axes = style.figure(min(1.6 + 0.155 * len(layers), 9.5))
-    measured = alone[np.isfinite(alone)]
-    edges = np.arange(len(kinds) + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
-    image = axes.pcolormesh(
-        *edges,
-        np.ma.masked_invalid(alone),
-        cmap="cividis",
-        norm=_norm(measured),
-        edgecolors=style.paper(),
-        linewidth=0.6,
-    )
     low, high = min(g.bits for g in groups), max(g.bits for g in groups)
-    if measured.size:
-        made.colorbar(image, ax=axes, pad=0.03).set_label(f"KL with this group alone at INT{low} (nats)")
-    else:
-        axes.set_facecolor(style.grid())
+    draw_heat(made, axes, kinds, layers, alone, f"KL with this group alone at INT{low} (nats)")
+    measured = np.isfinite(alone).any()
     chosen = [(kinds.index(g.kind), layers.index(g.layer)) for g in groups if g.bits == high and high > low]
     if chosen:
         axes.scatter(
@@ -189,18 +177,38 @@ def layer_map(index: int, variant: Variant) -> Plot | None:
             label=f"INT{high}",
         )
         made.legend(loc="outside lower center")
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: str(layers[int(at)]) if 0 <= at < len(layers) else ""))
-    axes.set_ylabel("Layer")
-    axes.invert_yaxis()
     return _plot(
         made,
         f"layers-{index + 1}-{slug(variant.name)}",
         f"{variant.name}: where INT{high} went",
         f"Layers down, kinds of linears across; a dot marks INT{high}: {len(chosen)} of {len(groups)}. "
-        + ("Colour is the KL with that group alone at the low width." if measured.size else "Chosen by position."),
+        + ("Colour is the KL with that group alone at the low width." if measured else "Chosen by position."),
     )
+
+
+def draw_heat(
+    made: Figure, axes: Axes, kinds: Sequence[str], layers: Sequence[int], values: Floats, label: str
+) -> None:
+    """Layers down, kinds of linears across: `values` [layers, kinds] as colours; NaN where there is none."""
+    measured = values[np.isfinite(values)]
+    edges = np.arange(len(kinds) + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
+    image = axes.pcolormesh(
+        *edges,
+        np.ma.masked_invalid(values),
+        cmap="cividis",
+        norm=_norm(measured),
+        edgecolors=style.paper(),
+        linewidth=0.6,
+    )
+    if measured.size:
+        made.colorbar(image, ax=axes, pad=0.03).set_label(label)
+    else:
+        axes.set_facecolor(style.grid())
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: str(layers[int(at)]) if 0 <= at < len(layers) else ""))
+    axes.set_ylabel("Layer")
+    axes.invert_yaxis()
 
 
 def all_plots(report: Report) -> list[Plot]:

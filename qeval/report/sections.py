@@ -1,6 +1,6 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import drift, split, sureness, tables, words
+from qeval.report import corpora, drift, split, sureness, tables, words
 from qeval.report.model import Report, Task, Variant
 from qeval.report.page import Cell, Plot, Section, Table
 from qeval.report.plots import slug
@@ -40,7 +40,7 @@ def _summary(report: Report, drawn: dict[str, Plot]) -> Section:
         title="Summary",
         sentences=(*summary(report), intervals_sentence(report)),
         plots=_pick(drawn, "quality-size", "kl-distribution"),
-        tables=(tables.overview(report),),
+        tables=(tables.overview(report), *corpora.tables(report)),
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.report import style, words
+from qeval.report.frontier import frontiers
 from qeval.report.model import Report, Variant
 from qeval.report.page import NOTHING, Cell, Heading, Plot, Section, Table, metric_cell
 from qeval.report.render import page, write_plots
@@ -61,7 +62,8 @@ def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
     """Write sweep.md, sweep.html, sweep.json and the plot from the runs' own reports; where the page is."""
     reports = _reports(runs)
     with style.styled():
-        plots = [plot for plot in (kl_against_bits(reports),) if plot is not None]
+        drawn = (kl_against_bits(reports), *(frontiers(report) for report in reports))
+        plots = [plot for plot in drawn if plot is not None]
     write_plots(plots, out)
     section = Section(
         id="summary",
@@ -129,7 +131,7 @@ def kl_against_bits(reports: Sequence[Report]) -> Plot | None:
 
 def _kl(variant: Variant) -> float | None:
     """A KL that a logarithmic axis can show."""
-    metric = variant.metrics.get("kl_nats")
+    metric = None if variant.void else variant.metrics.get("kl_nats")
     return metric.value if metric is not None and metric.value is not None and metric.value > 0 else None
 
 

@@ -105,6 +105,34 @@ def macro_mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Bett
     return ratio(means, np.ones_like(means), n=array.size, unit=unit, better=better, seed=seed, transform=None)
 
 
+def mean_of_means(
+    parts: Sequence[tuple[ArrayLike, Clusters]],
+    *,
+    unit: str,
+    better: Better,
+    seed: int,
+    transform: Transform | None = None,
+) -> Estimate:
+    """transform(the mean of the parts' own means): a text counts as one, whatever its length.
+
+    `parts` are rows and their clusters; each part's clusters are resampled by themselves, with draws of their own.
+    """
+    arrays = [finite(values) for values, _ in parts]
+    sums = [clusters.sums(array) for array, (_, clusters) in zip(arrays, parts, strict=True)]
+    sizes = [clusters.sizes() for _, clusters in parts]
+    n, clusters = sum(array.size for array in arrays), sum(clusters.count for _, clusters in parts)
+    if not all(array.size for array in arrays):
+        return Estimate(None, None, None, unit, better, n, clusters)
+    change = transform or np.asarray
+    value = float(change(np.asarray([np.mean([s.sum() / c.sum() for s, c in zip(sums, sizes, strict=True)])]))[0])
+    fewest = min(each.count for _, each in parts)
+    if fewest < 2:
+        return Estimate(value, None, None, unit, better, n, clusters)
+    drawn = [ratio_resamples(s, c, seed * len(parts) + i) for i, (s, c) in enumerate(zip(sums, sizes, strict=True))]
+    ends = interval(change(np.mean(drawn, axis=0)), fewest)
+    return Estimate(value, ends.low, ends.high, unit, better, n, clusters)
+
+
 def ratio(
     numerators: Floats,
     denominators: Floats,

@@ -38,6 +38,17 @@ class ModelRecord(_Record):
     notes: list[str]  # what a reader must know, such as weights that come from a Q4_1 file
 
 
+class CorpusPart(_Record):
+    """One of several texts: the numbers of its windows, `windows` of them from `first` on."""
+
+    corpus: str
+    corpus_sha256: str
+    tokens_sha256: str
+    first: int
+    windows: int
+    windows_available: int
+
+
 class ProtocolRecord(_Record):
     """How token rows were made."""
 
@@ -58,6 +69,7 @@ class ProtocolRecord(_Record):
     bos_token: str | None = None  # "<s>"
     words: int | None = None  # of the scored documents as they were, where the convention counts them
     bytes: int | None = None
+    parts: list[CorpusPart] = []  # where several texts are scored; empty for one
 
 
 class TaskRecord(_Record):

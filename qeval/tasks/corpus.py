@@ -7,6 +7,7 @@ methods that calibrate. `wikitext2-raw` is the test split's file byte for byte, 
 
 import hashlib
 import logging
+import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -44,28 +45,45 @@ class HubText:
     column: str
     joiner: str = "\n\n"
     blank: str = ""
+    documents: int | None = None
+    """The first so many; None: all."""
 
 
 HUB_CORPORA: Mapping[str, HubText] = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
     "wikitext2-raw": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "", " \n"),
+    "c4": HubText("allenai/c4", "en", "validation", "text", documents=_CALIBRATION_DOCUMENTS),
 }
 HUB_CALIBRATION: Mapping[str, HubText] = {
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
     "pile-val": HubText("mit-han-lab/pile-val-backup", None, "validation", "text"),
     "cnn_dailymail": HubText("abisee/cnn_dailymail", "3.0.0", "train", "article"),
 }
-CORPORA = ("pydoc", *HUB_CORPORA)
+CORPORA = ("pydoc", "code", *HUB_CORPORA)
 CALIBRATION = ("pydoc", *HUB_CALIBRATION)
 
 
 def load_corpus(name_or_path: str) -> Corpus:
-    """The text to score: `wikitext2`, `pydoc`, or a UTF-8 text file, taken as it is.
+    """The text to score: `wikitext2`, `c4`, `pydoc`, `code`, or a UTF-8 text file, taken as it is.
 
     Raises:
         UsageError: no such corpus or file, the file is not UTF-8, or the hub can't be reached.
     """
-    return _load(name_or_path, "corpus", HUB_CORPORA, "test", documents=None)
+    if name_or_path == "code":
+        return _corpus(name_or_path, code_text())
+    found = HUB_CORPORA.get(name_or_path)
+    return _load(name_or_path, "corpus", HUB_CORPORA, "test", documents=found.documents if found else None)
+
+
+def corpus_names(text: str) -> list[str]:
+    """The corpora of a comma-separated list; a file whose name holds commas is one.
+
+    >>> corpus_names("pydoc, code")
+    ['pydoc', 'code']
+    """
+    if Path(text).expanduser().is_file():
+        return [text]
+    return list(dict.fromkeys(name for name in (part.strip() for part in text.split(",")) if name))
 
 
 def load_calibration(name_or_path: str) -> Corpus:
@@ -113,7 +131,8 @@ def _load(name: str, kind: str, hub: Mapping[str, HubText], part: Part, *, docum
         raise UsageError(f"'{name}' is a folder; the {kind} must be a text file.")
     if path.suffix or len(path.parts) > 1:
         raise UsageError(f"The {kind} '{name}' does not exist: no such file.")
-    raise unknown(f"{kind} (and no such file)", name, ["pydoc", *hub])
+    offline = ["pydoc", "code"] if kind == "corpus" else ["pydoc"]
+    raise unknown(f"{kind} (and no such file)", name, [*offline, *hub])
 
 
 def _corpus(name: str, text: str) -> Corpus:
@@ -161,6 +180,18 @@ def pydoc_text(part: Part, topics: Mapping[str, str] | None = None) -> str:
     seen = {run for text in test for run in _word_runs(text)}
     rest = [_without(text, seen) for name, text in kept if _part_of(name) == "calibration"]
     return "\n\n\n".join(filter(None, rest)) + "\n"
+
+
+def code_text() -> str:
+    """An eighth of the modules of Python's own standard library, as they are, in the order of their names.
+
+    It differs by Python version, as `pydoc_text` does. The sha256 of a module's name says whether it is taken.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    taken = [path for path in sorted(folder.glob("*.py")) if not hashlib.sha256(path.name.encode()).digest()[0] % 8]
+    if not taken:
+        raise UsageError(f"This Python has no source in {folder}; pass a text file instead of 'code'.")
+    return "\n\n\n".join(path.read_text(encoding="utf-8") for path in taken)
 
 
 def _word_runs(text: str) -> set[tuple[str, ...]]:

@@ -31,6 +31,7 @@ SHARED = {
     "--quiet": False,
     "--debug": False,
 }
+MIXED = ("--budget", "--importance", "--quantize-head")
 RUNTIME = {"--ep": "cpu", "--exporter": "auto", "--format": "nbits", "--precision": None}
 COMPARE = SHARED | {
     "--stream": False,
@@ -116,7 +117,18 @@ SELFCHECK = {
     "--quiet": False,
     "--debug": False,
 }
-SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
+SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXED} | {
+    "--method": "rtn",
+    "--budgets": None,
+}
+SWEEP = {
+    "--models": None,
+    "--out": Path("reports/sweep"),
+    "--bits": None,
+    "--groups": None,
+    "--budgets": None,
+    "--debug": False,
+}
 REQUIRED = {
     "compare": {"--model"},
     "bench": {"--model"},
@@ -124,6 +136,7 @@ REQUIRED = {
     "quantize": {"--model", "--method"},
     "export": {"--model", "--method"},
     "selfcheck": set(),
+    "sensitivity": {"--model"},
 }
 
 
@@ -140,6 +153,7 @@ def parameters(command):
         ("sweep", SWEEP),
         ("selfcheck", SELFCHECK),
         ("bench", BENCH),
+        ("sensitivity", SENSITIVITY),
     ],
 )
 def test_flags_and_their_defaults_are_frozen(command, frozen):
@@ -193,6 +207,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         "gate",
         "verify",
         "selfcheck",
+        "sensitivity",
         "card",
         "diff",
         "models",

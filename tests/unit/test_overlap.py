@@ -91,3 +91,8 @@ def test_a_variant_made_before_on_other_tokens_is_said_not_to_be_checked(tmp_pat
 
     assert any("was not looked for" in note for note in build(folder).notes)
     assert not any("was not looked for" in note for note in build(make_run(tmp_path / "other", Shape())).notes)
+
+
+def test_a_card_has_no_figures_of_a_void_variant(bench, capfd):
+    assert run(["card", str(bench.out), "--variant", "awq:g32"]) == 3
+    assert "is void" in capfd.readouterr().err

@@ -1,0 +1,71 @@
+"""KL against bits per weight for one model: each method's frontier, and the noise floor below which nothing is told."""
+
+from collections.abc import Sequence
+
+from qeval.report import style
+from qeval.report.model import Report, Variant
+from qeval.report.page import Plot
+from qeval.report.plots import slug
+
+
+def frontier(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants that no other of them beats in both bits and KL, the smallest first; all must have a KL."""
+    found: list[Variant] = []
+    for variant in sorted(variants, key=lambda v: (v.bits_per_weight, kl(v), v.name)):
+        if not found or kl(variant) < kl(found[-1]):
+            found.append(variant)
+    return found
+
+
+def kl(variant: Variant) -> float:
+    """The mean KL in nats; infinite where there is none that a logarithmic axis can show."""
+    metric = variant.metrics.get("kl_nats")
+    return metric.value if metric is not None and metric.value is not None and metric.value > 0 else float("inf")
+
+
+def by_method(report: Report) -> dict[str, list[Variant]]:
+    """The variants that can be drawn, by method."""
+    found: dict[str, list[Variant]] = {}
+    for variant in report.variants:
+        if variant.ranked and not variant.void and kl(variant) < float("inf"):
+            found.setdefault(variant.method, []).append(variant)
+    return found
+
+
+def frontiers(report: Report) -> Plot | None:
+    """KL against bits per weight; a method's frontier is joined, what another of it beats is hollow.
+
+    None where no method has two variants.
+    """
+    methods = by_method(report)
+    if max((len(found) for found in methods.values()), default=0) < 2:
+        return None
+    made, axes = style.figure(4.2)
+    for place, (method, found) in enumerate(methods.items()):
+        front, colour, mark = frontier(found), style.colour(place), style.marker(place)
+        rest = [v for v in found if v not in front]
+        axes.plot(_bits(front), [kl(v) for v in front], f"{mark}-", color=colour, markersize=6, label=method)
+        axes.plot(_bits(rest), [kl(v) for v in rest], mark, color=colour, markersize=5, markerfacecolor=style.paper())
+        for v in found:
+            metric = v.metrics["kl_nats"]
+            if metric.low is not None and metric.high is not None and metric.low > 0:
+                axes.vlines(v.bits_per_weight, metric.low, metric.high, color=colour, linewidth=1.0, alpha=0.6)
+    floors = [kl(v) for v in report.variants if v.role == "floor" and kl(v) < float("inf")]
+    if floors:
+        axes.axhline(max(floors), color=style.muted(), linestyle="--", linewidth=1.2, label="noise floor")
+    axes.set_yscale("log")
+    axes.set_xlabel("Bits per weight, over the quantized matrices")
+    axes.set_ylabel("KL from the baseline (nats)")
+    axes.grid(True)
+    made.legend(loc="outside lower center", ncols=3)
+    svg, png = style.save(made)
+    drawn = ", ".join(f"{method} ({len(found)})" for method, found in methods.items())
+    alt = f"{report.model.name}: KL against bits per weight of {drawn}; lines join each method's frontier."
+    floor = f" The noise floor lies at {max(floors):.1e} nats." if floors else " No noise floor was measured."
+    return Plot(
+        f"frontier-{slug(report.model.name)}", f"{report.model.name}: each method's frontier", alt + floor, svg, png
+    )
+
+
+def _bits(variants: Sequence[Variant]) -> list[float]:
+    return [v.bits_per_weight for v in variants]

@@ -1,0 +1,88 @@
+"""`qeval sensitivity` from end to end on a tiny model: what it leaves, what it keeps when stopped, what it refuses."""
+
+import json
+
+import pytest
+
+from qeval.calibrate import attribution
+from qeval.cli.app import run
+from qeval.report.sensitivity import GroupEffect, Pick, Sensitivities, groups_table, picks_table, write_sensitivity
+from tests.fixtures.bench import Bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("sensitivity"))
+
+
+@pytest.fixture(autouse=True)
+def home(bench, monkeypatch):
+    monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "home"))
+
+
+def asked(bench, *more, method="rtn:int3-g32"):
+    seen = ["--calibration", str(bench.seen), "--calibration-samples", "4", "--calibration-length", "32"]
+    own = ["--model", str(bench.model), "--method", method, "--out", str(bench.folder / "out"), "--threads", "1"]
+    return run(["sensitivity", *own, *seen, "--quiet", *more])
+
+
+def test_a_run_leaves_a_page_maps_and_json_and_goes_on_where_it_stopped(bench, monkeypatch, capfd):
+    assert asked(bench, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    out = bench.folder / "out"
+    assert json.loads((out / "sensitivity.json").read_text()) == found
+    assert [(g["layer"], g["kind"]) for g in found["groups"]] == [
+        (layer, kind) for layer in (0, 1) for kind in ("q/k/v", "o", "gate/up", "down")
+    ]
+    assert found["additivity"] == pytest.approx(
+        sum(g["alone_kl_nats"] for g in found["groups"]) / found["joint_kl_nats"]
+    )
+    sizes = [pick["bits_per_weight"] for pick in found["picks"]]
+    assert len(sizes) == 5
+    assert sizes == sorted(sizes)
+    assert all(pick["bits_per_weight"] <= pick["budget"] for pick in found["picks"])
+    kls = [pick["predicted_kl_nats"] for pick in found["picks"]]
+    assert kls == sorted(kls, reverse=True)
+    assert {path.name for path in (out / "plots").iterdir()} >= {"sensitivity-alone.png", "sensitivity-gain.svg"}
+    for name in ("sensitivity.md", "sensitivity.html"):
+        assert "Every group of linears" in (out / name).read_text()
+
+    kept = json.loads((out / "measured.json").read_text())
+    kept["kl_nats"] = dict(list(kept["kl_nats"].items())[:5])
+    (out / "measured.json").write_text(json.dumps(kept))
+    measured = []
+    original = attribution.kl_with
+    monkeypatch.setattr(attribution, "kl_with", lambda *a: measured.append(a) or original(*a))
+    assert asked(bench, "--json") == 0
+    assert json.loads(capfd.readouterr().out) == found
+    assert len(measured) == 16 - 5
+
+
+def test_what_can_not_be_measured_is_refused_before_any_work(bench, capfd):
+    assert asked(bench, method="gptq:g32") == 2
+    assert "rtn and awq alone" in capfd.readouterr().err
+    assert asked(bench, "--budgets", "2.0bpw") == 2
+    assert "below the smallest possible size" in capfd.readouterr().err
+
+
+def test_a_torn_record_is_named(bench, capfd, tmp_path):
+    (tmp_path / "measured.json").write_text('{"key": "a", "kl')
+    assert asked(bench, "--out", str(tmp_path)) == 3
+    assert "measured.json is torn" in capfd.readouterr().err
+
+
+def made(alone, joint, without=0.2):
+    groups = tuple(GroupEffect(i, "down", (f"w{i}",), 10, kl, without) for i, kl in enumerate(alone))
+    return Sensitivities("m", "rtn", "text", 64, joint, groups, (Pick(4.5, 4.4, 0.1, ((1, "down"),)),))
+
+
+def test_sums_that_are_not_the_joint_are_said_so(tmp_path):
+    assert made([0.1, 0.2], 0.3).adds_up
+    assert not made([0.1, 0.2], 0.2).adds_up
+    assert not made([0.1, 0.1], 0.3).adds_up
+    assert made([0.0], 0.0).additivity is None
+    page = write_sensitivity(made([0.1, 0.2], 0.1), tmp_path)
+    assert "sum to 3.00 times the joint one" in page.read_text()
+    assert [row[0].text for row in groups_table(made([0.1, 0.2], 0.3)).rows] == ["Layer 1 down", "Layer 0 down"]
+    assert groups_table(made([0.1], 0.1)).rows[0][-1].text == "−0.1"
+    assert picks_table(made([0.1], 0.1)).rows[0][-1].text == "down 1"
