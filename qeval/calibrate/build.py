@@ -1,53 +1,35 @@
 """A recipe and a model become a variant; every weight of the model is accounted for."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from qeval.calibrate import accept, fisher
 from qeval.calibrate.groups import (
+    Grids,
     Parameters,
     Scaled,
     Search,
-    effective,
     explicit_scales,
     folded_floats,
     quantize_groups,
     row_divisors,
 )
 from qeval.calibrate.in_order import Options, Outcome, quantize_in_order
-from qeval.calibrate.sensitivity import measure
+from qeval.calibrate.mix import Mix, budget_of, high_grid, mix
+from qeval.calibrate.source import InMemory, Source
 from qeval.config import Recipe
 from qeval.errors import UsageError
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
 from qeval.progress import Advance
 from qeval.quant.grid import Grid, PerBlock, parse
-from qeval.quant.mixed import Option, choose_high, positional_names
 from qeval.quant.qweight import QWeight, check_fits
 from qeval.quant.rtn import quantize
-from qeval.quant.variant import Choice, Kept, Variant
+from qeval.quant.variant import Kept, Variant
 
 _FLOAT = "float"
-_SCALE_BITS = 32
-HIGH_BITS = 8
-_POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
-"""Neighbours of a proposal: what it would be if the predictions' logarithms were shrunk or stretched."""
-_UNIFORM = "all low"
-"""Measured beside the ways to spend the budget, and never taken: it spends nothing."""
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """The model that variants are made from: its parameters (head included), structure, and calibration."""
-
-    model: Any
-    description: Description
-    head: Head
-    samples: Sequence[Sequence[int]]
-    search: Search
 
 
 def source_of(
@@ -60,7 +42,8 @@ def source_of(
     """A source over `model`; a tied head is listed under its own name too."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     parameters.setdefault(description.head, head.weight)
-    return Source(model, description, head, samples, Search(parameters, dict(statistics)))
+    trials = InMemory(model, description, head, samples)
+    return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials)
 
 
 @torch.inference_mode()
@@ -70,78 +53,72 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
     Raises:
         UsageError: a block larger than a row, a budget that no choice meets, a rule that matches nothing.
     """
-    grids, kept = _assign(source, recipe, parse(recipe.grid))
-    choices: tuple[Choice, ...] = ()
-    told: dict[str, str] = {}
-    if recipe.mixed:
-        mix = _mix(source, recipe, grids, advance)
-        grids, choices, told = mix.grids, mix.choices, mix.details
-    made = (_in_order if recipe.uses_gptq else _each_alone)(source, recipe, grids, advance)
-    if source.description.head in grids:
-        made.weights[source.description.head] = _quantize_head(source, grids)
-    return Variant(
-        key=key,
-        weights=made.weights,
-        floats=folded_floats(made.scales, source.search.parameters, grids),
-        input_scales=explicit_scales(made.scales),
-        kept=kept,
-        choices=choices,
-        details=_details(recipe) | told | made.details,
-    )
+    grids, plan = outline(source, recipe, key, advance)
+    if recipe.uses_gptq:
+        weights, told = _in_order(source, recipe, grids, advance)
+        variant = replace(plan, weights=weights, details={**plan.details, **told})
+    else:
+        made = quantize_alone(source.search, source.description.groups, recipe, grids)
+        variant = replace(with_floats(plan, recipe, [made]), weights=made.weights)
+    if source.description.head not in grids:
+        return variant
+    head = quantize(source.head.weight.float(), grids[source.description.head])
+    return replace(variant, weights={**variant.weights, source.description.head: head})
 
 
-def outline(source: Source, recipe: Recipe, key: str) -> tuple[dict[str, Grid], Variant]:
-    """The grids of a recipe that needs no calibration, and its variant without numbers: matrices on the meta device.
+def outline(source: Source, recipe: Recipe, key: str, advance: Advance) -> tuple[dict[str, Grid], Variant]:
+    """The grids of a recipe, and its variant before any number is known: its matrices are on the meta device.
 
     Raises:
         UsageError: as `build`.
     """
     grids, kept = _assign(source, recipe, parse(recipe.grid))
-    mix = _Mix(grids, (), {})
-    if recipe.mixed:
-        mix = _mix(source, recipe, grids, lambda done: None)
-    grids = mix.grids
+    chosen = mix(source, recipe, grids, advance) if recipe.mixed else Mix(grids, (), {})
+    grids = chosen.grids
     inside = [name for name in quantizable(source.description) if name in grids]
     names = [*inside, *([source.description.head] if source.description.head in grids else [])]
     weights = {name: _weightless(source.search.parameters[name], grids[name]) for name in names}
-    return grids, Variant(key, weights, {}, {}, kept, mix.choices, _details(recipe) | mix.details)
+    return grids, Variant(key, weights, {}, {}, kept, chosen.choices, _details(recipe) | chosen.details)
 
 
-class _Mix(NamedTuple):
-    """The grids that the bits were given out by, what was seen of each group, and how the choice was made, in words."""
-
-    grids: dict[str, Grid]
-    choices: tuple[Choice, ...]
-    details: dict[str, str]
-
-
-class _Made(NamedTuple):
-    """The quantized matrices of the decoder layers, AWQ's scales, and what the method decided, in words."""
+class Made(NamedTuple):
+    """Some groups' quantized matrices, AWQ's scales, and the float tensors that these were folded into."""
 
     weights: dict[str, QWeight]
     scales: Mapping[str, Scaled]
-    details: dict[str, str]
+    floats: dict[str, torch.Tensor]
 
 
-def _each_alone(source: Source, recipe: Recipe, grids: Mapping[str, Grid], _: Advance) -> _Made:
-    """Every group quantized for the inputs that the float model gives it."""
-    groups = source.description.groups
-    scales = source.search.scales(groups, grids) if recipe.uses_awq else {}
-    divisors = row_divisors(scales, source.search.parameters)
-    weights = quantize_groups(source.search, groups, grids, scales, divisors, clip=recipe.clips)
-    if not recipe.uses_awq:
-        return _Made(weights, scales, {})
+def quantize_alone(search: Search, groups: Sequence[Group], recipe: Recipe, grids: Grids) -> Made:
+    """Every group (whole layers of them) quantized for the inputs that the float model gives it."""
+    scales = search.scales(groups, grids) if recipe.uses_awq else {}
+    divisors = row_divisors(scales, search.parameters)
+    weights = quantize_groups(search, groups, grids, scales, divisors, clip=recipe.clips)
+    return Made(weights, scales, folded_floats(scales, search.parameters, grids))
+
+
+def with_floats(plan: Variant, recipe: Recipe, parts: Sequence[Made]) -> Variant:
+    """A plan with the float tensors and input scales that quantizing its groups, part by part, came to."""
+    scales = {name: scaled for part in parts for name, scaled in part.scales.items()}
+    floats = {name: value for part in parts for name, value in part.floats.items()}
     explicit = sum(scaled.fold is None for scaled in scales.values())
     words = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
-    return _Made(weights, scales, {"input scales": words})
+    told = {"input scales": words} if recipe.uses_awq else {}
+    return replace(plan, floats=floats, input_scales=explicit_scales(scales), details={**plan.details, **told})
 
 
-def _in_order(source: Source, recipe: Recipe, grids: Mapping[str, Grid], advance: Advance) -> _Made:
-    """Every group quantized for what the quantized groups before it give it."""
-    options = Options(recipe.damping_share, recipe.orders_by_moment, recipe.clips)
+def gptq_options(recipe: Recipe) -> Options:
+    """How GPTQ rounds by a recipe."""
+    return Options(recipe.damping_share, recipe.orders_by_moment, recipe.clips)
+
+
+def _in_order(
+    source: Source, recipe: Recipe, grids: Grids, advance: Advance
+) -> tuple[dict[str, QWeight], dict[str, str]]:
+    """Every group quantized for what the quantized groups before it give it; and that in words."""
+    options = gptq_options(recipe)
     outcomes = quantize_in_order(source.model, source.description, source.samples, grids, options, advance)
-    weights = {outcome.name: outcome.rounded.weight for outcome in outcomes}
-    return _Made(weights, {}, _gptq_details(recipe, outcomes))
+    return {outcome.name: outcome.rounded.weight for outcome in outcomes}, gptq_details(recipe, outcomes)
 
 
 def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
@@ -155,27 +132,13 @@ def check(source: Source, recipe: Recipe) -> dict[str, tuple[Grid, ...]]:
     grids, _ = _assign(source, recipe, parse(recipe.grid))
     if not recipe.mixed:
         return {name: (grid,) for name, grid in grids.items()}
-    _mixed_budget(source, recipe, grids)
+    budget_of(source, recipe, grids)
     return {name: (grid, high_grid(recipe)) for name, grid in grids.items()}
 
 
 def quantizable(description: Description) -> list[str]:
     """The names of all linears in decoder layers, in the order of the computation."""
     return [name for group in description.groups for name in group.names]
-
-
-def positional_budget(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> tuple[dict[str, Grid], int]:
-    """The grids under the positional rule, and their size in bits."""
-    high = high_grid(recipe)
-    chosen = positional_names(grids, len(source.description.layers))
-    mixed = {name: high if name in chosen else grid for name, grid in grids.items()}
-    return mixed, _bits(mixed, source.search.parameters)
-
-
-def high_grid(recipe: Recipe) -> Grid:
-    """The grid of the weights that matter most: the low grid with 8 bits unless the recipe names another."""
-    low = parse(recipe.grid)
-    return replace(low, bits=HIGH_BITS) if recipe.high is None else parse(recipe.high, low)
 
 
 def _assign(source: Source, recipe: Recipe, grid: Grid) -> tuple[dict[str, Grid], tuple[Kept, ...]]:
@@ -222,145 +185,8 @@ def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
             raise UsageError(f"'{recipe.name}': the rule '{rule.match}' matches no weight of this model.")
 
 
-def _mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> _Mix:
-    budget = _mixed_budget(source, recipe, low)  # refused before the long measurement, not after
-    if recipe.importance == "positional":
-        grids, _ = positional_budget(source, recipe, low)
-        return _Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _groups(source, low)), {})
-    own = (source.model, source.description, source.head)
-    if recipe.importance == "measured":
-        kls = measure(*own, source.samples, _effective(source, recipe, low), advance)
-        return _Mix(*_under_budget(source, recipe, low, budget, kls), {})
-    if len(source.samples) < fisher.SAMPLES + accept.SAMPLES:
-        raise UsageError(
-            f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
-            f"{accept.SAMPLES} others; give at least {fisher.SAMPLES + accept.SAMPLES} --calibration-samples."
-        )
-    kls = fisher.predict(*own, source.samples, _effective(source, recipe, low), advance)
-    ways = _ways(source, recipe, low, budget, kls)
-    effective = {name: _effective(source, recipe, grids) for name, grids in ways.items()}
-    measured = accept.measure_ways(*own, source.samples, effective)
-    best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
-    choices = tuple(_choice(source, group, ways[best], None, None) for group in _groups(source, low))
-    return _Mix(ways[best], choices, _accepted_details(measured, best))
-
-
-def _ways(
-    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
-) -> dict[str, dict[str, Grid]]:
-    """The proposal, what a flatter and a steeper belief in the predictions would give, the positional rule, all low."""
-    ways = {}
-    for name, power in _POWERS.items():
-        bent = {group: kl**power for group, kl in kls.items()}
-        ways[name], _ = _under_budget(source, recipe, low, budget, bent)
-    try:
-        positional, bits = positional_budget(source, recipe, low)
-    except UsageError:  # the rule does not apply to this model; there is one way less
-        positional, bits = {}, budget + 1
-    if bits <= budget:
-        ways["positional"] = positional
-    return ways | {_UNIFORM: low}
-
-
-def _accepted_details(measured: Mapping[str, float], best: str) -> dict[str, str]:
-    return {
-        "bits proposed on": f"calibration samples 1 to {fisher.SAMPLES}, the first {fisher.LENGTH} tokens of each",
-        "bits accepted on": f"the last {accept.SAMPLES} samples, the first {accept.LENGTH} tokens of each",
-        "measured KL (nats)": ", ".join(f"{name} {kl:.5f}" for name, kl in measured.items()),
-        "accepted": best,
-    }
-
-
-def _under_budget(
-    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
-) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
-    high = {name: high_grid(recipe) for name in low}
-    groups, parameters = _groups(source, low), source.search.parameters
-    ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
-    options = [
-        Option(
-            _bits({n: low[n] for n in group.names if n in low}, parameters),
-            _bits({n: high[n] for n in group.names if n in low}, parameters),
-            kls[group.names[0]],
-            kls[group.names[0]] * ratios[group.names[0]],
-        )
-        for group in groups
-    ]
-    rest = _bits(low, parameters) - sum(option.low_bits for option in options)
-    picked = choose_high(options, budget - rest)
-    grids = dict(low)
-    for group, is_high in zip(groups, picked, strict=True):
-        grids |= {name: high[name] for name in group.names if is_high and name in low}
-    return grids, tuple(
-        _choice(source, group, grids, option.low_kl, option.high_kl)
-        for group, option in zip(groups, options, strict=True)
-    )
-
-
-def _mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
-    """The bits that may be spent on codes, scales and zero points, what AWQ's input scales may need taken off.
-
-    Raises:
-        UsageError: no choice meets the recipe's budget.
-    """
-    if recipe.importance == "positional" and recipe.budget is not None:
-        raise UsageError(
-            f"'{recipe.name}': the positional rule has its own size; leave --budget out, or take --importance measured."
-        )
-    if recipe.budget is None:
-        return positional_budget(source, recipe, low)[1]
-    high = {name: high_grid(recipe) for name in low}
-    parameters = source.search.parameters
-    weights = sum(parameters[name].numel() for name in low)
-    reserved = _explicit_bits(source, low) if recipe.uses_awq else 0
-    smallest = (_bits(low, parameters) + reserved) / weights
-    largest = (_bits(high, parameters) + reserved) / weights
-    if not smallest <= recipe.budget <= largest:
-        side = "below the smallest" if recipe.budget < smallest else "above the largest"
-        raise UsageError(
-            f"'{recipe.name}': a budget of {recipe.budget:g} bits per weight is {side} possible size; "
-            f"this model takes {smallest:.3f} to {largest:.3f}."
-        )
-    return int(recipe.budget * weights) - reserved
-
-
-def _explicit_bits(source: Source, low: Mapping[str, Grid]) -> int:
-    groups = [g for g in _groups(source, low) if g.fold is None or g.fold.repeat > 1]
-    return sum(group.columns * len(group.names) * _SCALE_BITS for group in groups)
-
-
-def _effective(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> Callable[[Group], dict[str, torch.Tensor]]:
-    search, every = source.search, source.description.groups
-    scales = search.scales(every, grids) if recipe.uses_awq else {}
-    divisors = row_divisors(scales, search.parameters)
-
-    def of(group: Group) -> dict[str, torch.Tensor]:
-        weights = quantize_groups(search, [group], grids, scales, divisors, clip=recipe.clips)
-        scaled = scales.get(group.names[0])
-        return {name: effective(name, weight, scaled, divisors) for name, weight in weights.items()}
-
-    return of
-
-
-def _groups(source: Source, grids: Mapping[str, Grid]) -> list[Group]:
-    return [group for group in source.description.groups if any(name in grids for name in group.names)]
-
-
-def _choice(source: Source, group: Group, grids: Mapping[str, Grid], low: float | None, high: float | None) -> Choice:
-    names = tuple(name for name in group.names if name in grids)
-    parameters = sum(source.search.parameters[name].numel() for name in names)
-    return Choice(group.layer, group.kind, names, parameters, low, high, max(grids[n].bits for n in names))
-
-
-def _bits(grids: Mapping[str, Grid], parameters: Parameters) -> int:
-    return sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items())
-
-
-def _quantize_head(source: Source, grids: Mapping[str, Grid]) -> QWeight:
-    return quantize(source.head.weight.float(), grids[source.description.head])
-
-
-def _gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]:
+def gptq_details(recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """What GPTQ decided, and what it gained on the calibration text, in words."""
     order = "largest second moment first" if recipe.orders_by_moment else "as they stand"
     loss = sum(outcome.rounded.loss for outcome in outcomes)
     plain_loss = sum(outcome.rounded.plain_loss for outcome in outcomes)

@@ -27,7 +27,7 @@ def collect(
         group.names[0]: Accumulator(group.columns, seed + index, model.device)
         for index, group in enumerate(description.groups)
     }
-    with _listening(model, description.groups, accumulators):
+    with listening(model, description.groups, accumulators):
         for sample in samples:
             ids = torch.tensor([sample], dtype=torch.long, device=model.device)
             model.base_model(input_ids=ids, use_cache=False)
@@ -36,7 +36,9 @@ def collect(
 
 
 @contextmanager
-def _listening(model: Any, groups: Sequence[Group], accumulators: dict[str, Accumulator]) -> Iterator[None]:
+def listening(model: Any, groups: Sequence[Group], accumulators: dict[str, Accumulator]) -> Iterator[None]:
+    """The inputs of the groups' first linears go into their accumulators (by the linear's name) for a while."""
+
     def listener(accumulator: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, args: accumulator.add(args[0].reshape(-1, args[0].shape[-1]))
 

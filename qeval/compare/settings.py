@@ -173,11 +173,6 @@ class Settings:
             raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
         if self.workers > 1 or self.executor == "ray":
             raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
-        if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
-            raise UsageError(
-                f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
-                "Take rtn, or a variant made before (--variant NAME=FOLDER)."
-            )
 
     @property
     def scores_tokens(self) -> bool:

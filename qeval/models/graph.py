@@ -6,8 +6,8 @@ if folding random powers of two leaves the model's output unchanged. Powers of t
 type, and a family that follows Llama's pattern needs no new line.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,15 +75,23 @@ class Description:
     tied: bool
 
 
-def describe(model: Any, *, folds: bool = True) -> Description:
+Probe = Callable[[], Tensor]
+"""A few fixed tokens through the model as its weights are now; what comes out of it, fp32."""
+ProbedAt = Callable[[int], AbstractContextManager[Probe]]
+"""What shows for a while whether a change of the weights of a decoder layer leaves its output unchanged."""
+
+
+def describe(model: Any, *, folds: bool = True, probed_at: ProbedAt | None = None) -> Description:
     """Trace `model` (a causal language model in eval mode) with a few tokens.
 
-    Without `folds` no group is given any: finding them takes forward passes with changed weights.
+    Without `folds` no group is given any: finding them takes forward passes with changed weights. `probed_at` is for a
+    model whose layers are not all in memory; by default the whole model is run.
 
     Raises:
         UsageError: no decoder layers, or no linears in them, are found.
     """
     layers_name, layers = decoder_layers(model)
+    at = probed_at or (lambda _: nullcontext(lambda: probe(model)))
     traces = _trace(model, layers_name, layers)
     patterns: dict[tuple[Any, ...], Fold | None] = {}
     groups = []
@@ -93,7 +101,7 @@ def describe(model: Any, *, folds: bool = True) -> Description:
             signature = (proposal.kind, proposal.columns, tuple(_relative(f, prefix) for f in proposal.folds))
             if signature not in patterns:
                 tried = proposal.folds if folds else ()
-                accepted = next((f for f in tried if _leaves_output(model, proposal, f)), None)
+                accepted = _first_that_holds(model, proposal, tried, at(layer)) if tried else None
                 patterns[signature] = None if accepted is None else _relative(accepted, prefix)
             groups.append(proposal.group(layer, _absolute(patterns[signature], prefix)))
     if not groups:
@@ -147,7 +155,7 @@ def _trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[_Pr
         if not list(module.children())
     ]
     try:
-        _probe(model)
+        probe(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -197,11 +205,18 @@ def _linear_folds(model: Any, name: str, linear: nn.Linear, columns: int) -> Ite
         yield Fold(names, rows - values, values, repeat=columns // values, head=head)
 
 
-def _leaves_output(model: Any, proposal: _Proposal, fold: Fold) -> bool:
+def _first_that_holds(
+    model: Any, proposal: _Proposal, folds: tuple[Fold, ...], probed: AbstractContextManager[Probe]
+) -> Fold | None:
+    with probed as run:
+        return next((fold for fold in folds if _leaves_output(model, run, proposal, fold)), None)
+
+
+def _leaves_output(model: Any, run: Probe, proposal: _Proposal, fold: Fold) -> bool:
     """Whether dividing the producer and multiplying the group's columns by random powers of two changes nothing."""
     generator = torch.Generator().manual_seed(0)
     exponents = torch.randint(-2, 3, (fold.rows,), generator=generator)
-    before = _probe(model)
+    before = run()
     parameters = dict(model.named_parameters())
     scales = torch.pow(2.0, exponents).to(before.device)
     with _restored([parameters[n] for n in (*proposal.names, *fold.parameters)]):
@@ -209,7 +224,7 @@ def _leaves_output(model: Any, proposal: _Proposal, fold: Fold) -> bool:
             parameters[name].copy_(fold.folded(parameters[name], scales))
         for name in proposal.names:
             parameters[name].mul_(fold.spread(scales).to(parameters[name].dtype))
-        after = _probe(model)
+        after = run()
     return bool((after - before).abs().max() <= _PROBE_TOLERANCE * before.abs().max())
 
 
@@ -225,14 +240,18 @@ def _restored(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _probe(model: Any) -> Tensor:
+def probe(model: Any) -> Tensor:
     """The final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = (
-        torch.arange(1, _PROBE_TOKENS + 1, device=model.get_output_embeddings().weight.device).mul(7919) % vocabulary
-    )
-    state: Tensor = model.base_model(input_ids=tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
+    tokens = probe_tokens(model, model.get_output_embeddings().weight.device)
+    state: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
     return state.float()
+
+
+def probe_tokens(model: Any, device: torch.device) -> Tensor:
+    """The ids [1, tokens] of a few fixed tokens."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens: Tensor = torch.arange(1, _PROBE_TOKENS + 1, device=device).mul(7919) % vocabulary
+    return tokens.unsqueeze(0)
 
 
 def _relative(fold: Fold, prefix: str) -> Fold:
