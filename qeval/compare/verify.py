@@ -17,18 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from qeval.backends.base import LooksAhead
 from qeval.compare.candidates import baseline_of, contenders
 from qeval.compare.prepare import Plan, prepare
 from qeval.compare.remake import settings_of
 from qeval.compare.scoring import Kept, Scorer, Work
 from qeval.compare.standing import work_of
-from qeval.compare.variants import Workshop
 from qeval.config import BASELINE
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.executors.local import Job
 from qeval.paths import home
 from qeval.progress import Progress
-from qeval.score.corpus import Shard
+from qeval.score.corpus import Shard, window_calls
 from qeval.store.check import Checked, check_folder
 from qeval.store.ledger import joined
 from qeval.store.rows import Kind, read_index
@@ -143,8 +143,9 @@ def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Prog
         chosen = np.random.default_rng(seed).choice(len(jobs), min(sample, len(jobs)), replace=False)
         drawn = [jobs[place] for place in sorted(chosen)]
         index = read_index(out)
-        for shard in (each.shard for each in drawn if each.shard is not None):
-            work.baseline.states(shard, work.batch_tokens, lambda done: None)
+        _keep_states(work, list(dict.fromkeys(each.shard for each in drawn if each.shard is not None)))
+        for each in drawn:
+            each.scorer.expect_only({other.job.ticket for other in drawn})
         units = sum(each.job.units for each in drawn)
         with progress.phase(f"derive {len(drawn)} of {len(jobs)} jobs", units) as advance:
             found = []
@@ -156,6 +157,15 @@ def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Prog
     return found
 
 
+def _keep_states(work: Work, shards: Sequence[Shard]) -> None:
+    """The baseline's states of some shards, before a variant takes its place in memory; in one go where it streams."""
+    with work.baseline.candidate.open() as session:
+        if isinstance(session, LooksAhead):
+            session.expect([call for shard in shards for call in window_calls(shard.windows, work.batch_tokens)])
+    for shard in shards:
+        work.baseline.states(shard, work.batch_tokens, lambda done: None)
+
+
 @contextmanager
 def _remade(out: Path, record: RunRecord, progress: Progress) -> Iterator[tuple[Plan, Work]]:
     """The run's plan, made from its record, with an empty folder and no states."""
@@ -165,7 +175,8 @@ def _remade(out: Path, record: RunRecord, progress: Progress) -> Iterator[tuple[
     with TemporaryDirectory(prefix="qeval-verify-") as scratch, chdir(folder):
         place = Path(scratch)
         try:
-            plan = prepare(replace(settings, out=place, workers=1, threads=record.environment.threads))
+            alone = replace(settings, workers=1, executor="local", worker_gpus=None)
+            plan = prepare(replace(alone, out=place, threads=record.environment.threads))
         except UsageError as error:
             raise QevalError(f"The run can't be made again: {error}") from error
         _check_same(plan, record)
@@ -191,8 +202,8 @@ def _check_same(plan: Plan, record: RunRecord) -> None:
 
 def _jobs(plan: Plan, work: Work, record: RunRecord, progress: Progress) -> Iterator[_Drawn]:
     """Every job of the run, in the order of its models; those of failed variants are left out."""
-    workshop = Workshop(plan.source, plan.calibration, plan.settings.seed, progress)
-    entries = [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
+    with plan.workshop(progress) as workshop:
+        entries = [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
     scored = {each.name for each in record.variants if each.status == "done"} | {BASELINE}
     scorers = [Scorer(work.baseline.candidate)]
     scorers += [
