@@ -1,5 +1,6 @@
 """Everything that a run was asked for, checked once at the door."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,9 @@ from typing import Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
+"""How an address begins once it was read as a path: `s3://bucket` is `s3:/bucket` then."""
 
 Bos = Literal["auto", "always", "never"]
 Format = Literal["nbits", "qdq"]
@@ -149,6 +153,11 @@ class Settings:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
         if self.model.stream:
             self._check_stream()
+        if scheme := _SCHEME.match(str(self.out)):
+            raise UsageError(
+                f"--out {self.out} is an address, and a run's ledger needs a folder whose file system locks files; "
+                f"mount what {scheme[1]} names, on every node of a cluster, and give its path."
+            )
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {
