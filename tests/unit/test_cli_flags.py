@@ -78,7 +78,7 @@ READERS = {
 }
 """Commands that read finished runs: their arguments by name, then their flags."""
 
-SWEEP = {"--models": None, "--out": Path("reports/sweep"), "--debug": False}
+SWEEP = {"--models": None, "--models-at-once": None, "--out": Path("reports/sweep"), "--debug": False}
 REQUIRED = {
     "compare": {"--model"},
     "sweep": {"--models"},
