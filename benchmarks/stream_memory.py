@@ -1,8 +1,9 @@
 """What a streamed run takes in memory, and in seconds, beside the same run with the whole model in memory.
 
     python benchmarks/stream_memory.py --megabytes 400 --share 4
+    python benchmarks/stream_memory.py --megabytes 600 --share 4 --method awq:g32
 
-Makes a model of random weights (fp16), runs `qeval compare --methods rtn` on it streamed, with `--max-memory` at the
+Makes a model of random weights (fp16), runs `qeval compare` with one method on it streamed, with `--max-memory` at the
 weights' size divided by `--share`, and unstreamed, each in a child process that has run a tiny model first, so that
 the program and its libraries are there already. Prints each one's peak beyond that (VmHWM, reset before the run) and
 compares the rows. The exit code is 1 when the limit was not kept or a number differs by more than 1e-5.
@@ -50,7 +51,7 @@ def child(arguments: argparse.Namespace) -> None:
     os.environ["QEVAL_HOME"] = str(folder / "home" / arguments.child)
     flags = [
         "--methods",
-        "rtn:g32",
+        arguments.method,
         "--tasks",
         "kl,ppl,mmlu",
         "--corpus",
@@ -59,6 +60,7 @@ def child(arguments: argparse.Namespace) -> None:
         "128",
     ]
     flags += ["--stride", "128", "--max-windows", str(arguments.windows), "--mmlu-dir", str(folder / "mmlu")]
+    flags += ["--calibration", str(folder / "corpus.txt"), "--calibration-samples", "8", "--calibration-length", "128"]
     flags += ["--shots", "2", "--threads", str(arguments.threads), "--quiet"]
     more = ["--stream", "--max-memory"] if arguments.child == "streamed" else []
     tiny = [*flags, *more, *(["1GiB"] if more else []), "--model", str(folder / "tiny"), "--out", str(folder / "warm")]
@@ -79,7 +81,7 @@ def _status(name: str) -> int:
 
 def _measured(arguments: argparse.Namespace, kind: str, folder: Path, limit: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", kind, "--folder", str(folder), "--limit", str(limit)]
-    command += ["--windows", str(arguments.windows), "--threads", str(arguments.threads)]
+    command += ["--method", arguments.method, "--windows", str(arguments.windows), "--threads", str(arguments.threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
@@ -114,6 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=400, help="of the fp16 weights")
     parser.add_argument("--share", type=float, default=4, help="--max-memory is the weights' size divided by it")
+    parser.add_argument("--method", default="rtn:g32", help="one method of `qeval methods`")
     parser.add_argument("--windows", type=int, default=16, help="of 128 tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--child", choices=("streamed", "whole"), help=argparse.SUPPRESS)

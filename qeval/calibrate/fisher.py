@@ -8,7 +8,7 @@ method*, JMLR 2020, section 9). Errors at different tokens are taken as unrelate
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,30 @@ from qeval.progress import Advance
 
 SAMPLES, LENGTH = 4, 256
 """Calibration tokens that the prediction comes from, one sample at a time."""
-_POSITIONS = 128
+POSITIONS = 128
+"""Positions whose logits are made at a time."""
+
+
+class Back(Protocol):
+    """A head that gradients go back through: see `Head`."""
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        ...
+
+    @property
+    def cap(self) -> float | None:
+        """The soft cap of the logits."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """fp32 logits [n, vocab] of `states` [n, d_model]."""
+        ...
+
+    def transposed(self, back: Tensor) -> Tensor:
+        """`back` [n, vocab] through the matrix the other way."""
+        ...
 
 
 def predict(
@@ -39,7 +62,7 @@ def predict(
     reaches the group, the KL is 0. `seed` draws the labels. `advance` is told of the groups, a share after each sample.
     """
     weights = weights_of(model)
-    watched = [_Watched(weights, group, effective) for group in description.units]
+    watched = [Watched(weights, group, effective) for group in description.units]
     generator = torch.Generator(model.device).manual_seed(seed)
     texts = [sample[:LENGTH] for sample in samples[:SAMPLES]]
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
@@ -50,47 +73,51 @@ def predict(
         for text in texts:
             ids = torch.tensor([list(text)], device=model.device)
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            states.backward(_label_gradient(head, states.detach(), generator))
+            states.backward(label_gradient(head, states.detach(), generator))
             for each in watched:
                 each.end_pass()
             advance(len(watched) // len(texts))
     return {each.name: each.total / (2 * sum(map(len, texts))) for each in watched}
 
 
-def _label_gradient(head: Head, states: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient at `states` [..., d_model] of the log-probability of one label a position, drawn from the model."""
+def label_gradient(head: Back, states: Tensor, generator: torch.Generator, positions: int = POSITIONS) -> Tensor:
+    """The gradient at `states` [..., d_model] of the log-probability of one label a position, drawn from the model.
+
+    `positions` go through the head at a time; the labels that a generator draws depend on it.
+    """
     flat = states.reshape(-1, states.shape[-1])
-    parts = [_label_gradient_of(head, part, generator) for part in torch.split(flat, _POSITIONS)]
+    parts = [_label_gradient_of(head, part, generator) for part in torch.split(flat, positions)]
     return torch.cat(parts).reshape(states.shape)
 
 
 @torch.no_grad()
-def _label_gradient_of(head: Head, states: Tensor, generator: torch.Generator) -> Tensor:
+def _label_gradient_of(head: Back, states: Tensor, generator: torch.Generator) -> Tensor:
     logits = head.logits(states)
     p = logits.softmax(-1)
     labels = torch.multinomial(p, 1, generator=generator)
     back = p.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=p.dtype))
     if head.cap is not None:
         back.mul_(1 - (logits / head.cap).square_())
-    return (back.mul_(head.scale).to(head.weight.dtype) @ head.weight).to(states.dtype)
+    return head.transposed(back.mul_(head.scale)).to(states.dtype)
 
 
-class _Watched:
+class Watched:
     """One group's part in a pass: its input on the way forward, what its error would have moved on the way back.
 
-    `total`: the sum over tokens of the square of what the labels' log-probability would have moved by.
+    `name` is the group's first; `total`: the sum over tokens of the square of what the labels' log-probability would
+    have moved by.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], group: Group, effective: Effective) -> None:
+        """Nothing is watched yet; `weights` are looked at on the way back; `effective`: what quantized ones do."""
         self.name, self.total = group.names[0], 0.0
-        self._weights = {name: weights[name] for name in group.names}
-        self._group, self._effective = group, effective
+        self._weights, self._group, self._effective = weights, group, effective
         self._errors: dict[str, Tensor] | None = None
         self._moved: Tensor | None = None  # [1, tokens]
 
     def listeners(self) -> dict[str, After]:
         """What each linear of the group is to call after it ran."""
-        return {name: self._forward(name) for name in self._weights}
+        return {name: self._forward(name) for name in self._group.names}
 
     def end_pass(self) -> None:
         """Take in what the pass that ended has moved."""

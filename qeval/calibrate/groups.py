@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qeval.calibrate.stream import Statistics
 from qeval.models.graph import Fold, Group
 from qeval.quant.awq import ScaleChoice, choose_clip, choose_scales
 from qeval.quant.grid import Grid
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize
+from qeval.quant.statistics import InputStatistics
 
 Parameters = Mapping[str, Tensor]
 Grids = Mapping[str, Grid]
@@ -52,7 +52,7 @@ class Search:
     """
 
     parameters: Parameters
-    statistics: Statistics
+    statistics: Mapping[str, InputStatistics]
     _scales: dict[tuple[object, ...], Scaled | None] = field(default_factory=dict)
     _clips: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
@@ -71,6 +71,11 @@ class Search:
             self._clips[key] = choose_clip(matrix, grid, None if inputs is None else inputs.sketch)
         return self._clips[key]
 
+    def forget(self) -> None:
+        """Let go of what was searched."""
+        self._scales.clear()
+        self._clips.clear()
+
     def _group_scales(self, group: Group, grids: Grids) -> Scaled | None:
         key = (group.names, tuple(grids.get(name) for name in group.names))
         if key not in self._scales:
@@ -78,7 +83,9 @@ class Search:
         return self._scales[key]
 
 
-def _scale_group(group: Group, parameters: Parameters, grids: Grids, statistics: Statistics) -> Scaled | None:
+def _scale_group(
+    group: Group, parameters: Parameters, grids: Grids, statistics: Mapping[str, InputStatistics]
+) -> Scaled | None:
     """The scales of a group, or None where no linear of it is quantized, no token reached it, or no scaling helps.
 
     Where the fold ties channels (grouped queries), a tied scale and a free one applied to the input explicitly are

@@ -10,7 +10,7 @@ of the tokens that are routed to it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,17 +73,33 @@ def quantize_in_order(
     stream = Stream(model, layers_of(model, description), samples)
     outcomes: list[Outcome] = []
     for layer in range(len(description.layers)):
-        with ExitStack() as rounded:
-            groups = [group for group in description.groups if group.layer == layer]
-            moments = stream.moments([group for group in groups if _names(group, grids)])
-            for group in groups:
-                found = _quantize_group(stream.parameters, group, grids, moments.pop(group.names[0], None), options)
-                outcomes += found
-                values = {outcome.name: outcome.rounded.weight.dequantize() for outcome in found}
-                rounded.enter_context(replaced_by(stream.parameters, values))
-                advance(1)
+        groups = [group for group in description.groups if group.layer == layer]
+        found = round_layer(stream, groups, grids, options, advance)
+        with replaced_by(stream.parameters, dequantized(found)):
             stream.pass_layer()
+        outcomes += found
     return outcomes
+
+
+def round_layer(
+    stream: "Stream", groups: Sequence[Group], grids: Mapping[str, Grid], options: Options, advance: Advance
+) -> list[Outcome]:
+    """GPTQ over the groups of the layer that the text has come to; `advance` is told 1 for every group.
+
+    Raises:
+        QevalError: as `quantize_in_order`.
+    """
+    moments = stream.moments([group for group in groups if _names(group, grids)])
+    outcomes = []
+    for group in groups:
+        outcomes += _quantize_group(stream.parameters, group, grids, moments.pop(group.names[0], None), options)
+        advance(1)
+    return outcomes
+
+
+def dequantized(outcomes: Sequence[Outcome]) -> dict[str, Tensor]:
+    """What the rounded matrices are worth, by name."""
+    return {outcome.name: outcome.rounded.weight.dequantize() for outcome in outcomes}
 
 
 def _names(group: Group, grids: Mapping[str, Grid]) -> list[str]:
@@ -121,10 +137,18 @@ def _outcome(name: str, weight: Tensor, grid: Grid, factor: Factor, clip: bool) 
 class Stream:
     """The calibration text on its way through the layers: each sample's hidden states before the next one."""
 
-    def __init__(self, model: Any, layers: nn.ModuleList, samples: Sequence[Sequence[int]]) -> None:
-        self.parameters = weights_of(model)
+    def __init__(
+        self,
+        model: Any,
+        layers: nn.ModuleList,
+        samples: Sequence[Sequence[int]],
+        device: torch.device | None = None,
+    ) -> None:
+        """No layer is passed yet. `device` is where the model computes, its parameters' own by default."""
+        self._device = device or model.device
+        self.parameters: Mapping[str, Tensor] = weights_of(model)
         self._model, self._layers, self._next = model, layers, 0
-        self._ids = [torch.tensor([list(sample)], dtype=torch.long, device=model.device) for sample in samples]
+        self._ids = [torch.tensor([list(sample)], dtype=torch.long, device=self._device) for sample in samples]
         self._states: list[Any] = [None] * len(self._ids)
 
     def moments(self, groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -135,7 +159,7 @@ class Stream:
         Raises:
             QevalError: no token of the text reaches one of the others.
         """
-        found = {group.names[0]: _Moments(group.columns, self._model.device) for group in groups}
+        found = {group.names[0]: _Moments(group.columns, self._device) for group in groups}
         last = groups[-1] if groups else None
         listeners = {
             group.seen_at: found[group.names[0]].listener(stops=group is last and group.is_explicit) for group in groups
@@ -148,7 +172,7 @@ class Stream:
     @contextmanager
     def _ending_after_layer(self) -> Iterator[None]:
         def stop(*_: Any) -> None:
-            raise _Reached
+            raise Reached
 
         handle = self._layers[self._next].register_forward_hook(stop)
         try:
@@ -161,7 +185,7 @@ class Stream:
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             self._states[sample] = output
-            raise _Reached
+            raise Reached
 
         handle = self._layers[self._next].register_forward_hook(keep)
         try:
@@ -181,7 +205,7 @@ class Stream:
 
     def _run(self, sample: int) -> None:
         """Run a sample from its kept states on, until a hook says that nothing more is needed."""
-        with recalled(self._layers, self._next, self._states[sample]), suppress(_Reached):
+        with recalled(self._layers, self._next, self._states[sample]), suppress(Reached):
             self._model.base_model(input_ids=self._ids[sample], use_cache=False)
 
 
@@ -200,7 +224,7 @@ class _Moments:
             add_moments(self._total, inputs)
             self.tokens += len(inputs)
             if stops:
-                raise _Reached
+                raise Reached
 
         return listen
 
@@ -213,5 +237,5 @@ class _Moments:
         return self._total.triu_().add_(self._total.triu(1).T).div_(self.tokens)
 
 
-class _Reached(Exception):  # noqa: N818 - no error: nothing after this point of a pass is needed
+class Reached(Exception):  # noqa: N818 - no error: nothing after this point of a pass is needed
     """A pass has come as far as it was to go."""

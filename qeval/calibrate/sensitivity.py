@@ -97,4 +97,9 @@ def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any],
 
 def _states(model: Any, ids: Tensor) -> Tensor:
     hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return compared(hidden)
+
+
+def compared(hidden: Tensor) -> Tensor:
+    """The states that KL is measured at [positions, d_model], of all [samples, tokens, d_model]."""
     return hidden[:, ::EVERY].reshape(-1, hidden.shape[-1])

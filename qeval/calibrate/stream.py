@@ -1,12 +1,13 @@
 """Calibration text streams through the model once; each group of linears keeps statistics of its input."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qeval.models.graph import Description
+from qeval.models.graph import Description, Group
 from qeval.models.matrices import Before, watching
 from qeval.progress import Advance
 from qeval.quant.statistics import Accumulator, InputStatistics
@@ -27,13 +28,19 @@ def collect(
         group.names[0]: Accumulator(group.columns, seed + index, model.device)
         for index, group in enumerate(description.groups)
     }
-    listeners = {group.seen_at: _listener(accumulators[group.names[0]]) for group in description.groups}
-    with watching(model, before=listeners):
+    with listening(model, description.groups, accumulators):
         for sample in samples:
             ids = torch.tensor([sample], dtype=torch.long, device=model.device)
             model.base_model(input_ids=ids, use_cache=False)
             advance(len(sample))
     return {name: accumulator.statistics() for name, accumulator in accumulators.items() if accumulator.tokens}
+
+
+def listening(
+    model: Any, groups: Sequence[Group], accumulators: Mapping[str, Accumulator]
+) -> AbstractContextManager[None]:
+    """The inputs of the groups go into their accumulators (by the name of their first linear) for a while."""
+    return watching(model, before={group.seen_at: _listener(accumulators[group.names[0]]) for group in groups})
 
 
 def _listener(accumulator: Accumulator) -> Before:

@@ -45,6 +45,8 @@ def gate(
     revision: options.Revision = None,
     device: options.Device = "cpu",
     compute: options.Compute = None,
+    stream: options.Stream = False,
+    max_memory: options.MaxMemory = None,
     corpus: Annotated[str | None, typer.Option("--corpus", help="wikitext2, pydoc, or a text file.")] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="A named protocol; see `qeval tasks`.")] = None,
     window: Annotated[int | None, typer.Option("--window", help="Tokens a window.")] = None,
@@ -70,7 +72,7 @@ def gate(
     given = {
         "--model": model, "--method": method, "--revision": revision, "--compute": compute, "--corpus": corpus,
         "--protocol": protocol, "--window": window, "--stride": stride, "--max-windows": max_windows,
-        "--mmlu-dir": mmlu_dir, "--limit": limit, "--out": out,
+        "--mmlu-dir": mmlu_dir, "--limit": limit, "--out": out, "--stream": stream or None, "--max-memory": max_memory,
     }  # fmt: skip
     _check_use(run, [name for name, value in given.items() if value is not None], variant)
     from qeval.gate.policy import load_policy  # noqa: PLC0415 - the statistics take a second to import
@@ -84,7 +86,9 @@ def gate(
         verdict = _live(
             rules,
             quiet=quiet,
-            model=ModelChoice(str(model), revision, device, options.compute_type(compute)),
+            model=ModelChoice(
+                str(model), revision, device, options.compute_type(compute), stream, options.size_bytes(max_memory)
+            ),
             recipes=(parse_method(str(method), Defaults(None, "measured", False)),),
             variants=(),
             corpus=CorpusChoice(corpus, protocol, window, stride, max_windows),

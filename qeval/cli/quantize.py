@@ -19,6 +19,8 @@ def quantize(
     revision: options.Revision = None,
     device: options.Device = "cpu",
     compute: options.Compute = None,
+    stream: options.Stream = False,
+    max_memory: options.MaxMemory = None,
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,
@@ -41,7 +43,7 @@ def quantize(
     from qeval.compare.quantize import make_variant  # noqa: PLC0415 - torch takes seconds to import
 
     manifest = make_variant(
-        ModelChoice(model, revision, device, options.compute_type(compute)),
+        ModelChoice(model, revision, device, options.compute_type(compute), stream, options.size_bytes(max_memory)),
         recipe,
         CalibrationChoice(calibration, calibration_samples, calibration_length),
         folder,

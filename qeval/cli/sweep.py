@@ -1,9 +1,11 @@
 """`qeval sweep`: the same comparison of several models, and one page for all."""
 
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -11,6 +13,7 @@ import typer.main
 from rich.console import Console
 
 from qeval.cli import options
+from qeval.cli.abreast import Comparison, Result, run_abreast
 from qeval.cli.compare import compare, slug
 from qeval.cli.grid import grid_methods, without_methods
 from qeval.cli.printing import stdout
@@ -38,6 +41,14 @@ def sweep(
     budgets: Annotated[
         str | None, typer.Option("--budgets", help="Sizes of mixed variants, such as 4.5,4.8,5.5bpw.")
     ] = None,
+    models_at_once: Annotated[
+        int | None,
+        typer.Option(
+            "--models-at-once",
+            min=1,
+            help="Models compared at a time; default: 1, on Ray as many as the cluster holds.",
+        ),
+    ] = None,
     debug: options.Debug = False,
 ) -> int:
     """Compare several models each with its variants (all other flags are those of `qeval compare`), on one page.
@@ -57,16 +68,69 @@ def sweep(
         common, methods = without_methods(common)
         common += ["--methods", ",".join(grid_methods(methods, bits, groups, budgets))]
     given = {name: [*common, "--model", name, "--out", str(folder)] for name, folder in folders.items()}
-    for arguments in given.values():
-        command.make_context("compare", list(arguments))  # a wrong flag is told before any work starts
-    codes, ended = [], []
-    for place, (name, arguments) in enumerate(given.items(), 1):
-        _console().print(f"model {place} of {len(given)}: {name}", highlight=False)
-        code, error = _compared(command, arguments, debug=debug)
-        codes.append(code)
-        ended.append((name, folders[name], error))
-    _show(ended, out)
-    return max(codes)
+    asked = command.make_context("compare", list(given[names[0]])).params  # a wrong flag is told before any work
+    with _room(asked, models_at_once, len(given)) as (at_once, environment):
+        if not asked["quiet"]:
+            for line in _plan(asked, folders, at_once):
+                _console().print(line, highlight=False, markup=False, soft_wrap=True)
+        if at_once == 1:
+            results = [_compared_here(command, place, name, given, debug=debug) for place, name in enumerate(given, 1)]
+        else:
+            results = _compared_abreast(given, folders, at_once, asked, environment)
+    _show([(name, folders[name], result.error) for name, result in zip(given, results, strict=True)], out)
+    return max(result.code for result in results)
+
+
+@contextmanager
+def _room(asked: Mapping[str, Any], at_once: int | None, models: int) -> Iterator[tuple[int, dict[str, str]]]:
+    """How many models are compared at a time, and the environment of their processes: of one Ray cluster for all.
+
+    Raises:
+        UsageError: Ray is asked for and isn't installed.
+        QevalError: the cluster can't be reached.
+    """
+    if asked["executor"] != "ray" or models == 1:
+        yield min(at_once or 1, models), dict(os.environ)
+        return
+    from qeval.executors.cluster import shared_cluster  # noqa: PLC0415 - an extra
+
+    with shared_cluster() as (address, cpus):
+        holds = max(1, cpus // max(asked["workers"], asked["threads"] or os.cpu_count() or 1))
+        yield min(at_once or holds, holds, models), os.environ | {"RAY_ADDRESS": address}
+
+
+def _plan(asked: Mapping[str, Any], folders: Mapping[str, Path], at_once: int) -> list[str]:
+    """What the sweep will do: every model with the same variants and tasks, and where each goes."""
+    variants = [asked["methods"] or "", str(asked["config"] or ""), *(asked["variant"] or [])]
+    where = "on one Ray cluster" if asked["executor"] == "ray" else "on this machine"
+    return [
+        f"models    {len(folders)}, {at_once} at a time {where}",
+        *(f"          {name} -> {folder}" for name, folder in folders.items()),
+        f"variants  {', '.join(filter(None, variants)) or 'those of compare'}",
+        f"tasks     {asked['tasks']}",
+    ]
+
+
+def _compared_here(
+    command: typer.core.TyperCommand, place: int, name: str, given: Mapping[str, Sequence[str]], *, debug: bool
+) -> Result:
+    _console().print(f"model {place} of {len(given)}: {name}", highlight=False)
+    return _compared(command, given[name], debug=debug)
+
+
+def _compared_abreast(
+    given: Mapping[str, Sequence[str]],
+    folders: Mapping[str, Path],
+    at_once: int,
+    asked: Mapping[str, Any],
+    environment: Mapping[str, str],
+) -> list[Result]:
+    """Several at a time; on this machine they share the cores unless --threads says otherwise."""
+    more = []
+    if asked["threads"] is None and asked["executor"] == "local":
+        more = ["--threads", str(max(1, (os.cpu_count() or 1) // at_once))]
+    comparisons = [Comparison(name, [*words, *more], folders[name]) for name, words in given.items()]
+    return run_abreast(comparisons, at_once, environment, _console(), quiet=asked["quiet"])
 
 
 def _show(models: Sequence[tuple[str, Path, str | None]], out: Path) -> None:
@@ -83,7 +147,7 @@ def _show(models: Sequence[tuple[str, Path, str | None]], out: Path) -> None:
     _console().print(f"report of all models: {written}", highlight=False, soft_wrap=True)
 
 
-def _compared(command: typer.core.TyperCommand, arguments: Sequence[str], *, debug: bool) -> tuple[int, str | None]:
+def _compared(command: typer.core.TyperCommand, arguments: Sequence[str], *, debug: bool) -> Result:
     """Compare one model: the exit code, and why there is no report, or None."""
     try:
         code = command.main(
@@ -93,10 +157,10 @@ def _compared(command: typer.core.TyperCommand, arguments: Sequence[str], *, deb
         if debug:
             _console().print_exception()
         _console().print(f"warning: {error}", highlight=False, soft_wrap=True)
-        return QevalError.exit_code, str(error)
+        return Result(QevalError.exit_code, str(error))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
-    return int(code or 0), None
+    return Result(int(code or 0), None)
 
 
 def _command() -> typer.core.TyperCommand:

@@ -1,7 +1,7 @@
 """From settings to a plan: the model loaded, the texts tokenized, every bad input found before any long work."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,13 +22,14 @@ from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
 from qeval.compare.estimate import Shape
 from qeval.compare.overlap import overlap_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
-from qeval.compare.stream import streamed_model
+from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.variants import (
     Calibration,
     Entry,
     FitsKernel,
     Loaded,
+    Workshop,
     check_recipes,
     given_entry,
     is_variant,
@@ -44,6 +45,7 @@ from qeval.models.load import load
 from qeval.models.matrices import weights_of
 from qeval.models.source import resolve
 from qeval.models.supported import notes_of
+from qeval.progress import Progress
 from qeval.score.corpus import Shard
 from qeval.score.drift import Part, parts_of
 from qeval.store.run import CalibrationRecord, DriftRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
@@ -113,6 +115,10 @@ class Plan:
             }
         )
 
+    def workshop(self, progress: Progress) -> AbstractContextManager[Workshop]:
+        """What makes the run's variants, as `workshop_of`."""
+        return workshop_of(self.source, self.calibration, self.backend, self.settings.seed, progress)
+
     @property
     def corpus_tokens(self) -> int:
         """Tokens that one model runs for the corpus."""
@@ -139,7 +145,7 @@ def prepare(settings: Settings) -> Plan:
         torch.set_num_threads(share_of_threads(settings))
     if settings.model.device == "cpu" and settings.model.compute == "bfloat16":
         require_bf16()
-    loaded, source, backend = _model(settings.model)
+    loaded, source, backend = loaded_model(settings.model, folds=any(recipe.uses_awq for recipe in settings.recipes))
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, *fits)
     protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
@@ -152,6 +158,9 @@ def prepare(settings: Settings) -> Plan:
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.recipes):
         overlap()
+    for recipe in settings.recipes:
+        if recipe.calibrated and isinstance(backend, StreamBackend):
+            room_beside(backend, source, recipe, calibration().samples)
     return Plan(
         settings=settings,
         loaded=loaded,
@@ -206,15 +215,38 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
 
 
 @contextmanager
+def workshop_of(
+    source: Loaded,
+    calibration: Callable[[], Calibration],
+    backend: TorchBackend | StreamBackend,
+    seed: int,
+    progress: Progress,
+) -> Iterator[Workshop]:
+    """What makes a model's variants; what calibrating left is let go of when the block ends."""
+    if isinstance(backend, StreamBackend):
+        made: Workshop = StreamWorkshop(source, calibration, backend, seed, progress)
+    else:
+        made = Workshop(source, calibration, seed, progress)
+    with closing(made):
+        yield made
+
+
+@contextmanager
 def open_exact(choice: ModelChoice, compute: str) -> Iterator[Session]:
     """A session of the baseline in another compute type, loaded for the length of the block."""
-    with _model(replace(choice, compute=compute))[2].open(None) as session:
+    with loaded_model(replace(choice, compute=compute))[2].open(None) as session:
         yield session
 
 
-def _model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, TorchBackend | StreamBackend]:
+def loaded_model(
+    choice: ModelChoice, *, folds: bool = False
+) -> tuple[LoadedModel, Loaded, TorchBackend | StreamBackend]:
+    """The model that a choice names, what variants are made from, and what opens it.
+
+    `folds`: whether a streamed model is looked at for what takes its inputs' scales; others always are.
+    """
     if choice.stream:
-        return streamed_model(choice)
+        return streamed_model(choice, folds=folds)
     loaded, source = source_of_model(choice)
     return loaded, source, TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
 

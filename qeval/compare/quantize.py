@@ -1,15 +1,16 @@
 """`quantize`: one variant, written where the user says."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from qeval.compare.prepare import calibration_of, source_of_model
-from qeval.compare.settings import CalibrationChoice, ModelChoice
-from qeval.compare.variants import Workshop, check_recipes
+from qeval.compare.prepare import calibration_of, loaded_model, workshop_of
+from qeval.compare.settings import CalibrationChoice, ModelChoice, check_streamed
+from qeval.compare.variants import check_recipes
 from qeval.config import Recipe
 from qeval.progress import Progress
-from qeval.store.variants import Manifest, check_free, read_manifest, save_variant
+from qeval.store.variants import Manifest, check_free, read_manifest
 
 
 def make_variant(
@@ -22,13 +23,19 @@ def make_variant(
     seed: int,
     progress: Progress,
 ) -> Manifest:
-    """Quantize `model` by `recipe` and write the variant to `folder`; its manifest is returned."""
+    """Quantize `model` by `recipe` and write the variant to `folder`; its manifest is returned.
+
+    Raises:
+        UsageError: the folder is taken, or the model can't be loaded, streamed or quantized so.
+    """
     check_free(folder)
+    if model.stream:
+        check_streamed([recipe])
     if threads:
         torch.set_num_threads(threads)
-    loaded, source = source_of_model(model)
+    loaded, source, backend = loaded_model(model, folds=recipe.uses_awq)
     check_recipes([recipe], source)
-    workshop = Workshop(source, lambda: calibration_of(calibration, loaded), seed, progress)
-    variant, seconds = workshop.make(recipe)
-    save_variant(variant, folder, workshop.origin(recipe, seconds))
+    text = cache(lambda: calibration_of(calibration, loaded))
+    with workshop_of(source, text, backend, seed, progress) as workshop:
+        workshop.write(recipe, folder)
     return read_manifest(folder)

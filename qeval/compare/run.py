@@ -18,9 +18,8 @@ from qeval.compare.prepare import Plan
 from qeval.compare.remake import identity_of, settings_json
 from qeval.compare.scoring import Scorer, Work
 from qeval.compare.standing import Model, Scored, score_all, work_of
-from qeval.compare.stream import StreamWorkshop
 from qeval.compare.texts import keep_texts
-from qeval.compare.variants import Entry, Workshop
+from qeval.compare.variants import Entry
 from qeval.compare.witness import witness_of
 from qeval.paths import home
 from qeval.progress import Progress
@@ -127,12 +126,7 @@ def estimate(plan: Plan) -> Cost:
 
 def _make(plan: Plan, progress: Progress) -> list[Entry]:
     """The variants in the order asked for; the calibration's statistics are let go when the last is made."""
-    backend, seed = plan.backend, plan.settings.seed
-    if isinstance(backend, StreamBackend):
-        workshop: Workshop = StreamWorkshop(plan.source, backend.made, seed, progress)
-    else:
-        workshop = Workshop(plan.source, plan.calibration, seed, progress)
-    with all_threads(plan.settings):
+    with all_threads(plan.settings), plan.workshop(progress) as workshop:
         return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
 
 

@@ -1,6 +1,6 @@
 """The jobs of a run: the baseline's and each model's rows, over shards of windows and subjects of questions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +139,17 @@ class Scorer:
         self._twin, self._kept = twin, kept
         self._open = ExitStack()
         self._session: Session | None = None
-        self._ahead: list[tuple[Callable[[], Path | None], Callable[[Session], list[Call]]]] = []
-        """Of each job: whether its record is there, and what it will ask its session for."""
+        self._ahead: list[tuple[Job, Callable[[Session], list[Call]]]] = []
+        """Each job, and what it will ask its session for."""
 
     def close(self) -> None:
         """Put the baseline's weights back."""
         self._open.close()
         self._session = None
+
+    def expect_only(self, tickets: Collection[Ticket]) -> None:
+        """Of all jobs that were asked for, these alone will be run."""
+        self._ahead = [(job, calls) for job, calls in self._ahead if job.ticket in tickets]
 
     def corpus_job(self, work: Work, shard: Shard) -> Job:
         """Token rows of one shard."""
@@ -214,7 +218,7 @@ class Scorer:
     ) -> Job:
         ticket = Ticket(kind, key, self.candidate.name)
         job = Job(ticket, units, lambda: work.rows.find(kind, key, work.progress.warn), run)
-        self._ahead.append((job.find, calls))
+        self._ahead.append((job, calls))
         return job
 
     def _compared(self, work: Work, shard: Shard, names: dict[str, str], advance: Advance) -> dict[str, Any]:
@@ -236,7 +240,7 @@ class Scorer:
             self._session = self._open.enter_context(self.candidate.open())
             if isinstance(self._session, LooksAhead):
                 self._session.expect(
-                    [call for find, calls in self._ahead if find() is None for call in calls(self._session)]
+                    [call for job, calls in self._ahead if job.find() is None for call in calls(self._session)]
                 )
         return self._session
 

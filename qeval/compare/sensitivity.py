@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from qeval.calibrate.attribution import Attribution, attribute
-from qeval.calibrate.build import Source, assign, effective_of, high_grid, mixed_budget, under_budget
+from qeval.calibrate.build import assign
+from qeval.calibrate.mix import effective_of, high_grid, mixed_budget, under_budget
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, tokens
+from qeval.calibrate.source import Source
 from qeval.compare.prepare import calibration_of, source_of_model
 from qeval.compare.settings import CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes, variant_key

@@ -1,5 +1,7 @@
 """Everything that a run was asked for, checked once at the door."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,6 +9,9 @@ from typing import Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
+"""How an address begins once it was read as a path: `s3://bucket` is `s3:/bucket` then."""
 
 Bos = Literal["auto", "always", "never"]
 Format = Literal["nbits", "qdq"]
@@ -162,6 +167,11 @@ class Settings:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
         if self.model.stream:
             self._check_stream()
+        if scheme := _SCHEME.match(str(self.out)):
+            raise UsageError(
+                f"--out {self.out} is an address, and a run's ledger needs a folder whose file system locks files; "
+                f"mount what {scheme[1]} names, on every node of a cluster, and give its path."
+            )
         if self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
         for flag, value in {
@@ -194,15 +204,7 @@ class Settings:
                 "--tasks drift generates one token after another, and --stream would read every layer for each: leave "
                 "one of them out."
             )
-        if tools := [recipe.name for recipe in self.recipes if recipe.tool]:
-            raise UsageError(
-                f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
-            )
-        if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
-            raise UsageError(
-                f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
-                "Take rtn, or a variant made before (--variant NAME=PATH)."
-            )
+        check_streamed(self.recipes)
 
     @property
     def scores_tokens(self) -> bool:
@@ -218,3 +220,15 @@ class Settings:
     def continues(self) -> bool:
         """Whether the baseline's greedy continuations are run."""
         return DRIFT in self.tasks
+
+
+def check_streamed(recipes: Sequence[Recipe]) -> None:
+    """Refuse recipes that a streamed model can't be quantized by.
+
+    Raises:
+        UsageError: another tool quantizes.
+    """
+    if tools := [recipe.name for recipe in recipes if recipe.tool]:
+        raise UsageError(
+            f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
+        )

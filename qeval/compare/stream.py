@@ -1,16 +1,22 @@
 """`--stream`: the model read a layer at a time, and variants made a matrix at a time."""
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from qeval.backends.memory import free_bytes, return_large_blocks
-from qeval.backends.stream.backend import StreamBackend, Streamed, inspect, streamed
-from qeval.calibrate.build import outline, source_of
-from qeval.calibrate.groups import Search, quantize_groups
+from qeval.backends.stream.backend import StreamBackend, inspect, streamed
+from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText
+from qeval.backends.stream.trials import StreamedTrials
+from qeval.calibrate.build import Made, gptq_details, gptq_options, outline, quantize_alone, with_floats
+from qeval.calibrate.groups import Search
+from qeval.calibrate.in_order import Outcome, round_layer
+from qeval.calibrate.source import Source
 from qeval.compare.settings import ModelChoice
 from qeval.compare.variants import Calibration, Loaded, Workshop
 from qeval.config import Recipe
@@ -21,14 +27,25 @@ from qeval.models.load import check_device, load
 from qeval.models.source import resolve
 from qeval.models.supported import notes_of
 from qeval.models.weights import read_entries, weight_files
-from qeval.progress import Progress
+from qeval.paths import home
+from qeval.progress import Advance, Progress
 from qeval.quant.grid import Grid
 from qeval.quant.qweight import QWeight
+from qeval.quant.rtn import quantize
+from qeval.quant.statistics import SKETCH_ROWS
+from qeval.quant.variant import Variant
+from qeval.store.spill import Spill, spilled
 from qeval.store.variants import Origin, save_variant_by_parts
 
+Parts = Iterator[tuple[str, QWeight]]
+_SEARCH_BYTES = 16 << 20
+"""What AWQ's searches take whatever the layer's size: candidates and their products, a few rows at a time."""
 
-def streamed_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, StreamBackend]:
+
+def streamed_model(choice: ModelChoice, *, folds: bool) -> tuple[LoadedModel, Loaded, StreamBackend]:
     """The model that a choice names, what variants are made from, and the backend that streams it.
+
+    `folds`: whether what takes inputs' scales is looked for, which variants of AWQ need.
 
     Raises:
         UsageError: it can't be streamed, or not within the memory allowed.
@@ -38,7 +55,7 @@ def streamed_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, StreamBack
     entries = read_entries(weight_files(loaded.folder))
     compute = loaded.info.compute_dtype
     made = streamed(loaded.model, entries, check_device(choice.device), compute)
-    description, head = inspect(made, compute)
+    description, head = inspect(made, compute, folds=folds)
     notes = (*loaded.info.notes, *notes_of(loaded.model, description))
     loaded = replace(loaded, info=replace(loaded.info, notes=notes))
     source = Loaded(
@@ -55,38 +72,113 @@ def streamed_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded, StreamBack
 
 
 class StreamWorkshop(Workshop):
-    """Makes variants that need no calibration, a matrix at a time, straight from the checkpoint to their folder."""
+    """Makes variants straight from the checkpoint to their folder: by matrices, or by layers where text is needed."""
 
-    def __init__(self, loaded: Loaded, made: Streamed, seed: int, progress: Progress) -> None:
-        """`made` reads the model's tensors."""
-        super().__init__(loaded, _no_calibration, seed, progress)
-        self._made = made
+    def __init__(
+        self,
+        loaded: Loaded,
+        calibration: Callable[[], Calibration],
+        backend: StreamBackend,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        """`backend` reads the model's tensors, within its limit on memory."""
+        super().__init__(loaded, calibration, seed, progress)
+        self._made, self._backend = backend.made, backend
+        self._parameters = Live(loaded.model, loaded.description.head)
+        self._open = ExitStack()
+        self._statistics: LayerStatistics | None = None
 
-    def _save(self, recipe: Recipe, folder: Path) -> None:
-        start = time.perf_counter()
-        source = source_of(self._loaded.model, self._loaded.description, self._loaded.head, (), {})
-        grids, plan = outline(source, recipe, self.key(recipe))
-        with self._progress.phase(f"quantize {recipe.name}", len(plan.weights)) as advance, torch.inference_mode():
+    def close(self) -> None:
+        """Let go of the calibration text's states and statistics."""
+        self._open.close()
+        self._statistics = None
 
-            def parts() -> Iterator[tuple[str, QWeight]]:
-                for made in self._parts(grids, clip=recipe.clips):
-                    yield made
-                    advance(1)
+    @torch.inference_mode()
+    def write(self, recipe: Recipe, folder: Path) -> None:
+        """As the whole model's variant, a matrix or a layer at a time.
 
-            def origin() -> Origin:
-                return self.origin(recipe, time.perf_counter() - start)
+        Raises:
+            UsageError: memory does not hold what it takes.
+        """
+        start, description = time.perf_counter(), self._loaded.description
+        source, passes = self._source_of(recipe)
+        tried = len(description.units) if recipe.mixed and recipe.calibrated else 0
+        with self._progress.phase(f"quantize {recipe.name}", tried + len(description.groups)) as advance:
+            grids, plan = outline(source, recipe, self.key(recipe), advance)
+            job = _Job(source, passes, recipe, grids, plan, advance)
+            parts = self._in_order(job) if recipe.uses_gptq else self._alone(job)
 
-            save_variant_by_parts(plan, parts(), folder, origin)
+            def rest() -> tuple[Variant, Origin]:
+                return job.finished(), self.origin(recipe, time.perf_counter() - start)
 
-    def _parts(self, grids: Mapping[str, Grid], *, clip: bool) -> Iterator[tuple[str, QWeight]]:
-        description = self._loaded.description
-        head = Group(len(description.layers), "head", (description.head,), 0, None)
-        for group in (*description.groups, head):
-            for name in group.names:
-                if name in grids:
-                    search = Search({name: self._matrix(name)}, {})
-                    clips = clip and group is not head
-                    yield from quantize_groups(search, [group], {name: grids[name]}, {}, {}, clip=clips).items()
+            save_variant_by_parts(itertools.chain(parts, self._head(grids)), rest, folder)
+
+    def _source_of(self, recipe: Recipe) -> tuple[Source, Passes]:
+        """What a recipe is built from, and the passes over the layers that it takes."""
+        loaded, samples = self._loaded, self._calibration().samples if recipe.calibrated else ()
+        left = 0
+        if recipe.calibrated:
+            left = room_beside(self._backend, loaded, recipe, samples) // 2
+        statistics = self._collected(samples, left) if recipe.uses_statistics else None
+        search = Search(self._parameters, {} if statistics is None else statistics)
+        passes = Passes(self._made, search, statistics)
+        trials = StreamedTrials(
+            self._made, loaded.description, samples, passes, lambda: self._backend.head, self._backend.logit_rows,
+            lambda: Spill(_spill_folder(), in_memory=left),
+        )  # fmt: skip
+        return Source(loaded.model, loaded.description, loaded.head, samples, search, trials), passes
+
+    def _collected(self, samples: Sequence[Sequence[int]], in_memory: int) -> LayerStatistics:
+        """The statistics of the text, collected as layers are reached for the first time, for all recipes."""
+        if self._statistics is None:
+            states, kept = (self._open.enter_context(spilled(_spill_folder(), in_memory=n)) for n in (in_memory, 0))
+            text = RelayedText(self._made, self._loaded.description, samples, states)
+            groups = self._loaded.description.groups
+            self._statistics = LayerStatistics(text, self._made, groups, self._seed, kept)
+        return self._statistics
+
+    def _alone(self, job: "_Job") -> Parts:
+        """Every group quantized for the inputs that the float model gives it."""
+        if job.recipe.uses_statistics:
+            with job.passes.forward() as layers:
+                for layer in layers:
+                    groups = self._groups(layer)
+                    made = quantize_alone(job.source.search, groups, job.recipe, job.grids)
+                    job.made.append(made._replace(weights={}))
+                    yield from made.weights.items()
+                    job.advance(len(groups))
+            return
+        for group in self._loaded.description.groups:
+            for name in (name for name in group.names if name in job.grids):
+                search = Search({name: self._matrix(name)}, {})
+                yield from quantize_alone(search, [group], job.recipe, {name: job.grids[name]}).weights.items()
+            job.advance(1)
+
+    def _in_order(self, job: "_Job") -> Parts:
+        """Every group quantized for what the quantized groups before it give it."""
+        options, left = (
+            gptq_options(job.recipe),
+            room_beside(self._backend, self._loaded, job.recipe, job.source.samples),
+        )
+        with spilled(_spill_folder(), in_memory=left) as states, job.passes.forward() as layers:
+            text = RelayedText(self._made, self._loaded.description, job.source.samples, states)
+            for layer in layers:
+                found = round_layer(text, self._groups(layer), job.grids, options, job.advance)
+                for outcome in found:
+                    yield outcome.name, outcome.rounded.weight
+                    self._parameters[outcome.name].copy_(outcome.rounded.weight.dequantize())
+                    light = outcome.rounded._replace(weight=job.plan.weights[outcome.name])
+                    job.outcomes.append(outcome._replace(rounded=light))
+                text.pass_layer()
+
+    def _head(self, grids: Mapping[str, Grid]) -> Parts:
+        name = self._loaded.description.head
+        if name in grids:
+            yield name, quantize(self._matrix(name).float(), grids[name])
+
+    def _groups(self, layer: int) -> list[Group]:
+        return [group for group in self._loaded.description.groups if group.layer == layer]
 
     def _matrix(self, name: str) -> torch.Tensor:
         """A matrix in the type that it is computed in, as the whole model would hold it."""
@@ -97,5 +189,65 @@ class StreamWorkshop(Workshop):
         return matrix
 
 
-def _no_calibration() -> Calibration:
-    raise UsageError("Calibrating needs the whole model in memory; leave --stream out.")
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One variant in the making: what it is made by, and what of its layers is known so far beside their matrices."""
+
+    source: Source
+    passes: Passes
+    recipe: Recipe
+    grids: Mapping[str, Grid]
+    plan: Variant
+    advance: Advance
+    made: list[Made] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def finished(self) -> Variant:
+        """The variant but for its matrices' numbers."""
+        if self.recipe.uses_gptq:
+            return replace(self.plan, details={**self.plan.details, **gptq_details(self.recipe, self.outcomes)})
+        return with_floats(self.plan, self.recipe, self.made)
+
+
+def room_beside(backend: StreamBackend, loaded: Loaded, recipe: Recipe, samples: Sequence[Sequence[int]]) -> int:
+    """Bytes that hidden states may take in memory while a calibrated variant is made.
+
+    Raises:
+        UsageError: not even one layer can be worked on within --max-memory.
+    """
+    working = working_bytes(loaded, recipe) + backend.budget.token_activations * max(map(len, samples), default=0)
+    left = backend.budget.left_beside(working)
+    if left < 0:
+        raise UsageError(
+            f"--max-memory {backend.budget.total / 2**20:.0f}MiB is less than making '{recipe.name}' takes, one layer "
+            f"at a time; give at least {backend.budget.least_for(working) / 2**20 + 1:.0f}MiB."
+        )
+    return left
+
+
+def working_bytes(loaded: Loaded, recipe: Recipe) -> int:
+    """What quantizing a layer takes beside its weights and its text: statistics, searches, codes; at most."""
+    parameters, description = dict(loaded.model.named_parameters()), loaded.description
+    by_layer = [[g for g in description.groups if g.layer == layer] for layer in range(len(description.layers))]
+    sizes = [[[parameters[name].numel() for name in group.names] for group in groups] for groups in by_layer]
+    columns = [[group.columns for group in groups] for groups in by_layer]
+    work = _rounding_bytes if recipe.uses_gptq else _search_bytes
+    copies = 1 if loaded.head.weight.dtype == torch.float32 else 2  # others are converted first
+    return max(work(*each, copies) for each in zip(sizes, columns, strict=True))
+
+
+def _search_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> int:
+    """Of AWQ or a clip search: sketches, then either a group's rows parted, or a matrix scaled beside all codes."""
+    statistics = 4 * SKETCH_ROWS * (sum(columns) + max(columns))
+    group, matrix = max(map(sum, sizes)), max(map(max, sizes))
+    return statistics + max(4 * copies * group, sum(map(sum, sizes)) + 8 * copies * matrix) + _SEARCH_BYTES
+
+
+def _rounding_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> int:
+    """Of GPTQ: every input's second moments, then one's factors in fp64 and a matrix by columns, beside all codes."""
+    matrix, codes = max(map(max, sizes)), sum(map(sum, sizes))
+    return 4 * sum(n * n for n in columns) + 48 * max(columns) ** 2 + 24 * copies * matrix + codes + _SEARCH_BYTES
+
+
+def _spill_folder() -> Path:
+    return home() / "variants"

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from qeval.calibrate.build import Source, build, check, quantizable, source_of
+from qeval.calibrate.build import build, check, quantizable, source_of
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
+from qeval.calibrate.source import Source
 from qeval.calibrate.stream import collect
 from qeval.calibrate.tools.registry import tool_version
 from qeval.config import Recipe
@@ -114,10 +115,15 @@ class Workshop:
         folder = home() / "variants" / self.key(recipe)
         with alone(f"variant-{folder.name}", self._progress.tell):
             if not self._is_whole(folder):
-                self._save(recipe, folder)
+                self.write(recipe, folder)
         return folder
 
-    def _save(self, recipe: Recipe, folder: Path) -> None:
+    def close(self) -> None:
+        """Let go of what calibrating left."""
+        self._sources.clear()
+
+    def write(self, recipe: Recipe, folder: Path) -> None:
+        """Make the variant of `recipe` and save it to `folder`."""
         variant, seconds = self.make(recipe)
         save_variant(variant, folder, self.origin(recipe, seconds))
 

@@ -5,10 +5,9 @@ the texts that the run's record names, without anything that the run left in the
 machine, the backend and the threads of the run the same bytes are expected; elsewhere, values within a tolerance.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -17,21 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
+from qeval.backends.base import LooksAhead
 from qeval.compare.candidates import baseline_of, contenders
 from qeval.compare.prepare import Plan, prepare
 from qeval.compare.remake import settings_of
 from qeval.compare.scoring import Kept, Scorer, Work
 from qeval.compare.standing import work_of
-from qeval.compare.variants import Workshop
 from qeval.config import BASELINE
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.executors.local import Job
 from qeval.paths import home
 from qeval.progress import Progress
-from qeval.score.corpus import Shard
-from qeval.score.drift import Continuation, Part
+from qeval.score.corpus import Shard, window_calls
+from qeval.score.drift import Part
 from qeval.store.check import Checked, check_folder
 from qeval.store.ledger import joined
 from qeval.store.rows import Kind, read_index
@@ -136,7 +134,8 @@ class _Drawn:
     kind: Kind
     scorer: Scorer
     job: Job
-    needs: Callable[[Kept, int], object] | None = None
+    shard: Shard | None = None
+    part: Part | None = None
 
 
 def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Progress) -> list[Derived]:
@@ -146,8 +145,9 @@ def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Prog
         chosen = np.random.default_rng(seed).choice(len(jobs), min(sample, len(jobs)), replace=False)
         drawn = [jobs[place] for place in sorted(chosen)]
         index = read_index(out)
-        for needs in (each.needs for each in drawn if each.needs is not None):
-            needs(work.baseline, work.batch_tokens)
+        _keep_baseline(work, drawn)
+        for each in drawn:
+            each.scorer.expect_only({other.job.ticket for other in drawn})
         units = sum(each.job.units for each in drawn)
         with progress.phase(f"derive {len(drawn)} of {len(jobs)} jobs", units) as advance:
             found = []
@@ -159,6 +159,21 @@ def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Prog
     return found
 
 
+def _keep_baseline(work: Work, drawn: Sequence[_Drawn]) -> None:
+    """The baseline's states and continuations that a sample needs, before a variant takes its place in memory.
+
+    Where it streams, the states are computed in one go.
+    """
+    shards = list(dict.fromkeys(each.shard for each in drawn if each.shard is not None))
+    with work.baseline.candidate.open() as session:
+        if isinstance(session, LooksAhead):
+            session.expect([call for shard in shards for call in window_calls(shard.windows, work.batch_tokens)])
+    for shard in shards:
+        work.baseline.states(shard, work.batch_tokens, lambda done: None)
+    for part in (each.part for each in drawn if each.part is not None):
+        work.baseline.continuation(part, work.batch_tokens, lambda done: None)
+
+
 @contextmanager
 def _remade(out: Path, record: RunRecord, progress: Progress) -> Iterator[tuple[Plan, Work]]:
     """The run's plan, made from its record, with an empty folder and no states."""
@@ -168,7 +183,8 @@ def _remade(out: Path, record: RunRecord, progress: Progress) -> Iterator[tuple[
     with TemporaryDirectory(prefix="qeval-verify-") as scratch, chdir(folder):
         place = Path(scratch)
         try:
-            plan = prepare(replace(settings, out=place, workers=1, threads=record.environment.threads))
+            alone = replace(settings, workers=1, executor="local", worker_gpus=None)
+            plan = prepare(replace(alone, out=place, threads=record.environment.threads))
         except UsageError as error:
             raise QevalError(f"The run can't be made again: {error}") from error
         _check_same(plan, record)
@@ -198,8 +214,8 @@ def _check_same(plan: Plan, record: RunRecord) -> None:
 
 def _jobs(plan: Plan, work: Work, record: RunRecord, progress: Progress) -> Iterator[_Drawn]:
     """Every job of the run, in the order of its models; those of failed variants are left out."""
-    workshop = Workshop(plan.source, plan.calibration, plan.settings.seed, progress)
-    entries = [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
+    with plan.workshop(progress) as workshop:
+        entries = [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
     scored = {each.name for each in record.variants if each.status == "done"} | {BASELINE}
     scorers = [Scorer(work.baseline.candidate)]
     scorers += [
@@ -209,19 +225,11 @@ def _jobs(plan: Plan, work: Work, record: RunRecord, progress: Progress) -> Iter
     for scorer in scorers:
         jobs = work.jobs(scorer)
         for shard, job in zip(work.shards, jobs["tokens"], strict=True):
-            yield _Drawn("tokens", scorer, job, partial(_states, shard))
+            yield _Drawn("tokens", scorer, job, shard=shard)
         for job in jobs["items"]:
             yield _Drawn("items", scorer, job)
         for part, job in zip(work.parts, jobs["drift"], strict=True):
-            yield _Drawn("drift", scorer, job, partial(_continuation, part))
-
-
-def _states(shard: Shard, baseline: Kept, batch_tokens: int) -> Tensor:
-    return baseline.states(shard, batch_tokens, lambda done: None)
-
-
-def _continuation(part: Part, baseline: Kept, batch_tokens: int) -> Continuation:
-    return baseline.continuation(part, batch_tokens, lambda done: None)
+            yield _Drawn("drift", scorer, job, part=part)
 
 
 def _stored(out: Path, index: dict[str, list[str]], drawn: _Drawn) -> Path | None:

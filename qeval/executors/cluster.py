@@ -126,6 +126,29 @@ def helping_on_ray(work: Work, arguments: Sequence[tuple[Any, ...]], needs: Need
         UsageError: Ray isn't installed.
         QevalError: the cluster can't be reached.
     """
+    with _joined() as ray:
+        workers = _started(ray, work, arguments, needs)
+        try:
+            yield workers
+        finally:
+            workers.stop()
+
+
+@contextmanager
+def shared_cluster() -> Iterator[tuple[str, int]]:
+    """The address of the cluster that `helping_on_ray` would take, kept for several runs, and how many CPUs it has.
+
+    Raises:
+        UsageError: Ray isn't installed.
+        QevalError: the cluster can't be reached.
+    """
+    with _joined() as ray:
+        yield str(ray.get_runtime_context().gcs_address), int(ray.cluster_resources().get("CPU", 0))
+
+
+@contextmanager
+def _joined() -> Iterator[Any]:
+    """Ray's module, with this process a part of the cluster."""
     ray = require_ray()
     ours = not ray.is_initialized()
     try:
@@ -134,11 +157,7 @@ def helping_on_ray(work: Work, arguments: Sequence[tuple[Any, ...]], needs: Need
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise QevalError(f"The Ray cluster can't be reached: {error}") from error
     try:
-        workers = _started(ray, work, arguments, needs)
-        try:
-            yield workers
-        finally:
-            workers.stop()
+        yield ray
     finally:
         if ours:
             ray.shutdown()

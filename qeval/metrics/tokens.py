@@ -90,10 +90,12 @@ def distance(
     return found
 
 
-def mean_kl(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor) -> float:
-    """The mean KL(base || other) in nats over n positions, and nothing else."""
+def mean_kl(
+    base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor, block: int | None = None
+) -> float:
+    """The mean KL(base || other) in nats over n positions, and nothing else; `block` positions at a time."""
     total = 0.0
-    for rows in _blocks(states, _block_of(logits, states)):
+    for rows in _blocks(states, block or _block_of(logits, states)):
         log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(logits(states[rows]))
         total += float(log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dtype=torch.float64))
     return total / len(states)

@@ -11,8 +11,8 @@ decide which experts run, and are a thousandth of the weights. Their columns are
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,15 +120,23 @@ class Description:
         return tuple(found.values())
 
 
-def describe(model: Any, *, folds: bool = True) -> Description:
+Probe = Callable[[], Tensor]
+"""A few fixed tokens through the model as its weights are now; what comes out of it, fp32."""
+ProbedAt = Callable[[int], AbstractContextManager[Probe]]
+"""What shows for a while whether a change of the weights of a decoder layer leaves its output unchanged."""
+
+
+def describe(model: Any, *, folds: bool = True, probed_at: ProbedAt | None = None) -> Description:
     """Trace `model` (a causal language model in eval mode) with a few tokens.
 
-    Without `folds` no group is given any: finding them takes forward passes with changed weights.
+    Without `folds` no group is given any: finding them takes forward passes with changed weights. `probed_at` is for a
+    model whose layers are not all in memory; by default the whole model is run.
 
     Raises:
         UsageError: no decoder layers, or no linears in them, are found.
     """
     layers_name, layers = decoder_layers(model)
+    at = probed_at or (lambda _: nullcontext(lambda: probe(model)))
     experts = {name: len(stack) for name, stack in stacks_of(model).items()}
     patterns: dict[tuple[Any, ...], int | None] = {}
     groups: list[Group] = []
@@ -141,8 +149,8 @@ def describe(model: Any, *, folds: bool = True) -> Description:
         for proposal in proposals:
             signature = proposal.signature(prefix)
             if signature not in patterns:
-                tried = range(proposal.choices if folds else 0)
-                patterns[signature] = next((n for n in tried if _leaves_output(model, proposal, n)), None)
+                tried = proposal.choices if folds else 0
+                patterns[signature] = _first_that_holds(model, proposal, at(layer)) if tried else None
             groups += proposal.groups(layer, patterns[signature])
         routers += [call.name for call in calls if _is_router(call, inside)]
     if not groups:
@@ -314,10 +322,15 @@ def _linear_folds(config: Any, call: Call, columns: int) -> Iterator[Fold]:
         yield Fold(names, 2 * head, columns, head=head, period=3 * head)
 
 
-def _leaves_output(model: Any, proposal: _Proposal, choice: int) -> bool:
+def _first_that_holds(model: Any, proposal: _Proposal, probed: AbstractContextManager[Probe]) -> int | None:
+    with probed as run:
+        return next((n for n in range(proposal.choices) if _leaves_output(model, run, proposal, n)), None)
+
+
+def _leaves_output(model: Any, run: Probe, proposal: _Proposal, choice: int) -> bool:
     """Whether dividing the producers and multiplying the groups' columns by random powers of two changes nothing."""
     generator = torch.Generator().manual_seed(0)
-    before = probe(model)
+    before = run()
     weights = weights_of(model)
     folds = [member.folds[choice] for member in proposal.members]
     touched = [n for m, f in zip(proposal.members, folds, strict=True) for n in (*m.names, *m.followers, *f.parameters)]
@@ -328,7 +341,7 @@ def _leaves_output(model: Any, proposal: _Proposal, choice: int) -> bool:
                 weights[name].copy_(fold.folded(weights[name], scales))
             for name in (*member.names, *member.followers):
                 weights[name].mul_(fold.spread(scales).to(weights[name].dtype))
-        after = probe(model)
+        after = run()
     return bool((after - before).abs().max() <= _PROBE_TOLERANCE * before.abs().max())
 
 

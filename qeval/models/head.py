@@ -34,6 +34,10 @@ class Head:
             logits.div_(self.cap).tanh_().mul_(self.cap)
         return logits
 
+    def transposed(self, back: Tensor) -> Tensor:
+        """`back` [n, vocab] through the matrix the other way: [n, d_model] in the weight's type."""
+        return back.to(self.weight.dtype) @ self.weight
+
 
 @torch.inference_mode()
 def head_of(model: Any) -> Head:

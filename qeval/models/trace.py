@@ -92,12 +92,16 @@ def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Call
 @torch.inference_mode()
 def probe(model: Any) -> Tensor:
     """The final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = (
-        torch.arange(1, _PROBE_TOKENS + 1, device=model.get_output_embeddings().weight.device).mul(7919) % vocabulary
-    )
-    state: Tensor = model.base_model(input_ids=tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
+    tokens = probe_tokens(model, model.get_output_embeddings().weight.device)
+    state: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
     return state.float()
+
+
+def probe_tokens(model: Any, device: torch.device) -> Tensor:
+    """The ids [1, tokens] of a few fixed tokens."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens: Tensor = torch.arange(1, _PROBE_TOKENS + 1, device=device).mul(7919) % vocabulary
+    return tokens.unsqueeze(0)
 
 
 def _of_layer(calls: list[Call], prefix: str) -> Iterator[Call]:

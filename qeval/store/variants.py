@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Stored, Variant
 from qeval.store.atomic import sync
+from qeval.store.spill import spilled
 from qeval.store.tensors import Spec, save_tensors, tensor_file
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
@@ -120,23 +122,30 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
 
 
 def save_variant_by_parts(
-    outline: Variant, parts: Iterable[tuple[str, QWeight]], folder: Path, origin: Callable[[], Origin]
+    parts: Iterable[tuple[str, QWeight]], rest: Callable[[], tuple[Variant, Origin]], folder: Path
 ) -> None:
     """Write a variant whose matrices come one by one, never all at once; the files are those of `save_variant`.
 
-    `outline` is the variant with its matrices on the meta device; `parts` are they, in any order; `origin` is asked
-    for when all are written.
+    `parts` are the matrices, in any order. `rest` is asked when all have come for the variant with its matrices on the
+    meta device: which floats a method changes may be known only then, and their sizes decide where in the file the
+    matrices lie. So these wait in a temporary file beside, as large as they are.
 
     Raises:
         UsageError: the folder exists and holds something else.
         QevalError: it cannot be written.
     """
-    with _placed(folder) as part:
-        with tensor_file(part / WEIGHTS, _specs(outline)) as file:
-            for name, weight in parts:
-                for key, tensor in _packed(name, weight).items():
-                    file.write(key, tensor)
-        _write_manifest(outline, origin(), part)
+    with _placed(folder) as part, spilled(folder.parent) as waiting:
+        for name, weight in parts:
+            for key, tensor in _packed(name, weight).items():
+                waiting.put(key, tensor)
+        variant, origin = rest()
+        floats = _tensors(replace(variant, weights={}))
+        specs = {str(key): spec for key, spec in waiting.specs.items()}
+        specs |= {name: Spec(value.dtype, tuple(value.shape)) for name, value in floats.items()}
+        with tensor_file(part / WEIGHTS, specs) as file:
+            for key in specs:
+                file.write(key, floats[key] if key in floats else waiting.get(key))
+        _write_manifest(variant, origin, part)
 
 
 @contextmanager
@@ -239,18 +248,6 @@ def _packed(name: str, weight: QWeight) -> dict[str, Tensor]:
     if weight.zeros is not None:
         tensors[f"{name}.zeros"] = torch.from_numpy(pack(weight.zeros.cpu().numpy(), weight.grid.bits))
     return tensors
-
-
-def _specs(outline: Variant) -> dict[str, Spec]:
-    """The tensors of a variant whose matrices are on the meta device."""
-    specs: dict[str, Spec] = {}
-    for name, weight in outline.weights.items():
-        (rows, columns), scales = weight.codes.shape, tuple(weight.scales.shape)
-        specs[f"{name}.codes"] = Spec(torch.uint8, (rows, -(-columns * weight.grid.bits // 8)))
-        specs[f"{name}.scales"] = Spec(torch.float32, scales)
-        if weight.zeros is not None:
-            specs[f"{name}.zeros"] = Spec(torch.uint8, (scales[0], -(-scales[1] * weight.grid.bits // 8)))
-    return specs
 
 
 def _weight(entry: WeightEntry, tensors: Mapping[str, Tensor]) -> QWeight:

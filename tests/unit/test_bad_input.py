@@ -240,6 +240,13 @@ def test_a_file_as_the_place_for_a_report_is_refused(place, refused):
     assert refused(out=str(place.corpus)) == f"--out {place.corpus} is a file; name a folder for the report."
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/run", "memory://run", "file:///tmp/run", "gs://bucket"])
+def test_an_address_is_no_folder_for_a_run(refused, address):
+    told = refused(out=address)
+    assert f"{address.partition(':')[0]}:/" in told
+    assert "a run's ledger needs a folder whose file system locks files" in told
+
+
 @pytest.mark.parametrize("name", ["mmlu", "corpus.txt"])
 def test_quantize_writes_over_nothing_but_variants(place, capfd, monkeypatch, name):
     monkeypatch.setattr("qeval.compare.variants.build", None)  # refused before the work

@@ -62,8 +62,9 @@ COMPARE = SHARED | {
     "--executor": "local",
     "--worker-gpus": None,
 }
-QUANTIZE = SHARED | {"--method": None}
-EXPORT = {name: value for name, value in QUANTIZE.items() if name not in ("--device", "--compute")} | {
+QUANTIZE = SHARED | {"--method": None, "--stream": False, "--max-memory": None}
+_TORCH_ONLY = ("--device", "--compute", "--stream", "--max-memory")
+EXPORT = {name: value for name, value in QUANTIZE.items() if name not in _TORCH_ONLY} | {
     **RUNTIME,
     "--accuracy-level": 1,
 }
@@ -123,6 +124,7 @@ SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXE
 }
 SWEEP = {
     "--models": None,
+    "--models-at-once": None,
     "--out": Path("reports/sweep"),
     "--bits": None,
     "--groups": None,

@@ -72,6 +72,17 @@ def test_the_same_command_goes_on_from_what_is_there(bench, capfd):
     assert {path: path.stat().st_mtime_ns for path in (folder / "rows").rglob("*.parquet")} == made
 
 
+def test_a_streamed_gate_comes_to_the_same_verdict(bench, capfd):
+    code, whole, _ = gated(bench, capfd, CLEAR, "--method", "awq:g32", out="whole")
+    assert code == 0
+    code, streamed, _ = gated(
+        bench, capfd, CLEAR, "--method", "awq:g32", "--stream", "--max-memory", "64MiB", out="streamed"
+    )
+    assert code == 0
+    figures = [[rule["value"] for rule in each["variants"][0]["rules"]] for each in (whole, streamed)]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5)
+
+
 def test_a_clear_loss_fails_with_code_1(bench, capfd):
     code, verdict, _ = gated(bench, capfd, "kl_nats at_most 0.000001 nats", out="loss")
     assert (code, outcomes(verdict)) == (1, {"kl_nats": "fail"})

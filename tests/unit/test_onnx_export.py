@@ -1,7 +1,9 @@
 """Exported folders: the variant's own integers in a graph that answers as the fake-quantized model does."""
 
 import json
+import os
 import shutil
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -248,6 +250,27 @@ def test_auto_goes_on_to_torchs_exporter_once(monkeypatch):
     monkeypatch.setattr(export, "_run_builder", lambda *_: calls.append(1))
     assert made_by.float_folder() == exporter_of("olmo2", "dynamo").float_folder()
     assert calls == []
+
+
+def test_auto_does_not_ask_a_builder_again_that_refused_within_a_day(monkeypatch, tmp_path):
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    asked = []
+
+    def refuse(*_):
+        asked.append(1)
+        raise QevalError("The model builder of onnxruntime-genai did not take it.")
+
+    monkeypatch.setattr(export, "_run_builder", refuse)
+    monkeypatch.setattr(export.dynamo, "export_dynamo", refuse)
+    for days, calls in ((0, 2), (0, 1), (2, 2)):  # without the builder, torch's exporter alone is asked
+        for note in tmp_path.rglob("*.refused"):
+            os.utime(note, (time.time() - days * 24 * 3600,) * 2)
+        asked.clear()
+        auto = exporter_of("llama", "auto")
+        with pytest.raises(QevalError):
+            auto.float_folder()
+        assert auto.refused == "The model builder of onnxruntime-genai did not take it."
+        assert len(asked) == calls
 
 
 def test_a_graph_that_is_not_the_model_is_refused_and_not_kept(monkeypatch, tmp_path):

@@ -1,11 +1,12 @@
 """`qeval sweep`: several models with the same flags, one page for all, and a model that fails doesn't end it."""
 
 import json
+import re
 
 import pytest
 
 from qeval.cli.app import run
-from tests.fixtures.bench import CONTEXT, Bench
+from tests.fixtures.bench import CONTEXT, Bench, row_files
 from tests.fixtures.tiny import save_tiny
 
 METHODS = "rtn:g32,rtn:int8-channel,gptq:g32"
@@ -54,6 +55,20 @@ def test_a_model_that_fails_is_told_and_the_others_are_done(place, tmp_path, cap
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert [each["error"] is None for each in found["models"]] == [False, True]
     assert "nowhere failed" in (tmp_path / "sweep.md").read_text()
+
+
+def test_models_compared_at_once_end_on_the_same_page(place, tmp_path, capfd):
+    models = [place.model, place.folder / "nowhere", place.folder / "other"]
+    assert swept(place, models, tmp_path / "abreast", "--models-at-once", "2") == 3
+    told = capfd.readouterr().err
+    assert "3, 2 at a time on this machine" in told
+    assert f"{place.folder / 'nowhere'}: failed: " in told
+    assert re.search(rf"{place.folder / 'other'}: done after \d+ s", told)
+    found = json.loads((tmp_path / "abreast" / "sweep.json").read_text())
+    assert [each["error"] is None for each in found["models"]] == [True, False, True]
+    assert swept(place, [models[0], models[2]], tmp_path / "alone", "--quiet") == 0
+    for name in ("model", "other"):
+        assert row_files(tmp_path / "abreast" / name) == row_files(tmp_path / "alone" / name)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from qeval.backends.stream.session import StreamSession
 from qeval.cli.app import run
 from qeval.identity import digest_file
 from qeval.store.ledger import LEDGER
@@ -69,6 +70,44 @@ def test_everything_comes_out_again_byte_for_byte(out, capfd):
     ]
     assert not told["problems"]
     assert not told["notes"]
+
+
+@pytest.mark.parametrize("more", [["--stream", "--max-memory", "32MiB"], ["--workers", "2", "--threads", "2"]])
+def test_streamed_runs_and_those_of_workers_come_out_again(place, tmp_path, monkeypatch, capfd, more):
+    monkeypatch.setenv("QEVAL_HOME", str(place.folder / "home"))
+    out = tmp_path / "other"
+    assert place.compare("--quiet", *more, methods="rtn:g32", threads=None, out=str(out)) == 0
+    passes = counted(monkeypatch)
+    capfd.readouterr()
+    assert verify(out, "--json", sample="3") == 0
+    told = found(capfd)
+    assert [each["identical"] for each in told["derived"]] == [True] * 3
+    if "--stream" in more:
+        models = {each["name"] for each in told["derived"]} | {"baseline"}
+        assert 1 <= passes["sessions"] <= len(models) + 1, "the layers were not read in turn"
+        assert passes["passes"] <= passes["sessions"] + 1, "jobs were not run in one pass"
+        forge(out, "tokens", "nll", lambda column: pc.add(column, 0.01))
+        assert verify(out, sample="100") == 1
+        assert "does not come out again" in capfd.readouterr().out
+
+
+def counted(monkeypatch):
+    """How many streamed sessions there were, and passes over the layers."""
+    seen = {"sessions": 0, "passes": 0}
+    session = StreamSession
+    made, ran = session.__init__, session._run
+
+    def init(self, *arguments):
+        seen["sessions"] += 1
+        made(self, *arguments)
+
+    def run_(self, calls):
+        seen["passes"] += 1
+        ran(self, calls)
+
+    monkeypatch.setattr(session, "__init__", init)
+    monkeypatch.setattr(session, "_run", run_)
+    return seen
 
 
 def test_a_sample_is_drawn_by_the_seed(out, capfd):

@@ -8,9 +8,12 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -34,7 +37,9 @@ from qeval.models.cache import build_once
 from qeval.models.info import LoadedModel
 from qeval.models.matrices import is_expert, weights_of
 from qeval.owners import temporary_prefix
+from qeval.paths import home
 from qeval.quant.variant import Variant
+from qeval.store.atomic import write_text
 from qeval.types import Request
 
 EXPORT_VERSION = 1
@@ -51,6 +56,8 @@ _MOST_KL: Mapping[Precision, float] = {"fp32": 1e-8, "fp16": 1e-3}
 _BUILDER_EPS = {"cuda": "cuda", "tensorrt": "cuda", "trt-rtx": "NvTensorRtRtx", "dml": "dml", "webgpu": "webgpu"}
 """The builder's names of providers; the others run the graphs that it makes for the CPU."""
 
+_REFUSED_SECONDS = 24 * 3600
+"""How long a builder's refusal is believed: it may have been the machine's fault."""
 _PROBE = 128
 _TEXT = (
     "A quantized model answers almost as its original does, and the question is always how much 'almost' is. "
@@ -91,8 +98,7 @@ class Exporter:
         self.target = target
         if exporter == "dynamo":
             require_dynamo()
-        else:
-            require_builder()
+        self._builder = None if exporter == "dynamo" else require_builder().genai_version
         self._loaded, self.asked, self._threads = loaded, exporter, threads
         weights = weights_of(loaded.model)
         if any(map(is_expert, weights)):
@@ -179,7 +185,25 @@ class Exporter:
         files = {path.name: digest_file(path) for path in _others(self._loaded.folder)}
         made_from = {"weights": self.weights_sha256, "files": files}
         key = digest({"export": EXPORT_VERSION, "route": route, **made_from, **vars(self.target)})[:16]
-        return build_once(f"onnx-{route}-{key}", (), lambda folder: self._build(route, folder))
+        name = f"onnx-{route}-{key}"
+        make = self._build if route == "dynamo" or self.asked != "auto" else partial(self._try, name)
+        return build_once(name, (), partial(make, route))
+
+    def _try(self, name: str, route: Route, folder: Path) -> None:
+        """Build; where the builder does not take the model, why is kept for a day, so that no other process tries.
+
+        Raises:
+            QevalError: it doesn't, or didn't within the last day, with the same version of it.
+        """
+        note = home() / "onnx" / f"{name}-{self._builder}.refused"
+        with suppress(OSError):
+            if time.time() - note.stat().st_mtime < _REFUSED_SECONDS:
+                raise QevalError(note.read_text(encoding="utf-8"))
+        try:
+            self._build(route, folder)
+        except QevalError as error:
+            write_text(note, str(error))
+            raise
 
     def _build(self, route: Route, folder: Path) -> None:
         checkpoint = self._loaded.folder

@@ -1,8 +1,10 @@
 """Opens a weightless model as sessions: the baseline's, or a saved variant's, read from its packed form."""
 
+import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,16 @@ from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead, head_of_parts
 from qeval.backends.stream.packed import SavedVariant, saved_variant
 from qeval.backends.stream.relay import Relay
-from qeval.backends.stream.session import StreamSession
-from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, load_whole
+from qeval.backends.stream.session import LOGIT_ARRAYS, StreamSession
+from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, layers_in_turn, load_whole
 from qeval.backends.torch import scaled_input
 from qeval.errors import QevalError, UsageError
-from qeval.models.graph import Description, describe
+from qeval.models.graph import Description, Probe, describe
 from qeval.models.head import Head, head_of
 from qeval.models.load import check_finite
 from qeval.models.matrices import weights_of
 from qeval.models.reader import Plain, by_name
-from qeval.models.trace import decoder_layers
+from qeval.models.trace import decoder_layers, probe_tokens
 from qeval.models.weights import TensorEntry
 from qeval.quant.variant import Variant
 
@@ -83,8 +85,10 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
 
 
 @torch.inference_mode()
-def inspect(made: Streamed, compute: str) -> tuple[Description, Head]:
-    """The model's description (without folds) and its head but for the matrix, found in one pass over a few tokens.
+def inspect(made: Streamed, compute: str, *, folds: bool = False) -> tuple[Description, Head]:
+    """The model's description and its head but for the matrix, found in one pass over a few tokens.
+
+    With `folds` the first layer of each kind is read again, to see what takes its inputs' scales.
 
     Raises:
         UsageError: a weight is not finite, or the model computes between its layers.
@@ -105,11 +109,28 @@ def inspect(made: Streamed, compute: str) -> tuple[Description, Head]:
         head._parameters["weight"] = nn.Parameter(part, requires_grad=False)
         if bias is not None:
             head._parameters["bias"] = nn.Parameter(bias[: len(part)], requires_grad=False)
-        description, found = describe(made.model, folds=False), head_of(made.model)
+        found = head_of(made.model)
+        description = describe(made.model, folds=folds, probed_at=partial(_probed_at, made))
     finally:
         head._parameters["weight"], head._parameters["bias"] = empty, bias
         weights.close()
     return replace(description, tied=tied), replace(found, weight=empty, bias=bias)
+
+
+@contextmanager
+def _probed_at(made: Streamed, layer: int) -> Iterator[Probe]:
+    """A few tokens through one layer, whose weights are in memory for the length of the block."""
+    ids = probe_tokens(made.model, made.device)
+    given: Tensor | None = None
+    with closing(layers_in_turn(made.weights(), range(layer + 1))) as turns:
+        for index in itertools.islice(turns, layer):
+            given = made.relay.run(index, given, None, ids)
+        next(turns)
+
+        def probe() -> Tensor:
+            return made.relay.run(layer, given, None, ids)[0].float()
+
+        yield probe
 
 
 class StreamBackend:
@@ -150,6 +171,11 @@ class StreamBackend:
         """Tokens a batch: as without streaming where memory allows."""
         config, itemsize = self.made.model.config.get_text_config(), self._settings.weight.element_size()
         return min(self.budget.batch_tokens, batch_tokens(config, itemsize, self.made.device))
+
+    @property
+    def logit_rows(self) -> int:
+        """The positions whose logits memory holds at a time."""
+        return max(1, self.budget.logits // (LOGIT_ARRAYS * 4 * int(self._settings.weight.shape[0])))
 
     @property
     def head(self) -> Head | StreamedHead:

@@ -54,6 +54,14 @@ class Budget:
     def _spare(self) -> int:
         return self.total - self.total // _RESERVE - self.resident - self.kept - self.layer
 
+    def left_beside(self, working: int) -> int:
+        """Bytes that are left beside a layer and what working on it takes; below 0 where that does not fit."""
+        return self.total - self.total // _RESERVE - self.resident - self.layer - working
+
+    def least_for(self, working: int) -> int:
+        """The smallest total that leaves room for working on a layer."""
+        return (self.resident + self.layer + working) * _RESERVE // (_RESERVE - 1) + _RESERVE
+
     def check(self) -> None:
         """Refuse a limit that one layer and a few tokens do not fit in.
 

@@ -31,6 +31,24 @@ class StreamedHead:
             found[:, rows] = head.logits(states.to(self.device))
         return found
 
+    def transposed(self, back: Tensor) -> Tensor:
+        """`back` [n, vocab] through the matrix the other way: [n, d_model] in the weight's type, summed in fp32."""
+        width = self.stored.shape[1]
+        found = torch.zeros(len(back), width, device=self.device)
+        for rows, head in self._blocks():
+            found += head.transposed(back[:, rows].to(self.device)).float()
+        return found.to(self.settings.weight.dtype)
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.settings.scale
+
+    @property
+    def cap(self) -> float | None:
+        """The soft cap of the logits."""
+        return self.settings.cap
+
     def _blocks(self) -> Iterator[tuple[slice, Head]]:
         for start in range(0, self.vocab_size, self.block):
             rows = slice(start, min(start + self.block, self.vocab_size))

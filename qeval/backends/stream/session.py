@@ -64,7 +64,7 @@ class StreamSession:
     @property
     def block_rows(self) -> int:
         """The positions whose logits are made at a time."""
-        return max(1, self._budget.logits // (_LOGIT_ARRAYS * 4 * self.vocab_size))
+        return max(1, self._budget.logits // (LOGIT_ARRAYS * 4 * self.vocab_size))
 
     def expect(self, calls: Sequence[Call]) -> None:
         """The calls to come, in their order: what a pass runs ahead. Others may come all the same."""
@@ -154,7 +154,7 @@ class StreamSession:
         return output
 
 
-_LOGIT_ARRAYS = 3
+LOGIT_ARRAYS = 3
 """Arrays of a block of logits' size that comparing two models keeps at once: both models' and parts of more."""
 
 

@@ -1,6 +1,6 @@
 """The parameters of one decoder layer at a time, in memory that every layer uses again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -109,6 +109,19 @@ class LayerWeights:
     def _bytes(self, names: Sequence[str]) -> int:
         computed = sum(self._empty[name].numel() * self._empty[name].element_size() for name in names)
         return int(computed) + sum(self._tensors[name].raw_bytes for name in names)
+
+
+def layers_in_turn(weights: LayerWeights, order: Sequence[int]) -> Generator[int, None, None]:
+    """Each layer of `order` while its weights are in the model; the next one's are read meanwhile. Closes `weights`."""
+    try:
+        for index, ahead in zip(order, [*order[1:], None], strict=True):
+            weights.install(index, ahead)
+            try:
+                yield index
+            finally:
+                weights.remove(index)
+    finally:
+        weights.close()
 
 
 class LookedUp:

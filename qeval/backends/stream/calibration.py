@@ -1,0 +1,152 @@
+"""Calibrating a model that memory does not hold: the text's hidden states wait between layers, statistics by layer.
+
+Every layer is run by the same code, on the same samples one at a time, as the whole model runs it, so statistics and
+second moments are those of `calibrate.stream` and `calibrate.in_order`, bit for bit. What memory does not hold lies in
+files without a name in the cache's folder.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from typing import Any
+
+from torch import Tensor
+
+from qeval.backends.stream.backend import Streamed
+from qeval.backends.stream.weights import layers_in_turn
+from qeval.calibrate.groups import Search
+from qeval.calibrate.in_order import Reached, Stream
+from qeval.calibrate.recall import layers_of
+from qeval.calibrate.stream import listening
+from qeval.models.graph import Description, Group
+from qeval.quant.statistics import Accumulator, InputStatistics
+from qeval.store.spill import Spill
+
+
+class Live(Mapping[str, Tensor]):
+    """A model's parameters as they are now: those of the layer in memory, the others without numbers."""
+
+    def __init__(self, model: Any, head: str) -> None:
+        """`head`: the name of the head's matrix, which is listed also where it is tied."""
+        self._model = model
+        self._names = dict.fromkeys([*(name for name, _ in model.named_parameters()), head])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The parameter of that name."""
+        if name not in self._names:
+            raise KeyError(name)
+        found: Tensor = self._model.get_parameter(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in the model's order."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """How many parameters there are."""
+        return len(self._names)
+
+
+class RelayedText(Stream):
+    """The calibration text on its way through layers that are in memory one at a time."""
+
+    def __init__(
+        self, made: Streamed, description: Description, samples: Sequence[Sequence[int]], states: Spill
+    ) -> None:
+        """No layer is passed yet; `states` takes each sample's."""
+        super().__init__(made.model, layers_of(made.model, description), samples, made.device)
+        self.parameters = Live(made.model, description.head)
+        self._relay, self._spill = made.relay, states
+
+    @property
+    def passed(self) -> int:
+        """The layers that the text has passed."""
+        return self._next
+
+    def pass_layer(self) -> None:
+        """Take every sample's states through the next layer, whose weights are in memory."""
+        for sample in range(len(self._ids)):
+            self._spill.put(sample, self._through(sample))
+        self._next += 1
+
+    def _run(self, sample: int) -> None:
+        with suppress(Reached):
+            self._through(sample)
+
+    def _through(self, sample: int) -> Tensor:
+        given = self._spill.get(sample) if self._next else None
+        return self._relay.run(self._next, given, None, self._ids[sample])
+
+
+class LayerStatistics(Mapping[str, InputStatistics]):
+    """The statistics of one layer's inputs at a time; those of layers that the text has passed wait in a spill."""
+
+    def __init__(self, text: RelayedText, made: Streamed, groups: Sequence[Group], seed: int, kept: Spill) -> None:
+        """Nothing is collected yet; as `calibrate.stream.collect`, `seed` and a group's place decide the sketch."""
+        self._text, self._made, self._seed, self._kept = text, made, seed, kept
+        self._places = dict(enumerate(groups))
+        self._tokens: dict[str, int] = {}
+        self._now: dict[str, InputStatistics] = {}
+
+    def reach(self, layer: int) -> None:
+        """Have the statistics of `layer`, whose weights are in memory; the first time layers are reached in order."""
+        groups = {place: group for place, group in self._places.items() if group.layer == layer}
+        self._now.clear()
+        if layer == self._text.passed:
+            self._collect(groups)
+        self._now = {group.names[0]: self._read(group.names[0]) for group in groups.values()}
+
+    def _collect(self, groups: Mapping[int, Group]) -> None:
+        device = self._made.device
+        sums = {g.names[0]: Accumulator(g.columns, self._seed + place, device) for place, g in groups.items()}
+        with listening(self._made.model, list(groups.values()), sums):
+            self._text.pass_layer()
+        for name in list(sums):
+            found = sums.pop(name).statistics()
+            self._tokens[name] = found.tokens
+            self._kept.put((name, "magnitude"), found.magnitude)
+            self._kept.put((name, "sketch"), found.sketch)
+
+    def _read(self, name: str) -> InputStatistics:
+        magnitude, sketch = (self._kept.get((name, part)) for part in ("magnitude", "sketch"))
+        return InputStatistics(self._tokens[name], magnitude, sketch)
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        """Of the group in the layer that was reached, by the name of its first linear."""
+        return self._now[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layer's groups."""
+        return iter(self._now)
+
+    def __len__(self) -> int:
+        """How many groups the layer has."""
+        return len(self._now)
+
+
+class Passes:
+    """Passes over the layers: each in memory in turn, its statistics at hand, and nothing kept of the layer before."""
+
+    def __init__(self, made: Streamed, search: Search, statistics: LayerStatistics | None) -> None:
+        """`search` looks at the layer in memory."""
+        self._made, self._search, self._statistics = made, search, statistics
+
+    def forward(self) -> AbstractContextManager[Iterator[int]]:
+        """The layers' indices, from the first on."""
+        return self._turns(range(len(self._made.layers)))
+
+    def backward(self) -> AbstractContextManager[Iterator[int]]:
+        """The layers' indices, from the last on."""
+        return self._turns(range(len(self._made.layers))[::-1])
+
+    @contextmanager
+    def _turns(self, order: Sequence[int]) -> Iterator[Iterator[int]]:
+        with closing(layers_in_turn(self._made.weights(), order)) as turns:
+            yield self._reached(turns)
+
+    def _reached(self, turns: Generator[int, None, None]) -> Iterator[int]:
+        for layer in turns:
+            self._search.forget()
+            if self._statistics is not None:
+                self._statistics.reach(layer)
+            yield layer
+        self._search.forget()

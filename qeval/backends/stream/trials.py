@@ -1,0 +1,171 @@
+"""Quantized groups tried in a model that memory does not hold: all that is tried goes through the layers abreast.
+
+The model is read once for all groups, or once forth and once back for the prediction: what the whole model's trials
+compute group after group is computed layer after layer, by the same forward passes. So every group's hidden states are
+kept, in the cache's folder where memory does not hold them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qeval.backends.stream.backend import Streamed
+from qeval.backends.stream.calibration import Live, Passes
+from qeval.backends.stream.head import StreamedHead
+from qeval.calibrate import accept, fisher, sensitivity
+from qeval.calibrate.recall import replaced_by
+from qeval.calibrate.sensitivity import Effective
+from qeval.metrics.tokens import mean_kl
+from qeval.models.graph import Description
+from qeval.models.head import Head
+from qeval.models.matrices import watching
+from qeval.progress import Advance
+from qeval.store.spill import Spill
+
+_BASE = "base"
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedTrials:
+    """`calibrate.source.Trials` of a streamed model.
+
+    `head` gives the model's head when it is needed, `logit_rows` the positions whose logits memory holds at a time, and
+    `spill` a place for hidden states.
+    """
+
+    made: Streamed
+    description: Description
+    samples: Sequence[Sequence[int]]
+    passes: Passes
+    head: Callable[[], Head | StreamedHead]
+    logit_rows: int
+    spill: Callable[[], Spill]
+
+    @torch.inference_mode()
+    def measure(self, effective: Effective, advance: Advance) -> dict[str, float]:
+        """Mean KL of every group quantized alone; `advance` is told 1 for every group."""
+        kept = [list(sample[: sensitivity.LENGTH]) for sample in self.samples[: sensitivity.SAMPLES]]
+        ids = torch.tensor(kept, device=self.made.device)
+        tried: list[str] = []
+        with self._states() as states, self.passes.forward() as layers:
+            for layer in layers:
+                given = states.get(_BASE) if layer else None
+                for name in tried:
+                    states.put(name, self.made.relay.run(layer, states.get(name), None, ids))
+                tried += self._try_groups(layer, given, ids, effective, states, advance)
+                states.put(_BASE, self.made.relay.run(layer, given, None, ids))
+            return self._kls(states, {name: [name] for name in tried}, [_BASE], sensitivity.compared)
+
+    def _try_groups(
+        self, layer: int, given: Tensor | None, ids: Tensor, effective: Effective, states: Spill, advance: Advance
+    ) -> list[str]:
+        """Each group of a layer quantized in turn, its states kept; the first names of those that are quantized."""
+        tried = []
+        parameters = Live(self.made.model, self.description.head)
+        for group in (group for group in self.description.units if group.layer == layer):
+            replaced = effective(group)
+            if replaced:
+                with replaced_by(parameters, replaced):
+                    states.put(group.names[0], self.made.relay.run(layer, given, None, ids))
+                tried.append(group.names[0])
+            advance(1)
+        return tried
+
+    @torch.inference_mode()
+    def measure_ways(self, ways: Mapping[str, Effective]) -> dict[str, float]:
+        """Mean KL of all groups quantized together, each way, over the last samples."""
+        held_out = [list(sample[: accept.LENGTH]) for sample in self.samples[-accept.SAMPLES :]]
+        ids = [torch.tensor([sample], device=self.made.device) for sample in held_out]
+        parameters = Live(self.made.model, self.description.head)
+        every: dict[str, Effective] = {_BASE: lambda group: {}, **ways}
+        with self._states() as states, self.passes.forward() as layers:
+            for layer in layers:
+                groups = [group for group in self.description.groups if group.layer == layer]
+                for name, way in every.items():
+                    with ExitStack() as quantized:
+                        for group in groups:
+                            quantized.enter_context(replaced_by(parameters, way(group)))
+                        self._pass_on(layer, name, ids, states)
+            keys = {name: [(name, place) for place in range(len(ids))] for name in every}
+            base = keys.pop(_BASE)
+            return self._kls(states, keys, base, lambda hidden: hidden[0])
+
+    def _pass_on(self, layer: int, name: str, ids: Sequence[Tensor], states: Spill) -> None:
+        for place, own in enumerate(ids):
+            given = states.get((name, place)) if layer else None
+            states.put((name, place), self.made.relay.run(layer, given, None, own))
+
+    def _kls(
+        self,
+        states: Spill,
+        keys: Mapping[str, Sequence[object]],
+        base: Sequence[object],
+        compared: Callable[[Tensor], Tensor],
+    ) -> dict[str, float]:
+        """The mean KL of final states kept under `keys` against those under `base`, by name."""
+        logits = self.head().logits
+        final = torch.cat([compared(states.get(key)) for key in base])
+        return {
+            name: mean_kl(logits, final, logits, torch.cat([compared(states.get(key)) for key in own]), self.logit_rows)
+            for name, own in keys.items()
+        }
+
+    def predict(self, effective: Effective, advance: Advance) -> dict[str, float]:
+        """The predicted mean KL of every group quantized alone; `advance` is told of all groups."""
+        texts = [list(sample[: fisher.LENGTH]) for sample in self.samples[: fisher.SAMPLES]]
+        parameters, units = Live(self.made.model, self.description.head), self.description.units
+        watched = [fisher.Watched(parameters, group, effective) for group in units]
+        with torch.inference_mode(False), self._states() as states:
+            ids = [torch.tensor([text], device=self.made.device) for text in texts]
+            with torch.no_grad():
+                self._forth(ids, states)
+                self._turn(ids, states)
+            with torch.enable_grad(), self.passes.backward() as layers:
+                for layer in layers:
+                    own = [each for each, g in zip(watched, units, strict=True) if g.layer == layer]
+                    self._back(layer, ids, own, states)
+                    advance(len(own))
+        return {each.name: each.total / (2 * sum(map(len, texts))) for each in watched}
+
+    def _forth(self, ids: Sequence[Tensor], states: Spill) -> None:
+        """Every sample's states before each layer are kept; after the last one they are the model's final states."""
+        with self.passes.forward() as layers:
+            for layer in layers:
+                for place, own in enumerate(ids):
+                    given = states.get((layer, place)) if layer else None
+                    states.put((layer + 1, place), self.made.relay.run(layer, given, None, own))
+
+    def _turn(self, ids: Sequence[Tensor], states: Spill) -> None:
+        """The gradients at the final states."""
+        generator, head = torch.Generator(self.made.device).manual_seed(0), self.head()
+        positions = min(fisher.POSITIONS, self.logit_rows)
+        for place in range(len(ids)):
+            final = states.get((len(self.made.layers), place))
+            states.put(("gradient", place), fisher.label_gradient(head, final, generator, positions))
+
+    def _back(self, layer: int, ids: Sequence[Tensor], watched: Sequence[fisher.Watched], states: Spill) -> None:
+        """One layer run again for every sample, and the gradients taken back through it."""
+        with ExitStack() as hooks:
+            after = {name: call for each in watched for name, call in each.listeners().items()}
+            hooks.enter_context(watching(self.made.model, after=after))
+            embedding = self.made.model.get_input_embeddings()
+            hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
+            for place, own in enumerate(ids):
+                given = states.get((layer, place)).detach().requires_grad_() if layer else None
+                output = self.made.relay.run(layer, given, None, own)
+                output.backward(states.get(("gradient", place)))  # type: ignore[no-untyped-call]
+                for each in watched:
+                    each.end_pass()
+                if given is not None and given.grad is not None:
+                    states.put(("gradient", place), given.grad)
+
+    @contextmanager
+    def _states(self) -> Iterator[Spill]:
+        states = self.spill()
+        try:
+            yield states
+        finally:
+            states.close()

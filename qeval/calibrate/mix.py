@@ -1,0 +1,200 @@
+"""Which groups of linears get the high bit width: ways to give out the bits, tried on the calibration text."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qeval.calibrate import accept, fisher
+from qeval.calibrate.groups import Parameters, Scales, effective, quantize_groups, row_divisors
+from qeval.calibrate.sensitivity import Effective
+from qeval.calibrate.source import Source
+from qeval.config import Recipe
+from qeval.errors import UsageError
+from qeval.models.graph import Group
+from qeval.progress import Advance
+from qeval.quant.grid import Grid, parse
+from qeval.quant.mixed import Option, choose_high, positional_names
+from qeval.quant.variant import Choice
+
+HIGH_BITS = 8
+_SCALE_BITS = 32
+_POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
+"""Neighbours of a proposal: what it would be if the predictions' logarithms were shrunk or stretched."""
+_UNIFORM = "all low"
+"""Measured beside the ways to spend the budget, and never taken: it spends nothing."""
+
+
+class Mix(NamedTuple):
+    """The grids that the bits were given out by, what was seen of each group, and how the choice was made, in words."""
+
+    grids: dict[str, Grid]
+    choices: tuple[Choice, ...]
+    details: dict[str, str]
+
+
+def mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> Mix:
+    """The grids of a mixed recipe whose weights are otherwise on the `low` ones.
+
+    `advance` is told of every group as its sensitivity is found.
+
+    Raises:
+        UsageError: no choice meets the recipe's budget, or there are too few calibration samples.
+    """
+    budget = mixed_budget(source, recipe, low)  # refused before the long measurement, not after
+    if recipe.importance == "positional":
+        grids, _ = positional_budget(source, recipe, low)
+        return Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _units(source, low)), {})
+    if recipe.importance == "measured":
+        kls = source.trials.measure(effective_of(source, recipe, low), advance)
+        return Mix(*under_budget(source, recipe, low, budget, kls), {})
+    if len(source.samples) < fisher.SAMPLES + accept.SAMPLES:
+        raise UsageError(
+            f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
+            f"{accept.SAMPLES} others; give at least {fisher.SAMPLES + accept.SAMPLES} --calibration-samples."
+        )
+    kls = source.trials.predict(effective_of(source, recipe, low), advance)
+    ways = _ways(source, recipe, low, budget, kls)
+    measured = source.trials.measure_ways({name: effective_of(source, recipe, ways[name]) for name in ways})
+    best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
+    choices = tuple(_choice(source, group, ways[best], None, None) for group in _units(source, low))
+    return Mix(ways[best], choices, _accepted_details(measured, best))
+
+
+def positional_budget(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> tuple[dict[str, Grid], int]:
+    """The grids under the positional rule, and their size in bits."""
+    high = high_grid(recipe)
+    last = {unit.layer: unit.names for unit in source.description.units}
+    chosen = positional_names(grids, len(source.description.layers), last)
+    mixed = {name: high if name in chosen else grid for name, grid in grids.items()}
+    return mixed, _bits(mixed, source.search.parameters)
+
+
+def high_grid(recipe: Recipe) -> Grid:
+    """The grid of the weights that matter most: the low grid with 8 bits unless the recipe names another."""
+    low = parse(recipe.grid)
+    return replace(low, bits=HIGH_BITS) if recipe.high is None else parse(recipe.high, low)
+
+
+def _ways(
+    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
+) -> dict[str, dict[str, Grid]]:
+    """The proposal, what a flatter and a steeper belief in the predictions would give, the positional rule, all low."""
+    ways = {}
+    for name, power in _POWERS.items():
+        bent = {group: kl**power for group, kl in kls.items()}
+        ways[name], _ = under_budget(source, recipe, low, budget, bent)
+    try:
+        positional, bits = positional_budget(source, recipe, low)
+    except UsageError:  # the rule does not apply to this model; there is one way less
+        positional, bits = {}, budget + 1
+    if bits <= budget:
+        ways["positional"] = positional
+    return ways | {_UNIFORM: low}
+
+
+def _accepted_details(measured: Mapping[str, float], best: str) -> dict[str, str]:
+    return {
+        "bits proposed on": f"calibration samples 1 to {fisher.SAMPLES}, the first {fisher.LENGTH} tokens of each",
+        "bits accepted on": f"the last {accept.SAMPLES} samples, the first {accept.LENGTH} tokens of each",
+        "measured KL (nats)": ", ".join(f"{name} {kl:.5f}" for name, kl in measured.items()),
+        "accepted": best,
+    }
+
+
+def under_budget(
+    source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
+) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
+    """The grids that the least summed KL takes within `budget` bits, from each group's KL alone at the low width."""
+    high = {name: high_grid(recipe) for name in low}
+    groups, parameters = _units(source, low), source.search.parameters
+    ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
+    options = [
+        Option(
+            _bits({n: low[n] for n in group.names if n in low}, parameters),
+            _bits({n: high[n] for n in group.names if n in low}, parameters),
+            kls[group.names[0]],
+            kls[group.names[0]] * ratios[group.names[0]],
+        )
+        for group in groups
+    ]
+    rest = _bits(low, parameters) - sum(option.low_bits for option in options)
+    picked = choose_high(options, budget - rest)
+    grids = dict(low)
+    for group, is_high in zip(groups, picked, strict=True):
+        grids |= {name: high[name] for name in group.names if is_high and name in low}
+    return grids, tuple(
+        _choice(source, group, grids, option.low_kl, option.high_kl)
+        for group, option in zip(groups, options, strict=True)
+    )
+
+
+def mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
+    """The bits that may be spent on codes, scales and zero points, what AWQ's input scales may need taken off.
+
+    Raises:
+        UsageError: no choice meets the recipe's budget.
+    """
+    if recipe.importance == "positional" and recipe.budget is not None:
+        raise UsageError(
+            f"'{recipe.name}': the positional rule has its own size; leave --budget out, or take --importance measured."
+        )
+    if recipe.budget is None:
+        return positional_budget(source, recipe, low)[1]
+    high = {name: high_grid(recipe) for name in low}
+    parameters = source.search.parameters
+    weights = sum(parameters[name].numel() for name in low)
+    reserved = _explicit_bits(source, low) if recipe.uses_awq else 0
+    smallest = (_bits(low, parameters) + reserved) / weights
+    largest = (_bits(high, parameters) + reserved) / weights
+    if not smallest <= recipe.budget <= largest:
+        side = "below the smallest" if recipe.budget < smallest else "above the largest"
+        raise UsageError(
+            f"'{recipe.name}': a budget of {recipe.budget:g} bits per weight is {side} possible size; "
+            f"this model takes {smallest:.3f} to {largest:.3f}."
+        )
+    return int(recipe.budget * weights) - reserved
+
+
+def _explicit_bits(source: Source, low: Mapping[str, Grid]) -> int:
+    explicit = [g for g in source.description.groups if g.is_explicit and (g.fold is None or g.fold.repeat > 1)]
+    groups = [g for g in explicit if any(name in low for name in g.names)]
+    return sum(group.columns * len(group.names) * _SCALE_BITS for group in groups)
+
+
+def effective_of(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> Effective:
+    """What a unit's matrices do once quantized, as they act in the unfolded model; only its layer is looked at."""
+    search = source.search
+
+    @lru_cache(maxsize=1)
+    def at(index: int) -> tuple[list[Group], Scales, Mapping[str, Tensor]]:
+        layer = [group for group in source.description.groups if group.layer == index]
+        scales = search.scales(layer, grids) if recipe.uses_awq else {}
+        return layer, scales, row_divisors(scales, search.parameters)
+
+    def of(unit: Group) -> dict[str, Tensor]:
+        layer, scales, divisors = at(unit.layer)
+        found: dict[str, Tensor] = {}
+        for group in (each for each in layer if each.names[0] in unit.names):
+            weights = quantize_groups(search, [group], grids, scales, divisors, clip=recipe.clips)
+            scaled = scales.get(group.names[0])
+            found |= {name: effective(name, weight, scaled, divisors) for name, weight in weights.items()}
+        return found
+
+    return of
+
+
+def _units(source: Source, grids: Mapping[str, Grid]) -> list[Group]:
+    return [unit for unit in source.description.units if any(name in grids for name in unit.names)]
+
+
+def _choice(source: Source, group: Group, grids: Mapping[str, Grid], low: float | None, high: float | None) -> Choice:
+    names = tuple(name for name in group.names if name in grids)
+    parameters = sum(source.search.parameters[name].numel() for name in names)
+    return Choice(group.layer, group.kind, names, parameters, low, high, max(grids[n].bits for n in names))
+
+
+def _bits(grids: Mapping[str, Grid], parameters: Parameters) -> int:
+    return sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items())
