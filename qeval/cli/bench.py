@@ -1,6 +1,7 @@
 """`qeval bench`: what quantization buys, engine by engine: latency, throughput, memory."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,16 @@ def bench(
         float, typer.Option("--budget", help="Seconds for the whole command; what it leaves out is said.")
     ] = 540.0,
     repeats: Annotated[int, typer.Option("--repeats", help="The most that a cell is run.")] = 30,
+    quality: Annotated[
+        Path | None, typer.Option("--quality", help="A comparison of the same variants, to lay beside their speed.")
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option("--reference", help="A published table to lay beside one's own; may be repeated."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="What 'x times' refers to: an engine, or ENGINE/VARIANT.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides the order of the engines.")] = 0,
     out: options.Out = None,
     as_json: options.Json = False,
@@ -107,18 +118,31 @@ def bench(
         seed=seed,
         command=str(context.obj),
     )
-    return _run(choice, started, as_json=as_json, quiet=quiet)
+    shown = Shown(quality, tuple(reference or ()), base)
+    return _run(choice, shown, started, as_json=as_json, quiet=quiet)
 
 
-def _run(choice: "BenchChoice", started: float, *, as_json: bool, quiet: bool) -> int:
+@dataclass(frozen=True)
+class Shown:
+    """What the page lays beside the run's own figures."""
+
+    quality: Path | None
+    reference: tuple[str, ...]
+    base: str | None
+
+
+def _run(choice: "BenchChoice", shown: Shown, started: float, *, as_json: bool, quiet: bool) -> int:
     # torch and transformers take seconds to import, which `qeval --help` need not wait for
     from qeval.bench.plan import planned  # noqa: PLC0415
     from qeval.bench.run import bench as measured  # noqa: PLC0415
     from qeval.bench.run import exit_code  # noqa: PLC0415
     from qeval.bench.summary import summary_table  # noqa: PLC0415
+    from qeval.report.bench import write_bench  # noqa: PLC0415
+    from qeval.report.bench.reference import read_references  # noqa: PLC0415
 
     console = Console(stderr=True)
     progress = ConsoleProgress(console, quiet=quiet)
+    read_references(shown.reference)  # a wrong name is told before any work starts
     plan = planned(choice)
     if not quiet:
         _show_plan(plan, console)
@@ -127,7 +151,9 @@ def _run(choice: "BenchChoice", started: float, *, as_json: bool, quiet: bool) -
         typer.echo(record.model_dump_json(indent=1))
     else:
         stdout(_WIDTH).print(summary_table(choice.out, record))
-    console.print(f"records: {choice.out} (took {record.seconds:.0f} s)", highlight=False, soft_wrap=True)
+    if record.timings:
+        page = write_bench(choice.out, quality=shown.quality, reference=shown.reference, base=shown.base)
+        console.print(f"report: {page} (took {record.seconds:.0f} s)", highlight=False, soft_wrap=True)
     return exit_code(record)
 
 

@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 from qeval.backends.base import Session
 from qeval.engines.base import FreeRun
 from qeval.errors import QevalError
-from qeval.store.timings import Drift
+from qeval.store.timings import LEAST_EQUAL, Drift
 from qeval.types import Request
 
 Logits = NDArray[np.float32]
 
 MOST_KL_NATS, MOST_MARGIN_NATS = 0.5, 2.0
 """At a divergence: beyond either, no rounding explains it. Activations in int8 stay below a tenth of both."""
-LEAST_EQUAL = 0.5
-"""Share of tokens that must be the reference's."""
-
 
 Run = Callable[[Sequence[int], int], FreeRun]
 """A prompt and a count of tokens to an engine's free run."""
@@ -62,9 +59,10 @@ def drift(
 
 def broken(drifts: Sequence[Drift]) -> str | None:
     """Why an engine's tokens can't be the variant's, in one sentence, or None where rounding explains them all."""
+    equal = sum(each.equal_share * each.tokens for each in drifts) / max(sum(each.tokens for each in drifts), 1)
+    if drifts and equal < LEAST_EQUAL:
+        return f"Only {equal:.0%} of its tokens are those of the variant's own reference logits."
     for each in drifts:
-        if each.equal_share < LEAST_EQUAL:
-            return f"Only {each.equal_share:.0%} of its tokens are those of the variant's own reference logits."
         if each.kl_nats is None or each.margin_nats is None:
             continue
         if each.kl_nats > MOST_KL_NATS or each.margin_nats > MOST_MARGIN_NATS:

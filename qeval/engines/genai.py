@@ -1,9 +1,9 @@
 """onnxruntime-genai's Generator on a folder of its model builder's.
 
-A Generator runs a token when it is asked for the logits after it, and picks the next one when it is told to generate.
-So a step is: pick (or, where the caller's token is another one, pick from logits that hold nothing else), then ask for
-the logits. What that adds to a plain loop of `generate_next_token`, a copy of the logits and an argmax, is under
-0.1 ms at 49,152 tokens of vocabulary.
+A Generator that is told to generate runs the token that it holds back, picks the next one and holds that back in turn.
+So a step with the token that the engine proposed is one `generate_next_token`, as in any loop of a user's. Where the
+caller's token is another, the proposed one is taken back, which the Generator does for one sequence and not for
+several: a batch is run again from its start.
 
 Two ids have a meaning that no benchmark wants: after the end-of-sequence id a sequence gets nothing but padding, and
 padding at the end of a prompt is masked, so that a prompt that ends in a pad id, which many models share with
@@ -23,7 +23,8 @@ from qeval.backends.onnx.files import GENAI_CONFIG
 from qeval.backends.onnx.packages import first_line, import_genai, require_genai, says_no_memory
 from qeval.backends.onnx.providers import choose
 from qeval.engines.base import Identity, Memory, Tokens, check_room, check_tokens
-from qeval.engines.onnxruntime import DTYPES, device_id_of, disk_bytes, facts_of, weights_told
+from qeval.engines.gpu import bytes_in_use
+from qeval.engines.onnxruntime import DTYPES, device_id_of, disk_bytes, facts_of, gpu_of, weights_told
 from qeval.engines.opening import Opening
 from qeval.errors import QevalError, UsageError
 
@@ -33,7 +34,6 @@ _PROVIDERS = {
     "webgpu": "WebGPU",
 }  # fmt: skip
 """Its names of our providers, which are its names of devices too."""
-_NOTHING_ELSE = np.float32(-1e30)
 
 
 class GenaiEngine:
@@ -69,9 +69,16 @@ class GenaiEngine:
             f"{versions.distribution} {versions.version}",
         )
         self._disk_bytes, self._weights_bytes = disk_bytes(facts), facts.size_bytes
+        self._gpu = gpu_of(provider, device_id)
         self._generator: Any = None
-        self._room, self._length = (0, 0), 0
-        self._logits: NDArray[np.float32] = np.empty((0, 0), np.float32)
+        self._room, self._longest, self._length = (0, 0), 0, 0
+        self._tokens: Tokens = np.empty((0, 0), np.int64)
+        self._proposed: Tokens = np.empty(0, np.int64)
+
+    @property
+    def model(self) -> Any:
+        """The `onnxruntime_genai.Model` itself, for whoever runs another loop over the same weights in memory."""
+        return self._model
 
     @property
     def identity(self) -> Identity:
@@ -97,10 +104,12 @@ class GenaiEngine:
         """
         check_room(NAME, batch, capacity, max_length=self._max_length)
         self._generator = None  # the old one goes first: two caches may not fit
+        self._longest = min(capacity + 1, self._max_length)  # the last proposal is held too
         parameters = self._runtime.GeneratorParams(self._model)
-        parameters.set_search_options(batch_size=batch, max_length=capacity, do_sample=False)
+        parameters.set_search_options(batch_size=batch, max_length=self._longest, do_sample=False)
         self._generator = self._tried(lambda: self._runtime.Generator(self._model, parameters))
         self._room, self._length = (batch, capacity), 0
+        self._tokens = np.empty((batch, capacity), np.int64)
 
     def prefill(self, prompts: Tokens) -> Tokens:
         """Run the prompts [batch, prompt].
@@ -114,8 +123,8 @@ class GenaiEngine:
                 f"A prompt ends in token {self._last_id}, the vocabulary's last, which onnxruntime-genai is told to "
                 "take for padding here; give another prompt."
             )
-        self._tried(lambda: self._generator.append_tokens(prompts.astype(np.int32)))
-        return self._choice(prompts.shape[1])
+        self._run(prompts)
+        return self._propose()
 
     def step(self, tokens: Tokens) -> Tokens:
         """Append one token to each sequence [batch].
@@ -125,23 +134,25 @@ class GenaiEngine:
                 after the end-of-sequence id.
         """
         self._check(tokens[:, None])
-        if (tokens == self._last_id).any():
-            self._append_last_id(tokens)
-        else:
-            if (tokens != self._logits.argmax(axis=1)).any():
-                self._tried(lambda: self._generator.set_logits(self._nothing_but(tokens)))
-            self._tried(self._generator.generate_next_token)
-        return self._choice(1)
+        if (tokens != self._proposed).any() or (tokens == self._last_id).any():
+            self._force(tokens)
+        else:  # the generator holds these very tokens back
+            self._tokens[:, self._length] = tokens
+            self._length += 1
+        return self._propose()
 
     def logits(self) -> NDArray[np.float32]:
         """The logits [batch, vocab] of the last token."""
-        return self._logits.copy()
+        found: NDArray[Any] = self._tried(lambda: self._generator.get_output("logits"))
+        return found[:, -1].astype(np.float32)
 
     def memory(self) -> Memory:
         """The initializers as stored, and keys and values for the whole capacity, which is how they are held."""
-        batch, capacity = self._room if self._generator is not None else (0, 0)
+        batch = self._room[0] if self._generator is not None else 0
         per_token = sum(past.heads * past.head_size * np.dtype(past.dtype).itemsize for past in self._pasts)
-        return Memory(self._disk_bytes, self._weights_bytes, batch * capacity * per_token, None)
+        held = batch * self._longest
+        in_use = None if self._gpu is None else bytes_in_use(self._gpu)
+        return Memory(self._disk_bytes, self._weights_bytes, held * per_token, in_use)
 
     def close(self) -> None:
         """Let the generator go, then the model."""
@@ -175,27 +186,40 @@ class GenaiEngine:
         assert self._generator is not None, "reset comes first"
         check_tokens(NAME, ids, self._length + ids.shape[1], self._room[1], self._vocab_size)
 
-    def _choice(self, added: int) -> Tokens:
-        """Run what was appended; the most likely next token of each sequence."""
-        found = self._tried(self._generator.get_logits)
-        self._logits = found.reshape(self._room[0], -1)
-        self._length += added
-        chosen: Tokens = self._logits.argmax(axis=1)
-        return chosen
+    def _run(self, ids: Tokens) -> None:
+        """Run tokens [batch, new] after those that were run before."""
+        self._tried(lambda: self._generator.append_tokens(ids.astype(np.int32)))
+        length = self._length + ids.shape[1]
+        self._tokens[:, self._length : length], self._length = ids, length
 
-    def _nothing_but(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Logits [batch, 1, vocab] from which only these tokens can be picked."""
-        logits = np.full((len(tokens), 1, self._vocab_size), _NOTHING_ELSE)
-        logits[np.arange(len(tokens)), 0, tokens] = 0.0
-        return logits
+    def _propose(self) -> Tokens:
+        """Run what is held back, if anything, and pick the next token of each sequence [batch], which is held back.
 
-    def _append_last_id(self, tokens: Tokens) -> None:
-        if len(tokens) > 1:
+        At the context's end the generator has no room for another token and doesn't pick one.
+        """
+        if self._length < self._longest:
+            self._tried(self._generator.generate_next_token)
+            self._proposed = self._tried(self._generator.get_next_tokens).astype(np.int64)
+        else:
+            scores = self._tried(self._generator.get_logits)
+            self._proposed = scores.reshape(len(self._tokens), -1).argmax(axis=1)
+        return self._proposed.copy()
+
+    def _force(self, tokens: Tokens) -> None:
+        """Run other tokens [batch] than those that are held back."""
+        if len(tokens) == 1:
+            self._tried(lambda: self._generator.rewind_to(self._length))
+            self._run(tokens[:, None])
+            return
+        if (tokens == self._last_id).any():
             raise QevalError(
                 f"{NAME} can't go on after token {self._last_id}, the vocabulary's last, in a batch: it stands for "
                 "end-of-sequence there; give other prompts, or a batch of 1."
             )
-        self._tried(lambda: self._generator.append_tokens(tokens[:, None].astype(np.int32)))
+        everything = np.concatenate([self._tokens[:, : self._length], tokens[:, None]], axis=1)
+        self._tried(lambda: self._generator.rewind_to(0))
+        self._length = 0
+        self._run(everything)
 
     @staticmethod
     def _tried(call: Any) -> Any:

@@ -22,11 +22,14 @@ from qeval.backends.onnx.providers import choose, open_session
 from qeval.backends.onnx.serving import Served, read_served
 from qeval.backends.onnx.settings import QDQ_LEVEL, place_of, rope_limit, session_entries
 from qeval.engines.base import Identity, Memory, Tokens, check_room, check_tokens
+from qeval.engines.gpu import bytes_in_use
 from qeval.engines.opening import Opening
 from qeval.errors import QevalError, UsageError
 
 NAME = "onnxruntime"
 DTYPES: dict[type, str] = {np.float32: "fp32", np.float16: "fp16"}
+
+_ON_NVIDIA = ("cuda", "tensorrt", "trt-rtx")
 
 ValueOf = Callable[[NDArray[Any]], Any]
 """Puts an array on the device, as a value of ONNX Runtime's."""
@@ -122,6 +125,7 @@ class OrtEngine:
             version=f"{versions.distribution} {versions.version}",
         )
         self._disk_bytes, self._weights_bytes = disk_bytes(facts), facts.size_bytes
+        self._gpu = gpu_of(provider, device_id)
         self._binding: Any = None
         self._cache: Cache | None = None
         self._room, self._length = (0, 0), 0
@@ -182,7 +186,8 @@ class OrtEngine:
     def memory(self) -> Memory:
         """The initializers as stored, which a kernel may hold a packed copy of, and the keys and values."""
         cache = 0 if self._cache is None else self._cache.size_bytes()
-        return Memory(self._disk_bytes, self._weights_bytes, cache, None)
+        in_use = None if self._gpu is None else bytes_in_use(self._gpu)
+        return Memory(self._disk_bytes, self._weights_bytes, cache, in_use)
 
     def close(self) -> None:
         """Let the session and the buffers go."""
@@ -253,6 +258,15 @@ def device_id_of(device: str) -> int:
     (1, 0)
     """
     return int(device.partition(":")[2] or 0)
+
+
+def gpu_of(provider: str, device_id: int) -> int | None:
+    """The number of the NVIDIA GPU that a provider runs on; None for one that runs elsewhere.
+
+    >>> gpu_of("cuda", 1), gpu_of("cpu", 0)
+    (1, None)
+    """
+    return device_id if provider in _ON_NVIDIA else None
 
 
 def facts_of(folder: Path) -> OnnxFacts:

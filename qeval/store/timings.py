@@ -26,6 +26,12 @@ BENCH = "bench.json"
 _SUFFIX = ".parquet"
 _STRICT = ConfigDict(extra="forbid")
 
+LEAST_EQUAL = 0.75
+"""Share of an engine's tokens that must be the reference's, over all prompts: below it a model counts as broken, and no
+speed of it is told. Kernels that round activations to eight bits keep 90 % and more; a wrong mask, position or scale
+leaves a few per cent.
+"""
+
 Outcome = Literal["measured", "oom", "refused", "failed", "unspent"]
 """`refused`: the engine can't do such a cell, and says so; `unspent`: the budget ended before its first repeat."""
 

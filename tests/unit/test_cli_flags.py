@@ -78,6 +78,9 @@ BENCH = {name: value for name, value in SHARED.items() if name not in ("--comput
     "--corpus": "pydoc",
     "--budget": 540.0,
     "--repeats": 30,
+    "--quality": None,
+    "--reference": None,
+    "--base": None,
 }
 READERS = {
     "explain": {"run": None, "variant": None, "--limit": 20, "--json": False, "--debug": False},

@@ -91,7 +91,7 @@ def numbers(**changes):
     ("changes", "says"),
     [
         ({}, None),
-        ({"equal_share": 0.4}, "Only 40%"),
+        ({"equal_share": 0.5}, "Only 70%"),
         ({"kl_nats": 0.6}, "no rounding"),
         ({"margin_nats": 2.5}, "no rounding"),
     ],

@@ -14,6 +14,7 @@ from qeval.engines.torch import CompiledEngine, TorchEngine
 from qeval.errors import QevalError, UsageError
 from qeval.models.head import head_of
 from tests.fixtures.engines import Case, prompts, slow_greedy, slow_logits
+from tests.fixtures.engines_llamacpp import LLAMA_CPP_CASE
 from tests.fixtures.engines_onnx import ONNX_CASES
 from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import tiny_llama
@@ -28,6 +29,7 @@ CASES = {
         largest_batch=4,
     ),
     **ONNX_CASES,
+    "llama.cpp": LLAMA_CPP_CASE,
 }
 """Engines by what they run."""
 

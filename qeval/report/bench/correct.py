@@ -10,13 +10,7 @@ from qeval.report.bench.rows import System
 from qeval.report.model import Metric
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters
-from qeval.store.timings import Drift
-
-LEAST_EQUAL = 0.9
-"""Share of equal tokens, after the reference's own, below which a model counts as broken and its speed is withheld.
-
-Kernels that round activations to eight bits keep 95 % and more; a wrong mask, position or scale leaves a few per cent.
-"""
+from qeval.store.timings import LEAST_EQUAL, Drift
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from qeval.report import words
-from qeval.report.bench.correct import LEAST_EQUAL
 from qeval.report.bench.published import saving_rows, speed_rows
 from qeval.report.bench.reference import Reference
 from qeval.report.bench.rows import FIGURES, Row, System
@@ -11,7 +10,7 @@ from qeval.report.bench.summary import Saving, Summary
 from qeval.report.model import Metric
 from qeval.report.page import NOTHING, Cell, Table, metric_cell
 from qeval.stats.median import FEWEST
-from qeval.store.timings import Opened
+from qeval.store.timings import LEAST_EQUAL, Opened
 
 _LIVE_FROM = 12  # rows
 _STATES = {"oom": "OOM", "refused": "refused", "failed": "failed", "unspent": "no budget", "broken": "broken"}
