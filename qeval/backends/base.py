@@ -73,6 +73,15 @@ class LooksAhead(Protocol):
         ...
 
 
+@runtime_checkable
+class Continues(Protocol):
+    """A session that generates: what the baseline's needs, and no other."""
+
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
+        """The `count` tokens [prompts, count] that prompts of one length go on with, each the most likely one."""
+        ...
+
+
 class Backend(Protocol):
     """Where variants run. One weight set is held; a variant is installed for the length of a `with` block."""
 

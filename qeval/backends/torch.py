@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicCache
 
 from qeval.backends.base import Prefix
 from qeval.backends.memory import batch_tokens, with_half_on_lack
@@ -106,6 +107,26 @@ class TorchSession:
     def logits(self, states: Tensor) -> Tensor:
         """The fp32 logits [n, vocab] of states [n, d_model]."""
         return self._head.logits(states.to(self._model.device))
+
+    @torch.inference_mode()
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
+        """The `count` tokens [prompts, count] that prompts of one length go on with, keys and values kept.
+
+        Raises:
+            QevalError: they would be longer than the model's context, or turned by two sets of rotary frequencies.
+        """
+        length = len(prompts[0])
+        check_length(length + count, self.max_length)
+        if length <= self._rope_limit < length + count:
+            raise QevalError(
+                f"A continuation from {length} to {length + count} tokens crosses the model's rotary limit of "
+                f"{self._rope_limit:g}; generate fewer tokens."
+            )
+        cache, fed, said = DynamicCache(config=self._model.config), self._ids(prompts), []
+        for _ in range(count):
+            fed = self._head.logits(self._forward(fed, cache)[:, -1]).argmax(dim=-1, keepdim=True)
+            said.append(fed)
+        return torch.cat(said, dim=1).cpu()
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit, as one batch."""

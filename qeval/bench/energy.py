@@ -17,7 +17,7 @@ def energy_meter(device: str) -> Joules | None:
     try:
         nvml = import_module("pynvml")
     except ImportError:
-        return None  # an extra; a benchmark without it tells no energy
+        return None  # of the extra `qeval[cuda]`; a benchmark without it tells no energy
     return _meter(nvml, int(index or 0))
 
 

@@ -52,6 +52,11 @@ class Fleet:
         """Whether an engine had to go for another one's sake: then whoever asks should ask one after the other."""
         self._berths: dict[tuple[str, str], _Berth] = {}
 
+    def end(self, system: System) -> None:
+        """Let a system's process go, if it has one."""
+        if berth := self._berths.pop(system.name, None):
+            berth.child.end()
+
     def close(self) -> None:
         """End every process."""
         for berth in self._berths.values():

@@ -1,6 +1,6 @@
 """From what was asked for to what is run: the model loaded, the variants made, the prompts cut, bad input found."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -24,8 +24,22 @@ from qeval.store.run import ModelRecord
 from qeval.store.timings import BenchRecord, BenchSettings
 from qeval.tasks.corpus import bos_token, encode, load_corpus
 
-_CHECKS, _CHECK_PROMPT = 3, 64
-"""Prompts, and their tokens, that an engine's own tokens are checked on."""
+_CHECKS, _CHECK_PROMPT, _CHECK_TOKENS, _REJOIN_TOKENS = 3, 64, 32, 8
+"""Prompts that an engine's tokens are checked on, their length, the tokens chosen, and those after a forced one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checks:
+    """The prompts [prompts, tokens] of the check, how many tokens are chosen after each, and how many to rejoin."""
+
+    prompts: Tokens
+    tokens: int
+    rejoin: int
+
+    @property
+    def capacity(self) -> int:
+        """The longest sequence of the check."""
+        return int(self.prompts.shape[1]) + self.tokens + self.rejoin
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +51,7 @@ class Plan:
     source: Loaded
     backend: TorchBackend
     prompts: Mapping[tuple[int, int], Tokens]
-    checks: Tokens
+    checks: Checks
     too_long: Mapping[tuple[int, int], str]
     record: BenchRecord
 
@@ -66,7 +80,7 @@ class Plan:
             provider=asked.provider,
             threads=self.record.settings.threads,
             batch=max((batch for batch, _ in self.prompts), default=1),
-            capacity=max((prompt for _, prompt in self.prompts), default=_CHECK_PROMPT) + asked.generate,
+            capacity=max([self.checks.capacity, *(prompt + asked.generate for _, prompt in self.prompts)]),
             accuracy_level=asked.accuracy_level,
         )
 
@@ -96,7 +110,7 @@ def planned(choice: BenchChoice) -> Plan:
         source=source,
         backend=TorchBackend(loaded.model, source.description, source.head, source.weight_dtype),
         prompts={(batch, prompt): passages(ids, batch, prompt, bos) for batch, prompt in fitting},
-        checks=passages(ids, _CHECKS, min(_CHECK_PROMPT, loaded.info.context_length // 2), bos),
+        checks=_checks(ids, bos, loaded.info.context_length),
         too_long=too_long,
         record=_record(choice, loaded, corpus.name, corpus.sha256),
     )
@@ -110,6 +124,12 @@ def make_variants(plan: Plan, progress: Progress) -> list[Entry]:
     own = [Entry(precision, "float", None) for precision in asked.precisions]
     made = [workshop.entry(recipe) for recipe in asked.recipes]
     return [*own, *made, *(Entry(name, "given", folder) for name, folder in asked.variants)]
+
+
+def _checks(ids: Sequence[int], bos: int | None, context: int) -> Checks:
+    """What fits a short context too."""
+    prompts = passages(ids, _CHECKS, max(2, min(_CHECK_PROMPT, context // 2)), bos)
+    return Checks(prompts, max(1, min(_CHECK_TOKENS, context // 4)), max(1, min(_REJOIN_TOKENS, context // 8)))
 
 
 def _too_long(choice: BenchChoice, context: int) -> dict[tuple[int, int], str]:

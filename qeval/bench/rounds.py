@@ -127,7 +127,7 @@ class _Visit:
     def _run(self, system: System, prompts: Tokens, generate: int) -> Timed:
         patience = max(self.clock.left, 0.0) + _GRACE_SECONDS
         timed = self.fleet.ask(system, Time(prompts, generate), Timed, patience)
-        if timed.compiled_seconds:
+        if timed.all_compiled_seconds:
             self.book.compiled(*system.name, timed.all_compiled_seconds)
         return timed
 

@@ -14,7 +14,7 @@ from functools import partial
 from qeval.backends.base import Session
 from qeval.bench.book import Book
 from qeval.bench.fleet import Fleet, System, Yard, fleet, yard
-from qeval.bench.plan import Plan, make_variants
+from qeval.bench.plan import Checks, Plan, make_variants
 from qeval.bench.process import TroubleError
 from qeval.bench.rounds import Clock, Grid, run_rounds
 from qeval.bench.settings import PRECISIONS
@@ -23,15 +23,13 @@ from qeval.compare.variants import Entry, is_variant
 from qeval.engines.base import FreeRun
 from qeval.engines.drift import broken, drift
 from qeval.engines.opening import Opening
-from qeval.engines.registry import maker
+from qeval.engines.registry import maker, prepare
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest_file
 from qeval.models.hashes import remembered
 from qeval.progress import Progress
 from qeval.store.timings import BenchRecord, Drift, Opened, Outcome
 from qeval.store.variants import read_manifest
-
-_CHECKED_TOKENS, _REJOIN_TOKENS = 32, 8
 
 
 def bench(plan: Plan, progress: Progress, started: float) -> BenchRecord:
@@ -74,9 +72,9 @@ def _prepared(plan: Plan, variants: Sequence[Entry], book: Book, workplace: Yard
     with progress.phase("prepare engines", len(pairs)) as advance:
         for engine, entry in pairs:
             with _told(book, engine, entry.name, progress):
-                maker(engine)  # says what to install
+                making = prepare if maker(engine).is_light else workplace.prepare
                 opening = _opening(plan.opening, entry)
-                found.append(System(engine, entry.name, opening, workplace.prepare(engine, opening)))
+                found.append(System(engine, entry.name, opening, making(engine, opening)))
             advance(1)
     return found
 
@@ -92,6 +90,8 @@ def _checked(plan: Plan, systems: Sequence[System], book: Book, running: Fleet, 
                 book.open(_opened(system, ready), identity)
                 _check_tokens(plan, system, book, running, progress)
                 found.append(system)
+            if system not in found:
+                running.end(system)
             advance(1)
     return found
 
@@ -106,21 +106,20 @@ def _check_tokens(plan: Plan, system: System, book: Book, running: Fleet, progre
         if session is None:
             progress.warn(f"{system.variant} is no variant of qeval's: the tokens of {system.engine} were not checked.")
             return
-        told = partial(_drift, session=session, system=system, running=running)
-        drifts = [told(tuple(prompt), index=index) for index, prompt in enumerate(plan.checks.tolist())]
+        drifts = _drifts(plan.checks, system, session, running)
     book.drifted(drifts)
     if reason := broken(drifts):
         raise TroubleError("failed", f"No speed is told of a broken model. {reason}")
 
 
-def _drift(prompt: tuple[int, ...], *, session: Session, system: System, running: Fleet, index: int) -> Drift:
+def _drifts(checks: Checks, system: System, session: Session, running: Fleet) -> list[Drift]:
+    """What each prompt of the check shows."""
+
     def run(text: Sequence[int], count: int) -> FreeRun:
         return running.ask(system, Choose(tuple(text), count), FreeRun)
 
-    return drift(
-        run, session, prompt, _CHECKED_TOKENS,
-        rejoin=_REJOIN_TOKENS, engine=system.engine, variant=system.variant, index=index,
-    )  # fmt: skip
+    own = partial(drift, run, session, rejoin=checks.rejoin, engine=system.engine, variant=system.variant)
+    return [own(prompt, checks.tokens, index=index) for index, prompt in enumerate(checks.prompts.tolist())]
 
 
 @contextmanager

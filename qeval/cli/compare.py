@@ -9,7 +9,15 @@ from rich.console import Console
 
 from qeval.cli import options
 from qeval.cli.progress import ConsoleProgress
-from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import (
+    BackendChoice,
+    CalibrationChoice,
+    CorpusChoice,
+    DriftChoice,
+    ModelChoice,
+    Settings,
+    TaskChoice,
+)
 from qeval.config import load_recipes, parse_methods
 from qeval.errors import UsageError
 
@@ -44,7 +52,7 @@ def compare(
     stream: options.Stream = False,
     max_memory: options.MaxMemory = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", help="Comma-separated: kl, ppl, mmlu, or any lm-eval task of choices.")
+        str, typer.Option("--tasks", help="Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.")
     ] = "kl,ppl,mmlu",
     corpus: Annotated[str | None, typer.Option("--corpus", help="wikitext2, pydoc, or a text file.")] = None,
     protocol: Annotated[str | None, typer.Option("--protocol", help="A named protocol; see `qeval tasks`.")] = None,
@@ -62,6 +70,13 @@ def compare(
     subjects: Annotated[str | None, typer.Option("--subjects", help="Comma-separated MMLU subjects.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Questions a subject.")] = None,
     shots: Annotated[int, typer.Option("--shots", min=0, help="Examples in a prompt.")] = 5,
+    drift_prompts: Annotated[int, typer.Option("--drift-prompts", min=1, help="With drift: prompts to continue.")] = 32,
+    drift_prompt_tokens: Annotated[
+        int, typer.Option("--drift-prompt-tokens", min=1, help="With drift: tokens of each prompt.")
+    ] = 64,
+    drift_tokens: Annotated[
+        int, typer.Option("--drift-tokens", min=1, help="With drift: tokens that each is continued by.")
+    ] = 64,
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,
@@ -106,6 +121,7 @@ def compare(
         backends=BackendChoice(
             names(backend), options.accuracy_levels(accuracy_level), ep, exporter, format, precision
         ),
+        drift=DriftChoice(drift_prompts, drift_prompt_tokens, drift_tokens),
         batch_tokens=batch_tokens,
         threads=threads,
         workers=workers,

@@ -31,8 +31,10 @@ from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.source import resolve
 from qeval.score.corpus import Shard, shards_of
-from qeval.store.run import CalibrationRecord, ModelRecord, ProtocolRecord, TaskRecord
+from qeval.score.drift import Part, parts_of
+from qeval.store.run import CalibrationRecord, DriftRecord, ModelRecord, ProtocolRecord, TaskRecord
 from qeval.tasks.corpus import bos_token, encode, load_calibration, load_corpus
+from qeval.tasks.drift import prompts_of
 from qeval.tasks.harness import Suite, load_suite
 from qeval.tasks.protocols import Protocol, choose
 from qeval.tasks.windows import tokens_sha256
@@ -57,6 +59,8 @@ class Plan:
     shards: tuple[Shard, ...]
     suites: tuple[Suite, ...]
     tasks: tuple[TaskRecord, ...]
+    drift: DriftRecord | None
+    parts: tuple[Part, ...]
     given: tuple[Entry, ...]
     foreign: "tuple[Foreign, ...]"
     runtime: "Runtime | None"
@@ -120,6 +124,7 @@ def prepare(settings: Settings) -> Plan:
     check_recipes(settings.recipes, source, *fits)
     protocol, shards = _corpus(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
+    drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
     given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
@@ -136,6 +141,8 @@ def prepare(settings: Settings) -> Plan:
         shards=shards,
         suites=suites,
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
+        drift=drift,
+        parts=parts,
         given=tuple(given_entry(name, path, loaded.info.weights_sha256, *fits) for name, path in given),
         foreign=_foreign(settings, loaded, source.head, suites),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
@@ -260,6 +267,29 @@ def _corpus(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, t
         nll_positions=windows.nll_count,
     )
     return record, shards_of(windows.windows)
+
+
+def _drift(settings: Settings, loaded: LoadedModel) -> tuple[DriftRecord, tuple[Part, ...]]:
+    asked = settings.drift
+    whole = asked.prompt_tokens + asked.tokens
+    if whole > loaded.info.context_length:
+        raise UsageError(
+            f"Prompts of {asked.prompt_tokens} tokens and {asked.tokens} more are longer than the model's context of "
+            f"{loaded.info.context_length}; give smaller --drift-prompt-tokens or --drift-tokens."
+        )
+    corpus = load_corpus(_protocol(settings.corpus).corpus)
+    bos = bos_token(loaded.tokenizer, settings.corpus.bos)
+    prompts = prompts_of(encode(loaded.tokenizer, corpus.text), asked.prompts, asked.prompt_tokens, bos)
+    record = DriftRecord(
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        tokens_sha256=tokens_sha256([token for prompt in prompts for token in prompt]),
+        prompts=len(prompts),
+        prompt_tokens=asked.prompt_tokens,
+        generated=asked.tokens,
+        bos=bos is not None,
+    )
+    return record, parts_of(prompts, asked.tokens)
 
 
 def _suites(settings: Settings, loaded: LoadedModel) -> tuple[Suite, ...]:

@@ -26,10 +26,9 @@ from qeval.progress import Progress
 from qeval.score.choices import shared_tokens
 from qeval.store.atomic import sweep, write_text
 from qeval.store.ledger import Ledger, joined
-from qeval.store.rows import Kind
+from qeval.store.rows import KINDS
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
 
-KINDS: tuple[Kind, ...] = ("tokens", "items")
 _CACHES = ("variants", "states", "hashes", "onnx")
 """Folders of the cache that processes write into; the models' removes its own leftovers."""
 
@@ -87,6 +86,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         environment=describe_environment(plan.settings.model.device),
         metrics=list(plan.settings.tasks),
         warnings=list(progress.warnings),
+        drift=plan.drift,
         settings=None if plan.is_drawn else settings_json(plan.settings),
     )
     _write(plan, work, [first, *(model.scored for model in models)], record)
@@ -99,7 +99,9 @@ def estimate(plan: Plan) -> Cost:
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
     asked = sum(shared_tokens(part) for suite in plan.suites for part in suite.parts())
     items = sum(suite.info.items for suite in plan.suites)
-    flops = models * shape.forward_flops(plan.corpus_tokens + asked, 2 * scored + items)
+    along, said = sum(part.tokens for part in plan.parts), sum(len(part.prompts) * part.count for part in plan.parts)
+    flops = models * shape.forward_flops(plan.corpus_tokens + asked + along, 2 * (scored + said) + items)
+    flops += shape.forward_flops(along, said)  # of generating
     if any(recipe.calibrated for recipe in plan.settings.recipes):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.groups)

@@ -31,14 +31,22 @@ from qeval.score.corpus import (
     window_calls,
     window_states,
 )
+from qeval.score.drift import (
+    DRIFT_VERSION,
+    Continuation,
+    Part,
+    continue_greedily,
+    drift_columns,
+    part_states,
+)
 from qeval.store.ledger import Ledger, Ticket
 from qeval.store.locks import alone
-from qeval.store.rows import Kind, RowStore
+from qeval.store.rows import KINDS, Kind, RowStore
 from qeval.store.states import StateStore
 from qeval.tasks.harness import Question, Suite
 from qeval.types import Call
 
-_LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions"}
+_LABELS: dict[Kind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations"}
 
 Opener = Callable[[], AbstractContextManager[Session]]
 Run = Callable[[Advance], Path]
@@ -70,17 +78,28 @@ class Kept:
 
     def states(self, shard: Shard, batch_tokens: int, advance: Advance) -> Tensor:
         """The states of a shard's windows, [positions, width]; one process at a time computes them."""
-        key = self.key(shard)
-        states = self.store.read(key)
-        if states is not None:
-            return states
+        return self._kept(self.key(shard), lambda session: window_states(session, shard.windows, batch_tokens, advance))
+
+    def continuation(self, part: Part, batch_tokens: int, advance: Advance) -> Continuation:
+        """What the model says greedily after a part's prompts, kept as states are: an id is exact in fp32."""
+        key = digest({"continuation": dict(self.candidate.key), "version": DRIFT_VERSION, **part.key()})
+        tokens = self._kept(key, lambda session: continue_greedily(session, part)).long()
+        along = digest({"states along": key})
+        return Continuation(
+            tokens, self._kept(along, lambda session: part_states(session, part, tokens, batch_tokens, advance))
+        )
+
+    def _kept(self, key: str, make: Callable[[Session], Tensor]) -> Tensor:
+        found = self.store.read(key)
+        if found is not None:
+            return found
         with alone(f"states-{key[:2]}"):  # a lock a key would leave as many files as there are shards
-            states = self.store.read(key)
-            if states is None:
+            found = self.store.read(key)
+            if found is None:
                 with torch.inference_mode(), self.candidate.open() as session:
-                    states = window_states(session, shard.windows, batch_tokens, advance)
-                self.store.write(key, states)
-        return states
+                    found = make(session)
+                self.store.write(key, found)
+        return found
 
     def key(self, shard: Shard) -> str:
         """What the states of a shard are kept under."""
@@ -94,6 +113,9 @@ class Work:
     shards: tuple[Shard, ...]
     corpus: str
     suites: tuple[Suite, ...]
+    parts: tuple[Part, ...]
+    continued: str
+    """The corpus that the prompts of `parts` are of."""
     rows: RowStore
     ledger: Ledger
     baseline: Kept
@@ -105,6 +127,7 @@ class Work:
         return {
             "tokens": [scorer.corpus_job(self, shard) for shard in self.shards],
             "items": [scorer.question_job(self, suite, part) for suite in self.suites for part in suite.parts()],
+            "drift": [scorer.drift_job(self, part) for part in self.parts],
         }
 
 
@@ -158,6 +181,25 @@ class Scorer:
         calls = partial(question_calls, questions, work.batch_tokens)
         return self._job(work, "items", key, question_tokens(questions), run, calls)
 
+    def drift_job(self, work: Work, part: Part) -> Job:
+        """Rows along the baseline's greedy continuations of some prompts."""
+        key = digest({**self._identity(), "drift": DRIFT_VERSION, "corpus": work.continued, **part.key()})
+
+        def run(advance: Advance) -> Path:
+            names = {"variant": self.candidate.name, "backend": self.candidate.backend, "corpus": work.continued}
+            base = work.baseline.continuation(part, work.batch_tokens, _to_nobody)
+            session, own = self._opened(), self.candidate.is_baseline
+            states = base.states
+            if not own:
+                states = part_states(session, part, base.tokens, work.batch_tokens, advance)
+            columns = drift_columns(work.baseline.logits(), base, session, states, part, names, own=own)
+            return work.rows.write("drift", key, columns)
+
+        def calls(*_: object) -> list[Call]:
+            return []  # what is asked for is known when the baseline has spoken; no session that looks ahead is asked
+
+        return self._job(work, "drift", key, part.tokens, run, calls)
+
     def _job(
         self,
         work: Work,
@@ -201,8 +243,8 @@ def score(work: Work, scorer: Scorer, *, wait: bool = True) -> dict[Kind, list[P
     """
     jobs = work.jobs(scorer)
     if not scorer.candidate.is_baseline:
-        _complete_baseline(work, jobs["tokens"])
-    done: dict[Kind, list[Path | None]] = {"tokens": [], "items": []}
+        _complete_baseline(work, jobs)
+    done: dict[Kind, list[Path | None]] = {kind: [] for kind in KINDS}
     try:
         for kind, label in _LABELS.items():
             units = sum(job.units for job in jobs[kind])
@@ -214,11 +256,14 @@ def score(work: Work, scorer: Scorer, *, wait: bool = True) -> dict[Kind, list[P
     return done
 
 
-def _complete_baseline(work: Work, jobs: Sequence[Job]) -> None:
-    """Make sure of the baseline's states before a variant takes its place in memory."""
-    for shard, job in zip(work.shards, jobs, strict=True):
+def _complete_baseline(work: Work, jobs: Mapping[Kind, Sequence[Job]]) -> None:
+    """Make sure of the baseline's states and continuations before a variant takes its place in memory."""
+    for shard, job in zip(work.shards, jobs["tokens"], strict=True):
         if job.find() is None:
             work.baseline.states(shard, work.batch_tokens, _to_nobody)
+    for part, job in zip(work.parts, jobs["drift"], strict=True):
+        if job.find() is None:
+            work.baseline.continuation(part, work.batch_tokens, _to_nobody)
 
 
 def _to_nobody(done: int) -> None:

@@ -16,7 +16,9 @@ BACKENDS = ("torch", "ort")
 EXPORTERS = ("auto", "genai", "dynamo")
 FORMATS = ("nbits", "qdq")
 TOKEN_METRICS = ("kl", "ppl")
-"""What one pass over a corpus gives; everything else in `tasks` is a task of questions."""
+"""What one pass over a corpus gives."""
+DRIFT = "drift"
+"""Greedy continuations; everything else in `tasks` is a task of questions."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class TaskChoice:
     subjects: tuple[str, ...] = ()
     limit: int | None = None
     shots: int = 5
+
+
+@dataclass(frozen=True)
+class DriftChoice:
+    """How many prompts are continued, how long they are, and by how many tokens."""
+
+    prompts: int = 32
+    prompt_tokens: int = 64
+    tokens: int = 64
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ class Settings:
     calibration: CalibrationChoice
     out: Path
     backends: BackendChoice = BackendChoice()
+    drift: DriftChoice = DriftChoice()
     batch_tokens: int | None = None
     threads: int | None = None
     seed: int = 0
@@ -156,6 +168,9 @@ class Settings:
             "--max-windows": self.corpus.max_windows,
             "--calibration-samples": self.calibration.samples,
             "--calibration-length": self.calibration.length,
+            "--drift-prompts": self.drift.prompts,
+            "--drift-prompt-tokens": self.drift.prompt_tokens,
+            "--drift-tokens": self.drift.tokens,
             "--batch-tokens": self.batch_tokens,
             "--threads": self.threads,
             "--workers": self.workers,
@@ -173,6 +188,11 @@ class Settings:
             raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
         if self.workers > 1 or self.executor == "ray":
             raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
+        if self.continues:
+            raise UsageError(
+                "--tasks drift generates one token after another, and --stream would read every layer for each: leave "
+                "one of them out."
+            )
         if calibrated := [recipe.name for recipe in self.recipes if recipe.calibrated]:
             raise UsageError(
                 f"{', '.join(calibrated)} can't be made with --stream: calibrating needs the whole model in memory. "
@@ -187,4 +207,9 @@ class Settings:
     @property
     def question_tasks(self) -> tuple[str, ...]:
         """The tasks of questions, in the order given."""
-        return tuple(task for task in self.tasks if task not in TOKEN_METRICS)
+        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT))
+
+    @property
+    def continues(self) -> bool:
+        """Whether the baseline's greedy continuations are run."""
+        return DRIFT in self.tasks

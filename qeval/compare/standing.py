@@ -20,6 +20,8 @@ def work_of(plan: Plan, baseline: Kept, ledger: Ledger, progress: Progress) -> W
         shards=plan.shards,
         corpus=plan.protocol.corpus if plan.protocol else "",
         suites=plan.suites,
+        parts=plan.parts,
+        continued=plan.drift.corpus if plan.drift else "",
         rows=RowStore(plan.settings.out),
         ledger=ledger,
         baseline=baseline,

@@ -5,9 +5,10 @@ the texts that the run's record names, without anything that the run left in the
 machine, the backend and the threads of the run the same bytes are expected; elsewhere, values within a tolerance.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from qeval.compare.candidates import baseline_of, contenders
 from qeval.compare.prepare import Plan, prepare
@@ -29,6 +31,7 @@ from qeval.executors.local import Job
 from qeval.paths import home
 from qeval.progress import Progress
 from qeval.score.corpus import Shard
+from qeval.score.drift import Continuation, Part
 from qeval.store.check import Checked, check_folder
 from qeval.store.ledger import joined
 from qeval.store.rows import Kind, read_index
@@ -49,7 +52,7 @@ class Derived(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["tokens", "items"]
+    kind: Kind
     name: str  # of the model, as rows have it
     file: str | None  # the stored record; None where there is none
     rows: int
@@ -128,12 +131,12 @@ def _check_variants(record: RunRecord, found: Checked) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """A job of the sample, the model that it is about, and the shard whose baseline states it needs."""
+    """A job of the sample, the model that it is about, and what of the baseline it needs."""
 
     kind: Kind
     scorer: Scorer
     job: Job
-    shard: Shard | None
+    needs: Callable[[Kept, int], object] | None = None
 
 
 def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Progress) -> list[Derived]:
@@ -143,8 +146,8 @@ def _derive(out: Path, record: RunRecord, sample: int, seed: int, progress: Prog
         chosen = np.random.default_rng(seed).choice(len(jobs), min(sample, len(jobs)), replace=False)
         drawn = [jobs[place] for place in sorted(chosen)]
         index = read_index(out)
-        for shard in (each.shard for each in drawn if each.shard is not None):
-            work.baseline.states(shard, work.batch_tokens, lambda done: None)
+        for needs in (each.needs for each in drawn if each.needs is not None):
+            needs(work.baseline, work.batch_tokens)
         units = sum(each.job.units for each in drawn)
         with progress.phase(f"derive {len(drawn)} of {len(jobs)} jobs", units) as advance:
             found = []
@@ -183,6 +186,10 @@ def _check_same(plan: Plan, record: RunRecord) -> None:
             plan.protocol and plan.protocol.tokens_sha256,
             record.protocol and record.protocol.tokens_sha256,
         ),
+        "the prompts' tokens": (
+            plan.drift and plan.drift.tokens_sha256,
+            record.drift and record.drift.tokens_sha256,
+        ),
     }
     changed = [what for what, (now, then) in pairs.items() if now != then]
     if changed:
@@ -202,9 +209,19 @@ def _jobs(plan: Plan, work: Work, record: RunRecord, progress: Progress) -> Iter
     for scorer in scorers:
         jobs = work.jobs(scorer)
         for shard, job in zip(work.shards, jobs["tokens"], strict=True):
-            yield _Drawn("tokens", scorer, job, shard)
+            yield _Drawn("tokens", scorer, job, partial(_states, shard))
         for job in jobs["items"]:
-            yield _Drawn("items", scorer, job, None)
+            yield _Drawn("items", scorer, job)
+        for part, job in zip(work.parts, jobs["drift"], strict=True):
+            yield _Drawn("drift", scorer, job, partial(_continuation, part))
+
+
+def _states(shard: Shard, baseline: Kept, batch_tokens: int) -> Tensor:
+    return baseline.states(shard, batch_tokens, lambda done: None)
+
+
+def _continuation(part: Part, baseline: Kept, batch_tokens: int) -> Continuation:
+    return baseline.continuation(part, batch_tokens, lambda done: None)
 
 
 def _stored(out: Path, index: dict[str, list[str]], drawn: _Drawn) -> Path | None:

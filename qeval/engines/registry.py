@@ -1,6 +1,6 @@
 """The engines by name. None of their runtimes is imported before one is prepared or opened.
 
-An engine is made in two steps, each in a process of its own. `prepare(opening)` makes what the engine runs where the
+An engine is made in two steps, in processes of their own. `prepare(opening)` makes what the engine runs where the
 cache doesn't hold it yet (an exported graph, a GGUF), at whatever memory that takes, and says where it lies; `open_it(
 opening, place)` opens that and nothing else, so that the memory measured then is the engine's own.
 """
@@ -23,13 +23,17 @@ Open = Callable[[Opening, Path], Engine]
 
 @dataclass(frozen=True)
 class Maker:
-    """Where an engine's two steps lie (`module:function`), the modules that they need, and what installs those."""
+    """Where an engine's two steps lie (`module:function`), the modules that they need, and what installs those.
+
+    `is_light`: preparing makes nothing large, so that it needs no process of its own.
+    """
 
     prepare: str
     open_it: str
     needs: tuple[str, ...]
     install: str
     about: str
+    is_light: bool = False
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -57,11 +61,11 @@ ENGINES: Mapping[str, Maker] = MappingProxyType({
     ),
     "pytorch-eager": Maker(
         f"{_TORCH}:prepare", f"{_TORCH}:open_eager", ("torch", "transformers"), "pip install qeval",
-        "transformers in PyTorch, quantized weights as their float values",
+        "transformers in PyTorch, quantized weights as their float values", is_light=True,
     ),
     "pytorch-compile": Maker(
         f"{_TORCH}:prepare", f"{_TORCH}:open_compiled", ("torch", "transformers"), "pip install qeval",
-        "the same with a static cache and torch.compile",
+        "the same with a static cache and torch.compile", is_light=True,
     ),
     "llama.cpp": Maker(
         f"{_GGUF}:prepare", f"{_LLAMA}:open_engine", ("llama_cpp",), "pip install 'qeval[llamacpp]'",
@@ -69,7 +73,7 @@ ENGINES: Mapping[str, Maker] = MappingProxyType({
     ),
     "replay": Maker(
         f"{_REPLAY}:prepare", f"{_REPLAY}:open_engine", (), "pip install qeval",
-        "a few formulas and no model, to try the program with: no check lets its speed stand",
+        "a few formulas and no model, to try the program with: no check lets its speed stand", is_light=True,
     ),
 })  # fmt: skip
 """Every engine that `--engines` takes."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qeval.errors import QevalError
-from qeval.report import measure_items, measure_tokens
+from qeval.report import measure_drift, measure_items, measure_tokens
 from qeval.report.model import (
     Baseline,
     Comparison,
@@ -64,7 +64,7 @@ def build_paired(rows: PairedRun) -> Report:
     run = rows.record
     tokens = _tokens(rows) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
-    metrics, results = _merged(tokens, items, [BASELINE, *(variant.name for variant in rows.done)])
+    metrics, results = _merged(tokens, items, _drift(rows), [BASELINE, *(variant.name for variant in rows.done)])
     variants = [_variant(each, run, metrics, results, tokens.curves) for each in run.variants]
     tasks = [each.task for each in items]
     return Report(
@@ -82,6 +82,7 @@ def build_paired(rows: PairedRun) -> Report:
         variants=mark_pareto(variants),
         comparisons=_comparisons(tokens, run.seed),
         protocol=run.protocol,
+        drift=run.drift,
         tasks=tasks,
         metrics_asked=run.metrics,
         intervals=_intervals(run.seed),
@@ -141,6 +142,14 @@ def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord) -> Metr
     return metrics | measure_tokens.delta_metrics(rows, run.seed)
 
 
+def _drift(paired: PairedRun) -> dict[str, Metrics]:
+    """How each variant follows the baseline's continuations, by name; nothing where none were run."""
+    if paired.record.drift is None:
+        return {}
+    seed = paired.record.seed
+    return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
+
+
 def _items(paired: PairedRun, record: TaskRecord) -> _Items:
     task, seed, baseline = record.name, paired.record.seed, paired.baseline_items(record)
     models = {BASELINE: baseline}
@@ -158,10 +167,10 @@ def _items(paired: PairedRun, record: TaskRecord) -> _Items:
 
 
 def _merged(
-    tokens: _Tokens, items: list[_Items], names: list[str]
+    tokens: _Tokens, items: list[_Items], drift: dict[str, Metrics], names: list[str]
 ) -> tuple[dict[str, Metrics], dict[str, dict[str, TaskResult]]]:
     """Each model's metrics of all kinds, and its tasks' results."""
-    metrics = {name: dict(tokens.metrics.get(name, {})) for name in names}
+    metrics = {name: tokens.metrics.get(name, {}) | drift.get(name, {}) for name in names}
     for each in items:
         for name in names:
             metrics[name] |= each.metrics[name]

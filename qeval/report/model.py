@@ -29,6 +29,11 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `ppl_ratio` | perplexity over the baseline's | ratio |
 | `nll_diff_nats` | mean of the paired differences of NLL | nats |
 | `delta_p`, `delta_p_rms` | change of the true token's probability: mean, root mean square | probability |
+| `drift_equal` | share of tokens, each after the baseline's own, that the variant would say too | fraction |
+| `drift_diverged` | share of prompts at which a free run leaves the baseline's continuation | fraction |
+| `drift_first_tokens` | mean number of tokens before it does (all of them where it doesn't) | tokens |
+| `drift_kl_nats`, `drift_margin_nats` | mean KL and margin of the baseline's choice, where it does | nats |
+| `drift_rejoined` | share of these that go on with the baseline once its token is forced there | fraction |
 | `TASK_acc`, `TASK_acc_macro` | accuracy weighted by questions, and by subject | fraction |
 | `TASK_acc_norm` | length-normalized accuracy, where the task has it | fraction |
 | `TASK_acc_diff` | accuracy minus the baseline's, question by question | fraction |
@@ -46,6 +51,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qeval.store.run import (
     CalibrationRecord,
+    DriftRecord,
     EnvironmentRecord,
     GroupRecord,
     ModelRecord,
@@ -237,6 +243,7 @@ class Report(_Part):
     variants: list[Variant]
     comparisons: list[Comparison]
     protocol: ProtocolRecord | None
+    drift: DriftRecord | None = None
     tasks: list[Task]
     metrics_asked: list[str]
     intervals: Intervals

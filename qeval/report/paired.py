@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from qeval.errors import BrokenRecordError, unknown
 from qeval.report import pairing
-from qeval.report.pairing import BASELINE, ItemRows, TokenRows
+from qeval.report.pairing import BASELINE, DriftRows, ItemRows, TokenRows
 from qeval.store.rows import RowStore
 from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord, read_run
 
@@ -50,10 +50,11 @@ class PairedRun:
     @property
     def backend(self) -> str | None:
         """The baseline's backend; None where the run has no rows."""
-        table = self._item_table if self.record.tasks else self._token_table if self.protocol else None
-        if table is None:
+        tables = {"_item_table": self.record.tasks, "_token_table": self.protocol, "_drift_table": self.record.drift}
+        there = [name for name, asked in tables.items() if asked]
+        if not there:
             return None
-        rows = pairing.select(table, BASELINE, None)
+        rows = pairing.select(getattr(self, there[0]), BASELINE, None)
         found: list[str] = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
         return found[0] if found else None
 
@@ -109,6 +110,26 @@ class PairedRun:
             pairing.pair_items(found, baseline, task.name, variant.name)
             self._items[key] = found
         return self._items[key]
+
+    @cached_property
+    def baseline_drift(self) -> DriftRows:
+        """The baseline's greedy continuations."""
+        assert self.record.drift is not None
+        rows = pairing.select(self._drift_table, BASELINE, None)
+        return pairing.drift_rows(rows, self.record.drift, BASELINE)
+
+    def drift(self, variant: VariantRecord) -> DriftRows:
+        """A variant's rows along the baseline's continuations."""
+        baseline = self.baseline_drift
+        assert self.record.drift is not None
+        rows = pairing.select(self._drift_table, variant.name, variant.backend)
+        found = pairing.drift_rows(rows, self.record.drift, variant.name)
+        pairing.pair_drift(found, baseline, variant.name)
+        return found
+
+    @cached_property
+    def _drift_table(self) -> pa.Table:
+        return self._store.read("drift")
 
     @cached_property
     def _token_table(self) -> pa.Table:

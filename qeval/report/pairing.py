@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qeval.errors import BrokenRecordError
 from qeval.stats.bootstrap import Clusters, Floats, Ints
-from qeval.store.run import ProtocolRecord, TaskRecord
+from qeval.store.run import DriftRecord, ProtocolRecord, TaskRecord
 
 BASELINE = "baseline"
 Mask = NDArray[np.bool_]
@@ -76,6 +76,19 @@ class ItemRows:
     def non_finite(self) -> Mask:
         """Which questions have a log-likelihood that is NaN or infinite."""
         return np.add.reduceat(~np.isfinite(self.choices), self.starts) > 0
+
+
+@dataclass(frozen=True, eq=False)
+class DriftRows:
+    """One model's rows along the baseline's continuations, [prompts, generated] each.
+
+    `pred` is what it says where the baseline said `tokens`; both distances are NaN in the baseline's own rows.
+    """
+
+    tokens: Ints
+    pred: Ints
+    kl_nats: Floats
+    margin_nats: Floats
 
 
 def select(table: pa.Table, variant: str, backend: str | None) -> pa.Table:
@@ -212,6 +225,40 @@ def pair_items(variant: ItemRows, baseline: ItemRows, task: str, who: str) -> No
                 f"'{who}' was not asked the baseline's {task}: {int(other.sum())} {what} differ, "
                 f"the first at question {baseline.items[row]} of '{baseline.subjects[row]}'."
             )
+
+
+def drift_rows(table: pa.Table, record: DriftRecord, who: str) -> DriftRows:
+    """One model's rows along continuations from the store's table of them.
+
+    Raises:
+        BrokenRecordError: they are not those of every token of every prompt of the run, each once.
+    """
+    shape = (record.prompts, record.generated)
+    prompts, positions = _ints(table["prompt"]), _ints(table["position"])
+    order = np.lexsort((positions, prompts))
+    wanted = np.arange(record.prompts).repeat(record.generated), np.tile(np.arange(record.generated), record.prompts)
+    if table.num_rows != len(wanted[0]) or (prompts[order] != wanted[0]).any() or (positions[order] != wanted[1]).any():
+        raise BrokenRecordError(
+            f"'{who}' has {table.num_rows} rows along continuations, which are not one for each of {record.generated} "
+            f"tokens of {record.prompts} prompts; run the same command again."
+        )
+    kl, margin = (
+        np.where(_ints(pc.is_valid(table[name])) > 0, _floats(table[name]), np.nan)[order].reshape(shape)
+        for name in ("kl_nats", "margin_nats")
+    )
+    tokens, pred = (_ints(table[name])[order].reshape(shape) for name in ("token", "pred"))
+    return DriftRows(tokens, pred, kl, margin)
+
+
+def pair_drift(variant: DriftRows, baseline: DriftRows, who: str) -> None:
+    """Raise a BrokenRecordError unless a variant was scored along the baseline's own continuations."""
+    other = variant.tokens != baseline.tokens
+    if other.any():
+        prompt, position = (int(place[0]) for place in np.nonzero(other))
+        raise BrokenRecordError(
+            f"'{who}' was not scored along the baseline's continuations: {int(other.sum())} tokens differ, the "
+            f"first at token {position} after prompt {prompt}."
+        )
 
 
 def _is(column: pa.ChunkedArray, name: str) -> pa.Array:

@@ -1,6 +1,6 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import split, tables, words
+from qeval.report import drift, split, tables, words
 from qeval.report.model import Report, Task, Variant
 from qeval.report.page import Cell, Plot, Section, Table
 from qeval.report.plots import slug
@@ -16,6 +16,7 @@ def sections(report: Report, plots: list[Plot], rows: Section | None = None) -> 
         *([_perplexity(report, drawn)] if "ppl" in report.baseline.metrics else []),
         *([_kl(report)] if "kl" in report.metrics_asked and report.protocol else []),
         *([split.section(report, drawn.get("onnx-split"))] if any(v.runtime for v in report.variants) else []),
+        *([found] if (found := drift.section(report)) else []),
         *(_task(report, task, drawn) for task in report.tasks),
         *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),

@@ -29,6 +29,7 @@ def _scope(report: Report) -> str:
     p = report.protocol
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
+    on += [f"{report.drift.prompts} greedy continuations of {report.drift.generated} tokens"] if report.drift else []
     return (
         f"{count} quantized {'variant' if count == 1 else 'variants'} of {report.model.name} against its "
         f"{baseline_name(report)} ({base.label}; {words.size(base.size_bytes)}), paired on {words.listed(on)}."

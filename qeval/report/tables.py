@@ -24,6 +24,7 @@ def overview(report: Report) -> Table:
     wanted = _present(
         report,
         {"kl_nats": "KL, nats", "top1_agreement": "Same top token", "ppl": "Perplexity"}
+        | {"drift_equal": "Same greedy token"}
         | {f"{task.name}_acc": task.title for task in tasks},
     )
     base = report.baseline

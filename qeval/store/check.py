@@ -11,7 +11,7 @@ from qeval.errors import BrokenRecordError, QevalError
 from qeval.identity import digest_file
 from qeval.store.ledger import LEDGER, Finished, read_ledger
 from qeval.store.records import verify
-from qeval.store.rows import SCHEMAS, Kind, read_index
+from qeval.store.rows import KINDS, SCHEMAS, kind_of, read_index
 from qeval.store.texts import read_texts
 
 
@@ -37,7 +37,7 @@ def check_folder(out: Path) -> Checked:
         found.problems.append(str(error))
         index = {}
     wanted = {out / "rows" / kind / name for kind, names in index.items() for name in names}
-    shards = sorted({*(out / "rows").glob("*/*.parquet"), *wanted})
+    shards = sorted({*(path for kind in KINDS for path in (out / "rows" / kind).glob("*.parquet")), *wanted})
     found.problems.extend(problem for path in shards for problem in _shard_problems(path))
     found.looked_at.append(f"{len(shards)} shards of rows, {len(wanted)} of them the run's")
     _check_texts(out, found)
@@ -51,9 +51,8 @@ def _shard_problems(path: Path) -> Iterator[str]:
     except BrokenRecordError as error:
         yield str(error)
         return
-    kind: Kind = "tokens" if path.parent.name == "tokens" else "items"
     try:
-        if not pq.read_schema(path).equals(SCHEMAS[kind]):
+        if not pq.read_schema(path).equals(SCHEMAS[kind_of(path)]):
             yield f"{path} has other columns than this version of qeval writes."
     except pa.ArrowInvalid as error:
         yield f"{path} is no Parquet file ({error})."

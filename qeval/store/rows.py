@@ -1,4 +1,4 @@
-"""Rows on disk: Parquet shards under OUT/rows/tokens and OUT/rows/items, one a finished job.
+"""Rows on disk: Parquet shards under OUT/rows/tokens, OUT/rows/items and OUT/rows/drift, one a finished job.
 
 `OUT/rows/index.json` says which shards belong to the run as last asked for; the others stay for the next time.
 """
@@ -16,10 +16,11 @@ from pydantic import TypeAdapter
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.store.atomic import write_text
 from qeval.store.records import Warn, find_record, verify, write_record
-from qeval.store.schema import ITEMS, TOKENS
+from qeval.store.schema import DRIFT, ITEMS, TOKENS
 
-Kind = Literal["tokens", "items"]
-SCHEMAS: dict[Kind, pa.Schema] = {"tokens": TOKENS, "items": ITEMS}
+Kind = Literal["tokens", "items", "drift"]
+SCHEMAS: dict[Kind, pa.Schema] = {"tokens": TOKENS, "items": ITEMS, "drift": DRIFT}
+KINDS: tuple[Kind, ...] = tuple(SCHEMAS)
 _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
 """Names of shards by kind."""
@@ -75,6 +76,18 @@ def read_index(out: Path) -> dict[str, list[str]]:
         raise UsageError(f"'{out}' holds no finished rows ({path} is missing).") from error
     except ValueError as error:
         raise BrokenRecordError(f"{path} is torn; run the same command again to make it.") from error
+
+
+def kind_of(path: Path) -> Kind:
+    """The kind of a shard, which its folder is named by.
+
+    Raises:
+        BrokenRecordError: the folder is none of rows.
+    """
+    for kind in KINDS:
+        if kind == path.parent.name:
+            return kind
+    raise BrokenRecordError(f"{path} lies in no folder of rows ({', '.join(KINDS)}).")
 
 
 def concat(kind: Kind, paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:

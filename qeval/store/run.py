@@ -69,6 +69,18 @@ class TaskRecord(_Record):
     harness: str  # "lm-eval 0.4.13"
 
 
+class DriftRecord(_Record):
+    """How the rows of greedy continuations were made."""
+
+    corpus: str
+    corpus_sha256: str  # of the text
+    tokens_sha256: str  # of the prompts' token ids, one after another
+    prompts: int
+    prompt_tokens: int  # BOS included
+    generated: int  # tokens a prompt
+    bos: bool
+
+
 class GroupRecord(_Record):
     """One group of linears that is quantized together, as the mixed-precision choice saw it."""
 
@@ -181,6 +193,7 @@ class RunRecord(_Record):
     environment: EnvironmentRecord
     metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ...
     warnings: list[str]
+    drift: DriftRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
 
 

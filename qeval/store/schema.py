@@ -6,6 +6,11 @@ a window has no context). The other columns compare the distribution *after* the
 next token) with the baseline's, and are null in the baseline's own rows and where it is not scored.
 
 Item rows: one a question. `item` is the question's index in its file.
+
+Drift rows: one a token of the baseline's greedy continuation of a prompt. `position` counts generated tokens, `token`
+is what the baseline said there, `pred` what this variant says after the baseline's own tokens (the baseline too:
+rounding may tell two equally likely tokens apart otherwise when all positions are run at once). The rest compares the
+variant's distribution with the baseline's there, and is null in the baseline's own rows.
 """
 
 import numpy as np
@@ -50,6 +55,21 @@ ITEMS = pa.schema(
         pa.field("shots", pa.int32(), nullable=False),  # examples in the prompt after any were dropped
         pa.field("prompt_tokens", pa.int32(), nullable=False),
         pa.field("prompt_sha256", pa.string(), nullable=False),  # of the token ids: equal on both sides of a pair
+    ],
+    metadata={b"rows_version": str(ROWS_VERSION).encode()},
+)
+
+DRIFT = pa.schema(
+    [
+        pa.field("variant", _name, nullable=False),
+        pa.field("backend", _name, nullable=False),
+        pa.field("corpus", _name, nullable=False),
+        pa.field("prompt", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("token", pa.int32(), nullable=False),
+        pa.field("pred", pa.int32(), nullable=False),
+        pa.field("kl_nats", pa.float64()),  # KL(baseline || variant)
+        pa.field("margin_nats", pa.float64()),  # baseline's log p(token) - log p(pred): 0 where they are the same
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )

@@ -16,6 +16,7 @@ from qeval.report.bench.rows import rows
 from qeval.report.bench.summary import summarize
 from qeval.report.model import Metric
 from qeval.store.timings import Cell, Opened, Timing, read_bench, read_timings
+from qeval.store.timings import write_bench as write_bench_record
 from tests.fixtures.benchpage import SPEEDS, Grid, make_bench
 from tests.fixtures.runs import Shape, make_run
 
@@ -255,6 +256,19 @@ def test_nothing_measured_is_told_and_not_an_error(tmp_path):
     text = (folder / "bench.md").read_text()
     assert "Nothing unquantized was measured" in text
     assert "Nothing was measured." in text
+
+
+def test_a_reason_that_all_cells_share_is_told_once(tmp_path):
+    missing = [Opened("x", variant, "It is not installed.") for variant in ("fp32", "rtn")]
+    cells = [Cell("x", variant, 1, 16, "refused", "It is not installed.") for variant in ("fp32", "rtn")]
+    folder = make_bench(tmp_path, SMALL)
+    record = read_bench(folder)
+    write_bench_record(folder, record.model_copy(update={"opened": missing, "cells": [*record.cells, *cells]}))
+    write_bench(folder)
+    text = (folder / "bench.md").read_text()
+    assert "x could not run fp32 and rtn: It is not installed." in text
+    assert text.count("It is not installed.") == 3  # the warning, and a line a variant of what was not measured
+    assert {row["engine"] for row in table(folder, "speeds")} >= {"x"}
 
 
 def test_no_engine_at_all_is_told(tmp_path):

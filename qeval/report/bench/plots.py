@@ -48,11 +48,11 @@ def throughputs(found: Summary) -> list[Plot]:
 
 
 def _plot(found: Summary, kind: Kind, batch: int) -> Plot | None:
-    rows = [row for row in found.rows if row.cell.batch == batch]
+    rows = [row for row in found.told if row.cell.batch == batch]
     told = {id(row): row.figures[kind.figure] for row in found.shown if kind.figure in row.figures}
     if not any(id(row) in told for row in rows):
         return None
-    systems = list(dict.fromkeys(row.system for row in found.rows))
+    systems = list(dict.fromkeys(row.system for row in found.told))
     bars = _bars(rows, systems)
     made, axes = style.figure(1.1 + 0.14 * len(systems) + _BAR * (max(bar.height for bar in bars) + 1))
     said = [_draw(axes, found, kind, bar) for bar in bars]

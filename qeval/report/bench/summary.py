@@ -43,6 +43,12 @@ class Summary:
         return [row for row in self.rows if row.figures and not self.broken(row.system)]
 
     @property
+    def told(self) -> list[Row]:
+        """The rows of systems that could run; of the others their reason says all."""
+        failed = {system for system, each in self.opened.items() if each.reason is not None}
+        return [row for row in self.rows if row.figures or row.system not in failed]
+
+    @property
     def opened(self) -> dict[System, Opened]:
         """By system."""
         return {System(each.engine, each.variant): each for each in self.record.opened}

@@ -20,7 +20,7 @@ _PLACE = ("Batch", "Prompt")
 
 def speeds(found: Summary, published: Sequence[Reference]) -> Table:
     """ONNX Runtime's LLaMA-2 table, one row a cell; published rows of the same cells follow, marked."""
-    ours = [_speed_row(found, row) for row in found.rows]
+    ours = [_speed_row(found, row) for row in found.told]
     theirs, told = speed_rows(found, published)
     whole = max((row.generated for row in found.rows), default=0)
     columns = (
@@ -58,7 +58,7 @@ def memory(found: Summary) -> Table:
         "Keys and values", "Their share", "Saving",
     )  # fmt: skip
     by_cell = {(saving.row.system, saving.row.place): saving for saving in found.savings}
-    rows = [_memory_row(found, row, by_cell.get((row.system, row.place))) for row in found.rows]
+    rows = [_memory_row(found, row, by_cell.get((row.system, row.place))) for row in found.told]
     note = (
         "Peaks are of the process that runs one engine with one variant (on a GPU: of the device's memory), so that "
         "they hold the runtime itself too. A dash: the engine can't tell. Share: of the peak while generating. "
@@ -69,7 +69,7 @@ def memory(found: Summary) -> Table:
 
 def correctness(found: Summary) -> Table:
     """Whether the tokens that the speeds are of are the variant's, one row a system."""
-    systems = list(dict.fromkeys(row.system for row in found.rows))
+    systems = list(dict.fromkeys(row.system for row in found.told))
     columns = (
         *_SYSTEM, "Generated tokens/s", "Tokens equal", "Prompts that diverge", "First at token", "KL there, nats",
         "Largest margin, nats", "Rejoins",
@@ -105,15 +105,15 @@ def energy(found: Summary) -> Table | None:
 
 
 def unmeasured(found: Summary) -> Table | None:
-    """Engines that did not open and cells without figures, each with its reason; None where there are none."""
+    """Systems that could not run at all, and cells without figures, each with its reason; None where there are none."""
     rows: list[tuple[Cell, ...]] = [
-        (Cell(each.engine), Cell(each.variant), NOTHING, NOTHING, Cell("not opened"), Cell(each.reason))
+        (Cell(each.engine), Cell(each.variant), NOTHING, NOTHING, Cell("not run"), Cell(each.reason))
         for each in found.record.opened
         if each.reason is not None
     ]
     rows += [
         (*_where(row), Cell(_STATES[row.cell.outcome]), Cell(row.cell.reason or words.MISSING))
-        for row in found.rows
+        for row in found.told
         if row.cell.outcome != "measured"
     ]
     if not rows:
@@ -190,7 +190,7 @@ def _correct_row(found: Summary, system: System) -> tuple[Cell, ...]:
 
 def _engine_row(each: Opened) -> tuple[Cell, ...]:
     if each.reason is not None:
-        return Cell(each.engine, remark="not opened"), Cell(each.variant), *[NOTHING] * 7
+        return Cell(each.engine, remark="not run"), Cell(each.variant), *[NOTHING] * 7
     names = [Cell(text or words.MISSING) for text in (each.provider, each.dtype, each.weights)]
     took = [NOTHING if s is None else Cell(words.duration(s)) for s in (each.load_seconds, each.compile_seconds)]
     return Cell(each.engine), Cell(each.variant), *names, Cell(str(each.threads)), Cell(each.version), *took

@@ -1,7 +1,7 @@
 """`write_bench` writes a benchmark's page beside its records: bench.html, bench.md, summary.json, tables and plots."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qeval.report import words
@@ -67,9 +67,7 @@ def _write_tables(found: Summary, out: Path) -> None:
 
 def _heading(found: Summary, warnings: Sequence[str]) -> Heading:
     failed = tuple(
-        f"{each.engine} could not run {each.variant}: {each.reason}"
-        for each in found.record.opened
-        if each.reason is not None
+        f"{engine} could not run {words.listed(variants)}: {reason}" for (engine, reason), variants in _failed(found)
     )
     broken = tuple(
         f"{each.system} is broken, and its speed is withheld: {words.percent(each.equal.value or 0.0)} of its tokens "
@@ -91,6 +89,15 @@ def _heading(found: Summary, warnings: Sequence[str]) -> Heading:
         tuple(record.model.notes),
         (*unfinished, *record.warnings, *warnings, *broken, *failed),
     )
+
+
+def _failed(found: Summary) -> Iterable[tuple[tuple[str, str], list[str]]]:
+    """The variants that an engine could not run, by engine and reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in found.record.opened:
+        if each.reason is not None:
+            reasons.setdefault((each.engine, each.reason), []).append(each.variant)
+    return reasons.items()
 
 
 def _sentences(found: Summary) -> list[str]:

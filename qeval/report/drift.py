@@ -1,0 +1,40 @@
+"""The section on greedy continuations."""
+
+from qeval.report.measure_drift import REJOIN_TOKENS
+from qeval.report.model import Report, Variant
+from qeval.report.page import Cell, Section, Table, metric_cell
+
+_COLUMNS = {
+    "drift_equal": "Tokens equal",
+    "drift_diverged": "Prompts that diverge",
+    "drift_first_tokens": "Tokens before",
+    "drift_kl_nats": "KL there, nats",
+    "drift_margin_nats": "Margin there, nats",
+    "drift_rejoined": "Rejoins when forced",
+}
+_NOTE = (
+    "Tokens equal: each position after the baseline's own tokens. A free run diverges at the first that is not; tokens "
+    "before: how many it shares with the baseline until then, all of them where it never leaves. KL is KL(baseline ‖ "
+    "variant) there, the margin how much likelier the baseline's choice is to the baseline than the variant's: a small "
+    f"one is a toss-up. Rejoins: with the baseline's token forced there, the next {REJOIN_TOKENS} are the baseline's "
+    "again (of runs with as many left). Intervals resample prompts."
+)
+
+
+def section(report: Report) -> Section | None:
+    """The table of continuations; None where none were run."""
+    made = report.drift
+    if made is None:
+        return None
+    start = "BOS starts each" if made.bos else "no BOS"
+    told = (
+        f"{made.prompts} prompts of {made.prompt_tokens} tokens of {made.corpus} ({start}), each continued greedily by "
+        f"the baseline with {made.generated} tokens."
+    )
+    rows = tuple(_row(variant) for variant in report.variants)
+    table = Table("Greedy continuations against the baseline's", ("Variant", *_COLUMNS.values()), rows, _NOTE)
+    return Section("drift", "Greedy continuations", (told,), tables=(table,))
+
+
+def _row(variant: Variant) -> tuple[Cell, ...]:
+    return Cell(variant.name), *(metric_cell(variant.metrics.get(name)) for name in _COLUMNS)
