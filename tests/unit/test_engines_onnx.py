@@ -1,6 +1,7 @@
 """The engines of ONNX folders beyond the contract: a variant's integers, transformers' own tokens, and failures."""
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,19 @@ def test_genai_goes_on_after_what_it_takes_for_the_end_of_a_sequence(engines):
     expected = slow_logits(session, [*given[0].tolist(), LAST, 7])
     np.testing.assert_allclose(engine.logits()[0], expected, rtol=0, atol=1e-4 * abs(expected).max())
     assert chosen[0] == expected.argmax()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_genai_goes_on_after_the_folders_own_end_of_sequence(listed, engines, tmp_path):
+    """Whether the folder names one id or several: a sequence that stopped there would be padded from there on."""
+    given = prompts(2, 6, LAST)
+    expected = greedy(engines["onnxruntime-genai"], given, 8)
+    folder = shutil.copytree(float_folder("llama"), tmp_path / "folder")
+    config = json.loads((folder / GENAI_CONFIG).read_text())
+    ends = [expected[0][2], expected[1][4]]
+    config["model"]["eos_token_id"] = ends if listed else ends[0]
+    (folder / GENAI_CONFIG).write_text(json.dumps(config))
+    assert greedy(GenaiEngine(folder), given, 8) == expected
 
 
 def test_genai_refuses_what_it_would_get_wrong(engines):
