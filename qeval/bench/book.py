@@ -91,6 +91,13 @@ class Book:
         self._close(place, self.pages[place], outcome, reason)
         self.write()
 
+    def say_unspent(self) -> None:
+        """What the budget left without a run says so."""
+        for page in self.pages.values():
+            if page.outcome == "unspent":
+                page.reason = "The budget ended before its first run; give a larger --budget."
+        self.write()
+
     def compiled(self, engine: str, variant: str, seconds: float) -> None:
         """What compiling came to so far."""
         self._opened[engine, variant] = replace(self._opened[engine, variant], compile_seconds=seconds)

@@ -51,7 +51,7 @@ class Grid:
 
 
 def run_rounds(grid: Grid, book: Book, fleet: Fleet, clock: Clock, seed: int, advance: Advance) -> None:
-    """Fill the book's open pages; those that the budget leaves without a repeat stay unspent, and say so.
+    """Fill the book's open pages; those that the budget leaves without a repeat stay unspent.
 
     `advance` is told 1 for every cell that needs no more.
     """
@@ -72,7 +72,6 @@ def run_rounds(grid: Grid, book: Book, fleet: Fleet, clock: Clock, seed: int, ad
                 done.append(place)
         if not worked:
             break
-    _say_unspent(pending, book)
     advance(len(pending))
 
 
@@ -151,12 +150,6 @@ def _expected(place: Place, grid: Grid, costs: Mapping[Place, float]) -> float:
 
 def _work(place: Place, grid: Grid) -> int:
     return place.batch * (place.prompt + grid.generate)
-
-
-def _say_unspent(pending: set[Place], book: Book) -> None:
-    for place in pending:
-        if not book.pages[place].repeats and book.pages[place].outcome == "unspent":
-            book.refuse_cell(place, "unspent", "The budget ended before its first run; give a larger --budget.")
 
 
 def _place(system: System, cell: tuple[int, int]) -> Place:

@@ -43,13 +43,14 @@ def bench(plan: Plan, progress: Progress, started: float) -> BenchRecord:
     _refuse_too_long(plan, book)
     variants = make_variants(plan, progress)
     with yard(logs) as workplace:
-        systems = _prepared(plan, variants, book, workplace, progress)
+        systems = _prepared(plan, variants, book, workplace, clock, progress)
     with fleet(logs) as running:
-        systems = _checked(plan, systems, book, running, progress)
+        systems = _checked(plan, systems, book, running, clock, progress)
         _let_go(plan)
         grid = Grid(systems, plan.prompts, asked.generate, asked.repeats)
         with progress.phase("time", len(systems) * len(plan.prompts)) as advance:
             run_rounds(grid, book, running, clock, asked.seed, advance)
+    book.say_unspent()
     return book.write(finished=True)
 
 
@@ -65,12 +66,16 @@ def _refuse_too_long(plan: Plan, book: Book) -> None:
             book.refuse_cell(place, "refused", plan.too_long[place.batch, place.prompt])
 
 
-def _prepared(plan: Plan, variants: Sequence[Entry], book: Book, workplace: Yard, progress: Progress) -> list[System]:
-    """The systems whose engine is there and could make what it runs."""
+def _prepared(
+    plan: Plan, variants: Sequence[Entry], book: Book, workplace: Yard, clock: Clock, progress: Progress
+) -> list[System]:
+    """The systems whose engine is there and could make what it runs, as far as the budget goes."""
     found: list[System] = []
     pairs = [(engine, entry) for engine in plan.choice.engines for entry in variants]
     with progress.phase("prepare engines", len(pairs)) as advance:
         for engine, entry in pairs:
+            if clock.left <= 0:
+                break
             with _told(book, engine, entry.name, progress):
                 making = prepare if maker(engine).is_light else workplace.prepare
                 opening = _opening(plan.opening, entry)
@@ -79,11 +84,15 @@ def _prepared(plan: Plan, variants: Sequence[Entry], book: Book, workplace: Yard
     return found
 
 
-def _checked(plan: Plan, systems: Sequence[System], book: Book, running: Fleet, progress: Progress) -> list[System]:
-    """The systems that open and whose tokens are their variant's."""
+def _checked(
+    plan: Plan, systems: Sequence[System], book: Book, running: Fleet, clock: Clock, progress: Progress
+) -> list[System]:
+    """The systems that open and whose tokens are their variant's, as far as the budget goes."""
     found: list[System] = []
     with progress.phase("open and check engines", len(systems)) as advance:
         for system in systems:
+            if clock.left <= 0:
+                break
             with _told(book, *system.name, progress):
                 ready = running.ready(system)
                 identity = asdict(ready.identity) | {"variant": _content(system)}

@@ -173,7 +173,8 @@ class GenaiEngine:
         if device_id:
             config.set_provider_option(name, "device_id", str(device_id))
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-        ids = {"eos_token_id": [self._last_id], "pad_token_id": self._last_id}
+        # A number takes the place of what the folder says; a list would be added to it.
+        ids = {"eos_token_id": self._last_id, "pad_token_id": self._last_id}
         config.overlay(json.dumps({"model": {**ids, "decoder": {"session_options": options}}}))
         model = self._tried(lambda: self._runtime.Model(config))
         if str(model.device_type).lower() != name.lower():

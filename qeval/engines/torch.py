@@ -176,8 +176,8 @@ def _kept(layer: Any) -> tuple[Tensor, ...]:
 
 
 def _graphs() -> int:
-    """How many frames dynamo has compiled so far."""
-    return int(torch._dynamo.utils.counters["frames"]["total"])
+    """How many graphs dynamo has compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @contextmanager

@@ -50,11 +50,15 @@ class PairedRun:
     @property
     def backend(self) -> str | None:
         """The baseline's backend; None where the run has no rows."""
-        tables = {"_item_table": self.record.tasks, "_token_table": self.protocol, "_drift_table": self.record.drift}
-        there = [name for name, asked in tables.items() if asked]
-        if not there:
+        if self.record.tasks:
+            table = self._item_table
+        elif self.protocol:
+            table = self._token_table
+        elif self.record.drift:
+            table = self._drift_table
+        else:
             return None
-        rows = pairing.select(getattr(self, there[0]), BASELINE, None)
+        rows = pairing.select(table, BASELINE, None)
         found: list[str] = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
         return found[0] if found else None
 

@@ -145,6 +145,7 @@ class Bench:
 
     def run(self, fleet, seconds=FOREVER, seed=0):
         run_rounds(self.grid, self.book, fleet, Clock(time.monotonic() + seconds), seed, lambda done: None)
+        self.book.say_unspent()
         return self.book.write(finished=True)
 
 

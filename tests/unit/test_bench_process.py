@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from qeval.bench import child as child_module
 from qeval.bench.child import _answered, _Worker
 from qeval.bench.energy import _meter, energy_meter
+from qeval.bench.fleet import System, fleet, yard
 from qeval.bench.peaks import _sampled, peak_rss
 from qeval.bench.process import Child, TroubleError
 from qeval.bench.words import Choose, Failed, Open, Prepare, Prepared, Ready, Time, Timed
@@ -174,3 +177,49 @@ def test_energy_is_nvmls_in_joules():
 def test_energy_that_nothing_counts_is_none():
     assert energy_meter("cpu") is None
     assert _meter(FakeNvml(counts=False), 1) is None
+
+
+def system(variant):
+    return System("replay", variant, OPENING, Path())
+
+
+def time_of(running, which):
+    return running.ask(which, Time(prompts(1, 2, 256), 2), Timed)
+
+
+def test_a_process_that_died_is_replaced_when_it_is_asked_again(tmp_path):
+    with fleet(tmp_path) as running:
+        time_of(running, system("a"))
+        running.warmed(system("a"), 1, 2)
+        os.kill(running._berths["replay", "a"].child.pid, signal.SIGKILL)
+        running._berths["replay", "a"].child._process.join()
+        assert time_of(running, system("a"))
+        assert not running.is_warm(system("a"), 1, 2)
+
+
+def test_engines_are_kept_while_memory_allows_and_the_longest_unused_goes_first(tmp_path, monkeypatch):
+    with fleet(tmp_path) as running:
+        for name in ("a", "b", "a"):
+            running.ready(system(name))
+        assert set(running._berths) == {("replay", "a"), ("replay", "b")}
+        assert not running.is_crowded
+        little = iter([10, 10, 1 << 60])  # what there is in all, what is free, what is free without the first that goes
+        memory = SimpleNamespace(total=100)
+        monkeypatch.setattr(
+            "qeval.bench.fleet.psutil.virtual_memory", lambda: SimpleNamespace(**vars(memory), available=next(little))
+        )
+        running.ready(system("c"))
+        assert set(running._berths) == {("replay", "a"), ("replay", "c")}
+        assert running.is_crowded
+        children = [berth.child for berth in running._berths.values()]
+    assert not any(child.is_alive for child in children)
+
+
+def test_what_is_prepared_is_prepared_in_a_process_that_is_gone_then(tmp_path):
+    with yard(tmp_path) as place:
+        assert place.prepare("replay", OPENING) == Path()
+        child = place._child
+        with pytest.raises(TroubleError, match="Unknown engine") as told:
+            place.prepare("no such", OPENING)
+        assert told.value.trouble == "refused"
+    assert not child.is_alive

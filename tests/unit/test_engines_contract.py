@@ -3,6 +3,8 @@
 A new engine is one line of `CASES`, under its name in `qeval.engines.registry.ENGINES`.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -160,3 +162,14 @@ def test_memory_is_told_in_bytes_and_the_cache_grows_with_the_batch(case, engine
     if one is None or case.largest_batch == 1:
         pytest.skip("it can't tell what its keys and values take, or takes one sequence at a time")
     assert cache(2) == 2 * one > 0
+
+
+def test_compiling_is_told_apart_and_due_once_for_single_sequences_and_once_for_batches():
+    model = tiny_llama(num_hidden_layers=1)
+    compiled = CompiledEngine(model, head_of(model), Identity("c", "cpu", "fp32", "fp32", 1, "torch"), backend="eager")
+    told = [compiled.compile_seconds]
+    for batch, length in ((1, 4), (1, 9), (2, 4), (3, 7), (1, 6)):
+        greedy(compiled, prompts(batch, length, 256), 3)
+        told.append(compiled.compile_seconds)
+    assert told[0] == 0
+    assert [later > before for before, later in pairwise(told)] == [True, False, True, False, False]

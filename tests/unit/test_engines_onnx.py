@@ -1,6 +1,8 @@
 """The engines of ONNX folders beyond the contract: a variant's integers, transformers' own tokens, and failures."""
 
 import gc
+import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -111,14 +113,12 @@ def test_a_folder_of_someone_elses_is_run_as_it_is(tmp_path):
 
 def test_a_graph_that_gives_the_last_position_already_is_served_as_it_is(tmp_path, engines):
     served = read_served(inspect_folder(float_folder("llama"), needs_tokenizer=False))
-    for file in float_folder("llama").iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "model.onnx").unlink()
-    (tmp_path / "model.onnx").write_bytes(served.graph)
-    again = read_served(inspect_folder(tmp_path, needs_tokenizer=False)).graph
+    folder = shutil.copytree(float_folder("llama"), tmp_path / "folder")
+    (folder / "model.onnx").write_bytes(served.graph)
+    again = read_served(inspect_folder(folder, needs_tokenizer=False)).graph
     assert again.count(_WIDTH.encode()) == served.graph.count(_WIDTH.encode()) > 0, "one Gather, not two"
     given = prompts(2, 7, LAST)
-    assert greedy(OrtEngine(tmp_path), given, 5) == greedy(engines["onnxruntime"], given, 5)
+    assert greedy(OrtEngine(folder), given, 5) == greedy(engines["onnxruntime"], given, 5)
 
 
 def test_generation_crosses_longropes_limit(engines):
@@ -147,6 +147,19 @@ def test_genai_goes_on_after_what_it_takes_for_the_end_of_a_sequence(engines):
     expected = slow_logits(session, [*given[0].tolist(), LAST, 7])
     np.testing.assert_allclose(engine.logits()[0], expected, rtol=0, atol=1e-4 * abs(expected).max())
     assert chosen[0] == expected.argmax()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_genai_goes_on_after_the_folders_own_end_of_sequence(listed, engines, tmp_path):
+    """Whether the folder names one id or several: a sequence that stopped there would be padded from there on."""
+    given = prompts(2, 6, LAST)
+    expected = greedy(engines["onnxruntime-genai"], given, 8)
+    folder = shutil.copytree(float_folder("llama"), tmp_path / "folder")
+    config = json.loads((folder / GENAI_CONFIG).read_text())
+    ends = [expected[0][2], expected[1][4]]
+    config["model"]["eos_token_id"] = ends if listed else ends[0]
+    (folder / GENAI_CONFIG).write_text(json.dumps(config))
+    assert greedy(GenaiEngine(folder), given, 8) == expected
 
 
 def test_genai_refuses_what_it_would_get_wrong(engines):

@@ -22,7 +22,7 @@ def speeds(found: Summary, published: Sequence[Reference]) -> Table:
     """ONNX Runtime's LLaMA-2 table, one row a cell; published rows of the same cells follow, marked."""
     ours = [_speed_row(found, row) for row in found.told]
     theirs, told = speed_rows(found, published)
-    whole = max((row.generated for row in found.rows), default=0)
+    whole = found.record.settings.generate
     columns = (
         *_SYSTEM, *_PLACE, "Prompt latency, ms", "Prompt throughput, tokens/s",
         *(f"First {count}: average {kind}" for count in (whole // 2, whole) for kind in ("latency, ms", "tokens/s")),
@@ -75,11 +75,11 @@ def correctness(found: Summary) -> Table:
         "Largest margin, nats", "Rejoins",
     )  # fmt: skip
     note = (
-        "Against the reference logits of the same variant, greedy. Tokens equal: each after the reference's own "
-        "tokens. Diverging: of the free run; KL is KL(reference ‖ engine) there, the margin how much likelier the "
-        "reference's choice is than the engine's. Rejoins: with the reference's token forced there the free run goes "
-        f"on as the reference does. Under {words.percent(LEAST_EQUAL)} of equal tokens a model counts as broken and "
-        "its speed is withheld."
+        "The engine runs freely, greedy, and the same variant's reference logits are asked after each of its tokens. "
+        "Tokens equal: those that are the reference's most likely ones. Diverging: prompts with one that isn't; KL "
+        "is KL(reference ‖ engine) at the first, the margin how much likelier the reference's choice is than the "
+        "engine's. Rejoins: with the reference's token forced there the free run goes on as the reference does. Under "
+        f"{words.percent(LEAST_EQUAL)} of equal tokens a model counts as broken and its speed is withheld."
     )
     rows = tuple(_correct_row(found, system) for system in systems)
     return Table("Whether the generated tokens are the variant's own", columns, rows, note)

@@ -48,9 +48,10 @@ def sections(
 ) -> list[Section]:
     """All sections in the order of reading."""
     missing = [table for table in (tables.unmeasured(found),) if table is not None]
+    gains = tuple(table for table in (tables.savings(found, published),) if table.rows)
     spent = [table for table in (tables.energy(found),) if table is not None]
     return [
-        Section("summary", "Summary", tuple(_sentences(found)), tuple(planes), (tables.savings(found, published),)),
+        Section("summary", "Summary", tuple(_sentences(found)), tuple(planes), gains),
         Section("speed", "Speed", (), tuple(plots), (tables.speeds(found, published), *missing, *spent)),
         Section("memory", "Memory", tables=(tables.memory(found),)),
         Section("tokens", "Generated tokens", tables=(tables.correctness(found),)),
@@ -107,7 +108,8 @@ def _sentences(found: Summary) -> list[str]:
     engines = {system.engine for system in systems}
     said = [
         f"{len(engines)} engines ran {len({system.variant for system in systems})} variants of "
-        f"{found.record.model.name} in {len(places)} cells of batch size and prompt length."
+        f"{found.record.model.name} in {len(places)} "
+        f"{'cell' if len(places) == 1 else 'cells'} of batch size and prompt length."
     ]
     said.append(
         "Nothing unquantized was measured, so nothing is told in times."
