@@ -40,6 +40,11 @@ class Session(Protocol):
         ...
 
     @property
+    def packs(self) -> bool:
+        """Whether the requests of a batch may be of any lengths, none being filled up to the longest."""
+        ...
+
+    @property
     def block_rows(self) -> int:
         """The positions whose logits are made at a time: what is fast on the device, and bounds memory."""
         ...

@@ -42,6 +42,7 @@ class ReplaySession:
         index = torch.arange(vocab_size * d_model, dtype=torch.float64).reshape(vocab_size, d_model)
         self._embedding = torch.sin((index + 1) * (1.7 + seed))
         self._head = (torch.cos((index + 1) * (2.3 + seed)) * _SHARPNESS).float()
+        self.packs = True
         self.tokens_run = 0
         """Tokens that went through the model so far, prefixes counted once."""
 

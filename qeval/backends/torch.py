@@ -6,7 +6,7 @@ cannot see it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qeval.backends.base import Prefix
 from qeval.backends.memory import batch_tokens, with_half_on_lack
 from qeval.backends.prefix import PrefixLayer, cache_of
-from qeval.backends.shared import can_share, shared_attention
+from qeval.backends.shared import can_pack, can_share, packing, shared_attention
 from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
 from qeval.models.graph import Description
@@ -53,6 +53,7 @@ class TorchSession:
         self._head = head_of(model) if head is None else head
         self._rope_limit = rope_limit(text_config(model))
         self._shares = can_share(model)
+        self.packs = can_pack(model)
 
     @property
     def max_length(self) -> int:
@@ -110,17 +111,30 @@ class TorchSession:
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit, as one batch."""
+        if self.packs and len({len(request.tokens) for request in requests}) > 1:
+            return self._run_packed(requests, prefix)
         longest = max(len(request.tokens) for request in requests)
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         with shared_attention(self._model) if prefix and self._shares else nullcontext():
             hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
+    def _run_packed(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
+        """The same with one sequence behind the other, so that none is filled up."""
+        lengths = [len(request.tokens) for request in requests]
+        skip = prefix.length if prefix else 0
+        places = self._ids([[skip + place for length in lengths for place in range(length)]])
+        ids = self._ids([[token for request in requests for token in request.tokens]])
+        with shared_attention(self._model, packing(lengths, ids.device)):
+            hidden = self._forward(ids, prefix.cache if prefix else None, position_ids=places)[0]
+        parts = zip(requests, torch.split(hidden, lengths), strict=True)
+        return [part[list(request.positions)].float().clone() for request, part in parts]
+
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)
 
-    def _forward(self, ids: Tensor, cache: Any) -> Tensor:
-        output = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    def _forward(self, ids: Tensor, cache: Any, **places: Tensor) -> Tensor:
+        output = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **places)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -206,9 +220,11 @@ class TorchBackend:
             yield TorchSession(self._model, self._head)
             return
         head = self.head_for(variant)
+        weights = installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype)
+        del variant  # its integers need not lie in memory beside what they stand for
         self._is_lent = True
         try:
-            with installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype):
+            with weights:
                 yield TorchSession(self._model, head)
         finally:
             self._is_lent = False
@@ -224,23 +240,34 @@ class TorchBackend:
 def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
     """The model with the variant's weights in place of its own, restored bit for bit at the end."""
     parameters = weights_of(model)
-    weights = {name: weight for name, weight in variant.weights.items() if name != skip}
     saved: dict[str, Tensor] = {}
+
+    def keep(name: str) -> None:
+        if name not in saved:
+            saved[name] = _compact(parameters[name], keep_dtype)
+
     with ExitStack() as stack, torch.inference_mode():
         try:
-            for name, weight in weights.items():
-                saved[name] = _compact(parameters[name], keep_dtype)
-                parameters[name].copy_(weight.dequantize())
-            for name, value in variant.floats.items():
-                saved[name] = saved.get(name, _compact(parameters[name], keep_dtype))
-                parameters[name].copy_(value)
+            _put(parameters, variant, skip, keep)
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))
                 stack.enter_context(scaled_input(module, scales.to(model.device)))
+            del variant
             yield
         finally:
             for name, value in saved.items():
                 parameters[name].copy_(value)
+
+
+def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: str, keep: Callable[[str], None]) -> None:
+    """Write a variant's weights over the parameters, each of which `keep` is told before."""
+    for name, weight in variant.weights.items():
+        if name != skip:
+            keep(name)
+            parameters[name].copy_(weight.dequantize())
+    for name, value in variant.floats.items():
+        keep(name)
+        parameters[name].copy_(value)
 
 
 def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:

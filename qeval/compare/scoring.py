@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ class Scorer:
         self._twin, self._kept = twin, kept
         self._open = ExitStack()
         self._session: Session | None = None
-        self._ahead: list[tuple[Callable[[], Path | None], Callable[[], list[Call]]]] = []
+        self._ahead: list[tuple[Callable[[], Path | None], Callable[[Session], list[Call]]]] = []
         """Of each job: whether its record is there, and what it will ask its session for."""
 
     def close(self) -> None:
@@ -142,7 +141,9 @@ class Scorer:
                 columns = self._compared(work, shard, names, advance)
             return work.rows.write("tokens", key, columns)
 
-        calls = partial(window_calls, shard.windows, work.batch_tokens)
+        def calls(_: Session) -> list[Call]:
+            return window_calls(shard.windows, work.batch_tokens)
+
         return self._job(work, "tokens", key, shard.tokens, run, calls)
 
     def question_job(self, work: Work, suite: Suite, questions: Sequence[Question]) -> Job:
@@ -155,7 +156,9 @@ class Scorer:
             columns = item_columns(suite, questions, scores, self.candidate.name, self.candidate.backend)
             return work.rows.write("items", key, columns)
 
-        calls = partial(question_calls, questions, work.batch_tokens)
+        def calls(session: Session) -> list[Call]:
+            return question_calls(questions, work.batch_tokens, packs=session.packs)
+
         return self._job(work, "items", key, question_tokens(questions), run, calls)
 
     def _job(
@@ -165,7 +168,7 @@ class Scorer:
         key: str,
         units: int,
         run: Callable[[Advance], Path],
-        calls: Callable[[], list[Call]],
+        calls: Callable[[Session], list[Call]],
     ) -> Job:
         ticket = Ticket(kind, key, self.candidate.name)
         job = Job(ticket, units, lambda: work.rows.find(kind, key, work.progress.warn), run)
@@ -190,7 +193,9 @@ class Scorer:
         if self._session is None:
             self._session = self._open.enter_context(self.candidate.open())
             if isinstance(self._session, LooksAhead):
-                self._session.expect([call for find, calls in self._ahead if find() is None for call in calls()])
+                self._session.expect(
+                    [call for find, calls in self._ahead if find() is None for call in calls(self._session)]
+                )
         return self._session
 
 

@@ -56,10 +56,10 @@ def shared_tokens(questions: Sequence[Question]) -> int:
     return tokens_run(tree, [len(sequence.tokens) for sequence in sequences])
 
 
-def question_calls(questions: Sequence[Question], batch_tokens: int) -> list[Call]:
-    """What `score_questions` will ask its session for, in order."""
+def question_calls(questions: Sequence[Question], batch_tokens: int, *, packs: bool) -> list[Call]:
+    """What `score_questions` will ask a session for, in order; `packs`: the session's."""
     sequences = _sequences([pair for question in questions for pair in question.pairs])
-    return [batch.call for batch in schedule([s.request for s in sequences], batch_tokens)]
+    return [batch.call for batch in schedule([s.request for s in sequences], batch_tokens, packs=packs)]
 
 
 def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance) -> list[Score]:
@@ -74,7 +74,7 @@ def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens
     scores: list[Score | None] = [None] * len(pairs)
     sequences = _sequences(pairs)
     prefixes = Prefixes(session)
-    for batch in schedule([sequence.request for sequence in sequences], batch_tokens):
+    for batch in schedule([s.request for s in sequences], batch_tokens, packs=session.packs):
         asked = [sequences[member] for member in batch.members]
         states = session.states(batch.call.requests, prefixes.at(batch.call.path))
         _score_batch(session, asked, torch.cat(states), scores)

@@ -1,9 +1,11 @@
 """The order in which sequences are run: prefixes first, then what continues them, in batches of a token budget.
 
-What a batch holds follows from the sequences and the budget alone. Within 5 % of a batch's tokens may be padding.
+What a batch holds follows from the sequences, the budget, and whether the session packs them. Where it doesn't, 5 % of
+a batch's tokens may be padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from qeval.backends.base import Prefix, Session
@@ -14,6 +16,8 @@ WASTE = 0.05
 """The share of a batch's tokens that may be padding."""
 
 Ids = tuple[int, ...]
+_Fits = Callable[[Sequence[int]], bool]
+"""Whether sequences of these lengths may be one batch."""
 
 
 class Batch(NamedTuple):
@@ -23,10 +27,15 @@ class Batch(NamedTuple):
     members: tuple[int, ...]
 
 
-def schedule(requests: Sequence[Request], batch_tokens: int) -> list[Batch]:
-    """Every request once; no position that is read lies inside a prefix."""
+_PACKED_SPREAD = 2
+"""Attention sees packed sequences side by side, filled up: that may take so many times the budget."""
+
+
+def schedule(requests: Sequence[Request], batch_tokens: int, *, packs: bool = False) -> list[Batch]:
+    """Every request once; no position that is read lies inside a prefix. `packs`: the session's."""
     tree = prefix_tree([r.tokens for r in requests], [r.positions[0] for r in requests])
-    return list(_scheduled(requests, tree, (), batch_tokens))
+    fits = partial(_fits_packed if packs else _fits, batch_tokens=batch_tokens)
+    return list(_scheduled(requests, tree, (), fits))
 
 
 def windows_schedule(requests: Sequence[Request], batch_tokens: int) -> list[Call]:
@@ -67,24 +76,22 @@ class Prefixes:
         return self._open[-1][1] if self._open else None
 
 
-def _scheduled(
-    requests: Sequence[Request], node: PrefixNode, path: tuple[Ids, ...], batch_tokens: int
-) -> Iterator[Batch]:
-    for members in _batches([len(r.tokens) - node.length for r in requests], requests, node.members, batch_tokens):
+def _scheduled(requests: Sequence[Request], node: PrefixNode, path: tuple[Ids, ...], fits: _Fits) -> Iterator[Batch]:
+    for members in _batches([len(r.tokens) - node.length for r in requests], requests, node.members, fits):
         yield Batch(Call(path, tuple(_rest(requests[index], node.length) for index in members)), members)
     for inner in node.inner:
         part = requests[inner.every[0]].tokens[node.length : inner.length]
-        yield from _scheduled(requests, inner, (*path, part), batch_tokens)
+        yield from _scheduled(requests, inner, (*path, part), fits)
 
 
 def _batches(
-    lengths: Sequence[int], requests: Sequence[Request], members: Sequence[int], batch_tokens: int
+    lengths: Sequence[int], requests: Sequence[Request], members: Sequence[int], fits: _Fits
 ) -> Iterator[tuple[int, ...]]:
     """Sequences of like length together, the longest first."""
     ordered = sorted(members, key=lambda index: (-lengths[index], requests[index].tokens))
     while ordered:
         count = 1
-        while count < len(ordered) and _fits([lengths[i] for i in ordered[: count + 1]], batch_tokens):
+        while count < len(ordered) and fits([lengths[i] for i in ordered[: count + 1]]):
             count += 1
         yield tuple(ordered[:count])
         ordered = ordered[count:]
@@ -93,6 +100,10 @@ def _batches(
 def _fits(lengths: Sequence[int], batch_tokens: int) -> bool:
     run = max(lengths) * len(lengths)
     return run <= batch_tokens and sum(lengths) >= (1 - WASTE) * run
+
+
+def _fits_packed(lengths: Sequence[int], batch_tokens: int) -> bool:
+    return sum(lengths) <= batch_tokens and max(lengths) * len(lengths) <= _PACKED_SPREAD * batch_tokens
 
 
 def _rest(request: Request, skip: int) -> Request:

@@ -146,9 +146,25 @@ class Watched(ReplaySession):
 @settings(deadline=None, max_examples=40)
 def test_batches_keep_their_budget_and_pad_little(lengths, batch_tokens):
     session = Watched(VOCAB)
-    pairs = [((i % VOCAB, i // VOCAB, *(5,) * n), (1,)) for i, n in enumerate(lengths)]
-    score_pairs(session, pairs, batch_tokens, nobody)
+    session.packs = False
+    score_pairs(session, _of_lengths(lengths), batch_tokens, nobody)
     for batch in session.batches:
         padded = max(batch) * len(batch)
         assert len(batch) == 1 or padded <= batch_tokens
         assert sum(batch) >= 0.95 * padded
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40, unique=True), batch_tokens=st.integers(1, 4096))
+@settings(deadline=None, max_examples=40)
+def test_packed_batches_keep_their_budget_whatever_the_lengths(lengths, batch_tokens):
+    session = Watched(VOCAB)
+    score_pairs(session, _of_lengths(lengths), batch_tokens, nobody)
+    for batch, after in zip(session.batches, [*session.batches[1:], [10**9]], strict=True):
+        assert len(batch) == 1 or sum(batch) <= batch_tokens
+        assert len(batch) == 1 or max(batch) * len(batch) <= 2 * batch_tokens
+        more = [*batch, after[0]]
+        assert sum(more) > batch_tokens or max(more) * len(more) > 2 * batch_tokens
+
+
+def _of_lengths(lengths):
+    return [((i % VOCAB, i // VOCAB, *(5,) * n), (1,)) for i, n in enumerate(lengths)]

@@ -160,6 +160,16 @@ def test_packing_is_undone_by_unpacking(bits, codes):
     assert np.array_equal(unpack(packed, bits, 7), array)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("columns", [1, 2, 5, 8, 33])
+def test_packed_codes_lie_bit_by_bit_from_the_lowest(bits, columns):
+    codes = np.random.default_rng(columns).integers(0, 1 << bits, (3, columns), dtype=np.uint8)
+    spread = (codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1).reshape(3, -1)
+    packed = np.packbits(spread, axis=-1, bitorder="little")
+    assert np.array_equal(pack(codes, bits), packed)
+    assert np.array_equal(unpack(packed, bits, columns), codes)
+
+
 @pytest.mark.parametrize("name", ["int4-g128", "int8-channel", "int3-tensor", "int4-g32-asym"])
 def test_names_read_back(name):
     assert str(parse(name)) == name

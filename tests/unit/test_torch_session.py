@@ -1,5 +1,8 @@
 """What PyTorch's backend owes beside the session's contract: the model's own logits, weights put back bit for bit."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -13,7 +16,7 @@ from qeval.errors import QevalError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
 from qeval.types import Request
-from tests.fixtures.families import tiny_family
+from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.tiny import tiny_llama
 
 TOLERANCE = 1e-4
@@ -143,7 +146,7 @@ def test_a_prefix_is_attended_to_without_copies_where_attention_is_plainly_causa
     model = tiny_family(family)
     before = model.config._attn_implementation
     session, copying = TorchSession(model), TorchSession(model)
-    copying._shares = False
+    copying._shares = copying.packs = False
     requests = [Request(tokens(n, seed=n), tuple(range(n))) for n in (9, 7, 1)]
     for outer in (None, tokens(5, seed=9)):
         pair = []
@@ -154,3 +157,36 @@ def test_a_prefix_is_attended_to_without_copies_where_attention_is_plainly_causa
             assert torch.allclose(one, other, atol=1e-5)
     assert len(calls) == (4 if uses else 0)  # two layers, two batches
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_packed_into_one_row_give_what_each_gives_alone(family):
+    session = TorchSession(tiny_family(family))
+    requests = [Request(tokens(n, seed=n), tuple(range(n))) for n in (2, 9, 1, 7, 9)]
+    for kept in (None, session.prefill(tokens(20, seed=50)), session.prefill(tokens(3), session.prefill(tokens(8)))):
+        together = session.states(requests, kept)
+        for request, found in zip(requests, together, strict=True):
+            assert torch.allclose(found, session.states([request], kept)[0], atol=2e-5)
+
+
+def test_a_packed_batch_runs_no_padding(monkeypatch):
+    session = TorchSession(tiny_family("Llama"))
+    shapes = []
+    forward = session._forward
+    monkeypatch.setattr(session, "_forward", lambda ids, *a, **k: shapes.append(ids.shape) or forward(ids, *a, **k))
+    session.states([Request(tokens(n), (n - 1,)) for n in (9, 7, 1)])
+    assert session.packs and shapes == [(1, 17)]
+
+
+def test_a_variants_integers_are_let_go_of_once_they_are_installed(model, backend, monkeypatch):
+    watched = []
+
+    def load(_):
+        variant = made(model, backend, "rtn:g32")
+        watched.extend(weakref.ref(weight.codes) for weight in variant.weights.values())
+        return variant
+
+    monkeypatch.setattr("qeval.backends.torch.load_variant", load)
+    with backend.open_saved(None):
+        gc.collect()
+        assert watched and not any(codes() is not None for codes in watched)

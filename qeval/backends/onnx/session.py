@@ -68,6 +68,7 @@ class OrtSession:
         self._decoder, self._body, self._head, self._value_of = decoder, body, head, value_of
         self._max_length, self._rope_limit = max_length, rope_limit
         self._owner = object()
+        self.packs = False
         self.sharing: Sharing = "none"
         """How prefixes are shared; `find_sharing` tries what the graph can do."""
         self._empty = {

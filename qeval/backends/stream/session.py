@@ -47,6 +47,7 @@ class StreamSession:
         self._rope_limit = rope_limit(config)
         self._expected: deque[Call] = deque()
         self._done: dict[Call, deque[list[Tensor]]] = {}
+        self.packs = False
         self.passes = 0
         """How often all layers were read."""
 
