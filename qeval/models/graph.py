@@ -232,9 +232,9 @@ class _Layer:
                 self._shared(index, call).followers.append(call.name)
         return [proposal for proposal in self._found.values() if proposal.members[0].names]
 
-    def _shared(self, index: int, call: Call, columns: int | None = None) -> _Member:
+    def _shared(self, index: int, call: Call) -> _Member:
         """The group of what was handed the same tensor as `call`."""
-        key, columns = key_of(call.given), columns or call.given.shape[-1]
+        key, columns = key_of(call.given), call.given.shape[-1]
         assert key is not None
         if key not in self._found:
             norms = (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qeval.backends.torch import TorchSession
 from qeval.cli.app import run
 from qeval.compare import families
 from qeval.compare.families import CHECKS, Bench, Cell, WrongError, check_families, failed, markdown
@@ -138,6 +139,16 @@ def test_every_check_fails_where_something_is_wrong(monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(WrongError, match="INT8 has a KL"):
         patched.setattr(families, "_FINER", 0.0)
         CHECKS["rtn"](bench)
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="the mix has a KL of 1 nats, INT4 alone 1"):
+        patched.setattr(Bench, "kl", lambda *_: 1.0)
+        CHECKS["mixed"](bench)
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="its logits are not those"):
+        patched.setattr("qeval.backends.torch._put", lambda *_: None)
+        CHECKS["scoring"](bench)
+    prefill = TorchSession.prefill
+    with monkeypatch.context() as patched, pytest.raises(WrongError, match="a prefix of 7 tokens changes states"):
+        patched.setattr(TorchSession, "prefill", lambda session, tokens: prefill(session, tokens[::-1]))
+        CHECKS["prefix"](bench)
     bench.head.weight.mul_(2)  # the model's own: kept states still give its logits
     assert CHECKS["states"](bench)
     bench.__dict__["states"] = bench.states * 1.01
