@@ -12,6 +12,7 @@ from qeval.config import parse_method
 from qeval.errors import QevalError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
+from qeval.quant.variant import Variant
 from qeval.types import Request
 from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import tiny_llama
@@ -154,3 +155,23 @@ def test_a_prefix_is_attended_to_without_copies_where_attention_is_plainly_causa
             assert torch.allclose(one, other, atol=1e-5)
     assert len(calls) == (4 if uses else 0)  # two layers, two batches
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_or_head_of_its_own_leaves_the_baselines_head_alone(tied):
+    """A file that quantizes the embedding: the baseline's logits are made while its weights are in the model."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    about, own = describe(model), head_of(model).weight.clone()
+    name = about.embedding if tied else about.head
+    value = own * 1.25 + 0.1
+    other = tiny_llama(tie_word_embeddings=tied)
+    other.get_parameter(name).copy_(value)
+    tokens = (1, 2, 3, 4)
+    expected = other(input_ids=torch.tensor([tokens])).logits[0]
+    backend = TorchBackend(model, about, head_of(model), torch.float32)
+    with backend.open(Variant("key", {}, {name: value}, {}, ())) as session:
+        states = session.states([Request(tokens, (0, 1, 2, 3))])[0]
+        assert torch.allclose(session.logits(states), expected, atol=1e-5)
+        assert torch.equal(backend.head.weight, own)
+    assert torch.equal(model.get_parameter(name), own)
+    assert torch.equal(head_of(model).weight, own)
