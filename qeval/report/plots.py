@@ -54,8 +54,9 @@ def quality_against_size(report: Report) -> Plot | None:
 
 
 def kl_distribution(report: Report) -> Plot | None:
-    """Which share of tokens has at least which KL; None where no variant has a KL."""
-    curves = [(i, v, v.kl_curve) for i, v in enumerate(report.variants) if v.kl_curve is not None]
+    """Which share of tokens has at least which KL; None where no variant has a KL above 0."""
+    known = [(i, v, v.kl_curve) for i, v in enumerate(report.variants) if v.kl_curve is not None]
+    curves = [(i, v, curve) for i, v, curve in known if max(curve.kl_nats) > 0]  # no logarithm holds a variant of none
     if not curves:
         return None
     made, axes = style.figure(3.7)

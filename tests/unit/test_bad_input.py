@@ -49,7 +49,7 @@ FLAGS = {
         "Or give a hub id",
     ),
     "a folder that is not there": ({"model": "./nowhere"}, "The model folder './nowhere' does not exist."),
-    "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: awq, gptq, mixed"),
+    "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: autoround, awq, gptq"),
     "no method": ({"methods": " , "}, "--methods names no method"),
     "a method twice": ({"methods": "rtn:g32,rtn:g32"}, "Two variants are named 'rtn:g32'"),
     "bits that no grid has": ({"methods": "rtn:g32,rtn:int9"}, "'rtn:int9': A grid has 2 to 8 bits, not 9."),

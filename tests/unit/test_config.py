@@ -129,7 +129,7 @@ def test_what_is_no_budget_is_refused(text):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("rtm", "Unknown method 'rtm'; nearest: rtn. Choices: awq, gptq, mixed, mixed-rtn, rtn."),
+        ("rtm", "Unknown method 'rtm'; nearest: rtn, ort. Choices: autoround, awq, gptq"),
         ("", "Unknown method ''"),
         ("rtn:4bpw", "'rtn:4bpw': a budget or a high grid belongs to mixed methods, not to rtn."),
         ("gptq:4bpw", "'gptq:4bpw': a budget or a high grid belongs to mixed methods, not to gptq."),

@@ -310,6 +310,15 @@ def test_gguf_files_are_read_by_their_types(bench, ggufs, tmp_path):
     assert 0 < kl(out, "q8") < 0.01 < kl(out, "q4")
 
 
+def test_a_file_of_the_baseline_itself_loses_nothing_and_has_its_report(bench, ggufs, tmp_path):
+    out = tmp_path / "out"
+    given = ("--variant", f"same={ggufs['q4']}")
+    assert bench.compare(*QUIET, *given, methods=None, model=str(ggufs["q4"]), out=str(out)) == 0
+    assert kl(out, "same") == 0
+    assert records(out)["same"]["grid"] == "Q4_0"
+    assert (out / "report.html").exists()
+
+
 def test_a_gguf_of_rows_in_the_other_rotary_order_is_named(bench, ggufs, tmp_path, capsys):
     """What a converter that forgets llama.cpp's order of q and k writes."""
     model = tiny_llama(seed=5, intermediate_size=128, vocab_size=258)

@@ -15,6 +15,7 @@ from qeval.config import parse_method
 from qeval.errors import QevalError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
+from qeval.quant.variant import Variant
 from qeval.types import Request
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.tiny import tiny_llama
@@ -190,3 +191,23 @@ def test_a_variants_integers_are_let_go_of_once_they_are_installed(model, backen
     with backend.open_saved(None):
         gc.collect()
         assert watched and not any(codes() is not None for codes in watched)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_or_head_of_its_own_leaves_the_baselines_head_alone(tied):
+    """A file that quantizes the embedding: the baseline's logits are made while its weights are in the model."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    about, own = describe(model), head_of(model).weight.clone()
+    name = about.embedding if tied else about.head
+    value = own * 1.25 + 0.1
+    other = tiny_llama(tie_word_embeddings=tied)
+    other.get_parameter(name).copy_(value)
+    tokens = (1, 2, 3, 4)
+    expected = other(input_ids=torch.tensor([tokens])).logits[0]
+    backend = TorchBackend(model, about, head_of(model), torch.float32)
+    with backend.open(Variant("key", {}, {name: value}, {}, ())) as session:
+        states = session.states([Request(tokens, (0, 1, 2, 3))])[0]
+        assert torch.allclose(session.logits(states), expected, atol=1e-5)
+        assert torch.equal(backend.head.weight, own)
+    assert torch.equal(model.get_parameter(name), own)
+    assert torch.equal(head_of(model).weight, own)
