@@ -134,7 +134,7 @@ def prepare(settings: Settings) -> Plan:
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.recipes):
-        overlap()
+        calibration()
     return Plan(
         settings=settings,
         loaded=loaded,

@@ -213,7 +213,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(refused, tmp_path):
 
 def test_a_calibration_text_that_is_too_short_is_refused(refused):
     sentence = refused(calibration_length="5000")
-    assert "holds 696 tokens, fewer than 4 samples of 5000" in sentence
+    assert "holds 720 tokens, fewer than 4 samples of 5000" in sentence
 
 
 @pytest.mark.parametrize(
