@@ -157,7 +157,7 @@ def prepare(settings: Settings) -> Plan:
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.recipes):
-        overlap()
+        calibration()
     for recipe in settings.recipes:
         if recipe.calibrated and isinstance(backend, StreamBackend):
             room_beside(backend, source, recipe, calibration().samples)

@@ -57,6 +57,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     started, clock = datetime.now(UTC), time.perf_counter()
     for warning in set(plan.warnings) - set(progress.warnings):
         progress.warn(warning)
+    _tell_overlap(plan, progress)
     baseline = baseline_of(plan, progress)
     work = work_of(plan, baseline, ledger, progress)
     first = Scored(work, lambda: Scorer(baseline.candidate))
@@ -145,6 +146,16 @@ def _baseline_label(plan: Plan) -> str:
     names = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
     weights, compute = plan.model.weight_dtype, plan.model.compute_dtype
     return f"{names.get(weights, weights)} weights computed in {names.get(compute, compute).lower()}"
+
+
+def _tell_overlap(plan: Plan, progress: Progress) -> None:
+    """Say before the work what will be void after it."""
+    seen = _calibration(plan)
+    if seen and seen.overlap and seen.overlap.shared_tokens:
+        progress.tell(
+            f"note: {seen.overlap.shared_tokens:,} of {seen.overlap.tokens:,} scored tokens stand in the calibration "
+            f"text '{seen.source}' too, so variants that are calibrated on it will be void."
+        )
 
 
 def _calibration(plan: Plan) -> CalibrationRecord | None:

@@ -96,3 +96,10 @@ def test_a_variant_made_before_on_other_tokens_is_said_not_to_be_checked(tmp_pat
 def test_a_card_has_no_figures_of_a_void_variant(bench, capfd):
     assert run(["card", str(bench.out), "--variant", "awq:g32"]) == 3
     assert "is void" in capfd.readouterr().err
+
+
+def test_it_is_said_before_the_work(bench, monkeypatch, capfd):
+    monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "home"))
+    assert bench.compare(calibration=str(bench.corpus), methods="rtn:g32,awq:g32", tasks="kl,ppl") == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "128 of 256 scored tokens stand in the calibration text 'corpus.txt' too" in said
