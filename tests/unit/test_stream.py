@@ -144,6 +144,7 @@ def test_a_given_awq_variant_streams_with_its_floats_and_input_scales(place, tmp
             "than making 'awq:g32' takes, one layer",
         ),
         (["--stream", "--backend", "torch,ort"], "--stream runs in torch"),
+        (["--stream", "--tasks", "kl,drift"], "generates one token after another, and --stream would read"),
         (["--stream", "--methods", "rtn:g32,hqq"], "hqq: other tools quantize models that are in memory"),
         (["--max-memory", "2GiB"], "--max-memory is the limit of a streamed model; add --stream"),
         (["--stream", "--max-memory", "2 apples"], "takes a size such as 2GiB or 500MB, not '2 apples'"),

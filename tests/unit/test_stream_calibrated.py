@@ -72,7 +72,7 @@ def test_variants_are_the_same_files_whatever_fits_in_memory(place, whole, tmp_p
 
 
 def test_quantize_streams_to_the_same_files(place, whole, tmp_path):
-    shared = ["--model", str(place.model), "--calibration", str(place.corpus), "--calibration-samples", "6"]
+    shared = ["--model", str(place.model), "--calibration", str(place.seen), "--calibration-samples", "6"]
     shared += ["--calibration-length", "24", "--method", "awq:g32", "--quiet"]
     assert run(["quantize", *shared, "--stream", "--max-memory", ROOMY, "--out", str(tmp_path / "awq")]) == 0
     found = json.loads((tmp_path / "awq" / "manifest.json").read_text())
