@@ -95,7 +95,7 @@ class Book:
         """What the budget left without a run says so."""
         for page in self.pages.values():
             if page.outcome == "unspent":
-                page.reason = "The budget ended before its first run; give a larger --budget."
+                page.reason = "The budget ended before its first run; give a larger --time-budget."
         self.write()
 
     def compiled(self, engine: str, variant: str, seconds: float) -> None:

@@ -66,7 +66,7 @@ class BenchChoice:
             "--prompt": self.prompts,
             "--generate": (self.generate,),
             "--repeats": (self.repeats,),
-            "--budget": (self.budget_seconds,),
+            "--time-budget": (self.budget_seconds,),
             "--threads": (1 if self.threads is None else self.threads,),
         }
         for flag, values in flags.items():

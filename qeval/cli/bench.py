@@ -58,17 +58,15 @@ def bench(
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,
-    size: Annotated[
-        str | None, typer.Option("--size", help="Size of mixed variants, such as 4.8bpw; else the positional rule's.")
-    ] = None,
+    budget: options.Budget = None,
     importance: options.Importance = "measured",
     quantize_head: options.QuantizeHead = False,
     corpus: Annotated[str, typer.Option("--corpus", help="What prompts are cut from: pydoc, wikitext2, a file.")] = (
         "pydoc"
     ),
     threads: options.Threads = None,
-    budget: Annotated[
-        float, typer.Option("--budget", help="Seconds for the whole command; what it leaves out is said.")
+    time_budget: Annotated[
+        float, typer.Option("--time-budget", help="Seconds for the whole command; what it leaves out is said.")
     ] = 540.0,
     repeats: Annotated[int, typer.Option("--repeats", help="The most that a cell is run.")] = 30,
     quality: Annotated[
@@ -97,7 +95,7 @@ def bench(
     from qeval.bench.settings import BenchChoice, parse_numbers, parse_variants  # noqa: PLC0415 - heavy
 
     on_cpu = device == "cpu"
-    precisions, recipes = parse_variants(methods, options.defaults(size, importance, quantize_head))
+    precisions, recipes = parse_variants(methods, options.defaults(budget, importance, quantize_head))
     choice = BenchChoice(
         model=ModelChoice(model, revision, device, "float32" if on_cpu else None),
         engines=names(engines),
@@ -113,7 +111,7 @@ def bench(
         provider=ep or ("cpu" if on_cpu else "cuda"),
         accuracy_level=accuracy_level,
         threads=threads,
-        budget_seconds=budget,
+        budget_seconds=time_budget,
         repeats=repeats,
         seed=seed,
         command=str(context.obj),

@@ -52,7 +52,7 @@ def choice(**changes):
         ({"generate": 0}, "--generate must be at least 1, not 0."),
         ({"batches": (0, 1)}, "--batch must be at least 1, not 0."),
         ({"prompts": ()}, "--prompt names no number."),
-        ({"budget_seconds": 0.5}, "--budget must be at least 1, not 0.5."),
+        ({"budget_seconds": 0.5}, "--time-budget must be at least 1, not 0.5."),
         ({"repeats": 0}, "--repeats must be at least 1"),
         ({"accuracy_level": 2}, "--accuracy-level takes 1"),
         ({"precisions": ()}, "Nothing to run"),
@@ -213,7 +213,7 @@ def test_what_fails_is_a_row_with_its_reason_and_the_rest_goes_on(tmp_path):
 def test_what_the_budget_leaves_out_is_said(tmp_path):
     record = Bench(tmp_path).run(FakeFleet(), seconds=-1)
     assert {cell.outcome for cell in record.cells} == {"unspent"}
-    assert all("--budget" in cell.reason for cell in record.cells)
+    assert all("--time-budget" in cell.reason for cell in record.cells)
     assert record.timings == []
 
 

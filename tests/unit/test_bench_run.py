@@ -9,7 +9,7 @@ from qeval.cli.app import run
 from qeval.store.timings import read_bench, read_timings
 from tests.fixtures.tiny import save_tiny
 
-FLAGS = "--batch 1,2 --prompt 8,40 --generate 4 --repeats 1 --threads 1 --budget 500 --quiet"
+FLAGS = "--batch 1,2 --prompt 8,40 --generate 4 --repeats 1 --threads 1 --time-budget 500 --quiet"
 
 
 @pytest.fixture(scope="module")

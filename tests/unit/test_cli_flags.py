@@ -68,7 +68,7 @@ EXPORT = {name: value for name, value in QUANTIZE.items() if name not in _TORCH_
     **RUNTIME,
     "--accuracy-level": 1,
 }
-BENCH = {name: value for name, value in SHARED.items() if name not in ("--compute", "--budget")} | {
+BENCH = {name: value for name, value in SHARED.items() if name != "--compute"} | {
     "--methods": "fp32,rtn",
     "--variant": None,
     "--engines": "onnxruntime,pytorch-eager",
@@ -77,9 +77,8 @@ BENCH = {name: value for name, value in SHARED.items() if name not in ("--comput
     "--generate": None,
     "--ep": None,
     "--accuracy-level": 4,
-    "--size": None,
     "--corpus": "pydoc",
-    "--budget": 540.0,
+    "--time-budget": 540.0,
     "--repeats": 30,
     "--quality": None,
     "--reference": None,
