@@ -11,6 +11,7 @@ from qeval.compare.settings import (
     BackendChoice,
     CalibrationChoice,
     CorpusChoice,
+    DriftChoice,
     ModelChoice,
     Settings,
     TaskChoice,
@@ -26,6 +27,7 @@ SETTINGS = Settings(
     tasks=("kl", "mmlu"),
     corpus=CorpusChoice("file.txt", None, 64, 32, 3, "always"),
     questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2),
+    drift=DriftChoice(4, 5, 6),
     calibration=CalibrationChoice("text.txt", 3, 77),
     out=Path("out"),
     backends=BackendChoice(("torch", "ort"), (1, 4), "cpu", "dynamo", "qdq", "fp32"),
@@ -41,7 +43,7 @@ FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None
 BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
-    "backends": BackendChoice(), "seed": 0,
+    "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(),
 }  # fmt: skip
 
 
