@@ -45,12 +45,14 @@ def _best(report: Report, best: Variant) -> str:
 
 
 def _front(report: Report, best: Variant) -> list[str]:
-    """The smaller variants that nothing beats at their size, the largest of them first."""
-    smaller = sorted((v for v in report.variants if v.pareto and v.name != best.name), key=lambda v: -v.size_bytes)
+    """The smaller variants that nothing beats at their size, the largest first; one of those whose sizes read alike."""
+    smaller = sorted((v for v in report.variants if v.pareto and v.name != best.name), key=lambda v: v.size_bytes)
+    shown = {words.size(v.size_bytes): v for v in smaller}  # the larger of two that read alike lost less
     return [
-        f"Of those no bigger than {words.size(v.size_bytes)} ({v.bits_per_weight:.2f} bits per weight, "
+        f"Of those no bigger than {size} ({v.bits_per_weight:.2f} bits per weight, "
         f"{words.percent(v.saving)} saved), {v.name} lost least: {_loss(v)}."
-        for v in smaller
+        for size, v in reversed(shown.items())
+        if size != words.size(best.size_bytes)
     ]
 
 
