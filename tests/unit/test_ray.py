@@ -26,9 +26,7 @@ def place(tmp_path_factory):
     bench.corpus.write_text("".join(f"Line {i}: the {i * i % 97} birds.\n" for i in range(2500)), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QEVAL_HOME", str(bench.folder / "home"))
-        patch.setenv(
-            "RAY_worker_niceness", "0"
-        )  # Ray's 15 leaves its workers nothing where other tests run beside them
+        patch.setenv("RAY_worker_niceness", "0")  # beside other tests Ray's own 15 leaves its workers nothing
         yield bench
 
 
