@@ -11,6 +11,7 @@ from qeval.compare.settings import (
     BackendChoice,
     CalibrationChoice,
     CorpusChoice,
+    DriftChoice,
     ModelChoice,
     Settings,
     TaskChoice,
@@ -29,6 +30,7 @@ SETTINGS = Settings(
     calibration=CalibrationChoice("text.txt", 3, 77),
     out=Path("out"),
     backends=BackendChoice(("torch", "ort"), (1, 4), "cpu", "dynamo", "qdq", "fp32"),
+    drift=DriftChoice(3, 9, 11),
     batch_tokens=100,
     threads=3,
     seed=9,
@@ -41,7 +43,7 @@ FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None
 BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
-    "backends": BackendChoice(), "seed": 0,
+    "backends": BackendChoice(), "drift": DriftChoice(), "seed": 0,
 }  # fmt: skip
 
 
