@@ -49,7 +49,7 @@ FLAGS = {
         "Or give a hub id",
     ),
     "a folder that is not there": ({"model": "./nowhere"}, "The model folder './nowhere' does not exist."),
-    "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: awq, gptq, mixed"),
+    "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: autoround, awq, gptq"),
     "no method": ({"methods": " , "}, "--methods names no method"),
     "a method twice": ({"methods": "rtn:g32,rtn:g32"}, "Two variants are named 'rtn:g32'"),
     "bits that no grid has": ({"methods": "rtn:g32,rtn:int9"}, "'rtn:int9': A grid has 2 to 8 bits, not 9."),
@@ -119,7 +119,7 @@ def test_a_wrong_flag_is_refused(refused, changed, said):
 RECIPES = {
     "an unknown key": (
         "variants: [{method: rtn, gird: g32}]",
-        "variant 1 'gird'; nearest: grid. Choices: act_order, budget,",
+        "variant 1 'gird'; nearest: grid. Choices: act_order, algorithm, budget,",
     ),
     "an unknown key at the top": ("varients: [rtn]", "'varients'; nearest: variants"),
     "an unknown method": ("variants: [rtn:g32, {method: awk}]", "Unknown method 'awk'; nearest: awq."),
@@ -213,7 +213,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(refused, tmp_path):
 
 def test_a_calibration_text_that_is_too_short_is_refused(refused):
     sentence = refused(calibration_length="5000")
-    assert "holds 696 tokens, fewer than 4 samples of 5000" in sentence
+    assert "holds 720 tokens, fewer than 4 samples of 5000" in sentence
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_quantize_writes_over_nothing_but_variants(place, capfd, monkeypatch, na
         (["--method", "rtn"], "'rtn': Blocks of 128 are larger than a row of"),
         (["--method", "awq:g32", "--calibration-samples", "0"], "Invalid value for '--calibration-samples'"),
         (["--method", "mixed-rtn:g32", "--budget", "2bpw"], "'mixed-rtn:g32': a budget of 2 bits per weight is below"),
-        (["--method", "rtm"], "Unknown method 'rtm'; nearest: rtn."),
+        (["--method", "rtm"], "Unknown method 'rtm'; nearest: rtn, ort."),
     ],
 )
 def test_quantize_refuses_what_cannot_be_made(place, tmp_path, capfd, flags, said):
