@@ -261,7 +261,7 @@ def test_quantize_writes_over_nothing_but_variants(place, capfd, monkeypatch, na
         (["--method", "rtn"], "'rtn': Blocks of 128 are larger than a row of"),
         (["--method", "awq:g32", "--calibration-samples", "0"], "Invalid value for '--calibration-samples'"),
         (["--method", "mixed-rtn:g32", "--budget", "2bpw"], "'mixed-rtn:g32': a budget of 2 bits per weight is below"),
-        (["--method", "rtm"], "Unknown method 'rtm'; nearest: rtn"),
+        (["--method", "rtm"], "Unknown method 'rtm'; nearest: rtn, ort."),
     ],
 )
 def test_quantize_refuses_what_cannot_be_made(place, tmp_path, capfd, flags, said):
