@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.util import _exit_function  # type: ignore[attr-defined]
 from pathlib import Path
 
 from qeval.bench.energy import Joules, energy_meter
@@ -26,6 +27,7 @@ def serve(connection: Connection, log: Path) -> None:
         try:
             ask: Ask = connection.recv()
         except EOFError:
+            _exit_function()  # takes back what multiprocessing lent: a compiler's locks outlive the process else
             os._exit(0)  # without the interpreter's farewell, in which some runtimes crash
         connection.send(_answered(worker, ask))
 
