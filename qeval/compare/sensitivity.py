@@ -100,8 +100,8 @@ class _Kept:
 
 def _attributed(source: Source, recipe: Recipe, low: dict[str, Grid], kept: _Kept, progress: Progress) -> Attribution:
     effective = effective_of(source, recipe, low)
-    figures = 2 * len(source.description.groups) + 1
-    with progress.phase(f"sensitivity of {len(source.description.groups)} groups", figures) as advance:
+    count = len(source.description.units)
+    with progress.phase(f"sensitivity of {count} groups", 2 * count + 1) as advance:
         return attribute(
             source.model, source.description, source.head, source.samples, effective, kept.found, kept.add, advance
         )
@@ -118,7 +118,7 @@ def _effects(source: Source, found: Attribution) -> tuple[GroupEffect, ...]:
             found.alone[group.names[0]],
             found.without[group.names[0]],
         )
-        for group in source.description.groups
+        for group in source.description.units
         if group.names[0] in found.alone
     )
 

@@ -5,9 +5,15 @@ import json
 import pytest
 
 from qeval.calibrate import attribution
+from qeval.calibrate.attribution import Attribution
+from qeval.calibrate.build import source_of
 from qeval.cli.app import run
+from qeval.compare.sensitivity import _effects
+from qeval.models.graph import describe
+from qeval.models.head import head_of
 from qeval.report.sensitivity import GroupEffect, Pick, Sensitivities, groups_table, picks_table, write_sensitivity
 from tests.fixtures.bench import Bench
+from tests.fixtures.families import tiny_family
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +92,15 @@ def test_sums_that_are_not_the_joint_are_said_so(tmp_path):
     assert [row[0].text for row in groups_table(made([0.1, 0.2], 0.3)).rows] == ["Layer 1 down", "Layer 0 down"]
     assert groups_table(made([0.1], 0.1)).rows[0][-1].text == "−0.1"
     assert picks_table(made([0.1], 0.1)).rows[0][-1].text == "down 1"
+
+
+def test_a_layers_experts_are_one_row_that_holds_all_their_weights():
+    model = tiny_family("Mixtral")
+    about = describe(model)
+    source = source_of(model, about, head_of(model), [], {})
+    names = [unit.names[0] for unit in about.units]
+    effects = _effects(source, Attribution(1.0, dict.fromkeys(names, 0.1), dict.fromkeys(names, 0.2)))
+    assert [effect.names for effect in effects] == [unit.names for unit in about.units]
+    assert sum(effect.parameters for effect in effects) == sum(
+        source.search.parameters[name].numel() for group in about.groups for name in group.names
+    )
