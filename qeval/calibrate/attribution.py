@@ -2,6 +2,7 @@
 
 A table of single KLs misleads where they do not add up to the joint one; so both sides are measured. Either way the
 work before a group's layer is shared: what the float model, or the wholly quantized one, computed there is recalled.
+Every figure is kept sample by sample, so that differences between figures are paired.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,27 +10,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qeval.calibrate.recall import replaced_by
-from qeval.calibrate.sensitivity import Effective, Passed, kl_with, tokens
+from qeval.calibrate.sensitivity import Effective, Passed, tokens
 from qeval.metrics.tokens import mean_kl
-from qeval.models.graph import Description
+from qeval.models.graph import Description, Group
 from qeval.models.head import Head
 from qeval.progress import Advance
 
-Known = Mapping[str, float]
-Tell = Callable[[str, float], None]
+Figure = tuple[float, ...]
+"""Mean KL in nats of each sample."""
+Tell = Callable[[str, Figure], None]
 JOINT = "all"
 """The name of the KL with every group quantized."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Mean KL in nats: all groups quantized; by a group's first name it alone, and all but it."""
+    """What all groups quantized cost; by a group's first name what it costs alone, and what all but it do."""
 
-    joint: float
-    alone: Mapping[str, float]
-    without: Mapping[str, float]
+    joint: Figure
+    alone: Mapping[str, Figure]
+    without: Mapping[str, Figure]
 
 
 @torch.inference_mode()
@@ -39,36 +42,42 @@ def attribute(
     head: Head,
     samples: Sequence[Sequence[int]],
     effective: Effective,
-    known: Known,
+    known: Mapping[str, Figure],
     tell: Tell,
     advance: Advance,
 ) -> Attribution:
-    """Measure what `known` does not hold yet; each figure is told under its name as soon as it is there.
+    """Measure on every sample what `known` does not hold yet; each figure is told by name as soon as it is there.
 
     Names are `all`, `alone GROUP` and `without GROUP`. The quantized matrices are held beside the float ones meanwhile.
     `advance` is told 1 for every figure.
     """
     found = dict(known)
+    quantized = {group: values for group in description.units if (values := effective(group))}
+    exact = Passed.of(model, description, tokens(model, samples, len(samples)))
 
-    def keep(name: str, kl: Callable[[], float | None]) -> None:
-        if name not in found and (value := kl()) is not None:
-            found[name] = value
-            tell(name, value)
+    def keep(name: str, states: Callable[[], Tensor]) -> None:
+        if name not in found:
+            found[name] = _by_sample(head, exact, states())
+            tell(name, found[name])
         advance(1)
 
-    groups = description.units
-    quantized = {group.names[0]: values for group in groups if (values := effective(group))}
-    groups = tuple(group for group in groups if group.names[0] in quantized)
-    ids = tokens(model, samples)
-    exact = Passed.of(model, description, ids)
-    for group in groups:
-        keep(f"alone {group.names[0]}", lambda g=group: kl_with(exact, head, exact.final, g, quantized[g.names[0]]))  # type: ignore[misc]
+    for group, values in quantized.items():
+        keep(f"alone {group.names[0]}", lambda g=group, v=values: exact.states_with(g, v))  # type: ignore[misc]
     every = {name: value for values in quantized.values() for name, value in values.items()}
     with replaced_by(exact.parameters, every) as floats:
-        rounded = Passed.of(model, description, ids)
-        keep(JOINT, lambda: mean_kl(head.logits, exact.final, head.logits, rounded.final))
-        for group in groups:
-            own = {name: floats[name] for name in quantized[group.names[0]]}
-            keep(f"without {group.names[0]}", lambda g=group, o=own: kl_with(rounded, head, exact.final, g, o))  # type: ignore[misc]
-    names = list(quantized)
-    return Attribution(found[JOINT], {n: found[f"alone {n}"] for n in names}, {n: found[f"without {n}"] for n in names})
+        rounded = Passed.of(model, description, exact.ids)
+        keep(JOINT, lambda: rounded.final)
+        for group, values in quantized.items():
+            own = {name: floats[name] for name in values}
+            keep(f"without {group.names[0]}", lambda g=group, o=own: rounded.states_with(g, o))  # type: ignore[misc]
+    return Attribution(found[JOINT], _named("alone", quantized, found), _named("without", quantized, found))
+
+
+def _by_sample(head: Head, exact: Passed, states: Tensor) -> Figure:
+    """The mean KL of each sample, from the exact model's final states [positions, d_model] to others."""
+    pairs = zip(exact.final.chunk(len(exact.ids)), states.chunk(len(exact.ids)), strict=True)
+    return tuple(mean_kl(head.logits, base, head.logits, other) for base, other in pairs)
+
+
+def _named(side: str, groups: Mapping[Group, object], found: Mapping[str, Figure]) -> dict[str, Figure]:
+    return {group.names[0]: found[f"{side} {group.names[0]}"] for group in groups}

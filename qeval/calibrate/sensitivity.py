@@ -41,9 +41,8 @@ def measure(
     passed = Passed.of(model, description, tokens(model, samples))
     kls = {}
     for group in description.units:
-        kl = kl_with(passed, head, passed.final, group, effective(group))
-        if kl is not None:
-            kls[group.names[0]] = kl
+        if values := effective(group):
+            kls[group.names[0]] = mean_kl(head.logits, passed.final, head.logits, passed.states_with(group, values))
         advance(1)
     return kls
 
@@ -65,23 +64,16 @@ class Passed:
         layers = layers_of(model, description)
         return cls(model, layers, weights_of(model), ids, *_through(model, layers, ids))
 
+    def states_with(self, group: Group, values: Mapping[str, Tensor]) -> Tensor:
+        """The final states of the model with other values in one group; its layer and those after it are run."""
+        before = self.outputs[group.layer - 1]
+        with replaced_by(self.parameters, values), recalled(self.layers, group.layer, before):
+            return _states(self.model, self.ids)
 
-def tokens(model: Any, samples: Sequence[Sequence[int]]) -> Tensor:
+
+def tokens(model: Any, samples: Sequence[Sequence[int]], count: int = SAMPLES) -> Tensor:
     """The calibration tokens that sensitivities are measured on, [samples, length]."""
-    return torch.tensor([list(sample[:LENGTH]) for sample in samples[:SAMPLES]], device=model.device)
-
-
-def kl_with(passed: Passed, head: Head, reference: Tensor, group: Group, values: Mapping[str, Tensor]) -> float | None:
-    """Mean KL in nats from `reference` (final states) of the passed model with other values in one group.
-
-    None where there are no values. Only the group's layer and those after it are run.
-    """
-    if not values:
-        return None
-    before = passed.outputs[group.layer - 1]
-    with replaced_by(passed.parameters, values), recalled(passed.layers, group.layer, before):
-        states = _states(passed.model, passed.ids)
-    return mean_kl(head.logits, reference, head.logits, states)
+    return torch.tensor([list(sample[:LENGTH]) for sample in samples[:count]], device=model.device)
 
 
 def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any], Tensor]:

@@ -28,6 +28,9 @@ def sensitivity(
     calibration: options.Calibration = "pydoc",
     calibration_samples: options.CalibrationSamples = 16,
     calibration_length: options.CalibrationLength = 512,
+    measured_samples: Annotated[
+        int, typer.Option("--measured-samples", min=1, help="Calibration sequences that each KL is measured on.")
+    ] = 10,
     threads: options.Threads = None,
     seed: options.Seed = 0,
     out: options.Out = None,
@@ -42,7 +45,7 @@ def sensitivity(
     del debug  # read by the program's own error handler
     from qeval.compare.sensitivity import measure_sensitivity  # noqa: PLC0415 - torch takes seconds to import
     from qeval.report.console import terminal_table  # noqa: PLC0415
-    from qeval.report.sensitivity import groups_table, sensitivity_json, write_sensitivity  # noqa: PLC0415
+    from qeval.report.sensitivity import groups_table, sensitivity_json, verdict, write_sensitivity  # noqa: PLC0415
 
     folder = out or Path("reports") / f"{slug(model)}-sensitivity"
     console = Console(stderr=True)
@@ -52,6 +55,7 @@ def sensitivity(
         CalibrationChoice(calibration, calibration_samples, calibration_length),
         [parse_budget(each, "--budgets") for each in (budgets or "").split(",") if each.strip()],
         folder,
+        measured_on=measured_samples,
         threads=threads,
         seed=seed,
         progress=ConsoleProgress(console, quiet=quiet),
@@ -61,8 +65,6 @@ def sensitivity(
         typer.echo(sensitivity_json(found))
         return
     stdout().print(terminal_table(groups_table(found, _SHOWN)))
-    ratio = "none: nothing was lost" if found.additivity is None else f"{found.additivity:.2f}"
-    told = f"KL of all groups together {found.joint_kl_nats:.4g} nats; sum of the single ones over it: {ratio}"
-    stdout().print(told + ("" if found.adds_up else " (they do not add up)"), highlight=False, soft_wrap=True)
+    stdout().print(verdict(found), highlight=False, soft_wrap=True)
     if not quiet:
         console.print(f"report: {page}", highlight=False, soft_wrap=True)

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from qeval.calibrate.attribution import Attribution, attribute
+from qeval.calibrate.attribution import Attribution, Figure, attribute
 from qeval.calibrate.build import assign
 from qeval.calibrate.mix import effective_of, high_grid, mixed_budget, under_budget
-from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, tokens
+from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.source import Source
 from qeval.compare.prepare import calibration_of, source_of_model
 from qeval.compare.settings import CalibrationChoice, ModelChoice
@@ -20,7 +23,10 @@ from qeval.identity import digest
 from qeval.progress import Progress
 from qeval.quant.grid import Grid, parse
 from qeval.report.sensitivity import GroupEffect, Pick, Sensitivities
+from qeval.stats.bootstrap import Clusters
+from qeval.stats.estimates import means, ratio
 from qeval.store.atomic import write_text
+from qeval.types import Estimate
 
 MEASURED = "measured.json"
 _SIZES = 5
@@ -34,16 +40,18 @@ def measure_sensitivity(
     budgets: Sequence[float],
     out: Path,
     *,
+    measured_on: int,
     threads: int | None,
     seed: int,
     progress: Progress,
 ) -> Sensitivities:
     """Every group's KL alone and left out, under `recipe` (rtn or awq), and what a mix would pick at each size.
 
-    What was measured is in OUT/measured.json after each figure; the same command goes on from there.
+    `measured_on` so many calibration sequences. What was measured is in OUT/measured.json after each figure; the same
+    command goes on from there.
 
     Raises:
-        UsageError: a method whose groups are not made one by one, or a budget that no choice meets.
+        UsageError: a method whose groups are not made one by one, a budget that no choice meets, or too few sequences.
         BrokenRecordError: measured.json is torn.
     """
     if recipe.method not in ("rtn", "awq"):
@@ -53,6 +61,11 @@ def measure_sensitivity(
     loaded, model_source = source_of_model(model)
     check_recipes([recipe], model_source)
     seen = calibration_of(calibration, loaded)
+    if len(seen.samples) < measured_on:
+        raise UsageError(
+            f"--measured-samples {measured_on}: the calibration has {len(seen.samples)} sequences; "
+            "raise --calibration-samples, or measure on fewer."
+        )
     source = Workshop(model_source, lambda: seen, seed, progress).calibrated_source(recipe)
     low, _ = assign(source, recipe, parse(recipe.grid))
     sizes = _budgets(source, recipe, low, budgets)  # refused before the long measurement, not after
@@ -61,17 +74,19 @@ def measure_sensitivity(
             "variant": variant_key(recipe, model_source, seen, seed),
             "config": model_source.config_sha256,
             "tokens": seen.record["tokens_sha256"],
-            "how": [SAMPLES, LENGTH, EVERY],
+            "how": [measured_on, LENGTH, EVERY],
         }
     )
-    found = _attributed(source, recipe, low, _Kept(out / MEASURED, key), progress)
+    found = _attributed(source, recipe, low, measured_on, _Kept(out / MEASURED, key), progress)
     return Sensitivities(
         model=model.name,
         method=recipe.name,
         calibration=str(seen.record["source"]),
-        positions=len(source.samples[:SAMPLES]) * len(range(0, tokens(source.model, source.samples).shape[1], EVERY)),
-        joint_kl_nats=found.joint,
-        groups=_effects(source, found),
+        sequences=measured_on,
+        positions=measured_on * len(range(0, min(LENGTH, len(source.samples[0])), EVERY)),
+        joint=_in_nats([found.joint], seed)[0],
+        additivity=_additivity(found, seed),
+        groups=_effects(source, found, seed),
         picks=tuple(_pick(source, recipe, low, size, found) for size in sizes),
     )
 
@@ -81,11 +96,11 @@ class _Kept:
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
-        self.found: dict[str, float] = {}
+        self.found: dict[str, Figure] = {}
         if path.exists():
             self._read()
 
-    def add(self, name: str, kl: float) -> None:
+    def add(self, name: str, kl: Figure) -> None:
         self.found[name] = kl
         write_text(self._path, json.dumps({"key": self._key, "kl_nats": self.found}, indent=1, allow_nan=False) + "\n")
 
@@ -93,34 +108,47 @@ class _Kept:
         try:
             data = json.loads(self._path.read_text(encoding="utf-8"))
             if data["key"] == self._key:
-                self.found = {str(name): float(kl) for name, kl in data["kl_nats"].items()}
+                self.found = {str(name): tuple(map(float, kl)) for name, kl in data["kl_nats"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenRecordError(f"{self._path} is torn; remove it, and the same command begins anew.") from error
 
 
-def _attributed(source: Source, recipe: Recipe, low: dict[str, Grid], kept: _Kept, progress: Progress) -> Attribution:
-    effective = effective_of(source, recipe, low)
-    count = len(source.description.units)
-    with progress.phase(f"sensitivity of {count} groups", 2 * count + 1) as advance:
+def _attributed(
+    source: Source, recipe: Recipe, low: dict[str, Grid], count: int, kept: _Kept, progress: Progress
+) -> Attribution:
+    effective, samples = effective_of(source, recipe, low), source.samples[:count]
+    units = len(source.description.units)
+    with progress.phase(f"sensitivity of {units} groups", 2 * units + 1) as advance:
         return attribute(
-            source.model, source.description, source.head, source.samples, effective, kept.found, kept.add, advance
+            source.model, source.description, source.head, samples, effective, kept.found, kept.add, advance
         )
 
 
-def _effects(source: Source, found: Attribution) -> tuple[GroupEffect, ...]:
-    parameters = source.search.parameters
+def _effects(source: Source, found: Attribution, seed: int) -> tuple[GroupEffect, ...]:
+    """Each measured group's figures, resampled by sequence; what leaving it saves is paired with the joint KL."""
+    parameters, joint = source.search.parameters, np.array(found.joint)
+    groups = [group for group in source.description.units if group.names[0] in found.alone]
+    alone = [found.alone[group.names[0]] for group in groups]
+    without = [found.without[group.names[0]] for group in groups]
+    saved = [joint - kl for kl in without]
+    estimates = [_in_nats(columns, seed) for columns in (alone, without, saved)]
     return tuple(
         GroupEffect(
-            group.layer,
-            group.kind,
-            group.names,
-            sum(parameters[name].numel() for name in group.names),
-            found.alone[group.names[0]],
-            found.without[group.names[0]],
+            group.layer, group.kind, group.names, sum(parameters[name].numel() for name in group.names), *figures
         )
-        for group in source.description.units
-        if group.names[0] in found.alone
+        for group, *figures in zip(groups, *estimates, strict=True)
     )
+
+
+def _in_nats(columns: Sequence[ArrayLike], seed: int) -> list[Estimate]:
+    clusters = Clusters.single_rows(len(np.asarray(columns[0])))
+    return means(columns, clusters, unit="nats", better="lower", seed=seed)
+
+
+def _additivity(found: Attribution, seed: int) -> Estimate:
+    """The sum of the single KLs over the joint one, both resampled together; no value where nothing was lost."""
+    total, joint = np.sum(list(found.alone.values()), axis=0), np.array(found.joint)
+    return ratio(total, joint, n=len(joint), unit="ratio", better="neither", seed=seed)
 
 
 def _mixed(recipe: Recipe, budget: float) -> Recipe:
@@ -148,9 +176,10 @@ def _budgets(source: Source, recipe: Recipe, low: dict[str, Grid], asked: Sequen
 
 
 def _pick(source: Source, recipe: Recipe, low: dict[str, Grid], budget: float, found: Attribution) -> Pick:
-    mixed = _mixed(recipe, budget)
-    grids, choices = under_budget(source, mixed, low, mixed_budget(source, mixed, low), found.alone)
-    parameters = source.search.parameters
+    """By the sequences that a mixed method itself measures on, so that it would pick the same."""
+    mixed, parameters = _mixed(recipe, budget), source.search.parameters
+    kls = {name: fmean(figure[:SAMPLES]) for name, figure in found.alone.items()}
+    grids, choices = under_budget(source, mixed, low, mixed_budget(source, mixed, low), kls)
     bits = sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items())
     low_bits = parse(recipe.grid).bits
     chosen = [choice for choice in choices if choice.bits > low_bits]

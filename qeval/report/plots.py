@@ -8,7 +8,7 @@ from math import log10
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
@@ -190,13 +190,16 @@ def layer_map(index: int, variant: Variant) -> Plot | None:
 def draw_heat(
     made: Figure, axes: Axes, kinds: Sequence[str], layers: Sequence[int], values: Floats, label: str
 ) -> None:
-    """Layers down, kinds of linears across: `values` [layers, kinds] as colours; NaN where there is none."""
+    """Layers down, kinds of linears across: `values` [layers, kinds] as colours; NaN where there is none.
+
+    Where some are below zero the colours part there, and run alike to both sides.
+    """
     measured = values[np.isfinite(values)]
     edges = np.arange(len(kinds) + 1) - 0.5, np.arange(len(layers) + 1) - 0.5
     image = axes.pcolormesh(
         *edges,
         np.ma.masked_invalid(values),
-        cmap="cividis",
+        cmap="PuOr_r" if measured.size and measured.min() < 0 else "cividis",
         norm=_norm(measured),
         edgecolors=style.paper(),
         linewidth=0.6,
@@ -285,8 +288,11 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
 
 
 def _norm(values: Floats) -> Normalize | None:
-    """Logarithmic where the values allow it and need it."""
+    """Logarithmic where the values allow it and need it; to both sides of zero where they stand on both."""
     if not values.size:
         return None
     low, high = float(values.min()), float(values.max())
+    if low < 0:
+        reach = max(-low, high)
+        return SymLogNorm(reach / _LOG_FROM, vmin=-reach, vmax=reach)
     return LogNorm(low, high) if low > 0 and high > _LOG_FROM * low else Normalize(low, high)

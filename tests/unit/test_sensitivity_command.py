@@ -4,14 +4,23 @@ import json
 
 import pytest
 
-from qeval.calibrate import attribution
 from qeval.calibrate.attribution import Attribution
 from qeval.calibrate.build import source_of
+from qeval.calibrate.sensitivity import SAMPLES, Passed
 from qeval.cli.app import run
 from qeval.compare.sensitivity import _effects
 from qeval.models.graph import describe
 from qeval.models.head import head_of
-from qeval.report.sensitivity import GroupEffect, Pick, Sensitivities, groups_table, picks_table, write_sensitivity
+from qeval.report.sensitivity import (
+    GroupEffect,
+    Pick,
+    Sensitivities,
+    groups_table,
+    picks_table,
+    verdict,
+    write_sensitivity,
+)
+from qeval.types import Estimate
 from tests.fixtures.bench import Bench
 from tests.fixtures.families import tiny_family
 
@@ -29,7 +38,7 @@ def home(bench, monkeypatch):
 def asked(bench, *more, method="rtn:int3-g32"):
     seen = ["--calibration", str(bench.seen), "--calibration-samples", "4", "--calibration-length", "32"]
     own = ["--model", str(bench.model), "--method", method, "--out", str(bench.folder / "out"), "--threads", "1"]
-    return run(["sensitivity", *own, *seen, "--quiet", *more])
+    return run(["sensitivity", *own, *seen, "--measured-samples", "3", "--quiet", *more])
 
 
 def test_a_run_leaves_a_page_maps_and_json_and_goes_on_where_it_stopped(bench, monkeypatch, capfd):
@@ -40,9 +49,13 @@ def test_a_run_leaves_a_page_maps_and_json_and_goes_on_where_it_stopped(bench, m
     assert [(g["layer"], g["kind"]) for g in found["groups"]] == [
         (layer, kind) for layer in (0, 1) for kind in ("q/k/v", "o", "gate/up", "down")
     ]
-    assert found["additivity"] == pytest.approx(
-        sum(g["alone_kl_nats"] for g in found["groups"]) / found["joint_kl_nats"]
+    assert found["additivity"]["value"] == pytest.approx(
+        sum(g["alone"]["value"] for g in found["groups"]) / found["joint"]["value"]
     )
+    for group in found["groups"]:
+        assert group["alone"]["low"] < group["alone"]["value"] < group["alone"]["high"]
+        assert group["saved"]["value"] == pytest.approx(found["joint"]["value"] - group["without"]["value"], abs=1e-9)
+    assert (found["sequences"], found["positions"]) == (3, 3 * 8)
     sizes = [pick["bits_per_weight"] for pick in found["picks"]]
     assert len(sizes) == 5
     assert sizes == sorted(sizes)
@@ -57,8 +70,8 @@ def test_a_run_leaves_a_page_maps_and_json_and_goes_on_where_it_stopped(bench, m
     kept["kl_nats"] = dict(list(kept["kl_nats"].items())[:5])
     (out / "measured.json").write_text(json.dumps(kept))
     measured = []
-    original = attribution.kl_with
-    monkeypatch.setattr(attribution, "kl_with", lambda *a: measured.append(a) or original(*a))
+    original = Passed.states_with
+    monkeypatch.setattr(Passed, "states_with", lambda *a: measured.append(a) or original(*a))
     assert asked(bench, "--json") == 0
     assert json.loads(capfd.readouterr().out) == found
     assert len(measured) == 16 - 5
@@ -71,26 +84,51 @@ def test_what_can_not_be_measured_is_refused_before_any_work(bench, capfd):
     assert "below the smallest possible size" in capfd.readouterr().err
 
 
+def test_sequences_that_the_calibration_has_not_are_refused(bench, capfd):
+    assert asked(bench, "--measured-samples", "5") == 2
+    assert "the calibration has 4 sequences; raise --calibration-samples" in capfd.readouterr().err
+
+
+def test_a_mix_picks_the_same_whatever_it_is_shown_with(bench, capfd):
+    picks = []
+    for count in (SAMPLES, SAMPLES + 2):
+        assert asked(bench, "--measured-samples", str(count), "--json", "--out", str(bench.folder / f"on{count}")) == 0
+        picks.append(json.loads(capfd.readouterr().out)["picks"])
+    for few, more in zip(*picks, strict=True):
+        assert few["high"] == more["high"]
+        assert few["predicted_kl_nats"] == pytest.approx(more["predicted_kl_nats"], rel=1e-5)
+
+
 def test_a_torn_record_is_named(bench, capfd, tmp_path):
     (tmp_path / "measured.json").write_text('{"key": "a", "kl')
     assert asked(bench, "--out", str(tmp_path)) == 3
     assert "measured.json is torn" in capfd.readouterr().err
 
 
-def made(alone, joint, without=0.2):
-    groups = tuple(GroupEffect(i, "down", (f"w{i}",), 10, kl, without) for i, kl in enumerate(alone))
-    return Sensitivities("m", "rtn", "text", 64, joint, groups, (Pick(4.5, 4.4, 0.1, ((1, "down"),)),))
+def made(alone, joint, without=0.2, sequences=2):
+    def seen(value, unit="nats"):
+        return Estimate(value, value, value, unit, "lower", sequences, sequences)
+
+    groups = tuple(
+        GroupEffect(i, "down", (f"w{i}",), 10, seen(kl), seen(without), seen(joint - without))
+        for i, kl in enumerate(alone)
+    )
+    ratio = seen(sum(alone) / joint if joint else None, "ratio")
+    picks = (Pick(4.5, 4.4, 0.1, ((1, "down"),)),)
+    return Sensitivities("m", "rtn", "text", sequences, 64, seen(joint), ratio, groups, picks)
 
 
 def test_sums_that_are_not_the_joint_are_said_so(tmp_path):
     assert made([0.1, 0.2], 0.3).adds_up
     assert not made([0.1, 0.2], 0.2).adds_up
     assert not made([0.1, 0.1], 0.3).adds_up
-    assert made([0.0], 0.0).additivity is None
+    assert "nothing was lost" in verdict(made([0.0], 0.0))
+    assert "10 sequences." in groups_table(made([0.1], 0.1, sequences=10)).note
+    assert "2 sequences: so few make it rough." in groups_table(made([0.1], 0.1)).note
     page = write_sensitivity(made([0.1, 0.2], 0.1), tmp_path)
-    assert "sum to 3.00 times the joint one" in page.read_text()
+    assert "sum to 3.00 [3.00, 3.00] times the joint one" in page.read_text()
     assert [row[0].text for row in groups_table(made([0.1, 0.2], 0.3)).rows] == ["Layer 1 down", "Layer 0 down"]
-    assert groups_table(made([0.1], 0.1)).rows[0][-1].text == "−0.1"
+    assert groups_table(made([0.1], 0.1)).rows[0][-1].text == "−0.100"
     assert picks_table(made([0.1], 0.1)).rows[0][-1].text == "down 1"
 
 
@@ -99,7 +137,9 @@ def test_a_layers_experts_are_one_row_that_holds_all_their_weights():
     about = describe(model)
     source = source_of(model, about, head_of(model), [], {})
     names = [unit.names[0] for unit in about.units]
-    effects = _effects(source, Attribution(1.0, dict.fromkeys(names, 0.1), dict.fromkeys(names, 0.2)))
+    found = Attribution((0.9, 1.1), dict.fromkeys(names, (0.1, 0.3)), dict.fromkeys(names, (0.2, 0.6)))
+    effects = _effects(source, found, seed=0)
+    assert effects[0].saved.value == pytest.approx(0.6)
     assert [effect.names for effect in effects] == [unit.names for unit in about.units]
     assert sum(effect.parameters for effect in effects) == sum(
         source.search.parameters[name].numel() for group in about.groups for name in group.names
