@@ -4,6 +4,7 @@ The work before a group's layer is shared: layers before it are replaced by what
 group costs a forward pass of its own layer and those after it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qeval.calibrate.recall import layers_of, recalled, replaced_by
+from qeval.errors import QevalError
 from qeval.metrics.tokens import mean_kl
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
@@ -82,6 +84,22 @@ def kl_with(passed: Passed, head: Head, reference: Tensor, group: Group, values:
     with replaced_by(passed.parameters, values), recalled(passed.layers, group.layer, before):
         states = _states(passed.model, passed.ids)
     return mean_kl(head.logits, reference, head.logits, states)
+
+
+def finite(recipe: str, kls: Mapping[str, float]) -> dict[str, float]:
+    """The KLs by name as they are; none of them may be undefined, or no choice could rest on them.
+
+    Raises:
+        QevalError: one is NaN or infinite; it is named.
+    """
+    broken = [name for name, kl in kls.items() if not math.isfinite(kl)]
+    if broken:
+        raise QevalError(
+            f"'{recipe}': KL with {broken[0]} quantized is not finite on the calibration text (one of {len(broken)} "
+            f"among {len(kls)}), so nothing can be chosen by it; compute in fp32 (--compute fp32), or mix by "
+            "--importance positional."
+        )
+    return dict(kls)
 
 
 def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any], Tensor]:

@@ -147,7 +147,7 @@ def prepare(settings: Settings) -> Plan:
         require_bf16()
     loaded, source, backend = loaded_model(settings.model, folds=any(recipe.uses_awq for recipe in settings.recipes))
     fits = [kernel_block] if settings.backends.uses_ort else []
-    check_recipes(settings.recipes, source, *fits)
+    check_recipes(settings.recipes, source, settings.calibration.samples, *fits)
     protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())

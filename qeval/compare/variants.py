@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qeval.calibrate.build import build, check, quantizable, source_of
+from qeval.calibrate.mix import check_samples
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.source import Source
 from qeval.calibrate.stream import collect
@@ -213,8 +214,10 @@ def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel =
     return Entry(name, str(manifest.recipe.get("method", "given")), folder)
 
 
-def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel = _any_grid) -> None:
+def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, samples: int, fits: FitsKernel = _any_grid) -> None:
     """Refuse recipes that no variant of this model can be made from, or no kernel takes, before any work starts.
+
+    `samples`: how many calibration sequences there will be.
 
     Raises:
         UsageError: it names the recipe.
@@ -224,6 +227,7 @@ def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel = 
     source = source_of(loaded.model, loaded.description, loaded.head, (), {})
     for recipe in recipes:
         try:
+            check_samples(recipe, samples)
             possible = check(source, recipe)
             for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids):
                 fits(name, grid, source.search.parameters[name].shape[1])
