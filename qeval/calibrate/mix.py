@@ -10,11 +10,11 @@ from torch import Tensor
 
 from qeval.calibrate import accept, fisher
 from qeval.calibrate.groups import Parameters, Scales, effective, quantize_groups, row_divisors
-from qeval.calibrate.sensitivity import Effective, finite
+from qeval.calibrate.sensitivity import Effective, finite, trial_passes
 from qeval.calibrate.source import Source
 from qeval.config import Recipe
 from qeval.errors import UsageError
-from qeval.models.graph import Group
+from qeval.models.graph import Description, Group
 from qeval.progress import Advance
 from qeval.quant.grid import Grid, parse
 from qeval.quant.mixed import Option, choose_high, positional_names
@@ -39,7 +39,7 @@ class Mix(NamedTuple):
 def mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> Mix:
     """The grids of a mixed recipe whose weights are otherwise on the `low` ones.
 
-    `advance` is told of every group as its sensitivity is found.
+    `advance` is told of what is tried, `trial_units` in all.
 
     Raises:
         UsageError: no choice meets the recipe's budget, or there are too few calibration samples.
@@ -55,10 +55,17 @@ def mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) 
     kls = finite(recipe.name, source.trials.predict(effective_of(source, recipe, low), advance))
     ways = _ways(source, recipe, low, budget, kls)
     tried = {name: effective_of(source, recipe, grids) for name, grids in ways.items()}
-    measured = finite(recipe.name, source.trials.measure_ways(tried))
+    measured = finite(recipe.name, source.trials.measure_ways(tried, advance))
     best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
     choices = tuple(_choice(source, group, ways[best], None, None) for group in _units(source, low))
     return Mix(ways[best], choices, _accepted_details(measured, best))
+
+
+def trial_units(description: Description, recipe: Recipe) -> int:
+    """What `mix` tells its progress in all: nothing by position; a prediction is measured once more, as whole ways."""
+    if not recipe.mixed or recipe.importance == "positional":
+        return 0
+    return trial_passes(description) * (2 if recipe.importance == "fisher" else 1)
 
 
 def check_samples(recipe: Recipe, samples: int) -> None:

@@ -27,6 +27,11 @@ SAMPLES, LENGTH, EVERY = 2, 256, 4
 """Calibration tokens that sensitivities are measured on; KL at every fourth position."""
 
 
+def trial_passes(description: Description) -> int:
+    """How many passes through a layer it takes to try every unit alone: its own layer, and those after it."""
+    return sum(len(description.layers) - unit.layer for unit in description.units)
+
+
 @torch.inference_mode()
 def measure(
     model: Any,
@@ -38,7 +43,7 @@ def measure(
 ) -> dict[str, float]:
     """Mean KL(baseline || one group quantized) in nats for every unit of groups, by its first name.
 
-    `advance` is told 1 for every unit.
+    `advance` is told the layers that each unit passes, `trial_passes` in all.
     """
     passed = Passed.of(model, description, tokens(model, samples))
     kls = {}
@@ -46,7 +51,7 @@ def measure(
         kl = kl_with(passed, head, passed.final, group, effective(group))
         if kl is not None:
             kls[group.names[0]] = kl
-        advance(1)
+        advance(len(description.layers) - group.layer)
     return kls
 
 

@@ -109,7 +109,7 @@ def estimate(plan: Plan) -> Cost:
     flops += shape.forward_flops(along, said)  # of generating
     if any(recipe.calibrated for recipe in plan.settings.recipes):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
-    groups = len(plan.source.description.groups)
+    groups = len(plan.source.description.units)
     for recipe in plan.settings.recipes:
         if recipe.uses_gptq:
             flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)

@@ -3,14 +3,15 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qeval.calibrate.build import build, check, quantizable, source_of
-from qeval.calibrate.mix import check_samples
+from qeval.calibrate.build import carried_out, check, outline, quantizable, rounding_units, source_of
+from qeval.calibrate.mix import check_samples, trial_units
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.source import Source
 from qeval.calibrate.stream import collect
@@ -21,7 +22,7 @@ from qeval.identity import digest
 from qeval.models.graph import Description
 from qeval.models.head import Head
 from qeval.paths import home
-from qeval.progress import Progress
+from qeval.progress import Advance, Progress
 from qeval.quant.grid import Grid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
@@ -89,6 +90,10 @@ def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: 
     )
 
 
+def _nobody(_: int) -> None:
+    """Nothing is told of work that is done at once."""
+
+
 class Workshop:
     """Makes the variants that the cache doesn't hold; calibrates at most once, and only if one needs it."""
 
@@ -136,13 +141,20 @@ class Workshop:
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
         """The variant, and the seconds that it took beyond calibrating."""
         source = self._source(recipe.calibrated, recipe.uses_statistics)
-        measured = recipe.mixed and recipe.importance != "positional"
-        groups = len(self._loaded.description.groups)
-        label = f"quantize {recipe.name}" + (" (sensitivities)" if measured else "")
         start = time.perf_counter()
-        with self._progress.phase(label, groups) as advance:
-            variant = build(source, recipe, self.key(recipe), advance)
+        grids, plan = self._outline(source, recipe)
+        with self._quantizing(recipe, plan) as advance:
+            variant = carried_out(source, recipe, grids, plan, advance)
         return variant, time.perf_counter() - start
+
+    def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, Grid], Variant]:
+        """As `outline`; where groups are tried for it, that is a phase of its own."""
+        units = trial_units(self._loaded.description, recipe)
+        with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_nobody) as advance:
+            return outline(source, recipe, self.key(recipe), advance)
+
+    def _quantizing(self, recipe: Recipe, plan: Variant) -> AbstractContextManager[Advance]:
+        return self._progress.phase(f"quantize {recipe.name}", rounding_units(recipe, plan))
 
     def calibrated_source(self, recipe: Recipe) -> Source:
         """The model with its calibration samples, and the statistics that `recipe` needs."""
