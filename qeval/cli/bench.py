@@ -136,12 +136,17 @@ def _run(choice: "BenchChoice", shown: Shown, started: float, *, as_json: bool, 
     from qeval.bench.run import exit_code  # noqa: PLC0415
     from qeval.bench.summary import summary_table  # noqa: PLC0415
     from qeval.report.bench import write_bench  # noqa: PLC0415
+    from qeval.report.bench.quality import losses  # noqa: PLC0415
     from qeval.report.bench.reference import read_references  # noqa: PLC0415
+    from qeval.report.bench.summary import check_base  # noqa: PLC0415
 
     console = Console(stderr=True)
     progress = ConsoleProgress(console, quiet=quiet)
-    read_references(shown.reference)  # a wrong name is told before any work starts
+    read_references(shown.reference)  # what the page can't show is told before any work starts
+    check_base(shown.base, choice.engines, choice.variant_names)
     plan = planned(choice)
+    if shown.quality is not None:
+        losses(shown.quality, plan.record)
     if not quiet:
         _show_plan(plan, console)
     record = measured(plan, progress, started)
