@@ -33,7 +33,7 @@ class _Part(BaseModel):
 class Rule(_Part):
     """One margin: `at_most` or `at_least`, whichever side the metric is limited on."""
 
-    metric: str = Field(description="such as kl_nats, ppl_increase, mmlu_acc_drop, mmlu_flips, size_ratio")
+    metric: str = Field(description="such as kl_nats, ppl_increase, mmlu_acc_drop, drift_equal, size_ratio")
     at_most: str | None = Field(None, description="a number and its unit, such as '1.0 points'")
     at_least: str | None = Field(None, description="a number and its unit, such as '2.5 times'")
     variants: list[str] | None = Field(

@@ -274,7 +274,7 @@ def test_an_address_is_no_folder_for_a_run(refused, address):
 
 @pytest.mark.parametrize("name", ["mmlu", "corpus.txt"])
 def test_quantize_writes_over_nothing_but_variants(place, capfd, monkeypatch, name):
-    monkeypatch.setattr("qeval.compare.variants.build", None)  # refused before the work
+    monkeypatch.setattr("qeval.compare.variants.carried_out", None)  # refused before the work
     out = place.folder / name
     assert run(["quantize", "--model", str(place.model), "--method", "rtn:g32", "--out", str(out)]) == 2
     assert capfd.readouterr().err == f"error: '{out}' exists and is no variant; name another folder.\n"
