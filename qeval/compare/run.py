@@ -156,6 +156,12 @@ def _tell_overlap(plan: Plan, progress: Progress) -> None:
             f"note: {seen.overlap.shared_tokens:,} of {seen.overlap.tokens:,} scored tokens stand in the calibration "
             f"text '{seen.source}' too, so variants that are calibrated on it will be void."
         )
+    for each in plan.given:
+        if each.overlap and each.overlap.shared_tokens:
+            progress.tell(
+                f"note: {each.name} was calibrated on text that holds at least {each.overlap.shared_tokens:,} of "
+                f"{each.overlap.tokens:,} scored tokens too, so it will be void."
+            )
 
 
 def _calibration(plan: Plan) -> CalibrationRecord | None:

@@ -27,7 +27,9 @@ from qeval.quant.grid import Grid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.store.locks import alone
+from qeval.store.run import OverlapRecord
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
+from qeval.tasks.overlap import Fingerprint
 
 QUANTIZERS_VERSION = 3
 """Part of every variant's key: raise it when the same recipe gives other integers."""
@@ -69,6 +71,8 @@ class Entry:
     error: str | None = None
     told: Mapping[str, str] = field(default_factory=dict)
     """What a reader must know of it in this run, beside what its manifest says."""
+    overlap: OverlapRecord | None = None
+    """What the text that it was calibrated on before this run shares with what is scored; None: that is not known."""
 
 
 def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: int) -> str:
@@ -88,6 +92,11 @@ def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: 
             "calibration": seen,
         }
     )
+
+
+def _told(seen: Calibration) -> dict[str, Any]:
+    """What a manifest says of the calibration text, with what later runs may look for in theirs."""
+    return {**seen.record, "fingerprint": Fingerprint.of(seen.samples).model_dump()}
 
 
 def _nobody(_: int) -> None:
@@ -165,7 +174,7 @@ class Workshop:
         return Origin(
             recipe=recipe.identity() | {"rules": [vars(rule) for rule in recipe.rules]},
             model={"name": self._loaded.name, "weights_sha256": self._loaded.weights_sha256},
-            calibration=dict(self._calibration().record) if recipe.calibrated else None,
+            calibration=_told(self._calibration()) if recipe.calibrated else None,
             float_bits=self._loaded.float_bits,
             seconds=seconds,
         )
