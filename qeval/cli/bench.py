@@ -95,7 +95,9 @@ def bench(
     from qeval.bench.settings import BenchChoice, parse_numbers, parse_variants  # noqa: PLC0415 - heavy
 
     on_cpu = device == "cpu"
-    precisions, recipes = parse_variants(methods, options.defaults(budget, importance, quantize_head))
+    defaults = options.defaults(budget, importance, quantize_head)
+    precisions, recipes = parse_variants(methods, defaults)
+    options.check_used(defaults, recipes)
     choice = BenchChoice(
         model=ModelChoice(model, revision, device, "float32" if on_cpu else None),
         engines=names(engines),

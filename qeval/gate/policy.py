@@ -145,8 +145,10 @@ def _check(rule: Rule, where: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in first["loc"]) or "the whole file"
-    if first["loc"] and first["loc"][-1] in ("at_most", "at_least"):
+    if not first["loc"]:
+        return "it must hold a mapping with 'name' and 'rules', such as configs/gates/release.yaml."
+    where = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in first["loc"])
+    if first["loc"][-1] in ("at_most", "at_least"):
         return f"{where}: a margin is a number and its unit in words, such as '1.0 points', not {first['input']}."
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}."

@@ -239,7 +239,7 @@ def read_run(folder: Path) -> RunRecord:
     path = folder / "run.json"
     try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{folder}' holds no run: there is no {path.name} in it.") from error
     try:
         return RunRecord.model_validate_json(data)
