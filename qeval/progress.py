@@ -1,11 +1,31 @@
 """How long work tells where it is: phases with a number of units, told by whoever does the work."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Advance = Callable[[int], None]
 """Called with the number of units just done."""
+
+
+def in_parts(advance: Advance, units: int, parts: int) -> Callable[[], None]:
+    """What is called once after each of `parts` equal parts of `units`: all of these have been told after the last.
+
+    >>> told = []
+    >>> done = in_parts(told.append, 10, 4)
+    >>> for _ in range(4):
+    ...     done()
+    >>> told
+    [2, 3, 2, 3]
+    """
+    places = itertools.count()
+
+    def tell() -> None:
+        place = next(places)
+        advance(units * (place + 1) // parts - units * place // parts)
+
+    return tell
 
 
 class Progress(Protocol):

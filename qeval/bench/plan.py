@@ -94,7 +94,7 @@ def planned(choice: BenchChoice) -> Plan:
     if choice.threads:
         torch.set_num_threads(choice.threads)
     loaded, source = source_of_model(choice.model)
-    check_recipes(choice.recipes, source)
+    check_recipes(choice.recipes, source, choice.calibration.samples)
     for name, folder in choice.variants:
         if is_variant(folder):
             given_entry(name, folder, loaded.info.weights_sha256)

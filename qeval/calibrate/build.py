@@ -53,23 +53,39 @@ def source_of(
 
 @torch.inference_mode()
 def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant:
-    """The variant of `recipe`. `advance` is told 1 for every group whose sensitivity was measured.
+    """The variant of `recipe`. `advance` is told `trial_units`, then `rounding_units` of its outline.
 
     Raises:
         UsageError: a block larger than a row, a budget that no choice meets, a rule that matches nothing.
     """
     grids, plan = outline(source, recipe, key, advance)
+    return carried_out(source, recipe, grids, plan, advance)
+
+
+def rounding_units(recipe: Recipe, plan: Variant) -> int:
+    """What making an outline's variant tells its progress in all: its weights, twice where they are scaled first."""
+    return sum(weight.codes.numel() for weight in plan.weights.values()) * _passes(recipe)
+
+
+def _passes(recipe: Recipe) -> int:
+    return 2 if recipe.uses_awq else 1
+
+
+@torch.inference_mode()
+def carried_out(source: Source, recipe: Recipe, grids: Grids, plan: Variant, advance: Advance) -> Variant:
+    """The variant of an outline. `advance` is told `rounding_units`, but by another tool nothing."""
     if recipe.tool:
         return _by_tool(source, recipe, grids, plan)
     if recipe.uses_gptq:
         weights, told = _in_order(source, recipe, grids, advance)
         variant = replace(plan, weights=weights, details={**plan.details, **told})
     else:
-        made = quantize_alone(source.search, source.description.groups, recipe, grids)
+        made = quantize_alone(source.search, source.description.groups, recipe, grids, advance)
         variant = replace(with_floats(plan, recipe, [made]), weights=made.weights)
     if source.description.head not in grids:
         return variant
     head = quantize(source.head.weight.float(), grids[source.description.head])
+    advance(head.codes.numel() * _passes(recipe))
     return replace(variant, weights={**variant.weights, source.description.head: head})
 
 
@@ -116,13 +132,26 @@ class Made(NamedTuple):
     unseen: list[str]
 
 
-def quantize_alone(search: Search, groups: Sequence[Group], recipe: Recipe, grids: Grids) -> Made:
-    """Every group (whole layers of them) quantized for the inputs that the float model gives it."""
-    scales = search.scales(groups, grids) if recipe.uses_awq else {}
+def quantize_alone(search: Search, groups: Sequence[Group], recipe: Recipe, grids: Grids, advance: Advance) -> Made:
+    """Every group (whole layers of them) quantized for the inputs that the float model gives it.
+
+    `advance` is told the weights of each group when its scales are found, where there are any, and when it is rounded.
+    """
+    scales: dict[str, Scaled] = {}
+    for group in groups if recipe.uses_awq else ():
+        scales |= search.scales([group], grids)
+        advance(_weights_of(search, group, grids))
     divisors = row_divisors(scales, search.parameters)
-    weights = quantize_groups(search, groups, grids, scales, divisors, clip=recipe.clips)
+    weights: dict[str, QWeight] = {}
+    for group in groups:
+        weights |= quantize_groups(search, [group], grids, scales, divisors, clip=recipe.clips)
+        advance(_weights_of(search, group, grids))
     unseen = [group.names[0] for group in groups if group.names[0] not in search.statistics]
     return Made(weights, scales, folded_floats(scales, search.parameters, grids), unseen)
+
+
+def _weights_of(search: Search, group: Group, grids: Grids) -> int:
+    return sum(search.parameters[name].numel() for name in group.names if name in grids)
 
 
 def with_floats(plan: Variant, recipe: Recipe, parts: Sequence[Made]) -> Variant:

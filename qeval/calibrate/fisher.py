@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qeval.calibrate.sensitivity import Effective
+from qeval.calibrate.sensitivity import Effective, trial_passes
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
 from qeval.models.matrices import After, is_expert, watching, weights_of
-from qeval.progress import Advance
+from qeval.progress import Advance, in_parts
 
 SAMPLES, LENGTH = 4, 256
 """Calibration tokens that the prediction comes from, one sample at a time."""
@@ -59,12 +59,14 @@ def predict(
     """The predicted mean KL in nats of every group quantized alone, by the group's first name.
 
     `effective` gives a group's quantized matrices as they act in the unfolded model; where it gives none, or no token
-    reaches the group, the KL is 0. `seed` draws the labels. `advance` is told of the groups, a share after each sample.
+    reaches the group, the KL is 0. `seed` draws the labels. `advance` is told `trial_passes` in all, a share after
+    each sample.
     """
     weights = weights_of(model)
     watched = [Watched(weights, group, effective) for group in description.units]
     generator = torch.Generator(model.device).manual_seed(seed)
     texts = [sample[:LENGTH] for sample in samples[:SAMPLES]]
+    done = in_parts(advance, trial_passes(description), len(texts))
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as hooks:
         after = {name: call for each in watched for name, call in each.listeners().items()}
         hooks.enter_context(watching(model, after=after))
@@ -76,7 +78,7 @@ def predict(
             states.backward(label_gradient(head, states.detach(), generator))
             for each in watched:
                 each.end_pass()
-            advance(len(watched) // len(texts))
+            done()
     return {each.name: each.total / (2 * sum(map(len, texts))) for each in watched}
 
 

@@ -65,7 +65,7 @@ def quantize_in_order(
 ) -> list[Outcome]:
     """GPTQ over all linears that `grids` names, in the order of the computation; the model is left as it was.
 
-    `advance` is told 1 for every group of the model.
+    `advance` is told the weights of every group once it is rounded.
 
     Raises:
         QevalError: no calibration token reaches a linear, or its inputs are not finite.
@@ -84,7 +84,7 @@ def quantize_in_order(
 def round_layer(
     stream: "Stream", groups: Sequence[Group], grids: Mapping[str, Grid], options: Options, advance: Advance
 ) -> list[Outcome]:
-    """GPTQ over the groups of the layer that the text has come to; `advance` is told 1 for every group.
+    """GPTQ over the groups of the layer that the text has come to; `advance` is told the weights of each.
 
     Raises:
         QevalError: as `quantize_in_order`.
@@ -93,7 +93,7 @@ def round_layer(
     outcomes = []
     for group in groups:
         outcomes += _quantize_group(stream.parameters, group, grids, moments.pop(group.names[0], None), options)
-        advance(1)
+        advance(sum(stream.parameters[name].numel() for name in _names(group, grids)))
     return outcomes
 
 

@@ -1,5 +1,6 @@
 """Which groups of linears get the high bit width: ways to give out the bits, tried on the calibration text."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from qeval.calibrate import accept, fisher
 from qeval.calibrate.groups import Parameters, Scales, effective, quantize_groups, row_divisors
-from qeval.calibrate.sensitivity import Effective
+from qeval.calibrate.sensitivity import Effective, finite, trial_passes
 from qeval.calibrate.source import Source
 from qeval.config import Recipe
 from qeval.errors import UsageError
-from qeval.models.graph import Group
+from qeval.models.graph import Description, Group
 from qeval.progress import Advance
 from qeval.quant.grid import Grid, parse
 from qeval.quant.mixed import Option, choose_high, positional_names
@@ -38,7 +39,7 @@ class Mix(NamedTuple):
 def mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) -> Mix:
     """The grids of a mixed recipe whose weights are otherwise on the `low` ones.
 
-    `advance` is told of every group as its sensitivity is found.
+    `advance` is told of what is tried, `trial_units` in all.
 
     Raises:
         UsageError: no choice meets the recipe's budget, or there are too few calibration samples.
@@ -48,27 +49,45 @@ def mix(source: Source, recipe: Recipe, low: dict[str, Grid], advance: Advance) 
         grids, _ = positional_budget(source, recipe, low)
         return Mix(grids, tuple(_choice(source, group, grids, None, None) for group in _units(source, low)), {})
     if recipe.importance == "measured":
-        kls = source.trials.measure(effective_of(source, recipe, low), advance)
+        kls = finite(recipe.name, source.trials.measure(effective_of(source, recipe, low), advance))
         return Mix(*under_budget(source, recipe, low, budget, kls), {})
-    if len(source.samples) < fisher.SAMPLES + accept.SAMPLES:
-        raise UsageError(
-            f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
-            f"{accept.SAMPLES} others; give at least {fisher.SAMPLES + accept.SAMPLES} --calibration-samples."
-        )
-    kls = source.trials.predict(effective_of(source, recipe, low), advance)
+    check_samples(recipe, len(source.samples))
+    kls = finite(recipe.name, source.trials.predict(effective_of(source, recipe, low), advance))
     ways = _ways(source, recipe, low, budget, kls)
-    measured = source.trials.measure_ways({name: effective_of(source, recipe, ways[name]) for name in ways})
+    tried = {name: effective_of(source, recipe, grids) for name, grids in ways.items()}
+    measured = finite(recipe.name, source.trials.measure_ways(tried, advance))
     best = min((name for name in ways if name != _UNIFORM), key=measured.__getitem__)
     choices = tuple(_choice(source, group, ways[best], None, None) for group in _units(source, low))
     return Mix(ways[best], choices, _accepted_details(measured, best))
 
 
+def trial_units(description: Description, recipe: Recipe) -> int:
+    """What `mix` tells its progress in all: nothing by position; a prediction is measured once more, as whole ways."""
+    if not recipe.mixed or recipe.importance == "positional":
+        return 0
+    return trial_passes(description) * (2 if recipe.importance == "fisher" else 1)
+
+
+def check_samples(recipe: Recipe, samples: int) -> None:
+    """Refuse a recipe that so many calibration samples are too few for.
+
+    Raises:
+        UsageError: a mix that is predicted has no text left to be measured on.
+    """
+    needed = fisher.SAMPLES + accept.SAMPLES
+    if recipe.mixed and recipe.importance == "fisher" and samples < needed:
+        raise UsageError(
+            f"'{recipe.name}': --importance fisher chooses on {fisher.SAMPLES} calibration samples and accepts on "
+            f"{accept.SAMPLES} others; give at least {needed} --calibration-samples."
+        )
+
+
 def positional_budget(source: Source, recipe: Recipe, grids: Mapping[str, Grid]) -> tuple[dict[str, Grid], int]:
     """The grids under the positional rule, and their size in bits."""
-    high = high_grid(recipe)
     last = {unit.layer: unit.names for unit in source.description.units}
     chosen = positional_names(grids, len(source.description.layers), last)
-    mixed = {name: high if name in chosen else grid for name, grid in grids.items()}
+    raised = _raised(source, recipe, grids)
+    mixed = {name: raised[name] if name in chosen else grid for name, grid in grids.items()}
     return mixed, _bits(mixed, source.search.parameters)
 
 
@@ -76,6 +95,25 @@ def high_grid(recipe: Recipe) -> Grid:
     """The grid of the weights that matter most: the low grid with 8 bits unless the recipe names another."""
     low = parse(recipe.grid)
     return replace(low, bits=HIGH_BITS) if recipe.high is None else parse(recipe.high, low)
+
+
+def _raised(source: Source, recipe: Recipe, low: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The grids where every weight that may get the high one has it.
+
+    Those outside the decoder layers never do, nor those that a rule of the recipe gave as many bits or more.
+
+    Raises:
+        UsageError: no weight would get more bits, so there is nothing to choose.
+    """
+    high = high_grid(recipe)
+    inside = {name for unit in source.description.units for name in unit.names}
+    gains = {name: high for name, grid in low.items() if name in inside and grid.bits < high.bits}
+    if not gains:
+        raise UsageError(
+            f"'{recipe.name}' has nothing to mix: what matters most would get {high}, and the rest has "
+            f"{parse(recipe.grid)} already; give the rest fewer bits, or take a method that mixes nothing."
+        )
+    return dict(low) | gains
 
 
 def _ways(
@@ -108,7 +146,7 @@ def under_budget(
     source: Source, recipe: Recipe, low: dict[str, Grid], budget: int, kls: Mapping[str, float]
 ) -> tuple[dict[str, Grid], tuple[Choice, ...]]:
     """The grids that the least summed KL takes within `budget` bits, from each group's KL alone at the low width."""
-    high = {name: high_grid(recipe) for name in low}
+    high = _raised(source, recipe, low)
     groups, parameters = _units(source, low), source.search.parameters
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
     options = [
@@ -143,19 +181,30 @@ def mixed_budget(source: Source, recipe: Recipe, low: dict[str, Grid]) -> int:
         )
     if recipe.budget is None:
         return positional_budget(source, recipe, low)[1]
-    high = {name: high_grid(recipe) for name in low}
-    parameters = source.search.parameters
-    weights = sum(parameters[name].numel() for name in low)
-    reserved = _explicit_bits(source, low) if recipe.uses_awq else 0
-    smallest = (_bits(low, parameters) + reserved) / weights
-    largest = (_bits(high, parameters) + reserved) / weights
+    smallest, largest = size_limits(source, recipe, low)
     if not smallest <= recipe.budget <= largest:
         side = "below the smallest" if recipe.budget < smallest else "above the largest"
         raise UsageError(
             f"'{recipe.name}': a budget of {recipe.budget:g} bits per weight is {side} possible size; "
-            f"this model takes {smallest:.3f} to {largest:.3f}."
+            f"this model takes {math.ceil(smallest * 1000) / 1000:.3f} to {math.floor(largest * 1000) / 1000:.3f}."
         )
-    return int(recipe.budget * weights) - reserved
+    parameters = source.search.parameters
+    weights = sum(parameters[name].numel() for name in low)
+    reserved = _explicit_bits(source, low) if recipe.uses_awq else 0
+    return max(int(recipe.budget * weights) - reserved, _bits(low, parameters))  # a product may round below its limit
+
+
+def size_limits(source: Source, recipe: Recipe, low: Mapping[str, Grid]) -> tuple[float, float]:
+    """The least and the most bits per weight that a mixed recipe can take, input scales included.
+
+    Raises:
+        UsageError: no weight would get more bits.
+    """
+    parameters = source.search.parameters
+    weights = sum(parameters[name].numel() for name in low)
+    reserved = _explicit_bits(source, low) if recipe.uses_awq else 0
+    least, most = (_bits(grids, parameters) for grids in (low, _raised(source, recipe, low)))
+    return (least + reserved) / weights, (most + reserved) / weights
 
 
 def _explicit_bits(source: Source, low: Mapping[str, Grid]) -> int:

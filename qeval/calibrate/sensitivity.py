@@ -4,6 +4,7 @@ The work before a group's layer is shared: layers before it are replaced by what
 group costs a forward pass of its own layer and those after it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qeval.calibrate.recall import layers_of, recalled, replaced_by
+from qeval.errors import QevalError
 from qeval.metrics.tokens import mean_kl
 from qeval.models.graph import Description, Group
 from qeval.models.head import Head
@@ -25,6 +27,11 @@ SAMPLES, LENGTH, EVERY = 2, 256, 4
 """Calibration tokens that sensitivities are measured on; KL at every fourth position."""
 
 
+def trial_passes(description: Description) -> int:
+    """How many passes through a layer it takes to try every unit alone: its own layer, and those after it."""
+    return sum(len(description.layers) - unit.layer for unit in description.units)
+
+
 @torch.inference_mode()
 def measure(
     model: Any,
@@ -36,14 +43,14 @@ def measure(
 ) -> dict[str, float]:
     """Mean KL(baseline || one group quantized) in nats for every unit of groups, by its first name.
 
-    `advance` is told 1 for every unit.
+    `advance` is told the layers that each unit passes, `trial_passes` in all.
     """
     passed = Passed.of(model, description, tokens(model, samples))
     kls = {}
     for group in description.units:
         if values := effective(group):
             kls[group.names[0]] = mean_kl(head.logits, passed.final, head.logits, passed.states_with(group, values))
-        advance(1)
+        advance(len(description.layers) - group.layer)
     return kls
 
 
@@ -74,6 +81,22 @@ class Passed:
 def tokens(model: Any, samples: Sequence[Sequence[int]], count: int = SAMPLES) -> Tensor:
     """The calibration tokens that sensitivities are measured on, [samples, length]."""
     return torch.tensor([list(sample[:LENGTH]) for sample in samples[:count]], device=model.device)
+
+
+def finite(recipe: str, kls: Mapping[str, float]) -> dict[str, float]:
+    """The KLs by name as they are; none of them may be undefined, or no choice could rest on them.
+
+    Raises:
+        QevalError: one is NaN or infinite; it is named.
+    """
+    broken = [name for name, kl in kls.items() if not math.isfinite(kl)]
+    if broken:
+        raise QevalError(
+            f"'{recipe}': KL with {broken[0]} quantized is not finite on the calibration text (one of {len(broken)} "
+            f"among {len(kls)}), so nothing can be chosen by it; compute in fp32 (--compute fp32), or mix by "
+            "--importance positional."
+        )
+    return dict(kls)
 
 
 def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any], Tensor]:

@@ -13,7 +13,10 @@ from qeval.progress import Advance
 
 
 class Trials(Protocol):
-    """Tries quantized groups in a model, and gives mean KLs in nats; the model stays as it is."""
+    """Tries quantized groups in a model, and gives mean KLs in nats; the model stays as it is.
+
+    `advance` is told `sensitivity.trial_passes` in all by each of them.
+    """
 
     def measure(self, effective: Effective, advance: Advance) -> dict[str, float]:
         """As `sensitivity.measure`: every group quantized alone."""
@@ -23,7 +26,7 @@ class Trials(Protocol):
         """As `fisher.predict`: the same to second order."""
         ...
 
-    def measure_ways(self, ways: Mapping[str, Effective]) -> dict[str, float]:
+    def measure_ways(self, ways: Mapping[str, Effective], advance: Advance) -> dict[str, float]:
         """As `accept.measure_ways`: all groups quantized together, each way."""
         ...
 
@@ -45,9 +48,9 @@ class InMemory:
         """As `fisher.predict`."""
         return fisher.predict(self.model, self.description, self.head, self.samples, effective, advance)
 
-    def measure_ways(self, ways: Mapping[str, Effective]) -> dict[str, float]:
+    def measure_ways(self, ways: Mapping[str, Effective], advance: Advance) -> dict[str, float]:
         """As `accept.measure_ways`."""
-        return accept.measure_ways(self.model, self.description, self.head, self.samples, ways)
+        return accept.measure_ways(self.model, self.description, self.head, self.samples, ways, advance)
 
 
 @dataclass(frozen=True, eq=False)

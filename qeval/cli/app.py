@@ -100,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, one line and an exit code
         debug = "--debug" in arguments
         where = "" if debug else " (--debug shows where)"
-        return _told(console, f"{type(error).__name__}: {error}{where}", QevalError.exit_code, debug=debug)
+        return _told(console, f"{_in_a_line(error)}{where}", QevalError.exit_code, debug=debug)
     if code == INTERRUPTED:  # typer makes this of KeyboardInterrupt
         code, what = (_TERMINATED, "Terminated") if terminated else (INTERRUPTED, "Interrupted")
         sentence = f"{what}. What is done is kept; the same command goes on from there: {command}"
@@ -125,6 +125,13 @@ def _sigterm_as_interrupt() -> Iterator[list[int]]:
         yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong: with a file, which and what of it; else the error's name and its words, whatever their lines."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"Cannot use {error.filename}: {error.strerror}."
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _told(console: Console, sentence: str, code: int, *, debug: bool) -> int:

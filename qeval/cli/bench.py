@@ -95,7 +95,9 @@ def bench(
     from qeval.bench.settings import BenchChoice, parse_numbers, parse_variants  # noqa: PLC0415 - heavy
 
     on_cpu = device == "cpu"
-    precisions, recipes = parse_variants(methods, options.defaults(budget, importance, quantize_head))
+    defaults = options.defaults(budget, importance, quantize_head)
+    precisions, recipes = parse_variants(methods, defaults)
+    options.check_used(defaults, recipes)
     choice = BenchChoice(
         model=ModelChoice(model, revision, device, "float32" if on_cpu else None),
         engines=names(engines),
@@ -136,12 +138,17 @@ def _run(choice: "BenchChoice", shown: Shown, started: float, *, as_json: bool, 
     from qeval.bench.run import exit_code  # noqa: PLC0415
     from qeval.bench.summary import summary_table  # noqa: PLC0415
     from qeval.report.bench import write_bench  # noqa: PLC0415
+    from qeval.report.bench.quality import losses  # noqa: PLC0415
     from qeval.report.bench.reference import read_references  # noqa: PLC0415
+    from qeval.report.bench.summary import check_base  # noqa: PLC0415
 
     console = Console(stderr=True)
     progress = ConsoleProgress(console, quiet=quiet)
-    read_references(shown.reference)  # a wrong name is told before any work starts
+    read_references(shown.reference)  # what the page can't show is told before any work starts
+    check_base(shown.base, choice.engines, choice.variant_names)
     plan = planned(choice)
+    if shown.quality is not None:
+        losses(shown.quality, plan.record)
     if not quiet:
         _show_plan(plan, console)
     record = measured(plan, progress, started)

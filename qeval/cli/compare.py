@@ -115,6 +115,7 @@ def compare(
     given = tuple(named_path(text) for text in variant or [])
     if methods is not None or (not recipes and not given):
         recipes += parse_methods(methods or _DEFAULT_METHODS, defaults)
+    options.check_used(defaults, recipes)
     settings = Settings(
         model=ModelChoice(
             model, revision, device, options.compute_type(compute), stream, options.size_bytes(max_memory)

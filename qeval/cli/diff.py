@@ -7,6 +7,7 @@ import typer
 
 from qeval.cli import options
 from qeval.cli.printing import stdout
+from qeval.errors import UsageError
 
 _WIDTH = 150
 """Columns for tables whose cells hold text."""
@@ -42,4 +43,6 @@ def diff(
 
 def _pair(text: str) -> tuple[str, str]:
     mine, separator, other = text.partition("=")
+    if not mine or (separator and not other):
+        raise UsageError(f"--variant takes NAME or NAME_IN_A=NAME_IN_B, not '{text}'.")
     return mine, other if separator else mine

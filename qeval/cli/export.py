@@ -41,6 +41,7 @@ def export(
     del debug  # read by the program's own error handler
     defaults = options.defaults(budget, importance, quantize_head)
     recipe = None if method == "float" else parse_method(method, defaults)
+    options.check_used(defaults, [recipe] if recipe else [])
     choice = BackendChoice(("ort",), (accuracy_level,), ep, exporter, format, precision)
     console = Console(stderr=True)
     from qeval.compare.prepare import require_onnx  # noqa: PLC0415 - torch takes seconds to import

@@ -1,12 +1,13 @@
 """The flags that several commands share, with one help text each."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from qeval.config import Defaults, parse_budget
+from qeval.config import Defaults, Recipe, parse_budget
 from qeval.config import Importance as ImportanceName
 from qeval.errors import UsageError, unknown
 
@@ -79,6 +80,20 @@ _COMPUTE |= {"fp16": "float16", "float16": "float16"}
 def defaults(budget: str | None, importance: ImportanceName, quantize_head: bool) -> Defaults:
     """What recipes take that name none of their own, as the flags say it."""
     return Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
+
+
+def check_used(given: Defaults, recipes: Sequence[Recipe]) -> None:
+    """Refuse flags that no recipe takes.
+
+    Raises:
+        UsageError: a budget or a way to rank groups is given, and no recipe mixes widths.
+    """
+    if any(recipe.mixed for recipe in recipes):
+        return
+    for flag, is_given in (("--budget", given.budget is not None), ("--importance", given.importance != "measured")):
+        if is_given:
+            named = ", ".join(recipe.name for recipe in recipes) or "what was asked for"
+            raise UsageError(f"{flag} is for mixed methods, and none is among {named}; add one, or leave {flag} out.")
 
 
 def accuracy_levels(text: str) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ def quantize(
     del debug  # read by the program's own error handler
     defaults = options.defaults(budget, importance, quantize_head)
     recipe = parse_method(method, defaults)
+    options.check_used(defaults, [recipe])
     folder = out or Path("variants") / f"{slug(model)}-{slug(method)}"
     console = Console(stderr=True)
     from qeval.compare.quantize import make_variant  # noqa: PLC0415 - torch takes seconds to import

@@ -142,7 +142,7 @@ def _torch(plan: Plan, entry: Entry, name: str, progress: Progress, *, kept: boo
         states = Kept(candidate, store, lambda: plan.backend.head_for(load_variant(folder)).logits)
 
     def record(seconds: float) -> VariantRecord:
-        return variant_record(name, "torch", manifest, seconds, entry.told)
+        return variant_record(name, "torch", manifest, seconds, entry)
 
     contender = Contender(name, "torch", entry.method, lambda: Scorer(candidate, kept=states), record)
     return _Torch(contender, states)
@@ -164,7 +164,7 @@ def _ort(
     states = twin.states if twin else None
 
     def record(seconds: float) -> VariantRecord:
-        made = variant_record(name, backend.name, manifest, seconds, entry.told)
+        made = variant_record(name, backend.name, manifest, seconds, entry)
         return made.model_copy(update={"runtime": runtime.record(), "twin": twin.contender.name if twin else None})
 
     return Contender(name, backend.name, entry.method, lambda: Scorer(candidate, twin=states), record, broken)

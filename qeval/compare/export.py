@@ -73,7 +73,7 @@ def export(
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
     if recipe is not None:
-        check_recipes([recipe], source, kernel_block)
+        check_recipes([recipe], source, calibration.samples, kernel_block)
     names = [name for group in source.description.groups for name in group.names] + [source.description.head]
     target = target_of(choice)
     exporter = Exporter(loaded, names, choice.exporter, torch.get_num_threads(), target)

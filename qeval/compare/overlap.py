@@ -1,17 +1,40 @@
 """The calibration text against all that a run scores: its windows and its questions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
+from qeval.compare.variants import Entry
 from qeval.score.corpus import Shard
 from qeval.store.run import OverlapRecord
+from qeval.store.variants import MANIFEST, read_manifest
 from qeval.tasks.harness import Suite
-from qeval.tasks.overlap import NGRAM, find_overlap
+from qeval.tasks.overlap import NGRAM, Fingerprint, Overlap, find_overlap
 
 _Ids = tuple[int, ...]
+_Find = Callable[[Sequence[_Ids]], Overlap]
 
 
 def overlap_of(samples: Sequence[_Ids], shards: Sequence[Shard], suites: Sequence[Suite]) -> OverlapRecord:
     """What the calibration samples share with a run's windows and questions (the first choice's prompt of each)."""
+    return _record(partial(find_overlap, samples), NGRAM, shards, suites)
+
+
+def with_overlap(entry: Entry, shards: Sequence[Shard], suites: Sequence[Suite]) -> Entry:
+    """A variant made before with what its calibration text shares with the run's; as it is where nothing tells that.
+
+    Raises:
+        BrokenRecordError: its manifest's fingerprint is torn.
+    """
+    manifest = None if entry.folder is None else read_manifest(entry.folder)
+    data = (manifest.calibration or {}).get("fingerprint") if manifest else None
+    if data is None:
+        return entry
+    fingerprint = Fingerprint.read(data, f"{entry.folder}/{MANIFEST}")
+    return replace(entry, overlap=_record(fingerprint.overlap, fingerprint.ngram, shards, suites))
+
+
+def _record(find: _Find, ngram: int, shards: Sequence[Shard], suites: Sequence[Suite]) -> OverlapRecord:
     scored: list[tuple[str, _Ids]] = [
         (f"window {number}", window.tokens)
         for shard in shards
@@ -21,6 +44,6 @@ def overlap_of(samples: Sequence[_Ids], shards: Sequence[Shard], suites: Sequenc
         scored += [
             (f"question {q.item} of {suite.info.name} {q.subject}", sum(q.pairs[0], ())) for q in suite.questions
         ]
-    found = find_overlap(samples, [ids for _, ids in scored])
+    found = find([ids for _, ids in scored])
     where = None if found.first is None else scored[found.first][0]
-    return OverlapRecord(ngram=NGRAM, shared_tokens=found.shared_tokens, tokens=found.tokens, where=where)
+    return OverlapRecord(ngram=ngram, shared_tokens=found.shared_tokens, tokens=found.tokens, where=where)

@@ -20,7 +20,7 @@ from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
 from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
 from qeval.compare.estimate import Shape
-from qeval.compare.overlap import overlap_of
+from qeval.compare.overlap import overlap_of, with_overlap
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
@@ -147,7 +147,7 @@ def prepare(settings: Settings) -> Plan:
         require_bf16()
     loaded, source, backend = loaded_model(settings.model, folds=any(recipe.uses_awq for recipe in settings.recipes))
     fits = [kernel_block] if settings.backends.uses_ort else []
-    check_recipes(settings.recipes, source, *fits)
+    check_recipes(settings.recipes, source, settings.calibration.samples, *fits)
     protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = _suites(settings, loaded)
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
@@ -173,7 +173,9 @@ def prepare(settings: Settings) -> Plan:
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
         drift=drift,
         parts=parts,
-        given=_given(settings, loaded, source, backend, asked, fits),
+        given=tuple(
+            with_overlap(each, shards, suites) for each in _given(settings, loaded, source, backend, asked, fits)
+        ),
         foreign=_foreign(settings, loaded, source.head, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,

@@ -34,7 +34,7 @@ def make_variant(
     if threads:
         torch.set_num_threads(threads)
     loaded, source, backend = loaded_model(model, folds=recipe.uses_awq)
-    check_recipes([recipe], source)
+    check_recipes([recipe], source, calibration.samples)
     text = cache(lambda: calibration_of(calibration, loaded))
     with workshop_of(source, text, backend, seed, progress) as workshop:
         workshop.write(recipe, folder)

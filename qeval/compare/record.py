@@ -1,16 +1,13 @@
 """The run's record: what each variant is and what it was measured on, in the words that reports use."""
 
-from collections.abc import Mapping
-
+from qeval.compare.variants import Entry
 from qeval.quant.grid import describe, parse
 from qeval.store.run import GroupRecord, KeptRecord, VariantRecord
 from qeval.store.variants import Manifest
 
 
-def variant_record(
-    name: str, backend: str, manifest: Manifest, score_seconds: float, told: Mapping[str, str]
-) -> VariantRecord:
-    """A finished variant, from its manifest and what else was `told` of it."""
+def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: float, entry: Entry) -> VariantRecord:
+    """A finished variant, from its manifest and what else is known of it in this run."""
     grids = _grids(manifest)
     forms = list(dict.fromkeys(entry.form for entry in manifest.stored))
     recipe = manifest.recipe
@@ -33,13 +30,14 @@ def variant_record(
         quantized_parameters=_on_grids(manifest) + sum(entry.parameters for entry in manifest.stored),
         kept=[KeptRecord(**entry.model_dump()) for entry in manifest.kept],
         input_scales=manifest.input_scales,
-        details={**manifest.details, **told},
+        details={**manifest.details, **entry.told},
         importance=str(recipe["importance"]) if str(recipe["method"]).startswith("mixed") else None,
         budget_bits_per_weight=recipe.get("budget"),
         groups=[GroupRecord(**entry.model_dump()) for entry in manifest.choices],
         quantize_seconds=manifest.seconds,
         score_seconds=score_seconds,
         calibration_sha256=(manifest.calibration or {}).get("tokens_sha256"),
+        overlap=entry.overlap,
     )
 
 

@@ -109,7 +109,7 @@ def estimate(plan: Plan) -> Cost:
     flops += shape.forward_flops(along, said)  # of generating
     if any(recipe.calibrated for recipe in plan.settings.recipes):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
-    groups = len(plan.source.description.groups)
+    groups = len(plan.source.description.units)
     for recipe in plan.settings.recipes:
         if recipe.uses_gptq:
             flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
@@ -156,6 +156,12 @@ def _tell_overlap(plan: Plan, progress: Progress) -> None:
             f"note: {seen.overlap.shared_tokens:,} of {seen.overlap.tokens:,} scored tokens stand in the calibration "
             f"text '{seen.source}' too, so variants that are calibrated on it will be void."
         )
+    for each in plan.given:
+        if each.overlap and each.overlap.shared_tokens:
+            progress.tell(
+                f"note: {each.name} was calibrated on text that holds at least {each.overlap.shared_tokens:,} of "
+                f"{each.overlap.tokens:,} scored tokens too, so it will be void."
+            )
 
 
 def _calibration(plan: Plan) -> CalibrationRecord | None:

@@ -20,6 +20,7 @@ from qeval.compare.settings import Bos, CalibrationChoice, CorpusChoice, ModelCh
 from qeval.config import BASELINE, parse_method
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest
+from qeval.models.load import check_device
 from qeval.paths import home, shipped
 from qeval.progress import Progress
 from qeval.report import build
@@ -135,7 +136,11 @@ def read_runs(path: Path | None = None, rows: Sequence[str] = ()) -> list[Run]:
     where = path or shipped("configs/selfcheck.yaml")
     try:
         table = _Table.model_validate(yaml.safe_load(where.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole file"
+        raise UsageError(f"{where} is no table of published figures ({place}: {first['msg']}).") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{where} is no table of published figures: {' '.join(str(error).split())}.") from error
     found = [each.model_copy(update={"rows": _matching(each.rows, rows)}) for each in table.runs]
     found = [each for each in found if each.rows]
@@ -146,7 +151,15 @@ def read_runs(path: Path | None = None, rows: Sequence[str] = ()) -> list[Run]:
 
 
 def selfcheck(runs: Iterable[Run], where: Where, progress: Progress) -> list[Checked]:
-    """Every row of every run, in order; a run that can't be made leaves its rows not reached."""
+    """Every row of every run, in order; a run that can't be made leaves its rows not reached.
+
+    Raises:
+        UsageError: a folder or a device that was named is not here.
+    """
+    check_device(where.device)
+    for flag, folder in (("--data", where.data), ("--mmlu-dir", where.mmlu_dir)):
+        if folder is not None and str(folder) != "hub" and not folder.is_dir():
+            raise UsageError(f"{flag} {folder}: there is no such folder.")
     return [checked for each in runs for checked in _checked(each, where, progress)]
 
 

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 
 from qeval.calibrate.attribution import Attribution, Figure, attribute
 from qeval.calibrate.build import assign
-from qeval.calibrate.mix import effective_of, high_grid, mixed_budget, under_budget
-from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
+from qeval.calibrate.mix import effective_of, high_grid, mixed_budget, size_limits, under_budget
+from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, finite
 from qeval.calibrate.source import Source
 from qeval.compare.prepare import calibration_of, source_of_model
 from qeval.compare.settings import CalibrationChoice, ModelChoice
@@ -59,7 +59,7 @@ def measure_sensitivity(
     if threads:
         torch.set_num_threads(threads)
     loaded, model_source = source_of_model(model)
-    check_recipes([recipe], model_source)
+    check_recipes([recipe], model_source, calibration.samples)
     seen = calibration_of(calibration, loaded)
     if len(seen.samples) < measured_on:
         raise UsageError(
@@ -118,10 +118,13 @@ def _attributed(
 ) -> Attribution:
     effective, samples = effective_of(source, recipe, low), source.samples[:count]
     units = len(source.description.units)
+
+    def keep(name: str, kl: Figure) -> None:
+        finite(recipe.name, {name: sum(kl)})
+        kept.add(name, kl)
+
     with progress.phase(f"sensitivity of {units} groups", 2 * units + 1) as advance:
-        return attribute(
-            source.model, source.description, source.head, samples, effective, kept.found, kept.add, advance
-        )
+        return attribute(source.model, source.description, source.head, samples, effective, kept.found, keep, advance)
 
 
 def _effects(source: Source, found: Attribution, seed: int) -> tuple[GroupEffect, ...]:
@@ -162,17 +165,12 @@ def _budgets(source: Source, recipe: Recipe, low: dict[str, Grid], asked: Sequen
         for budget in asked:
             mixed_budget(source, _mixed(recipe, budget), low)
         return list(asked)
-    parameters = source.search.parameters
-    weights = sum(parameters[name].numel() for name in low)
-    high = high_grid(_mixed(recipe, 8.0))
-    ends = [
-        sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items()) / weights
-        for grids in (low, dict.fromkeys(low, high))
-    ]
-    if ends[0] >= ends[1]:
+    mixed = _mixed(recipe, 8.0)
+    if parse(recipe.grid).bits >= high_grid(mixed).bits:
         return []  # the method's own width is the high one: there is nothing to mix
-    step = (ends[1] - ends[0]) / (_SIZES + 1)
-    return [round(ends[0] + step * place, 2) for place in range(1, _SIZES + 1)]
+    smallest, largest = size_limits(source, mixed, low)
+    step = (largest - smallest) / (_SIZES + 1)
+    return [round(smallest + step * place, 2) for place in range(1, _SIZES + 1)]
 
 
 def _pick(source: Source, recipe: Recipe, low: dict[str, Grid], budget: float, found: Attribution) -> Pick:

@@ -13,7 +13,7 @@ from qeval.backends.memory import free_bytes, return_large_blocks
 from qeval.backends.stream.backend import StreamBackend, inspect, streamed
 from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText
 from qeval.backends.stream.trials import StreamedTrials
-from qeval.calibrate.build import Made, gptq_details, gptq_options, outline, quantize_alone, with_floats
+from qeval.calibrate.build import Made, gptq_details, gptq_options, quantize_alone, with_floats
 from qeval.calibrate.groups import Search
 from qeval.calibrate.in_order import Outcome, round_layer
 from qeval.calibrate.source import Source
@@ -101,11 +101,10 @@ class StreamWorkshop(Workshop):
         Raises:
             UsageError: memory does not hold what it takes.
         """
-        start, description = time.perf_counter(), self._loaded.description
+        start = time.perf_counter()
         source, passes = self._source_of(recipe)
-        tried = len(description.units) if recipe.mixed and recipe.calibrated else 0
-        with self._progress.phase(f"quantize {recipe.name}", tried + len(description.groups)) as advance:
-            grids, plan = outline(source, recipe, self.key(recipe), advance)
+        grids, plan = self._outline(source, recipe)
+        with self._quantizing(recipe, plan) as advance:
             job = _Job(source, passes, recipe, grids, plan, advance)
             parts = self._in_order(job) if recipe.uses_gptq else self._alone(job)
 
@@ -144,16 +143,15 @@ class StreamWorkshop(Workshop):
             with job.passes.forward() as layers:
                 for layer in layers:
                     groups = self._groups(layer)
-                    made = quantize_alone(job.source.search, groups, job.recipe, job.grids)
+                    made = quantize_alone(job.source.search, groups, job.recipe, job.grids, job.advance)
                     job.made.append(made._replace(weights={}))
                     yield from made.weights.items()
-                    job.advance(len(groups))
             return
         for group in self._loaded.description.groups:
             for name in (name for name in group.names if name in job.grids):
                 search = Search({name: self._matrix(name)}, {})
-                yield from quantize_alone(search, [group], job.recipe, {name: job.grids[name]}).weights.items()
-            job.advance(1)
+                made = quantize_alone(search, [group], job.recipe, {name: job.grids[name]}, job.advance)
+                yield from made.weights.items()
 
     def _in_order(self, job: "_Job") -> Parts:
         """Every group quantized for what the quantized groups before it give it."""

@@ -3,13 +3,15 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qeval.calibrate.build import build, check, quantizable, source_of
+from qeval.calibrate.build import carried_out, check, outline, quantizable, rounding_units, source_of
+from qeval.calibrate.mix import check_samples, trial_units
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
 from qeval.calibrate.source import Source
 from qeval.calibrate.stream import collect
@@ -20,12 +22,14 @@ from qeval.identity import digest
 from qeval.models.graph import Description
 from qeval.models.head import Head
 from qeval.paths import home
-from qeval.progress import Progress
+from qeval.progress import Advance, Progress
 from qeval.quant.grid import Grid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.store.locks import alone
+from qeval.store.run import OverlapRecord
 from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
+from qeval.tasks.overlap import Fingerprint
 
 QUANTIZERS_VERSION = 3
 """Part of every variant's key: raise it when the same recipe gives other integers."""
@@ -67,6 +71,8 @@ class Entry:
     error: str | None = None
     told: Mapping[str, str] = field(default_factory=dict)
     """What a reader must know of it in this run, beside what its manifest says."""
+    overlap: OverlapRecord | None = None
+    """What the text that it was calibrated on before this run shares with what is scored; None: that is not known."""
 
 
 def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: int) -> str:
@@ -86,6 +92,15 @@ def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: 
             "calibration": seen,
         }
     )
+
+
+def _told(seen: Calibration) -> dict[str, Any]:
+    """What a manifest says of the calibration text, with what later runs may look for in theirs."""
+    return {**seen.record, "fingerprint": Fingerprint.of(seen.samples).model_dump()}
+
+
+def _nobody(_: int) -> None:
+    """Nothing is told of work that is done at once."""
 
 
 class Workshop:
@@ -135,13 +150,20 @@ class Workshop:
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
         """The variant, and the seconds that it took beyond calibrating."""
         source = self._source(recipe.calibrated, recipe.uses_statistics)
-        measured = recipe.mixed and recipe.importance != "positional"
-        groups = len(self._loaded.description.groups)
-        label = f"quantize {recipe.name}" + (" (sensitivities)" if measured else "")
         start = time.perf_counter()
-        with self._progress.phase(label, groups) as advance:
-            variant = build(source, recipe, self.key(recipe), advance)
+        grids, plan = self._outline(source, recipe)
+        with self._quantizing(recipe, plan) as advance:
+            variant = carried_out(source, recipe, grids, plan, advance)
         return variant, time.perf_counter() - start
+
+    def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, Grid], Variant]:
+        """As `outline`; where groups are tried for it, that is a phase of its own."""
+        units = trial_units(self._loaded.description, recipe)
+        with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_nobody) as advance:
+            return outline(source, recipe, self.key(recipe), advance)
+
+    def _quantizing(self, recipe: Recipe, plan: Variant) -> AbstractContextManager[Advance]:
+        return self._progress.phase(f"quantize {recipe.name}", rounding_units(recipe, plan))
 
     def calibrated_source(self, recipe: Recipe) -> Source:
         """The model with its calibration samples, and the statistics that `recipe` needs."""
@@ -152,7 +174,7 @@ class Workshop:
         return Origin(
             recipe=recipe.identity() | {"rules": [vars(rule) for rule in recipe.rules]},
             model={"name": self._loaded.name, "weights_sha256": self._loaded.weights_sha256},
-            calibration=dict(self._calibration().record) if recipe.calibrated else None,
+            calibration=_told(self._calibration()) if recipe.calibrated else None,
             float_bits=self._loaded.float_bits,
             seconds=seconds,
         )
@@ -213,8 +235,10 @@ def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel =
     return Entry(name, str(manifest.recipe.get("method", "given")), folder)
 
 
-def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel = _any_grid) -> None:
+def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, samples: int, fits: FitsKernel = _any_grid) -> None:
     """Refuse recipes that no variant of this model can be made from, or no kernel takes, before any work starts.
+
+    `samples`: how many calibration sequences there will be.
 
     Raises:
         UsageError: it names the recipe.
@@ -224,6 +248,7 @@ def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, fits: FitsKernel = 
     source = source_of(loaded.model, loaded.description, loaded.head, (), {})
     for recipe in recipes:
         try:
+            check_samples(recipe, samples)
             possible = check(source, recipe)
             for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids):
                 fits(name, grid, source.search.parameters[name].shape[1])

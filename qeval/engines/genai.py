@@ -39,6 +39,9 @@ _PROVIDERS = {
 class GenaiEngine:
     """A folder, open in onnxruntime-genai on one provider."""
 
+    compile_seconds = 0.0
+    """Graph optimizations belong to opening."""
+
     def __init__(self, folder: Path, provider: str = "cpu", threads: int = 1, device_id: int = 0) -> None:
         """`provider` goes by our name; `threads` are the CPU's.
 
@@ -57,9 +60,9 @@ class GenaiEngine:
             raise UsageError(f"{facts.files.config} names no vocab_size, which onnxruntime-genai needs.")
         self._runtime, self._vocab_size = import_genai(), facts.vocab_size
         self._model = self._opened(folder, provider, threads, device_id)
-        self._pasts, self._max_length = past_inputs(facts), int(facts.context_length or 0)
+        self._pasts, self.max_length = past_inputs(facts), int(facts.context_length or 0)
         versions = require_genai()
-        self._identity = Identity(
+        self.identity = Identity(
             engine=NAME,
             provider=chosen.onnx_name,
             dtype=DTYPES[self._pasts[0].dtype],
@@ -80,21 +83,6 @@ class GenaiEngine:
         """The `onnxruntime_genai.Model` itself, for whoever runs another loop over the same weights in memory."""
         return self._model
 
-    @property
-    def identity(self) -> Identity:
-        """What ran."""
-        return self._identity
-
-    @property
-    def max_length(self) -> int:
-        """The context length that the folder's configuration states."""
-        return self._max_length
-
-    @property
-    def compile_seconds(self) -> float:
-        """Graph optimizations belong to opening."""
-        return 0.0
-
     def reset(self, batch: int, capacity: int) -> None:
         """A new Generator, whose keys and values take `capacity` tokens from the start.
 
@@ -102,9 +90,9 @@ class GenaiEngine:
             UsageError: the sequence is longer than the context.
             MemoryError: there is no room for the keys and values.
         """
-        check_room(NAME, batch, capacity, max_length=self._max_length)
+        check_room(NAME, batch, capacity, max_length=self.max_length)
         self._generator = None  # the old one goes first: two caches may not fit
-        self._longest = min(capacity + 1, self._max_length)  # the last proposal is held too
+        self._longest = min(capacity + 1, self.max_length)  # the last proposal is held too
         parameters = self._runtime.GeneratorParams(self._model)
         parameters.set_search_options(batch_size=batch, max_length=self._longest, do_sample=False)
         self._generator = self._tried(lambda: self._runtime.Generator(self._model, parameters))

@@ -34,6 +34,9 @@ _NO_ROOM = 1
 class LlamaCppEngine:
     """A GGUF file, open in llama.cpp."""
 
+    compile_seconds = 0.0
+    """Nothing is compiled."""
+
     def __init__(self, file: Path, *, threads: int = 1, device: str = "cpu", exact: bool = False) -> None:
         """`device` is torch's name: on `cuda` all layers go to the GPU, on `cpu` none.
 
@@ -57,7 +60,7 @@ class LlamaCppEngine:
         if not self._model:
             raise UsageError(f"llama.cpp can't open '{file}': it is no GGUF of a language model, or there is no room.")
         self._vocab_size = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
-        self._max_length = int(self._llama.llama_model_n_ctx_train(self._model))
+        self.max_length = int(self._llama.llama_model_n_ctx_train(self._model))
         self._weights_bytes = int(self._llama.llama_model_size(self._model))
         self._threads, self._device, self._exact = threads, "GPU" if on_gpu else "CPU", exact
         self._gpu = int(device.partition(":")[2] or 0) if on_gpu else None
@@ -74,16 +77,6 @@ class LlamaCppEngine:
             NAME, self._device, dtype, self._weights, threads, f"llama-cpp-python {self._llama.__version__}"
         )
 
-    @property
-    def max_length(self) -> int:
-        """The context length that the file states."""
-        return self._max_length
-
-    @property
-    def compile_seconds(self) -> float:
-        """Nothing is compiled."""
-        return 0.0
-
     def reset(self, batch: int, capacity: int) -> None:
         """Forget all sequences; a context that fits is taken again.
 
@@ -92,7 +85,7 @@ class LlamaCppEngine:
             MemoryError: there is no room for the keys and values.
         """
         most = int(self._llama.llama_max_parallel_sequences())
-        check_room(NAME, batch, capacity, max_length=self._max_length, largest_batch=most)
+        check_room(NAME, batch, capacity, max_length=self.max_length, largest_batch=most)
         if self._context is None or self._room != (batch, capacity):
             self._free_context()
             self._context = self._new_context(batch, capacity)

@@ -99,6 +99,9 @@ class Growing:
 class OrtEngine:
     """A folder's decoder, open on one provider."""
 
+    compile_seconds = 0.0
+    """Graph optimizations belong to opening."""
+
     def __init__(self, folder: Path, provider: str = "cpu", threads: int = 1, device_id: int = 0) -> None:
         """`provider` goes by our name (`PROVIDERS`); `threads` are the CPU's.
 
@@ -108,7 +111,7 @@ class OrtEngine:
             MemoryError: there is no room for the weights.
         """
         facts = facts_of(folder)
-        self._served, self._max_length = read_served(facts), int(facts.context_length or 0)
+        self._served, self.max_length = read_served(facts), int(facts.context_length or 0)
         self._rope_limit = rope_limit(facts)
         chosen, entries = choose(provider), session_entries(facts)
         self._session = _opened(self._served, lambda graph: open_session(
@@ -116,7 +119,7 @@ class OrtEngine:
         ))  # fmt: skip
         self._place, self._ort_value = place_of(chosen, device_id), import_runtime().OrtValue
         versions = require_runtime()
-        self._identity = Identity(
+        self.identity = Identity(
             engine=NAME,
             provider=chosen.onnx_name,
             dtype=DTYPES[self._served.pasts[0].dtype],
@@ -131,21 +134,6 @@ class OrtEngine:
         self._room, self._length = (0, 0), 0
         self._tokens: NDArray[np.int64] = np.empty((0, 0), np.int64)
 
-    @property
-    def identity(self) -> Identity:
-        """What ran."""
-        return self._identity
-
-    @property
-    def max_length(self) -> int:
-        """The context length that the folder's configuration states."""
-        return self._max_length
-
-    @property
-    def compile_seconds(self) -> float:
-        """Graph optimizations belong to opening."""
-        return 0.0
-
     def reset(self, batch: int, capacity: int) -> None:
         """Forget all sequences; buffers that fit are taken again.
 
@@ -153,7 +141,7 @@ class OrtEngine:
             UsageError: the sequence is longer than the context.
             MemoryError: there is no room for the keys and values.
         """
-        check_room(NAME, batch, capacity, max_length=self._max_length)
+        check_room(NAME, batch, capacity, max_length=self.max_length)
         if self._cache is None or self._room != (batch, capacity) or not self._served.in_place:
             self._cache = None  # the old one goes first: two of them may not fit
             self._cache = self._new_cache(batch, capacity)

@@ -29,9 +29,12 @@ class _Sequences:
 class ReplayEngine:
     """A causal language model of a few formulas."""
 
+    compile_seconds = 0.0
+    """Nothing is compiled."""
+
     def __init__(self, vocab_size: int = VOCABULARY, max_length: int = CONTEXT, largest_batch: int = 64) -> None:
         """Engines of the same arguments answer alike."""
-        self._max_length, self._largest_batch = max_length, largest_batch
+        self.max_length, self._largest_batch = max_length, largest_batch
         index = np.arange(vocab_size * WIDTH, dtype=np.float64).reshape(vocab_size, WIDTH)
         self._embedding = np.sin((index + 1) * 1.7)
         self._head = (np.cos((index + 1) * 2.3) * _SHARPNESS).astype(np.float32)
@@ -42,23 +45,13 @@ class ReplayEngine:
         """Formulas in fp64."""
         return Identity("replay", "cpu", "fp64", "none", 1, __version__)
 
-    @property
-    def max_length(self) -> int:
-        """The longest sequence."""
-        return self._max_length
-
-    @property
-    def compile_seconds(self) -> float:
-        """Nothing is compiled."""
-        return 0.0
-
     def reset(self, batch: int, capacity: int) -> None:
         """Forget all sequences.
 
         Raises:
             UsageError: the batch or the sequence is too large.
         """
-        check_room("replay", batch, capacity, largest_batch=self._largest_batch, max_length=self._max_length)
+        check_room("replay", batch, capacity, largest_batch=self._largest_batch, max_length=self.max_length)
         self._kept = _Sequences(np.zeros((batch, WIDTH)), capacity)
 
     def prefill(self, prompts: Tokens) -> Tokens:

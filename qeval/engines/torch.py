@@ -43,16 +43,11 @@ class TorchEngine:
 
     def __init__(self, model: Any, head: Head, identity: Identity, disk_bytes: int | None = None) -> None:
         """`model` is in eval mode; `head` is its own, or a quantized one."""
-        self._model, self._head, self._identity, self._disk_bytes = model, head, identity, disk_bytes
+        self._model, self._head, self.identity, self._disk_bytes = model, head, identity, disk_bytes
         self._cache: Any = None
         self._capacity = 0
         self._length = 0
         self._logits = torch.empty(0)
-
-    @property
-    def identity(self) -> Identity:
-        """What ran."""
-        return self._identity
 
     @property
     def max_length(self) -> int:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from qeval.errors import QevalError
 from qeval.gate.kinds import QUANTILES, kind_of, split
-from qeval.report import measure_items
+from qeval.report import measure_drift, measure_items
 from qeval.report.notes import chance_sentence
 from qeval.report.paired import PairedRun
 from qeval.report.pairing import ItemRows, TokenRows
@@ -21,7 +21,7 @@ class Figure:
     """What a rule limits: a value in the metric's own unit, and its bounds where it rests on rows.
 
     `rows` and `clusters` say what of ("questions" in "subjects"); `detail` is a remark on the figure; `at_chance` is
-    the sentence about a baseline that is no better than guessing.
+    the sentence about a baseline that is no better than guessing; `unchanged` is the value of the baseline itself.
     """
 
     value: float
@@ -30,6 +30,12 @@ class Figure:
     clusters: str = ""
     detail: str | None = None
     at_chance: str | None = None
+    unchanged: float = 0.0
+
+    @property
+    def effect(self) -> float:
+        """How far the value lies from that of no change at all."""
+        return abs(self.value - self.unchanged)
 
 
 class Figures:
@@ -58,7 +64,12 @@ class Figures:
         if kind_of(metric).source == "size":
             return Figure(self._size(name))
         self._require(kind_of(metric).source)
-        return Figure(bound.value, bound, "tokens", "windows") if (bound := self._of_tokens(name)) else _nothing(metric)
+        if kind_of(metric).source == "drift":
+            return self._of_continuations(name)
+        bound = self._of_tokens(name)
+        if bound is None:
+            raise QevalError(f"The run scored no row for {metric}.")
+        return Figure(bound.value, bound, "tokens", "windows", unchanged=float(name == "top1_agreement"))
 
     def _size(self, name: str) -> float:
         record = self._variant
@@ -85,6 +96,19 @@ class Figures:
             return bounds.mean_of(values, windows)
         change = values - self._run.baseline_tokens.of("nll")
         return (bounds.increase_of if name == "ppl_increase" else bounds.mean_of)(change, windows)
+
+    def _of_continuations(self, name: str) -> Figure:
+        rows = self._run.drift(self._variant)
+        if bad := measure_drift.non_finite(rows):
+            raise NonFiniteError(bad, rows.kl_nats.size)
+        generated = rows.pred.shape[1]
+        values, clusters = measure_drift.columns(rows)[name]
+        if name == "drift_first_tokens":
+            part: Bounded = bounds.part_of(values / generated, clusters, generated)
+            return Figure(part.value, part, "prompts", "prompts", unchanged=generated)
+        share = bounds.share_of(values, clusters)
+        rested = "tokens" if name == "drift_equal" else "prompts"
+        return Figure(share.value, share, rested, "prompts", unchanged=float(name == "drift_equal"))
 
     def _of_task(self, task: str, name: str) -> Figure:
         record = self._task(task)
@@ -149,7 +173,3 @@ def column_of(metric: str) -> str:
     if metric in ("ppl_increase", "nll_diff_nats"):
         return "nll"
     return "kl_nats" if metric in QUANTILES else metric
-
-
-def _nothing(metric: str) -> Figure:
-    raise QevalError(f"The run scored no row for {metric}.")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from qeval.errors import QevalError, UsageError, unknown
 from qeval.gate import words
 from qeval.gate.figures import Figure, Figures
-from qeval.gate.kinds import Kind, kind_of
+from qeval.gate.kinds import Kind
 from qeval.gate.policy import Policy, Rule
 from qeval.gate.verdict import GateVerdict, Outcome, RuleVerdict, VariantVerdict, any_of, every, of_rule
 from qeval.report.paired import PairedRun
@@ -77,7 +77,7 @@ class _Floor:
     def __init__(self, run: PairedRun, record: VariantRecord) -> None:
         self.backend = record.backend
         figures = Figures(run, record)
-        self.effect = cache(lambda metric: _effect(kind_of(metric), figures.of(metric).value))
+        self.effect = cache(lambda metric: figures.of(metric).effect)
 
 
 class _Judge:
@@ -111,7 +111,7 @@ class _Judge:
         bound = figure.bounded.bounds(confidence) if figure.bounded else Interval(figure.value, figure.value)
         outcome = decide(rule.kind, figure, bound, rule.margin)
         why = [words.reason(rule, figure, bound, confidence, outcome), *filter(None, [figure.detail])]
-        lost = floor is not None and _effect(rule.kind, figure.value) <= floor
+        lost = floor is not None and figure.effect <= floor
         doubt = _NO_DOUBT
         if figure.at_chance or (lost and (outcome == "fail" or rule.margin < 0)):
             outcome = "inconclusive"
@@ -164,11 +164,6 @@ def _doubt(figure: Figure, margin: float, confidence: float) -> _Doubt:
     factor = factor_to_decide(figure.bounded, margin, confidence)
     more = None if factor is None else max(1, round((factor - 1) * figure.bounded.mean.n))
     return _Doubt(more, smallest_effect(figure.bounded, confidence))
-
-
-def _effect(kind: Kind, value: float) -> float:
-    """How far a figure lies from that of no change at all: agreement from 1, all else from 0."""
-    return 1 - value if kind.limit == "at_least" else abs(value)
 
 
 def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:

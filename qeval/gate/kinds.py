@@ -1,6 +1,8 @@
 """What a policy may limit: every metric with its unit, its direction and what a run must hold for it.
 
 Names are those of `report.json` where the figure is the same; `TASK_` stands for a task's name (`mmlu_flips`).
+Of greedy continuations what every prompt has is limited; the KL, the margin and the rejoining where a run leaves are
+not: the better a variant, the fewer it has, and one that never leaves has none.
 """
 
 from dataclasses import dataclass
@@ -8,11 +10,11 @@ from typing import Literal
 
 from qeval.errors import UsageError, unknown
 
-Unit = Literal["points", "%", "nats", "times", "bits", "MB"]
+Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens"]
 Limit = Literal["at_most", "at_least"]
-Source = Literal["kl", "ppl", "task", "size"]
+Source = Literal["kl", "ppl", "drift", "task", "size"]
 
-SCALE: dict[Unit, float] = {"points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6}
+SCALE: dict[Unit, float] = {"points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0}
 """What a margin's number is multiplied with to stand in a figure's own unit (shares, nats, bytes)."""
 
 
@@ -38,6 +40,9 @@ METRICS: dict[str, Kind] = {
     "top1_agreement": Kind("top-1 agreement", "%", "at_least", "kl"),
     "ppl_increase": Kind("increase of perplexity", "%", "at_most", "ppl", signed=True),
     "nll_diff_nats": Kind("increase of NLL", "nats", "at_most", "ppl", signed=True),
+    "drift_equal": Kind("tokens equal along continuations", "%", "at_least", "drift"),
+    "drift_diverged": Kind("prompts whose continuation leaves the baseline's", "%", "at_most", "drift"),
+    "drift_first_tokens": Kind("continuation before leaving the baseline's", "tokens", "at_least", "drift"),
     "size_ratio": Kind("size, times smaller", "times", "at_least", "size"),
     "size_bytes": Kind("size", "MB", "at_most", "size"),
     "bits_per_weight": Kind("bits per weight", "bits", "at_most", "size"),

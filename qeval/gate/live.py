@@ -95,6 +95,7 @@ class Part:
     def words(self, pool: "Pool") -> str:
         """What was drawn, in a sentence."""
         counts = [f"{self.windows:,} of {len(pool.windows):,} windows"] if pool.windows else []
+        counts += [f"all {pool.plan.drift.prompts:,} prompts to continue"] if pool.plan.drift else []
         for suite in pool.plan.suites:
             ends = self.questions.get(suite.info.name, ())
             counts.append(f"{ends[-1] if ends else 0:,} of {len(suite.questions):,} questions of {suite.info.name}")
@@ -169,8 +170,9 @@ class Pool:
 
 
 def _undecided(rules: Sequence[RuleVerdict]) -> set[str]:
-    """The tasks that rules are still open on."""
-    return {split(rule.metric)[0] or kind_of(rule.metric).source for rule in rules if rule.outcome == "inconclusive"}
+    """The tasks that rules are still open on, and that more can be drawn of."""
+    found = {split(rule.metric)[0] or kind_of(rule.metric).source for rule in rules if rule.outcome == "inconclusive"}
+    return found - {"drift"}
 
 
 def _suite(whole: Suite, questions: Sequence[Question]) -> Suite:

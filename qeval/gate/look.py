@@ -1,7 +1,8 @@
 """Looking at a run that is not over: which rules the rows drawn so far decide, valid however often one looks.
 
 Rows are drawn in a random order, questions one by one and windows one by one; a window is a cluster of tokens that is
-judged as one. What is claimed holds for texts and questions like those that the run draws from.
+judged as one. What is claimed holds for texts and questions like those that the run draws from. Greedy continuations
+are all run before the first look, so their rules are judged there, once and for all, as those of a finished run.
 """
 
 from collections.abc import Mapping
@@ -54,8 +55,8 @@ def _looked(
     confidence = policy.confidence_of(rule)
     try:
         figure = figures.of(rule.metric)
-        if figure.bounded is None:
-            return _exact(rule, figure, confidence)
+        if figure.bounded is None or rule.kind.source == "drift":
+            return _at_once(rule, figure, confidence, policy)
         decision = _decision(rule, run, variant, drawn, 1 - confidence)
     except QevalError as error:
         return of_rule(rule, confidence, "broken", "broken", str(error))
@@ -73,11 +74,16 @@ def _looked(
     )  # fmt: skip
 
 
-def _exact(rule: Rule, figure: Figure, confidence: float) -> RuleVerdict:
-    bound = Interval(figure.value, figure.value)
+def _at_once(rule: Rule, figure: Figure, confidence: float, policy: Policy) -> RuleVerdict:
+    """A rule on what more rows will not change: a size, or what all prompts were run for already."""
+    bound = figure.bounded.bounds(confidence) if figure.bounded else Interval(figure.value, figure.value)
     outcome = decide(rule.kind, figure, bound, rule.margin)
-    why = words.reason(rule, figure, bound, confidence, outcome)
-    return of_rule(rule, confidence, outcome, outcome, why, value=figure.value, low=bound.low, high=bound.high)
+    return of_rule(
+        rule, confidence, outcome, counts_as(policy, rule, outcome, chance=False),
+        words.reason(rule, figure, bound, confidence, outcome), value=figure.value, low=bound.low, high=bound.high,
+        rows=figure.rows, n=figure.bounded.mean.n if figure.bounded else None,
+        clusters=figure.bounded.mean.clusters if figure.bounded else None,
+    )  # fmt: skip
 
 
 def _progress(rule: Rule, drawn: Drawn) -> tuple[int, int, str]:

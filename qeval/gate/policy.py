@@ -33,7 +33,7 @@ class _Part(BaseModel):
 class Rule(_Part):
     """One margin: `at_most` or `at_least`, whichever side the metric is limited on."""
 
-    metric: str = Field(description="such as kl_nats, ppl_increase, mmlu_acc_drop, mmlu_flips, size_ratio")
+    metric: str = Field(description="such as kl_nats, ppl_increase, mmlu_acc_drop, drift_equal, size_ratio")
     at_most: str | None = Field(None, description="a number and its unit, such as '1.0 points'")
     at_least: str | None = Field(None, description="a number and its unit, such as '2.5 times'")
     variants: list[str] | None = Field(
@@ -145,8 +145,10 @@ def _check(rule: Rule, where: str) -> None:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in first["loc"]) or "the whole file"
-    if first["loc"] and first["loc"][-1] in ("at_most", "at_least"):
+    if not first["loc"]:
+        return "it must hold a mapping with 'name' and 'rules', such as configs/gates/release.yaml."
+    where = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in first["loc"])
+    if first["loc"][-1] in ("at_most", "at_least"):
         return f"{where}: a margin is a number and its unit in words, such as '1.0 points', not {first['input']}."
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}."

@@ -67,11 +67,12 @@ def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
         raise UsageError(f"The budget of {budget_bits} bits is {side} possible size ({smallest} to {largest} bits).")
     gain = np.array([max(o.low_kl - o.high_kl, 0.0) for o in options])
     cost = np.array([float(o.high_bits - o.low_bits) for o in options])
+    unit = max(cost.max(), 1.0)  # 1: no choice costs anything
     result = milp(
         -gain / max(gain.max(), 1e-300),
         integrality=np.ones(len(options), dtype=np.int64),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(cost / cost.max(), ub=(budget_bits - smallest) / cost.max()),
+        constraints=LinearConstraint(cost / unit, ub=(budget_bits - smallest) / unit),
     )
     if not result.success:
         raise UsageError(f"The integer programme of the bit widths found no answer: {result.message}")

@@ -38,16 +38,30 @@ class Left:
 
 def drift_metrics(rows: DriftRows, seed: int) -> Metrics:
     """How far a variant's greedy continuations follow the baseline's; nothing where some distances are not finite."""
-    bad = int(np.count_nonzero(~np.isfinite(rows.kl_nats) | ~np.isfinite(rows.margin_nats)))
-    if bad:
+    if bad := non_finite(rows):
         total = rows.kl_nats.size
         return {name: Metric.broken(unit, better, total, bad) for name, (unit, better) in _KINDS.items()}
+    return as_metrics(
+        {
+            name: estimates.mean(values, clusters, unit=_KINDS[name][0], better=_KINDS[name][1], seed=seed)
+            for name, (values, clusters) in columns(rows).items()
+        }
+    )
+
+
+def non_finite(rows: DriftRows) -> int:
+    """How many rows have a distance that is NaN or infinite."""
+    return int(np.count_nonzero(~np.isfinite(rows.kl_nats) | ~np.isfinite(rows.margin_nats)))
+
+
+def columns(rows: DriftRows) -> dict[str, tuple[Floats, Clusters]]:
+    """What each metric is the mean of: values of tokens, of prompts, or of the prompts at which a run leaves."""
     prompts, generated = rows.pred.shape
     equal, left = rows.pred == rows.tokens, leaving(rows)
     first = np.full(prompts, generated, np.float64)
     first[left.prompts] = left.positions
     here = left.prompts, left.positions
-    columns: dict[str, tuple[Floats, Clusters]] = {
+    return {
         "drift_equal": (equal.ravel().astype(np.float64), Clusters.of(np.repeat(np.arange(prompts), generated))),
         "drift_diverged": _by_prompt((~equal.all(axis=1)).astype(np.float64)),
         "drift_first_tokens": _by_prompt(first),
@@ -55,12 +69,6 @@ def drift_metrics(rows: DriftRows, seed: int) -> Metrics:
         "drift_margin_nats": _by_prompt(rows.margin_nats[here]),
         "drift_rejoined": _by_prompt(rejoined(rows, left)),
     }
-    return as_metrics(
-        {
-            name: estimates.mean(values, clusters, unit=_KINDS[name][0], better=_KINDS[name][1], seed=seed)
-            for name, (values, clusters) in columns.items()
-        }
-    )
 
 
 def leaving(rows: DriftRows) -> Left:

@@ -50,7 +50,7 @@ def read_report(folder: Path) -> Report:
     path = folder / REPORT
     try:
         return Report.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{folder}' holds no report ({path} is missing).") from error
     except ValidationError as error:
         raise BrokenRecordError(

@@ -6,9 +6,16 @@ from qeval.store.run import RunRecord, VariantRecord
 def void(run: RunRecord, variant: VariantRecord) -> str | None:
     """Why a variant's comparison is void, in a sentence; None where it is not.
 
-    A variant that was made before is void only if it was calibrated on this run's own calibration tokens: of others the
-    tokens are not known.
+    A variant that was made before is void if it was calibrated on this run's own calibration tokens, or if the
+    fingerprint in its manifest holds runs of what is scored.
     """
+    if variant.overlap and variant.overlap.shared_tokens:
+        found = variant.overlap
+        return (
+            f"At least {found.shared_tokens:,} of {found.tokens:,} scored tokens (the first in {found.where}) lie in "
+            f"runs of {found.ngram} tokens that the text which '{variant.name}' was calibrated on holds too, by the "
+            "fingerprint in its manifest: its figures are void. Score it on another --corpus."
+        )
     seen = run.calibration
     if seen is None or seen.overlap is None or not seen.overlap.shared_tokens:
         return None
@@ -25,7 +32,7 @@ def void(run: RunRecord, variant: VariantRecord) -> str | None:
 def unchecked(run: RunRecord) -> list[str]:
     """A sentence about the variants made before whose calibration text this run does not know."""
     own = run.calibration.tokens_sha256 if run.calibration else None
-    names = [v.name for v in run.variants if v.calibration_sha256 not in (None, own)]
+    names = [v.name for v in run.variants if v.calibration_sha256 not in (None, own) and v.overlap is None]
     if not names:
         return []
     return [

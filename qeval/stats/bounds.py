@@ -115,6 +115,37 @@ class BoundedShare:
 
 
 @dataclass(frozen=True)
+class BoundedPart:
+    """A mean of values between 0 and `most`, such as the tokens of a continuation before something happens.
+
+    Of all values in that range with a given mean those at its ends vary most, so the bounds are those of a share of
+    `most`: never too near, and not collapsing where every value is the same.
+    """
+
+    share: BoundedShare
+    most: float
+
+    @property
+    def value(self) -> float:
+        """The mean."""
+        return self.share.value * self.most
+
+    @property
+    def mean(self) -> Mean:
+        """The clustered mean of the values as shares of `most`."""
+        return self.share.mean
+
+    def bounds(self, confidence: float) -> Interval:
+        """The share's bounds, in the values' own unit."""
+        low, high = self.share.bounds(confidence)
+        return NO_INTERVAL if low is None or high is None else Interval(low * self.most, high * self.most)
+
+    def grown(self, factor: float) -> "BoundedPart":
+        """With more rows."""
+        return replace(self, share=self.share.grown(factor))
+
+
+@dataclass(frozen=True)
 class BoundedDrop:
     """Accuracy lost: the share of answers that turned wrong less the share that turned right.
 
@@ -186,8 +217,13 @@ def increase_of(nll_differences: ArrayLike, clusters: Clusters) -> BoundedIncrea
 
 
 def share_of(happened: ArrayLike, clusters: Clusters) -> BoundedShare:
-    """The share of rows [rows] that are true."""
+    """The share of rows [rows] that are true; a row may be true in part."""
     return BoundedShare(clustered_mean(happened, clusters))
+
+
+def part_of(shares: ArrayLike, clusters: Clusters, most: float) -> BoundedPart:
+    """A mean of values from 0 to `most`, from what share of it each of them [rows] is."""
+    return BoundedPart(share_of(shares, clusters), most)
 
 
 def drop_of(right_before: ArrayLike, right_now: ArrayLike, clusters: Clusters) -> BoundedDrop:

@@ -72,7 +72,7 @@ def read_index(out: Path) -> dict[str, list[str]]:
     path = out / "rows" / "index.json"
     try:
         return _INDEX.validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{out}' holds no finished rows ({path} is missing).") from error
     except ValueError as error:
         raise BrokenRecordError(f"{path} is torn; run the same command again to make it.") from error

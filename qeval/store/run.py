@@ -133,6 +133,15 @@ class RuntimeRecord(_Record):
     facts: list[str]  # what the folder holds, in sentences
 
 
+class OverlapRecord(_Record):
+    """What a calibration text shares with the scored tokens: runs of `ngram` tokens."""
+
+    ngram: int
+    shared_tokens: int  # scored tokens that lie in such a run; by a fingerprint at least so many
+    tokens: int  # scored tokens, questions' included
+    where: str | None  # "window 3", "question 7 of mmlu anatomy": the first; None where nothing is shared
+
+
 class VariantRecord(_Record):
     """A quantized model: how it was made and how big it is."""
 
@@ -163,15 +172,7 @@ class VariantRecord(_Record):
     runtime: RuntimeRecord | None = None  # None on torch
     witness: str | None = None  # of what it was asked; None in older records
     calibration_sha256: str | None = None  # of the token ids that its quantizer saw; None where it saw none
-
-
-class OverlapRecord(_Record):
-    """What the calibration text shares with the scored tokens: runs of `ngram` tokens."""
-
-    ngram: int
-    shared_tokens: int  # scored tokens that lie in such a run
-    tokens: int  # scored tokens, questions' included
-    where: str | None  # "window 3", "question 7 of mmlu anatomy": the first; None where nothing is shared
+    overlap: OverlapRecord | None = None  # by the fingerprint of a variant made before; None: that has none
 
 
 class CalibrationRecord(_Record):
@@ -238,7 +239,7 @@ def read_run(folder: Path) -> RunRecord:
     path = folder / "run.json"
     try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{folder}' holds no run: there is no {path.name} in it.") from error
     try:
         return RunRecord.model_validate_json(data)

@@ -203,7 +203,7 @@ def read_bench(out: Path) -> BenchRecord:
     path = out / BENCH
     try:
         return BenchRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{out}' holds no benchmark: there is no {BENCH} in it.") from error
     except ValidationError as error:
         first = error.errors()[0]

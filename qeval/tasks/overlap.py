@@ -2,20 +2,32 @@
 
 A quantizer that saw what it is scored on is flattered by it (Llama-3-8B under GPTQ at one width, WikiText-2: perplexity
 6.62 calibrated on WikiText, 17.5 on C4; AutoGPTQ issue 650), so a shared run voids the comparison. Runs are found by a
-hash of each, and each find is compared token by token.
+hash of each, and each find is compared token by token. Of a calibration text that is not at hand a fingerprint can be:
+hashes of some of its runs, which say nothing else of the text.
 """
 
-from collections.abc import Sequence
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qeval.errors import BrokenRecordError
 
 NGRAM = 32
 """Tokens of a run: longer than what two texts on one subject share by chance, shorter than a sentence or two."""
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+_STRIDE, _MOST_HASHES = 16, 1 << 16
+"""A fingerprint has the runs that begin at every 16th token, of very long texts at fewer; at most half a MiB of hashes.
+
+So a shared run of 47 tokens is found for certain; two texts' runs have one hash by chance once in 2^64 pairs.
+"""
 _AT_ONCE = 1 << 20
 """Tokens that are hashed at a time."""
 
@@ -38,7 +50,51 @@ def find_overlap(calibration: Sequence[Sequence[int]], scored: Sequence[Sequence
     >>> find_overlap([[1, 2, 3, 4]], [[9, 2, 3, 9], [8, 8]], ngram=2)
     Overlap(shared_tokens=2, tokens=6, first=0)
     """
-    known = _Known(calibration, ngram)
+    return _overlap(_Known(calibration, ngram), scored)
+
+
+class Fingerprint(BaseModel):
+    """Hashes of the runs of `ngram` tokens at every `stride`-th token of each sequence: little-endian, in base64."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    ngram: int = Field(ge=1)
+    stride: int = Field(ge=1)
+    hashes: str
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]], ngram: int = NGRAM) -> "Fingerprint":
+        """That of a calibration text's `sequences`."""
+        stride = max(_STRIDE, -(-sum(map(len, sequences)) // _MOST_HASHES))
+        found = [_hashes(np.asarray(ids, np.int64), ngram)[::stride] for ids in sequences]
+        every = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
+        return cls(ngram=ngram, stride=stride, hashes=base64.b64encode(every.astype("<u8").tobytes()).decode())
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], where: str) -> "Fingerprint":
+        """A stored one; `where` is what an error names.
+
+        Raises:
+            BrokenRecordError: it is torn or of another version.
+        """
+        try:
+            found = cls.model_validate(data)
+            found.values()
+        except (ValidationError, binascii.Error, ValueError) as error:
+            raise BrokenRecordError(f"{where} holds a fingerprint that is torn or of another version.") from error
+        return found
+
+    def values(self) -> _Hashes:
+        """The hashes, ascending."""
+        return np.frombuffer(base64.b64decode(self.hashes, validate=True), "<u8").astype(np.uint64)
+
+    def overlap(self, scored: Sequence[Sequence[int]]) -> Overlap:
+        """As `find_overlap`, in the runs that are in the fingerprint: at least so many tokens are shared."""
+        return _overlap(_Runs(self.values(), self.ngram), scored)
+
+
+def _overlap(known: "_Runs", scored: Sequence[Sequence[int]]) -> Overlap:
     shared, total, first = 0, 0, None
     for number, ids in enumerate(scored):
         found = known.covered(np.asarray(ids, np.int64))
@@ -48,19 +104,11 @@ def find_overlap(calibration: Sequence[Sequence[int]], scored: Sequence[Sequence
     return Overlap(shared, total, first)
 
 
-class _Known:
-    """The runs of the calibration text, to be looked up."""
+class _Runs:
+    """Runs of a text by their hashes, ascending, to be looked up."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]], ngram: int) -> None:
-        self._ngram = ngram
-        parts = [np.asarray(ids, np.int64) for ids in sequences if len(ids) >= ngram]
-        runs = [np.lib.stride_tricks.sliding_window_view(part, ngram) for part in parts]
-        self._runs: list[_Ids] = runs
-        hashes = np.concatenate([np.empty(0, np.uint64), *(_hashes(part, ngram) for part in parts)])
-        places = [(i, j) for i, part in enumerate(runs) for j in range(len(part))]
-        order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[order]
-        self._places = np.array(places, np.int64).reshape(-1, 2)[order]
+    def __init__(self, hashes: _Hashes, ngram: int) -> None:
+        self._hashes, self._ngram = hashes, ngram
 
     def covered(self, ids: _Ids) -> int:
         """How many of the tokens lie in a known run."""
@@ -79,6 +127,25 @@ class _Known:
         places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         likely = np.flatnonzero(self._hashes[places] == hashes)
         return [int(at) for at in likely if self._is_run(places[at], ids[at : at + self._ngram])]
+
+    def _is_run(self, place: int, run: _Ids) -> bool:
+        """Whether a run whose hash stands at `place` is one of the text's: there is but the hash to tell."""
+        del place, run
+        return True
+
+
+class _Known(_Runs):
+    """All runs of a text that is at hand."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], ngram: int) -> None:
+        parts = [np.asarray(ids, np.int64) for ids in sequences if len(ids) >= ngram]
+        runs = [np.lib.stride_tricks.sliding_window_view(part, ngram) for part in parts]
+        self._runs: list[_Ids] = runs
+        hashes = np.concatenate([np.empty(0, np.uint64), *(_hashes(part, ngram) for part in parts)])
+        places = [(i, j) for i, part in enumerate(runs) for j in range(len(part))]
+        order = np.argsort(hashes, kind="stable")
+        super().__init__(hashes[order], ngram)
+        self._places = np.array(places, np.int64).reshape(-1, 2)[order]
 
     def _is_run(self, place: int, run: _Ids) -> bool:
         """Whether one of the calibration text's runs with the hash at `place` is this one."""

@@ -63,11 +63,28 @@ FLAGS = {
     "a budget below the smallest": (
         {"methods": "mixed-rtn:g32", "budget": "5bpw"},
         "'mixed-rtn:g32': a budget of 5 bits per weight is below the smallest possible size",
-        "this model takes 5.030 to 9.030.",
+        "this model takes 5.031 to 9.030.",
     ),
     "a budget above the largest": (
         {"methods": "mixed-rtn:g32-9.1bpw"},
         "'mixed-rtn:g32-9.1bpw': a budget of 9.1 bits per weight is above the largest possible size",
+    ),
+    "a mix of one width with itself": (
+        {"methods": "rtn:g32,mixed:int8-g32"},
+        "'mixed:int8-g32' has nothing to mix: what matters most would get int8-g32, and the rest has int8-g32 already;",
+        "give the rest fewer bits",
+    ),
+    "a mix of one width with itself, by position": (
+        {"methods": "mixed-rtn:int8-g32", "importance": "positional"},
+        "'mixed-rtn:int8-g32' has nothing to mix",
+    ),
+    "a budget for a head that no mix raises": (
+        {"methods": "mixed-rtn:g32-head-8.5bpw"},
+        "above the largest possible size; this model takes 5.025 to 8.243.",
+    ),
+    "too little text to choose on and to accept on": (
+        {"methods": "mixed-rtn:g32-fisher"},
+        "'mixed-rtn:g32-fisher': --importance fisher chooses on 4 calibration samples",
     ),
     "a budget under the positional rule": (
         {"methods": "mixed-rtn:g32-6bpw", "importance": "positional"},
@@ -130,6 +147,14 @@ RECIPES = {
     "no mapping": ("- rtn", "must hold a mapping with a list 'variants'."),
     "no YAML": ("variants: [{", "c.yaml is not valid YAML", "line 1"),
     "an unknown grid": ("variants: [{method: rtn, grid: g32-floot}]", "'rtn': 'floot' in 'g32-floot' is not part"),
+    "a high grid with fewer bits": (
+        "variants: [{method: mixed, grid: int4-g32, high: int3-g32}]",
+        "'mixed' has nothing to mix: what matters most would get int3-g32, and the rest has int4-g32 already",
+    ),
+    "rules that leave nothing to raise": (
+        "variants: [{method: mixed-rtn, grid: g32, rules: [{match: '*', grid: int8}]}]",
+        "'mixed-rtn' has nothing to mix",
+    ),
     "an unknown high grid": ("variants: [{method: mixed, grid: g32, high: floot}]", "'mixed': 'floot' in 'floot'"),
     "a rule without a grid": ("variants: [{method: rtn, rules: [{match: a}]}]", "a rule needs both"),
     "a rule that matches nothing": (
@@ -249,7 +274,7 @@ def test_an_address_is_no_folder_for_a_run(refused, address):
 
 @pytest.mark.parametrize("name", ["mmlu", "corpus.txt"])
 def test_quantize_writes_over_nothing_but_variants(place, capfd, monkeypatch, name):
-    monkeypatch.setattr("qeval.compare.variants.build", None)  # refused before the work
+    monkeypatch.setattr("qeval.compare.variants.carried_out", None)  # refused before the work
     out = place.folder / name
     assert run(["quantize", "--model", str(place.model), "--method", "rtn:g32", "--out", str(out)]) == 2
     assert capfd.readouterr().err == f"error: '{out}' exists and is no variant; name another folder.\n"

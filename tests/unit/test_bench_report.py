@@ -98,6 +98,16 @@ def test_the_base_is_the_first_unquantized_variant_or_the_one_asked_for(tmp_path
         summarized(folder, base="onnxruntime/gptq")
 
 
+@pytest.mark.parametrize("base", ["onnxruntime", "onnxruntime/fp32"])
+def test_a_base_that_was_asked_for_and_not_measured_is_told_and_the_page_is_there(tmp_path, base):
+    outcomes = {("onnxruntime", "fp32", 1, 16): ("failed", "It broke.")}
+    folder = make_bench(tmp_path, Grid(batches=(1,), prompts=(16,), outcomes=outcomes))
+    found = summarized(folder, base=base)
+    assert found.base is None
+    write_bench(folder, base=base)
+    assert f"Nothing was measured of {base}, the base that was asked for." in (folder / "bench.md").read_text()
+
+
 def test_half_precision_is_the_base_before_single(tmp_path):
     record = read_bench(make_bench(tmp_path, SMALL))
     kinds = {"pytorch-eager": "fp32", "pytorch-compile": "bf16", "onnxruntime": "fp16"}
@@ -254,7 +264,7 @@ def test_nothing_measured_is_told_and_not_an_error(tmp_path):
     folder = make_bench(tmp_path, Grid(batches=(1,), prompts=(16,), outcomes=outcomes), drifts=[])
     write_bench(folder)
     text = (folder / "bench.md").read_text()
-    assert "Nothing unquantized was measured" in text
+    assert "there is nothing unquantized to tell it against" in text
     assert "Nothing was measured." in text
 
 

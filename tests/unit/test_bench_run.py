@@ -98,10 +98,15 @@ def test_a_failed_engine_makes_the_exit_code_3_and_the_page_is_there(code, place
         ("--methods fp64", "Unknown method 'fp64'"),
         ("--variant x=nowhere --methods fp32", "--variant x=nowhere: there is nothing there."),
         ("--reference nothing", "nothing"),
+        ("--base onnxruntme", "Unknown engine in --base 'onnxruntme'; nearest: onnxruntime"),
+        ("--base pytorch-eager/awq", "Unknown variant in --base 'awq'. Choices: fp32, rtn"),
+        ("--base pytorch-eager --methods rtn:g32", "name another: --base pytorch-eager/rtn:g32."),
+        ("--quality nowhere --methods fp32", "nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence_and_code_2(bench, capfd, flags, says):
+def test_bad_input_is_one_sentence_and_code_2_before_any_work(bench, place, capfd, flags, says):
     assert bench(flags, out="bad") == 2
+    assert not (place / "bad").exists()
     told = capfd.readouterr().err
     assert says in told
     assert told.startswith("error: ")

@@ -6,7 +6,7 @@ import torch
 from qeval.calibrate import accept, fisher
 from qeval.calibrate.build import build, source_of
 from qeval.calibrate.fisher import predict
-from qeval.calibrate.sensitivity import measure
+from qeval.calibrate.sensitivity import measure, trial_passes
 from qeval.calibrate.stream import collect
 from qeval.config import parse_method
 from qeval.errors import UsageError
@@ -76,7 +76,7 @@ def test_the_model_stays_as_it_was_and_without_hooks(model):
     told = []
     with torch.inference_mode():
         predict(model, describe(model), head_of(model), texts(), nudged(model), told.append)
-    assert 0 < sum(told) <= len(describe(model).groups)
+    assert sum(told) == trial_passes(describe(model))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
@@ -113,8 +113,9 @@ def slow_kl(model, samples, replaced):
 def test_a_way_is_measured_as_a_whole_on_the_last_samples(model):
     description, samples = describe(model), texts(5, 60)
     ways = {"all": nudged(model, 1.0), "none": lambda group: {}, "half": nudged(model, 0.5)}
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = accept.measure_ways(model, description, head_of(model), samples, ways)
+    before, told = {name: value.clone() for name, value in model.state_dict().items()}, []
+    found = accept.measure_ways(model, description, head_of(model), samples, ways, told.append)
+    assert sum(told) == trial_passes(description)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert found["none"] == 0.0
     for name in ("all", "half"):

@@ -48,6 +48,25 @@ def gated(bench, capfd, rules, *more, out="gate"):
     return code, json.loads(heard.out) if heard.out else heard.err, bench.folder / out
 
 
+def test_continuations_are_judged_at_the_first_look_and_hold_nothing_up(bench, capfd):
+    rules = "drift_diverged at_most 99.99 %, drift_equal at_least 1 %, drift_first_tokens at_least 63 tokens"
+    code, verdict, folder = gated(bench, capfd, rules, out="drift")
+    found = {rule["metric"]: rule for rule in verdict["variants"][0]["rules"]}
+    assert found["drift_equal"]["outcome"] == "pass"
+    for metric, rule in found.items():
+        again = (
+            judge(folder, Policy.model_validate({"name": "p", "rules": [asked(metric, rules)]})).variants[0].rules[0]
+        )
+        assert (rule["outcome"], rule["low"], rule["high"]) == (again.outcome, again.low, again.high)
+    assert code == verdict["exit_code"]
+    assert "all 32 prompts to continue" in verdict["notes"][0]
+
+
+def asked(metric, rules):
+    side, margin = next(rule.split(maxsplit=2)[1:] for rule in rules.split(", ") if rule.startswith(metric))
+    return {"metric": metric, side: margin}
+
+
 def outcomes(verdict):
     return {rule["metric"]: rule["outcome"] for rule in verdict["variants"][0]["rules"]}
 
@@ -110,7 +129,7 @@ def test_a_variant_that_fails_is_broken(bench, capfd, monkeypatch):
     def fail(*_, **__):
         raise QevalError("no luck")
 
-    monkeypatch.setattr("qeval.compare.variants.build", fail)
+    monkeypatch.setattr("qeval.compare.variants.carried_out", fail)
     monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "another-home"))
     code, verdict, _ = gated(bench, capfd, "kl_nats at_most 5 nats", out="failed")
     assert code == 3

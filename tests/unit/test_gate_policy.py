@@ -92,7 +92,8 @@ def test_what_a_rule_cannot_mean_is_refused(tmp_path, words, said):
 def test_a_policy_without_rules_is_no_policy(tmp_path):
     assert "rules" in refused(tmp_path, "name: p\nrules: []\n")
     assert "rules" in refused(tmp_path, "name: p\n")
-    assert "the whole file" in refused(tmp_path, "just words")
+    for text in ("just words", "", "- 1"):
+        assert "it must hold a mapping with 'name' and 'rules'" in refused(tmp_path, text)
     assert "is not YAML" in refused(tmp_path, "name: [")
     with pytest.raises(UsageError, match="no policy"):
         load_policy(tmp_path / "nowhere.yaml")

@@ -50,6 +50,10 @@ def test_a_budget_out_of_reach_is_refused(budget, side):
         choose_high([Option(10, 40, 1.0, 0.0)], budget)
 
 
+def test_groups_that_cost_nothing_more_are_chosen_between_all_the_same():
+    assert choose_high([Option(10, 10, 1.0, 1.0), Option(20, 20, 0.0, 0.0)], 30) in ([False] * 2, [True] * 2)
+
+
 def test_positional_layers_of_30_are_those_of_the_reference():
     """The list that Model Optimizer 0.47 gave for the 30 layers of SmolLM2-135M."""
     assert sorted(positional_layers(30)) == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29]

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qeval.cli.app import run
+from qeval.errors import BrokenRecordError
 from qeval.report import build
 from qeval.tasks import overlap
 from qeval.tasks.corpus import pydoc_text
-from qeval.tasks.overlap import find_overlap
+from qeval.tasks.overlap import Fingerprint, find_overlap
 from tests.fixtures.bench import Bench
 from tests.fixtures.runs import Shape, make_run
 
@@ -43,6 +44,37 @@ def test_runs_of_one_hash_are_told_apart_token_by_token(calibration, scored, ngr
         patch.setattr(overlap, "_hashes", lambda ids, n: np.zeros(max(len(ids) - n + 1, 0), np.uint64))
         found = find_overlap(calibration, scored, ngram)
     assert (found.shared_tokens, found.tokens, found.first) == slow(calibration, scored, ngram)
+
+
+@given(texts, texts, st.integers(1, 6), st.integers(1, 4))
+def test_a_fingerprint_finds_the_runs_that_it_has_and_no_other(calibration, scored, ngram, stride):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "_STRIDE", stride)
+        made = Fingerprint.of(calibration, ngram)
+    kept = [ids[i : i + ngram] for ids in calibration for i in range(0, len(ids) - ngram + 1, stride)]
+    again = Fingerprint.read(json.loads(made.model_dump_json()), "here")
+    found = again.overlap(scored)
+    assert (found.shared_tokens, found.tokens, found.first) == slow(kept, scored, ngram)
+
+
+def test_a_fingerprint_finds_any_run_of_47_tokens_and_is_bounded():
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 50000, 3000).tolist()
+    made = Fingerprint.of([text])
+    for start in range(500, 520):
+        found = made.overlap([[*rng.integers(0, 50000, 9).tolist(), *text[start : start + 47]]])
+        assert found.shared_tokens >= 32
+    assert made.overlap([rng.integers(0, 50000, 3000).tolist()]).shared_tokens == 0
+    assert len(made.values()) == -(-(3000 - 31) // 16)
+    huge = Fingerprint.of([rng.integers(0, 50000, 2_000_000)])
+    assert len(huge.hashes) < 700_000
+    assert Fingerprint.of([[1, 2]]).overlap([text]).shared_tokens == 0
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"hashes": "???"}, {"hashes": "AAAA"}, {"stride": 0}])
+def test_a_torn_fingerprint_is_named(change):
+    with pytest.raises(BrokenRecordError, match="here holds a fingerprint that is torn"):
+        Fingerprint.read(Fingerprint.of([list(range(40))]).model_dump() | change, "here")
 
 
 def test_the_halves_of_pydoc_share_no_run_of_words():
@@ -91,6 +123,24 @@ def test_a_variant_made_before_on_other_tokens_is_said_not_to_be_checked(tmp_pat
 
     assert any("was not looked for" in note for note in build(folder).notes)
     assert not any("was not looked for" in note for note in build(make_run(tmp_path / "other", Shape())).notes)
+
+
+def test_a_variant_of_another_command_is_looked_at_by_its_fingerprint(bench, monkeypatch, capfd):
+    monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "home"))
+    seen = {"mine": bench.corpus, "other": bench.seen}
+    for name, text in seen.items():
+        made = ["--calibration", str(text), "--calibration-samples", "4", "--calibration-length", "64", "--quiet"]
+        own = ["--model", str(bench.model), "--method", "awq:g32", "--out", str(bench.folder / name)]
+        assert run(["quantize", *own, *made]) == 0
+    out = bench.folder / "given"
+    given = [word for name in seen for word in ("--variant", f"{name}={bench.folder / name}")]
+    assert bench.compare(*given, methods="rtn:g32", tasks="kl,ppl", out=str(out)) == 0
+    assert "256 of 256 scored tokens" in " ".join(capfd.readouterr().err.split())
+    report = bench.report(out)
+    void = {variant["name"]: variant["void"] for variant in report["variants"]}
+    assert void["mine"].startswith("At least 256 of 256 scored tokens (the first in window 0) lie in runs of 32 tokens")
+    assert (void["other"], void["rtn:g32"]) == (None, None)
+    assert not any("not looked for" in note for note in report["notes"])
 
 
 def test_a_card_has_no_figures_of_a_void_variant(bench, capfd):

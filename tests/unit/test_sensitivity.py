@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from qeval.calibrate import sensitivity
-from qeval.calibrate.sensitivity import EVERY, SAMPLES, measure
+from qeval.calibrate.build import build, source_of
+from qeval.calibrate.sensitivity import EVERY, SAMPLES, finite, measure
+from qeval.calibrate.source import InMemory
+from qeval.config import parse_method
+from qeval.errors import QevalError
 from qeval.models.graph import describe
 from qeval.models.head import head_of
 from qeval.quant.grid import parse
@@ -44,6 +48,22 @@ def the_slow_way(model, ids, replaced):
 
 def measured(model, samples, effective, advance=lambda done: None):
     return measure(model, describe(model), head_of(model), samples, effective, advance)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_kl_that_is_not_finite_is_named_and_chooses_nothing(value):
+    assert finite("mixed", {"a": 0.5}) == {"a": 0.5}
+    with pytest.raises(QevalError, match=r"'mixed': KL with b quantized is not finite .* \(one of 1 among 2\)"):
+        finite("mixed", {"a": 0.5, "b": value})
+
+
+@pytest.mark.parametrize(("method", "trial"), [("g32", "measure"), ("g32-fisher", "predict")])
+def test_a_mix_of_undefined_sensitivities_is_a_failure_that_names_them(monkeypatch, method, trial):
+    model, samples = tiny_family("Llama"), texts(6)
+    source = source_of(model, describe(model), head_of(model), samples, {})
+    monkeypatch.setattr(InMemory, trial, lambda *_: {"model.layers.0.mlp": float("nan")})
+    with pytest.raises(QevalError, match=r"KL with model.layers.0.mlp quantized is not finite"):
+        build(source, parse_method(f"mixed-rtn:{method}"), "key", lambda done: None)
 
 
 def test_every_group_has_the_kl_of_the_whole_model_run_with_it_alone(model):
@@ -92,7 +112,7 @@ def test_a_group_left_in_float_is_told_but_not_measured(model):
     found = measured(model, texts(), lambda group: {} if group.names[0] == first else right(group), told.append)
     assert first not in found
     assert len(found) == len(groups) - 1
-    assert told == [1] * len(groups)
+    assert told == [2 - group.layer for group in groups]
 
 
 def test_weights_that_do_not_change_have_no_kl():

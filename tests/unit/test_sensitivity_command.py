@@ -99,6 +99,14 @@ def test_a_mix_picks_the_same_whatever_it_is_shown_with(bench, capfd):
         assert few["predicted_kl_nats"] == pytest.approx(more["predicted_kl_nats"], rel=1e-5)
 
 
+def test_a_width_that_is_the_high_one_has_no_mix_and_is_mapped_all_the_same(bench, capfd, tmp_path):
+    own = ("--out", str(tmp_path))
+    assert asked(bench, "--budgets", "8.5bpw", *own, method="rtn:int8-g32") == 2
+    assert "has nothing to mix" in capfd.readouterr().err
+    assert asked(bench, "--json", *own, method="rtn:int8-g32") == 0
+    assert json.loads(capfd.readouterr().out)["picks"] == []
+
+
 def test_a_torn_record_is_named(bench, capfd, tmp_path):
     (tmp_path / "measured.json").write_text('{"key": "a", "kl')
     assert asked(bench, "--out", str(tmp_path)) == 3

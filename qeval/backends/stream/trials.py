@@ -22,7 +22,7 @@ from qeval.metrics.tokens import mean_kl
 from qeval.models.graph import Description
 from qeval.models.head import Head
 from qeval.models.matrices import watching
-from qeval.progress import Advance
+from qeval.progress import Advance, in_parts
 from qeval.store.spill import Spill
 
 _BASE = "base"
@@ -46,7 +46,7 @@ class StreamedTrials:
 
     @torch.inference_mode()
     def measure(self, effective: Effective, advance: Advance) -> dict[str, float]:
-        """Mean KL of every group quantized alone; `advance` is told 1 for every group."""
+        """Mean KL of every group quantized alone; `advance` is told the passes of each layer once it is passed."""
         kept = [list(sample[: sensitivity.LENGTH]) for sample in self.samples[: sensitivity.SAMPLES]]
         ids = torch.tensor(kept, device=self.made.device)
         tried: list[str] = []
@@ -55,12 +55,13 @@ class StreamedTrials:
                 given = states.get(_BASE) if layer else None
                 for name in tried:
                     states.put(name, self.made.relay.run(layer, states.get(name), None, ids))
-                tried += self._try_groups(layer, given, ids, effective, states, advance)
+                tried += self._try_groups(layer, given, ids, effective, states)
                 states.put(_BASE, self.made.relay.run(layer, given, None, ids))
+                advance(sum(unit.layer <= layer for unit in self.description.units))
             return self._kls(states, {name: [name] for name in tried}, [_BASE], sensitivity.compared)
 
     def _try_groups(
-        self, layer: int, given: Tensor | None, ids: Tensor, effective: Effective, states: Spill, advance: Advance
+        self, layer: int, given: Tensor | None, ids: Tensor, effective: Effective, states: Spill
     ) -> list[str]:
         """Each group of a layer quantized in turn, its states kept; the first names of those that are quantized."""
         tried = []
@@ -71,12 +72,12 @@ class StreamedTrials:
                 with replaced_by(parameters, replaced):
                     states.put(group.names[0], self.made.relay.run(layer, given, None, ids))
                 tried.append(group.names[0])
-            advance(1)
         return tried
 
     @torch.inference_mode()
-    def measure_ways(self, ways: Mapping[str, Effective]) -> dict[str, float]:
+    def measure_ways(self, ways: Mapping[str, Effective], advance: Advance) -> dict[str, float]:
         """Mean KL of all groups quantized together, each way, over the last samples."""
+        done = self._by_layers(advance)
         held_out = [list(sample[: accept.LENGTH]) for sample in self.samples[-accept.SAMPLES :]]
         ids = [torch.tensor([sample], device=self.made.device) for sample in held_out]
         parameters = Live(self.made.model, self.description.head)
@@ -89,6 +90,7 @@ class StreamedTrials:
                         for group in groups:
                             quantized.enter_context(replaced_by(parameters, way(group)))
                         self._pass_on(layer, name, ids, states)
+                done()
             keys = {name: [(name, place) for place in range(len(ids))] for name in every}
             base = keys.pop(_BASE)
             return self._kls(states, keys, base, lambda hidden: hidden[0])
@@ -114,7 +116,8 @@ class StreamedTrials:
         }
 
     def predict(self, effective: Effective, advance: Advance) -> dict[str, float]:
-        """The predicted mean KL of every group quantized alone; `advance` is told of all groups."""
+        """The predicted mean KL of every group quantized alone; `advance` is told on the way back."""
+        done = self._by_layers(advance)
         texts = [list(sample[: fisher.LENGTH]) for sample in self.samples[: fisher.SAMPLES]]
         parameters, units = Live(self.made.model, self.description.head), self.description.units
         watched = [fisher.Watched(parameters, group, effective) for group in units]
@@ -127,8 +130,12 @@ class StreamedTrials:
                 for layer in layers:
                     own = [each for each, g in zip(watched, units, strict=True) if g.layer == layer]
                     self._back(layer, ids, own, states)
-                    advance(len(own))
+                    done()
         return {each.name: each.total / (2 * sum(map(len, texts))) for each in watched}
+
+    def _by_layers(self, advance: Advance) -> Callable[[], None]:
+        """What is called as each layer is done with, where all of them cost alike."""
+        return in_parts(advance, sensitivity.trial_passes(self.description), len(self.description.layers))
 
     def _forth(self, ids: Sequence[Tensor], states: Spill) -> None:
         """Every sample's states before each layer are kept; after the last one they are the model's final states."""

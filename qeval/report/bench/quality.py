@@ -11,6 +11,7 @@ from qeval.report.bench.summary import Summary
 from qeval.report.build import quality
 from qeval.report.model import Metric, Report
 from qeval.report.sweep import REPORT, read_report
+from qeval.store.timings import BenchRecord
 
 
 class Losses(NamedTuple):
@@ -30,7 +31,7 @@ class Point:
     front: bool
 
 
-def losses(folder: Path, found: Summary) -> Losses:
+def losses(folder: Path, record: BenchRecord) -> Losses:
     """What each ranked variant lost: KL, else the perplexity ratio, as a comparison ranks them.
 
     Raises:
@@ -38,17 +39,17 @@ def losses(folder: Path, found: Summary) -> Losses:
         BrokenRecordError: its report is torn.
     """
     report = read_report(folder)
-    if report.model.weights_sha256 != found.record.model.weights_sha256:
+    if report.model.weights_sha256 != record.model.weights_sha256:
         raise UsageError(
             f"The comparison in '{folder}' is of {report.model.name}, whose weights are not those of this benchmark of "
-            f"{found.record.model.name}; give one of the same model."
+            f"{record.model.name}; give one of the same model."
         )
     name = _metric(report)
     lost = {v.name: v.metrics[name] for v in report.variants if name in v.metrics and quality(v) is not None}
-    names = {row.cell.variant for row in found.rows}
-    if not names & set(lost):
+    names = record.settings.variants
+    if not set(names) & set(lost):
         raise UsageError(
-            f"The comparison in '{folder}' has none of this benchmark's variants ({', '.join(sorted(names))}); it has "
+            f"The comparison in '{folder}' has none of this benchmark's variants ({', '.join(names)}); it has "
             f"{', '.join(sorted(lost)) or 'none that is ranked'}."
         )
     return Losses(name, lost)
@@ -59,7 +60,7 @@ def own_losses(out: Path, found: Summary) -> tuple[Losses | None, list[str]]:
     if not (out / REPORT).exists():
         return None, []
     try:
-        return losses(out, found), []
+        return losses(out, found.record), []
     except UsageError as error:
         return None, [f"No quality is laid beside speed: {error}"]
 

@@ -29,10 +29,14 @@ class Saving:
 
 @dataclass(frozen=True)
 class Summary:
-    """What tables, plots and files are made of; `base` is what 'x times' refers to."""
+    """What tables, plots and files are made of; `base` is what 'x times' refers to.
+
+    `missing_base` was asked for as that, and nothing of it was measured.
+    """
 
     record: BenchRecord
     base: System | None
+    missing_base: str | None
     rows: Sequence[Row]
     savings: Sequence[Saving]
     correct: Mapping[System, Correctness]
@@ -67,34 +71,48 @@ def summarize(record: BenchRecord, timings: Sequence[Timing], base: str | None =
     """Measure all cells; `base` is an engine's name, or `ENGINE/VARIANT`; None: the first engine that has one.
 
     Raises:
-        UsageError: no such engine or variant was measured.
+        UsageError: as `check_base`.
         BrokenRecordError: the records of one cell contradict one another.
     """
+    engines, variants = ([getattr(cell, name) for cell in record.cells] for name in ("engine", "variant"))
+    check_base(base, list(dict.fromkeys(engines)), list(dict.fromkeys(variants)))
     found, correct = rows(record.cells, timings), correctness(record.drifts, record.seed)
     measured = [row for row in found if row.figures and not (row.system in correct and correct[row.system].broken)]
     chosen = _base([row.system for row in measured], base)
     savings = [made for row in measured if (made := _saving(row, measured, chosen, record.seed)) is not None]
-    return Summary(record, chosen, found, savings, correct)
+    return Summary(record, chosen, base if chosen is None else None, found, savings, correct)
+
+
+def check_base(asked: str | None, engines: Sequence[str], variants: Sequence[str]) -> None:
+    """Refuse a base that a benchmark of these engines and variants can't have.
+
+    Raises:
+        UsageError: the engine or the variant is not among them, or no variant is unquantized and none is named.
+    """
+    if asked is None:
+        return
+    engine, _, variant = asked.partition("/")
+    if engine not in engines:
+        raise unknown("engine in --base", engine, engines)
+    if variant and variant not in variants:
+        raise unknown("variant in --base", variant, variants)
+    if not variant and not set(FULL) & set(variants):
+        raise UsageError(
+            f"--base {engine}: none of the variants is unquantized ({', '.join(FULL)}); add one to --methods, or name "
+            f"another: --base {engine}/{variants[0]}."
+        )
 
 
 def _base(systems: Sequence[System], asked: str | None) -> System | None:
-    """The run's base: what was asked for, else the first of `FULL` that any engine has, in the engines' order."""
+    """The run's base: what was asked for, else the first of `FULL` that any engine has, in the engines' order.
+
+    None where that was not measured.
+    """
     if asked is None:
         return _first_full(systems)
     engine, _, variant = asked.partition("/")
-    own = [system for system in systems if system.engine == engine]
-    if not own:
-        raise unknown("engine for a base, among those measured,", engine, {system.engine for system in systems})
-    if variant:
-        if System(engine, variant) not in own:
-            raise unknown(f"variant of {engine} for a base", variant, {system.variant for system in own})
-        return System(engine, variant)
-    found = _first_full(own)
-    if found is None:
-        raise UsageError(
-            f"{engine} has no variant to be the base ({', '.join(FULL)}); name one: --base {engine}/{own[0].variant}."
-        )
-    return found
+    own = [system for system in systems if system.engine == engine and variant in ("", system.variant)]
+    return own[0] if variant and own else _first_full(own)
 
 
 def _first_full(systems: Sequence[System]) -> System | None:

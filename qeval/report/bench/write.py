@@ -33,7 +33,7 @@ def write_bench(
     record = read_bench(out)
     found = summarize(record, read_timings(out, record.timings), base)
     plots = throughputs(found)
-    lost, warnings = (losses(quality, found), []) if quality is not None else own_losses(out, found)
+    lost, warnings = (losses(quality, record), []) if quality is not None else own_losses(out, found)
     planes = [] if lost is None else trade_offs(found, *lost)
     write_plots([*plots, *planes], out)
     _write_tables(found, out)
@@ -111,8 +111,10 @@ def _sentences(found: Summary) -> list[str]:
         f"{found.record.model.name} in {len(places)} "
         f"{'cell' if len(places) == 1 else 'cells'} of batch size and prompt length."
     ]
+    if found.missing_base is not None:
+        said.append(f"Nothing was measured of {found.missing_base}, the base that was asked for.")
     said.append(
-        "Nothing unquantized was measured, so nothing is told in times."
+        "Nothing is told in times: there is nothing unquantized to tell it against."
         if found.base is None
         else f"'Times' are against {found.base} in the same cell; savings against each engine's own unquantized "
         "variant, where it has one."
