@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 
 from qeval.calibrate.build import carried_out, check, outline, quantizable, rounding_units, source_of
 from qeval.calibrate.mix import check_samples, trial_units
-from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
+from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, trial_passes
 from qeval.calibrate.source import Source
 from qeval.calibrate.stream import collect
 from qeval.calibrate.tools.registry import tool_version
+from qeval.compare.trials import Remembered
 from qeval.config import Recipe
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.identity import digest
@@ -157,8 +158,12 @@ class Workshop:
         return variant, time.perf_counter() - start
 
     def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, Grid], Variant]:
-        """As `outline`; where groups are tried for it, that is a phase of its own."""
+        """As `outline`; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
         units = trial_units(self._loaded.description, recipe)
+        if units:
+            kept = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None))}.json"
+            passes = trial_passes(self._loaded.description)
+            source = replace(source, trials=Remembered(source.trials, kept, passes, self._progress.warn))
         with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_nobody) as advance:
             return outline(source, recipe, self.key(recipe), advance)
 
