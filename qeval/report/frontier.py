@@ -1,8 +1,11 @@
-"""KL against bits per weight for one model: each method's frontier, and the noise floor below which nothing is told."""
+"""KL against bits per weight: each method's or model's frontier, and the noise floor below which nothing is told."""
 
 from collections.abc import Sequence
 
-from qeval.report import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qeval.report import style, words
 from qeval.report.model import Report, Variant
 from qeval.report.page import Plot
 from qeval.report.plots import slug
@@ -42,29 +45,54 @@ def frontiers(report: Report) -> Plot | None:
         return None
     made, axes = style.figure(4.2)
     for place, (method, found) in enumerate(methods.items()):
-        front, colour, mark = frontier(found), style.colour(place), style.marker(place)
-        rest = [v for v in found if v not in front]
-        axes.plot(_bits(front), [kl(v) for v in front], f"{mark}-", color=colour, markersize=6, label=method)
-        axes.plot(_bits(rest), [kl(v) for v in rest], mark, color=colour, markersize=5, markerfacecolor=style.paper())
-        for v in found:
-            metric = v.metrics["kl_nats"]
-            if metric.low is not None and metric.high is not None and metric.low > 0:
-                axes.vlines(v.bits_per_weight, metric.low, metric.high, color=colour, linewidth=1.0, alpha=0.6)
+        draw(axes, found, place, method)
     floors = [kl(v) for v in report.variants if v.role == "floor" and kl(v) < float("inf")]
     if floors:
         axes.axhline(max(floors), color=style.muted(), linestyle="--", linewidth=1.2, label="noise floor")
-    axes.set_yscale("log")
-    axes.set_xlabel("Bits per weight, over the quantized matrices")
-    axes.set_ylabel("KL from the baseline (nats)")
-    axes.grid(True)
-    made.legend(loc="outside lower center", ncols=3)
-    svg, png = style.save(made)
+    svg, png = _finished(made, axes, "KL from the baseline (nats)")
     drawn = ", ".join(f"{method} ({len(found)})" for method, found in methods.items())
     alt = f"{report.model.name}: KL against bits per weight of {drawn}; lines join each method's frontier."
     floor = f" The noise floor lies at {max(floors):.1e} nats." if floors else " No noise floor was measured."
     return Plot(
         f"frontier-{slug(report.model.name)}", f"{report.model.name}: each method's frontier", alt + floor, svg, png
     )
+
+
+def model_frontiers(reports: Sequence[Report]) -> Plot | None:
+    """KL against bits per weight of several models, each one's frontier over all methods joined; None below two."""
+    drawable = {report.model.name: [v for found in by_method(report).values() for v in found] for report in reports}
+    if len(reports) < 2 or sum(map(len, drawable.values())) < 2:
+        return None
+    made, axes = style.figure(3.8)
+    for place, (name, found) in enumerate(drawable.items()):
+        draw(axes, found, place, name)
+    svg, png = _finished(made, axes, "KL from the own baseline (nats)")
+    count = sum(map(len, drawable.values()))
+    alt = f"KL against bits per weight, {count} variants of {words.listed(list(drawable))}; lines join each frontier."
+    floors = [kl(v) for report in reports for v in report.variants if v.role == "floor" and kl(v) < float("inf")]
+    floor = f" The noise floor lies at {max(floors):.1e} nats, where it was measured." if floors else ""
+    return Plot("kl-bits", "KL against bits per weight", alt + floor, svg, png)
+
+
+def draw(axes: Axes, found: Sequence[Variant], place: int, label: str) -> None:
+    """Variants with their intervals: their frontier joined, what another of them beats hollow."""
+    front, colour, mark = frontier(found), style.colour(place), style.marker(place)
+    rest = [v for v in found if v not in front]
+    axes.plot(_bits(front), [kl(v) for v in front], f"{mark}-", color=colour, markersize=6, label=label)
+    axes.plot(_bits(rest), [kl(v) for v in rest], mark, color=colour, markersize=5, markerfacecolor=style.paper())
+    for v in found:
+        metric = v.metrics["kl_nats"]
+        if metric.low is not None and metric.high is not None and metric.low > 0:
+            axes.vlines(v.bits_per_weight, metric.low, metric.high, color=colour, linewidth=1.0, alpha=0.6)
+
+
+def _finished(made: Figure, axes: Axes, loss: str) -> tuple[str, bytes]:
+    axes.set_yscale("log")
+    axes.set_xlabel("Bits per weight, over the quantized matrices")
+    axes.set_ylabel(loss)
+    axes.grid(True)
+    made.legend(loc="outside lower center", ncols=3)
+    return style.save(made)
 
 
 def _bits(variants: Sequence[Variant]) -> list[float]:

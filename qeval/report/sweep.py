@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.report import style, words
-from qeval.report.frontier import frontiers
+from qeval.report.frontier import by_method, frontier, frontiers, model_frontiers
 from qeval.report.model import Report, Variant
-from qeval.report.page import NOTHING, Cell, Heading, Plot, Section, Table, metric_cell
+from qeval.report.page import NOTHING, Cell, Heading, Section, Table, metric_cell
 from qeval.report.render import page, write_plots
 from qeval.store.atomic import write_text
 
@@ -62,7 +62,7 @@ def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
     """Write sweep.md, sweep.html, sweep.json and the plot from the runs' own reports; where the page is."""
     reports = _reports(runs)
     with style.styled():
-        drawn = (kl_against_bits(reports), *(frontiers(report) for report in reports))
+        drawn = (model_frontiers(reports), *(frontiers(report) for report in reports))
         plots = [plot for plot in drawn if plot is not None]
     write_plots(plots, out)
     section = Section(
@@ -73,7 +73,8 @@ def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
         tables=(overview(runs),),
     )
     failed = tuple(f"{run.model} failed: {run.error}" for run in runs if run.error is not None)
-    heading = Heading(f"{len(runs)} models: what quantization lost", _facts(reports), warnings=failed)
+    whose = runs[0].model if len(runs) == 1 else f"{len(runs)} models"
+    heading = Heading(f"{whose}: what quantization lost", _facts(reports), warnings=failed)
     write_text(out / "sweep.md", page("report.md.j2", heading, [section]))
     write_text(out / "sweep.html", page("report.html.j2", heading, [section]))
     write_text(out / "sweep.json", json.dumps(_as_json(runs), indent=2, allow_nan=False) + "\n")
@@ -95,46 +96,6 @@ def overview(runs: Sequence[Ended]) -> Table:
     return Table("Size and loss of every variant of every model", names, tuple(rows), note, live=True, filters=(0, 1))
 
 
-def kl_against_bits(reports: Sequence[Report]) -> Plot | None:
-    """KL against bits per weight, a line a model; None below two points."""
-    made, axes = style.figure(3.8)
-    floors, count = [], 0
-    for place, report in enumerate(reports):
-        shown = sorted((v for v in report.variants if v.ranked and _kl(v)), key=lambda v: (v.bits_per_weight, v.name))
-        bits, metrics = [v.bits_per_weight for v in shown], [v.metrics["kl_nats"] for v in shown]
-        colour, mark = style.colour(place), style.marker(place)
-        axes.plot(
-            bits,
-            [metric.value or 0.0 for metric in metrics],
-            f"{mark}-",
-            color=colour,
-            markersize=6,
-            label=report.model.name,
-        )
-        for x, metric in zip(bits, metrics, strict=True):
-            if metric.low is not None and metric.high is not None:
-                axes.vlines(x, metric.low, metric.high, color=colour, linewidth=1.4)
-        floors += [value for v in report.variants if v.role == "floor" and (value := _kl(v))]
-        count += len(shown)
-    if count < 2:
-        return None
-    axes.set_yscale("log")
-    axes.set_xlabel("Bits per weight, over the quantized matrices")
-    axes.set_ylabel("KL from the own baseline (nats)")
-    axes.grid(True)
-    made.legend(loc="outside lower center", ncols=2)
-    svg, png = style.save(made)
-    alt = f"KL against bits per weight, {count} variants of {words.listed([r.model.name for r in reports])}."
-    floor = f" The noise floor lies at {max(floors):.1e} nats, where it was measured." if floors else ""
-    return Plot("kl-bits", "KL against bits per weight", alt + floor, svg, png)
-
-
-def _kl(variant: Variant) -> float | None:
-    """A KL that a logarithmic axis can show."""
-    metric = None if variant.void else variant.metrics.get("kl_nats")
-    return metric.value if metric is not None and metric.value is not None and metric.value > 0 else None
-
-
 def _columns(reports: Sequence[Report]) -> dict[str, str]:
     tasks = {task.record.name: task.record.title for report in reports for task in report.tasks}
     return _COLUMNS | {f"{name}_acc_diff": f"{title}, difference" for name, title in tasks.items()}
@@ -152,17 +113,21 @@ def _row(report: Report, variant: Variant, names: Sequence[str]) -> tuple[Cell, 
 
 
 def _sentences(reports: Sequence[Report]) -> tuple[str, ...]:
-    said = []
-    for report in reports:
-        best = [v for v in report.variants if v.ranked and _kl(v) is not None]
-        if best:
-            least = min(best, key=lambda v: _kl(v) or 0.0)
-            cell = metric_cell(least.metrics["kl_nats"])
-            said.append(
-                f"{report.model.name}: {least.name} lost least, KL {cell.text} {cell.interval or ''} nats at "
-                f"{least.bits_per_weight:.2f} bits per weight."
-            )
-    return (*said, "Brackets hold 95 % intervals; each model's own report says how they were made.")
+    told = [_best(report.model.name, [v for found in by_method(report).values() for v in found]) for report in reports]
+    return (*filter(None, told), "Brackets hold 95 % intervals; each model's own report says how they were made.")
+
+
+def _best(model: str, variants: Sequence[Variant]) -> str:
+    """The variants that no other is both smaller and closer than, and the closest of them."""
+    if not variants:
+        return ""
+    front = frontier(variants)
+    cell = metric_cell(front[-1].metrics["kl_nats"])
+    least = (
+        f"{model}: {front[-1].name} lost least, KL {cell.text} {cell.interval or ''} nats at "
+        f"{front[-1].bits_per_weight:.2f} bits per weight."
+    )
+    return f"{least} None is both smaller and closer than {words.listed([v.name for v in front])}."
 
 
 def _facts(reports: Sequence[Report]) -> tuple[str, ...]:

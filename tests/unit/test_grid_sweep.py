@@ -96,4 +96,8 @@ def test_a_sweep_of_a_grid_draws_each_methods_frontier(tmp_path, monkeypatch):
     assert losses == sorted(losses, reverse=True)
     ended = Ended(model["model"], tmp_path / "out" / model["folder"].rpartition("/")[2])
     write_sweep([ended], tmp_path / "again")
-    assert list((tmp_path / "again" / "plots").glob("frontier-*.png"))
+    (plot,) = (tmp_path / "again" / "plots").glob("*.png")
+    assert plot.name.startswith("frontier-")
+    page = (tmp_path / "again" / "sweep.md").read_text()
+    assert page.startswith(f"# {ended.model}: what quantization lost")
+    assert "None is both smaller and closer than rtn:int2-g32, rtn:int3-g32, rtn:int5-g32 and rtn:int6-g32." in page
