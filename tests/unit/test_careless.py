@@ -1,11 +1,14 @@
 """Careless use of every command: one sentence, its exit code, nothing on stdout, no traceback, no work done."""
 
+import io
 import sys
 
 import pytest
+from rich.console import Console
 
 import qeval.__main__ as door
 from qeval.cli.app import run
+from qeval.cli.printing import plan_table
 from tests.fixtures.gate import INT4, RELEASE
 from tests.fixtures.runs import Shape, make_run
 from tests.fixtures.tiny import save_tiny
@@ -93,6 +96,16 @@ def test_wrong_use_is_one_sentence_and_code_2(place, capfd, command, said):
     assert heard.err.startswith("error: ")
     assert heard.err.count("\n") == 1
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_a_narrow_terminal_cuts_nothing_off_a_plan(width):
+    console = Console(width=width, file=io.StringIO())
+    table = plan_table()
+    table.add_row("report", "a/folder/whose/name/is/long/enough/to/be/cut")
+    console.print(table)
+    shown = console.file.getvalue()
+    assert "".join(shown.split()) == "reporta/folder/whose/name/is/long/enough/to/be/cut"
 
 
 def test_ctrl_c_while_the_program_is_being_imported_is_a_line(monkeypatch, capsys):
