@@ -32,9 +32,12 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
 
     >>> str(unknown("method", "rtm", ["rtn", "awq"]))
     "Unknown method 'rtm'; nearest: rtn. Choices: awq, rtn."
+    >>> str(unknown("task", "KL", ["kl", "ppl"]))
+    "Unknown task 'KL'; nearest: kl. Choices: kl, ppl."
     """
     known = sorted(choices)
     listed = f"Choices: {', '.join(known)}." if len(known) <= _LISTED_AT_MOST else f"There are {len(known)} choices."
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    spelled = {choice.lower(): choice for choice in known}
+    near = [spelled[found] for found in get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
     hint = f"; nearest: {', '.join(near)}" if near else ""
     return UsageError(f"Unknown {kind} '{name}'{hint}. {listed}")

@@ -1,5 +1,6 @@
 """Everything that a benchmark was asked for, checked once at the door."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -9,6 +10,7 @@ from qeval.config import Defaults, Recipe, check_distinct, parse_method
 from qeval.engines.opening import Precision
 from qeval.engines.registry import ENGINES
 from qeval.errors import UsageError, unknown
+from qeval.paths import check_place
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """What `--methods` takes beside the quantizers: the model itself in one of these types."""
@@ -56,8 +58,7 @@ class BenchChoice:
             raise UsageError("Nothing to run: give --methods, for example --methods fp32,rtn, or --variant.")
         if self.accuracy_level not in (1, 4):
             raise UsageError("--accuracy-level takes 1 (fp32 activations) or 4 (int8 activations).")
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is a file; name a folder for the records.")
+        check_place(self.out, "the records")
         self._check_numbers()
 
     def _check_numbers(self) -> None:
@@ -72,6 +73,8 @@ class BenchChoice:
         for flag, values in flags.items():
             if not values:
                 raise UsageError(f"{flag} names no number.")
+            if not all(math.isfinite(value) for value in values):
+                raise UsageError(f"{flag} must be a finite number, not {values[0]:g}.")
             if min(values) < 1:
                 raise UsageError(f"{flag} must be at least 1, not {min(values):g}.")
 

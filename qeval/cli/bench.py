@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from qeval.cli import options
 from qeval.cli.compare import named_path, names, slug
-from qeval.cli.printing import stdout
+from qeval.cli.printing import plan_table, stdout
 from qeval.cli.progress import ConsoleProgress
 from qeval.compare.settings import CalibrationChoice, ModelChoice
 
@@ -165,7 +164,7 @@ def _run(choice: "BenchChoice", shown: Shown, started: float, *, as_json: bool, 
 def _show_plan(plan: "Plan", console: Console) -> None:
     """What will be run, and how long it may take."""
     asked, settings = plan.choice, plan.record.settings
-    table = Table.grid(padding=(0, 2))
+    table = plan_table()
     table.add_row("model", f"{plan.record.model.name} ({plan.record.model.parameters / 1e6:.0f} M weights)")
     table.add_row("engines", ", ".join(asked.engines))
     table.add_row("variants", ", ".join(asked.variant_names))

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from qeval.config import parse_budget, parse_method
 from qeval.errors import UsageError
+from qeval.quant.grid import MAX_BITS, MIN_BITS
 
 _ALONE = {"rtn": "mixed-rtn", "awq": "mixed"}
 """The mixed method that a budget means for a method without one."""
@@ -53,15 +54,15 @@ def _mixed(names: Sequence[str], budgets: Sequence[str]) -> list[str]:
 
 
 def _width(text: str) -> str:
-    if not text.isdigit():
-        raise UsageError(f"--bits takes widths such as 2,3,4,8, not '{text}'.")
+    if not text.isdigit() or not MIN_BITS <= int(text) <= MAX_BITS:
+        raise UsageError(f"--bits takes widths from {MIN_BITS} to {MAX_BITS} such as 2,3,4,8, not '{text}'.")
     return f"int{text}"
 
 
 def _size(text: str) -> str:
     if text in ("channel", "tensor"):
         return text
-    if not text.removeprefix("g").isdigit():
+    if not text.removeprefix("g").isdigit() or not int(text.removeprefix("g")):
         raise UsageError(f"--groups takes block sizes, channel and tensor, such as 32,128,channel, not '{text}'.")
     return f"g{text.removeprefix('g')}"
 

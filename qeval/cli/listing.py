@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from rich.console import Console
 from rich.table import Table
 
+from qeval.cli.printing import stdout
 from qeval.config import METHODS
 from qeval.tasks.conventions import CONVENTIONS
 from qeval.tasks.names import TASKS
@@ -49,9 +49,9 @@ def show(kind: str, rows: Iterable[tuple[str, str]]) -> None:
     table.add_column("what it is")
     for name, line in rows:
         table.add_row(name, line)
-    Console().print(table)
+    stdout().print(table)
 
 
 def say(line: str) -> None:
     """A line of its own."""
-    Console().print(f"\n{line}\n", highlight=False)
+    stdout().print(f"\n{line}\n", highlight=False)

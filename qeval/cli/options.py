@@ -1,5 +1,6 @@
 """The flags that several commands share, with one help text each."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import typer
 from qeval.config import Defaults, Recipe, parse_budget
 from qeval.config import Importance as ImportanceName
 from qeval.errors import UsageError, unknown
+
+_THREADS_A_CORE = 16
 
 Model = Annotated[
     str,
@@ -51,7 +54,19 @@ Precision = Annotated[
     Literal["fp32", "fp16"] | None,
     typer.Option("--precision", help="Of an ONNX graph's activations and floats; fp32 on the CPU, elsewhere fp16."),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")]
+
+
+def _few_enough(threads: int | None) -> int | None:
+    """Refuse more threads than could ever help; OpenMP ends the program where it can't start them."""
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > _THREADS_A_CORE * cores:
+        raise UsageError(f"--threads {threads} is more than {_THREADS_A_CORE} for each of {cores} cores; give fewer.")
+    return threads
+
+
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, callback=_few_enough, help="CPU threads; default: all cores.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides the calibration sketch and the bootstrap.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No plan, no progress; warnings and the result only.")]

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from qeval.cli.printing import stdout
+from qeval.cli.printing import plan_table, stdout
 from qeval.compare.prepare import Plan
 from qeval.compare.run import estimate
 from qeval.report import Report, report_json, summary_table, words
@@ -16,7 +15,7 @@ from qeval.store.run import RunRecord
 def show_plan(plan: Plan, console: Console) -> None:
     """Model, variants, tasks, tokens, and an estimate of time and memory."""
     cost = estimate(plan)
-    table = Table.grid(padding=(0, 2))
+    table = plan_table()
     table.add_row(
         "model", f"{plan.model.name} ({plan.model.architecture}, {plan.model.parameters / 1e6:.0f} M weights)"
     )

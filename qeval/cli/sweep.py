@@ -18,6 +18,7 @@ from qeval.cli.compare import compare, slug
 from qeval.cli.grid import grid_methods, without_methods
 from qeval.cli.printing import stdout
 from qeval.errors import QevalError, UsageError
+from qeval.paths import check_place
 
 INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
@@ -61,6 +62,7 @@ def sweep(
         raise UsageError("Nothing to sweep over: give --models, for example --models demo,llama-3.2-1b.")
     if len(set(folders.values())) < len(names):
         raise UsageError(f"Two of the models {', '.join(names)} would share a folder; sweep them apart.")
+    check_place(out, "the runs")
     if "--json" in context.args:
         raise UsageError(f"A sweep prints no JSON; it writes {out / 'sweep.json'}.")
     command, common = _command(), list(context.args)
@@ -77,8 +79,10 @@ def sweep(
             results = [_compared_here(command, place, name, given, debug=debug) for place, name in enumerate(given, 1)]
         else:
             results = _compared_abreast(given, folders, at_once, asked, environment)
+    if all(result.error and result.code == UsageError.exit_code for result in results):
+        raise UsageError(f"No model could be compared: {results[0].error}")
     _show([(name, folders[name], result.error) for name, result in zip(given, results, strict=True)], out)
-    return max(result.code for result in results)
+    return max(QevalError.exit_code if result.error else result.code for result in results)
 
 
 @contextmanager
@@ -157,7 +161,7 @@ def _compared(command: typer.core.TyperCommand, arguments: Sequence[str], *, deb
         if debug:
             _console().print_exception()
         _console().print(f"warning: {error}", highlight=False, soft_wrap=True)
-        return Result(QevalError.exit_code, str(error))
+        return Result(error.exit_code, str(error))
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     return Result(int(code or 0), None)

@@ -20,6 +20,7 @@ from qeval.compare.variants import Workshop, check_recipes, variant_key
 from qeval.config import Recipe
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.identity import digest
+from qeval.paths import check_place
 from qeval.progress import Progress
 from qeval.quant.grid import Grid, parse
 from qeval.report.sensitivity import GroupEffect, Pick, Sensitivities
@@ -56,6 +57,7 @@ def measure_sensitivity(
     """
     if recipe.method not in ("rtn", "awq"):
         raise UsageError(f"--method {recipe.name}: groups are quantized one by one by rtn and awq alone.")
+    check_place(out, "the maps")
     if threads:
         torch.set_num_threads(threads)
     loaded, model_source = source_of_model(model)

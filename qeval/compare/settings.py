@@ -9,6 +9,7 @@ from typing import Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
+from qeval.paths import check_place
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 """How an address begins once it was read as a path: `s3://bucket` is `s3:/bucket` then."""
@@ -172,8 +173,7 @@ class Settings:
                 f"--out {self.out} is an address, and a run's ledger needs a folder whose file system locks files; "
                 f"mount what {scheme[1]} names, on every node of a cluster, and give its path."
             )
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is a file; name a folder for the report.")
+        check_place(self.out, "the report")
         for flag, value in {
             "--limit": self.questions.limit,
             "--max-windows": self.corpus.max_windows,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qeval.errors import UsageError, unknown
@@ -22,6 +23,8 @@ from qeval.models.supported import check_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_MISMATCH = "ignore_mismatched_sizes"
+"""What transformers names in its advice where tensors have other shapes than the configuration asks for."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _read_config(folder: Path) -> Any:
         raw = json.loads(path.read_text(encoding="utf-8"))
         with quiet():
             config = AutoConfig.from_pretrained(folder, **_LOCAL)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UsageError(f"'{path}' can't be used: {_first_line(error)}.") from error
     check_config(config, path)
     if "quantization_config" in raw:
@@ -171,7 +174,10 @@ def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple
                 **_LOCAL,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"'{folder}' can't be loaded: {_first_line(error)}.") from error
+        why = _first_line(error)
+        if _MISMATCH in why:
+            why = "the shapes of its tensors are not those that its config.json asks for"
+        raise UsageError(f"'{folder}' can't be loaded: {why}.") from error
     weights.check_complete(report["missing_keys"], str(folder))
     unused = sorted(report["unexpected_keys"])
     notes = [f"The model does not use some tensors of the checkpoint: {weights.listed(unused)}."] if unused else []

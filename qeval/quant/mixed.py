@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from qeval.errors import UsageError
+from qeval.errors import QevalError, UsageError
 
 POSITIONAL_KINDS = ("v_proj", "down_proj")
 
@@ -60,6 +60,7 @@ def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
 
     Raises:
         UsageError: the budget is below the smallest or above the largest possible size.
+        QevalError: the solver gave up.
     """
     smallest, largest = sum(o.low_bits for o in options), sum(o.high_bits for o in options)
     if not smallest <= budget_bits <= largest:
@@ -75,5 +76,8 @@ def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
         constraints=LinearConstraint(cost / unit, ub=(budget_bits - smallest) / unit),
     )
     if not result.success:
-        raise UsageError(f"The integer programme of the bit widths found no answer: {result.message}")
+        raise QevalError(
+            "The solver of the integer programme found no widths for a budget that has some "
+            f"({' '.join(str(result.message).split())}); mix by --importance positional, or by another --budget."
+        )
     return [bool(round(value)) for value in result.x]

@@ -3,6 +3,7 @@
 Every refusal comes before any work: nothing is written to the report's folder.
 """
 
+import json
 import shutil
 
 import pytest
@@ -192,6 +193,20 @@ def change(model, **tensors):
 def test_a_folder_without_config_is_refused(refused, model):
     (model / "config.json").unlink()
     assert refused(model=str(model)) == f"'{model}' is no model folder: there is no config.json in it."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", "64", "config.json' can't be used: Validation error for field 'hidden_size'"),
+        ("hidden_size", 128, "the shapes of its tensors are not those that its config.json asks for"),
+        ("model_type", "llamma", "config.json' can't be used: The checkpoint you are trying to load has model type"),
+    ],
+)
+def test_a_configuration_that_is_not_the_models_is_refused(refused, model, key, value, said):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert said in refused(model=str(model))
 
 
 def test_a_folder_without_weights_is_refused(refused, model):

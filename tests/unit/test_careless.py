@@ -1,8 +1,14 @@
 """Careless use of every command: one sentence, its exit code, nothing on stdout, no traceback, no work done."""
 
-import pytest
+import io
+import sys
 
+import pytest
+from rich.console import Console
+
+import qeval.__main__ as door
 from qeval.cli.app import run
+from qeval.cli.printing import plan_table
 from tests.fixtures.gate import INT4, RELEASE
 from tests.fixtures.runs import Shape, make_run
 from tests.fixtures.tiny import save_tiny
@@ -50,6 +56,20 @@ WRONG = {
     "figures on no device": ("selfcheck --device tpu", "Unknown device 'tpu'; say cpu, cuda or cuda:0."),
     "data that are not there": ("selfcheck --data gone", "--data gone: there is no such folder."),
     "questions that are not there": ("selfcheck --mmlu-dir gone", "--mmlu-dir gone: there is no such folder."),
+    "a file for a sweep's runs": ("sweep --models model --out text.txt", "--out text.txt is a file; name a folder"),
+    "a place under a file": (
+        "compare --model model --methods rtn:g32 --out text.txt/a/b",
+        "--out text.txt/a/b lies under a file; name a folder for the report.",
+    ),
+    "more threads than there can be": ("compare --model model --threads 99999", "--threads 99999 is more than 16 for"),
+    "no end to a budget": ("bench --model model --time-budget inf", "--time-budget must be a finite number, not"),
+    "no number as a budget": ("bench --model model --time-budget nan", "--time-budget must be a finite number, not"),
+    "a width that no grid has": ("sweep --models model --bits 4,9", "--bits takes widths from 2 to 8 such as"),
+    "blocks of nothing": ("sweep --models model --groups 0", "--groups takes block sizes, channel and tensor"),
+    "a file for maps": (
+        "sensitivity --model model --method rtn:g32 --out text.txt",
+        "--out text.txt is a file; name a folder for the maps.",
+    ),
     "a budget for no mix": (
         "quantize --model model --method rtn:g32 --budget 4bpw",
         "--budget is for mixed methods, and none is among rtn:g32; add one, or leave --budget out.",
@@ -76,6 +96,28 @@ def test_wrong_use_is_one_sentence_and_code_2(place, capfd, command, said):
     assert heard.err.startswith("error: ")
     assert heard.err.count("\n") == 1
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_a_narrow_terminal_cuts_nothing_off_a_plan(width):
+    console = Console(width=width, file=io.StringIO())
+    table = plan_table()
+    table.add_row("report", "a/folder/whose/name/is/long/enough/to/be/cut")
+    console.print(table)
+    shown = console.file.getvalue()
+    assert "".join(shown.split()) == "reporta/folder/whose/name/is/long/enough/to/be/cut"
+
+
+def test_ctrl_c_while_the_program_is_being_imported_is_a_line(monkeypatch, capsys):
+    class Pressed:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "qeval.cli.app", Pressed())
+    with pytest.raises(SystemExit) as ended:
+        door.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Interrupted before anything was done.\n"
 
 
 def test_an_unforeseen_failure_is_one_line_with_its_file_or_its_name(monkeypatch, capfd):

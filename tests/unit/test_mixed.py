@@ -5,8 +5,9 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import OptimizeResult
 
-from qeval.errors import UsageError
+from qeval.errors import QevalError, UsageError
 from qeval.quant.mixed import Option, choose_high, positional_layers, positional_names
 
 options = st.lists(
@@ -52,6 +53,13 @@ def test_a_budget_out_of_reach_is_refused(budget, side):
 
 def test_groups_that_cost_nothing_more_are_chosen_between_all_the_same():
     assert choose_high([Option(10, 10, 1.0, 1.0), Option(20, 20, 0.0, 0.0)], 30) in ([False] * 2, [True] * 2)
+
+
+def test_a_solver_that_gives_up_is_a_failure_in_a_sentence(monkeypatch):
+    ended = OptimizeResult(success=False, message="Time limit reached.\n(HiGHS Status 13)", x=None)
+    monkeypatch.setattr("qeval.quant.mixed.milp", lambda *_, **__: ended)
+    with pytest.raises(QevalError, match=r"found no widths .* \(Time limit reached. \(HiGHS Status 13\)\); mix by"):
+        choose_high([Option(10, 40, 1.0, 0.0)], 20)
 
 
 def test_positional_layers_of_30_are_those_of_the_reference():

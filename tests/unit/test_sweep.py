@@ -86,6 +86,6 @@ def test_wrong_use_is_told_before_any_work(place, tmp_path, models, more, senten
     assert not (tmp_path / "out").exists()
 
 
-def test_no_model_at_all_is_a_failure(place, tmp_path, capfd):
-    assert swept(place, [tmp_path / "nowhere"], tmp_path / "out") == 3
+def test_no_model_at_all_is_wrong_use(place, tmp_path, capfd):
+    assert swept(place, [tmp_path / "nowhere"], tmp_path / "out") == 2
     assert "No model could be compared" in capfd.readouterr().err

@@ -1,0 +1,19 @@
+"""The program's door: Ctrl-C while its parts are still being imported ends it in a line, as it does later."""
+
+import sys
+
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
+    try:
+        from qeval.cli.app import main as program  # noqa: PLC0415 - so that Ctrl-C finds somebody at home
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted before anything was done.\n")
+        sys.exit(_INTERRUPTED)
+    program()
+
+
+if __name__ == "__main__":
+    main()
