@@ -24,6 +24,7 @@ from qeval.errors import UsageError
 from qeval.models.graph import Group
 from qeval.models.info import LoadedModel
 from qeval.models.load import check_device, load
+from qeval.models.matrices import weights_of
 from qeval.models.source import resolve
 from qeval.models.supported import notes_of
 from qeval.models.weights import read_entries, weight_files
@@ -227,7 +228,7 @@ def room_beside(backend: StreamBackend, loaded: Loaded, recipe: Recipe, samples:
 
 def working_bytes(loaded: Loaded, recipe: Recipe) -> int:
     """What quantizing a layer takes beside its weights and its text: statistics, searches, codes; at most."""
-    parameters, description = dict(loaded.model.named_parameters()), loaded.description
+    parameters, description = weights_of(loaded.model), loaded.description
     by_layer = [[g for g in description.groups if g.layer == layer] for layer in range(len(description.layers))]
     sizes = [[[parameters[name].numel() for name in group.names] for group in groups] for groups in by_layer]
     columns = [[group.columns for group in groups] for groups in by_layer]
