@@ -127,9 +127,10 @@ def save_variant_by_parts(
 ) -> None:
     """Write a variant whose matrices come one by one, never all at once; the files are those of `save_variant`.
 
-    `parts` are the matrices, in any order; one may come in several, rows after rows. `rest` is asked when all have come
+    `parts` are the matrices, in any order; one may come in several, rows after rows. `rest` is asked when all are there
     for the variant with its matrices on the meta device: which floats a method changes may be known only then, and
-    their sizes decide where in the file the matrices lie. So these wait in a temporary file beside, as large as they are.
+    their sizes decide where in the file the matrices lie. So these wait in a temporary file beside, as large as they
+    are.
 
     Raises:
         UsageError: the folder exists and holds something else.
