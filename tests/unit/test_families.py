@@ -51,6 +51,16 @@ def test_a_family_that_nobody_has_heard_of_needs_no_line():
         assert CHECKS[check](bench)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_blocks_of_128_in_widths_that_they_do_not_divide(name):
+    bench = Bench(name, families.tiny_family(name, hidden_size=160, intermediate_size=208))
+    widths = {weight.codes.shape[1] for weight in bench.variant("rtn:g128").weights.values()}
+    assert widths == {160, 208}
+    kls = [bench.kl(bench.variant(f"{method}:g128")) for method in ("rtn", "awq", "gptq", "mixed")]
+    assert 0 < kls[3] < kls[0]
+    assert bench.kl(bench.variant("rtn:int8-g128")) < kls[0] / 4
+
+
 @pytest.mark.parametrize("method", ["awq:g32", "gptq:g32"])
 def test_an_expert_that_no_token_reaches_is_rounded_plainly_and_named(method):
     bench = Bench("Qwen3Moe", families.tiny_family("Qwen3Moe", num_experts=32))

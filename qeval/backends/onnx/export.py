@@ -104,8 +104,8 @@ class Exporter:
         if any(map(is_expert, weights)):
             raise UsageError(
                 f"{loaded.info.architecture} has experts, and no exporter writes them as products whose matrices could "
-                "be swapped: onnxruntime-genai's model builder takes a few other mixtures alone, each layer as one node "
-                "that it rounds itself, and torch's exporter can't trace which experts run; leave ONNX out "
+                "be swapped: onnxruntime-genai's model builder takes a few other mixtures alone, a layer's experts as "
+                "one node that it rounds itself, and torch's exporter can't trace which of them run; leave ONNX out "
                 "(--backend torch)."
             )
         self._parameters = {n: loaded.model.get_parameter(n) for n in names} | weights
