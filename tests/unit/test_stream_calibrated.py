@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_gradients_go_back_through_a_head_in_parts(family, tmp_path):
         fisher.label_gradient(head, states, torch.Generator().manual_seed(1)) for head in (parts, head_of(model))
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_part_of_a_head_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    made, settings = weightless_of(tiny_family("Llama"), tmp_path)
+    read, alive = StreamedHead._part, []
+
+    def part(self, rows):
+        assert not [each for each in alive if each() is not None]
+        alive.append(weakref.ref(head := read(self, rows)))
+        return head
+
+    monkeypatch.setattr(StreamedHead, "_part", part)
+    head = StreamedHead(made.checkpoint[made.head_name], settings, 37, torch.device("cpu"))
+    head.transposed(head.logits(torch.zeros(3, 64)))
+    assert len(alive) == 14
 
 
 @pytest.mark.parametrize("family", STREAMED_FAMILIES)
