@@ -5,8 +5,8 @@
     python benchmarks/stream_memory.py --megabytes 300 --share 4 --experts 8
 
 Makes a model of random weights (fp16; with `--experts` a mixture, two a token), runs `qeval compare` with one method on
-it streamed, with `--max-memory` at the weights' size divided by `--share`, and unstreamed, each in a child process that has
-run a tiny model first, so that the program and its libraries are there already. Prints each one's peak beyond that
+it streamed, with `--max-memory` at the weights' size divided by `--share`, and unstreamed, each in a child process that
+has run a tiny model first, so that the program and its libraries are there already. Prints each one's peak beyond that
 (VmHWM, reset before the run) and compares the rows. The exit code is 1 when the limit was not kept or a number differs
 by more than 1e-5.
 """
