@@ -2,11 +2,13 @@
 
     python benchmarks/stream_memory.py --megabytes 400 --share 4
     python benchmarks/stream_memory.py --megabytes 600 --share 4 --method awq:g32
+    python benchmarks/stream_memory.py --megabytes 300 --share 4 --experts 8
 
-Makes a model of random weights (fp16), runs `qeval compare` with one method on it streamed, with `--max-memory` at the
-weights' size divided by `--share`, and unstreamed, each in a child process that has run a tiny model first, so that
-the program and its libraries are there already. Prints each one's peak beyond that (VmHWM, reset before the run) and
-compares the rows. The exit code is 1 when the limit was not kept or a number differs by more than 1e-5.
+Makes a model of random weights (fp16; with `--experts` a mixture, two a token), runs `qeval compare` with one method on
+it streamed, with `--max-memory` at the weights' size divided by `--share`, and unstreamed, each in a child process that
+has run a tiny model first, so that the program and its libraries are there already. Prints each one's peak beyond that
+(VmHWM, reset before the run) and compares the rows. The exit code is 1 when the limit was not kept or a number differs
+by more than 1e-5.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qeval.cli.app import run
 from qeval.store.rows import concat
@@ -31,16 +33,20 @@ _TOLERANCE = 1e-5
 _WIDTH, _INNER, _VOCABULARY = 768, 2048, 16384
 
 
-def save_model(folder: Path, megabytes: int) -> int:
-    """A Llama of random fp16 weights of about that size in `folder`, and its bytes."""
+def save_model(folder: Path, megabytes: int, experts: int = 0) -> int:
+    """A Llama of random fp16 weights of about that size in `folder`, or a Mixtral of so many experts; and its bytes."""
     layers = max(2, round((megabytes * 1e6 - 4 * _VOCABULARY * _WIDTH) / 2 / (3 * _WIDTH**2 + 3 * _WIDTH * _INNER)))
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY, hidden_size=_WIDTH, intermediate_size=_INNER, num_hidden_layers=layers,
-        num_attention_heads=12, num_key_value_heads=6, max_position_embeddings=1024, bos_token_id=None,
-        eos_token_id=None, dtype=torch.float16, tie_word_embeddings=False,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": _VOCABULARY, "hidden_size": _WIDTH, "num_hidden_layers": layers, "num_attention_heads": 12,
+        "num_key_value_heads": 6, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": None,
+        "dtype": torch.float16, "tie_word_embeddings": False,
+    }  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).half().save_pretrained(folder)
+    if experts:
+        mixture = MixtralConfig(intermediate_size=_INNER // experts, num_local_experts=experts, **sizes)
+        MixtralForCausalLM(mixture).half().save_pretrained(folder)
+    else:
+        LlamaForCausalLM(LlamaConfig(intermediate_size=_INNER, **sizes)).half().save_pretrained(folder)
     tiny_tokenizer(vocab_size=_VOCABULARY).save_pretrained(folder)
     return (folder / "model.safetensors").stat().st_size
 
@@ -117,6 +123,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=400, help="of the fp16 weights")
     parser.add_argument("--share", type=float, default=4, help="--max-memory is the weights' size divided by it")
     parser.add_argument("--method", default="rtn:g32", help="one method of `qeval methods`")
+    parser.add_argument("--experts", type=int, default=0, help="in every layer, in place of one MLP; 0: none")
     parser.add_argument("--windows", type=int, default=16, help="of 128 tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--child", choices=("streamed", "whole"), help=argparse.SUPPRESS)
@@ -127,7 +134,7 @@ def main() -> int:
         child(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = save_model(folder / "model", arguments.megabytes)
+        size = save_model(folder / "model", arguments.megabytes, arguments.experts)
         save_tiny(folder / "tiny", max_position_embeddings=1024)
         save_mmlu(folder / "mmlu")
         (folder / "corpus.txt").write_text(text(1000), encoding="utf-8")

@@ -51,12 +51,16 @@ def batch_tokens(config: Any, itemsize: int, device: torch.device) -> int:
 def token_activations(config: Any, itemsize: int) -> int:
     """Bytes that a token's activations take at most inside a decoder layer (an upper estimate).
 
-    The MLP's gate, up, product and activation; the normed, rotated, attended and residual states beside.
+    The MLP's gate, up, product and activation; the normed, rotated, attended and residual states beside. In a mixture a
+    token goes to several experts at once: each has its own.
     """
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    each = getattr(config, "moe_intermediate_size", None) or inner
+    inner = max(inner, chosen * each + (getattr(config, "shared_expert_intermediate_size", None) or 0))
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
     width = int(config.hidden_size)
-    return itemsize * (4 * int(inner) + 6 * width + 4 * max(int(heads), width))
+    return itemsize * (4 * int(inner) + (6 + 3 * chosen) * width + 4 * max(int(heads), width))
 
 
 def has_bf16() -> bool:

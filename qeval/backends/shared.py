@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from qeval.errors import QevalError
 from qeval.models.trace import text_config
 
 NAME = "qeval_shared_prefix"
@@ -60,13 +61,17 @@ def packing(lengths: Sequence[int], device: torch.device) -> Packed:
 _PACKED: ContextVar[Packed | None] = ContextVar("qeval_packed", default=None)
 """How the row that is being run is packed; transformers has no argument that reaches attention in every family."""
 
+_AWAITED: ContextVar[Lent | None] = ContextVar("qeval_awaited", default=None)
+"""The prefix that the cache lent last, until attention has seen it."""
+
 
 def can_share(model: Any) -> bool:
     """Whether a model's attention is plainly causal, computed by SDPA in fp32 on the CPU."""
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or _PLAIN)
     windows = getattr(config, "sliding_window", None) is not None
-    plain = config._attn_implementation == "sdpa" and kinds <= _PLAIN and not windows
+    latents = getattr(config, "kv_lora_rank", None) is not None  # keys are made out of what is cached
+    plain = config._attn_implementation == "sdpa" and kinds <= _PLAIN and not windows and not latents
     weight = model.get_output_embeddings().weight
     return bool(plain and weight.dtype == torch.float32 and weight.device.type in ("cpu", "meta"))
 
@@ -79,6 +84,7 @@ def can_pack(model: Any) -> bool:
 def tagged(keys: Tensor, lent: Lent) -> Tensor:
     """Keys of a batch that attention will find the prefix's beside."""
     keys.qeval_prefix = lent  # type: ignore[attr-defined]
+    _AWAITED.set(lent)
     return keys
 
 
@@ -94,6 +100,7 @@ def shared_attention(model: Any, packed: Packed | None = None) -> Iterator[None]
     finally:
         config._attn_implementation = before
         _PACKED.reset(token)
+        _AWAITED.set(None)
 
 
 def attend(
@@ -102,9 +109,18 @@ def attend(
     """Of queries [batch, heads, tokens, size] to what is before them, and to the prefix that `key` is tagged with.
 
     Returns [batch, tokens, heads, size], as transformers' own attention functions.
+
+    Raises:
+        QevalError: the keys are not those that the cache gave, so the prefix would go unseen.
     """
     del attention_mask  # causal, and padding is on the right
     lent: Lent | None = getattr(key, "qeval_prefix", None)
+    if lent is not _AWAITED.get():
+        raise QevalError(
+            f"{type(module).__name__} attends to other keys than those it cached, in a way that qeval does not know, "
+            "so its scores would be wrong; please report the model."
+        )
+    _AWAITED.set(None)
     scale = kwargs.get("scaling")
     near, near_sum = _near(query, key, value, scale)
     if lent is None:

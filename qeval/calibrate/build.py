@@ -157,7 +157,7 @@ def _weights_of(search: Search, group: Group, grids: Grids) -> int:
 def with_floats(plan: Variant, recipe: Recipe, parts: Sequence[Made]) -> Variant:
     """A plan with the float tensors and input scales that quantizing its groups, part by part, came to."""
     scales = {name: scaled for part in parts for name, scaled in part.scales.items()}
-    floats = {name: value for part in parts for name, value in part.floats.items()}
+    floats = dict(sorted((name, value) for part in parts for name, value in part.floats.items()))
     explicit = sum(scaled.fold is None for scaled in scales.values())
     words = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
     unseen = [name for part in parts for name in part.unseen]

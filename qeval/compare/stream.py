@@ -24,6 +24,8 @@ from qeval.errors import UsageError
 from qeval.models.graph import Group
 from qeval.models.info import LoadedModel
 from qeval.models.load import check_device, load
+from qeval.models.matrices import weights_of
+from qeval.models.reader import Stored
 from qeval.models.source import resolve
 from qeval.models.supported import notes_of
 from qeval.models.weights import read_entries, weight_files
@@ -31,7 +33,7 @@ from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.quant.grid import Grid
 from qeval.quant.qweight import QWeight
-from qeval.quant.rtn import quantize
+from qeval.quant.rtn import quantize_by_rows
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.store.spill import Spill, spilled
@@ -40,6 +42,8 @@ from qeval.store.variants import Origin, save_variant_by_parts
 Parts = Iterator[tuple[str, QWeight]]
 _SEARCH_BYTES = 16 << 20
 """What AWQ's searches take whatever the layer's size: candidates and their products, a few rows at a time."""
+_HEAD_BYTES = 16
+"""What a weight of the head takes while it is quantized: in the type that is computed in, in fp32, as codes, packed."""
 
 
 def streamed_model(choice: ModelChoice, *, folds: bool) -> tuple[LoadedModel, Loaded, StreamBackend]:
@@ -171,20 +175,30 @@ class StreamWorkshop(Workshop):
                 text.pass_layer()
 
     def _head(self, grids: Mapping[str, Grid]) -> Parts:
+        """The head, as many rows of it at a time as memory allows."""
         name = self._loaded.description.head
         if name in grids:
-            yield name, quantize(self._matrix(name).float(), grids[name])
+            yield from ((name, part) for part in quantize_by_rows(self._head_rows, grids[name]))
+
+    def _head_rows(self) -> Iterator[torch.Tensor]:
+        stored = self._made.checkpoint[self._made.head_name]
+        rows, columns = stored.shape
+        step = max(1, self._backend.budget.head // (stored.raw_bytes // rows + _HEAD_BYTES * columns))
+        for start in range(0, rows, step):
+            yield self._rows(stored, start, min(start + step, rows)).float()
 
     def _groups(self, layer: int) -> list[Group]:
         return [group for group in self._loaded.description.groups if group.layer == layer]
 
     def _matrix(self, name: str) -> torch.Tensor:
         """A matrix in the type that it is computed in, as the whole model would hold it."""
-        held = self._made.head_name if name == self._loaded.description.head else name
-        stored, dtype = self._made.checkpoint[held], self._loaded.head.weight.dtype
-        matrix = torch.empty(stored.shape, dtype=dtype)
-        stored.decode(stored.fetch(0, stored.shape[0]), matrix)
-        return matrix
+        stored = self._made.checkpoint[name]
+        return self._rows(stored, 0, stored.shape[0])
+
+    def _rows(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
+        rows = torch.empty(stop - start, stored.shape[1], dtype=self._loaded.head.weight.dtype)
+        stored.decode(stored.fetch(start, stop), rows)
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +239,7 @@ def room_beside(backend: StreamBackend, loaded: Loaded, recipe: Recipe, samples:
 
 def working_bytes(loaded: Loaded, recipe: Recipe) -> int:
     """What quantizing a layer takes beside its weights and its text: statistics, searches, codes; at most."""
-    parameters, description = dict(loaded.model.named_parameters()), loaded.description
+    parameters, description = weights_of(loaded.model), loaded.description
     by_layer = [[g for g in description.groups if g.layer == layer] for layer in range(len(description.layers))]
     sizes = [[[parameters[name].numel() for name in group.names] for group in groups] for groups in by_layer]
     columns = [[group.columns for group in groups] for groups in by_layer]

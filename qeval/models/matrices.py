@@ -5,7 +5,7 @@ transformers keeps some matrices otherwise: GPT-2's `Conv1D` as [inputs, outputs
 what is written into a view is in the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,8 +22,7 @@ After = Callable[[Tensor, Tensor], None]
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters by name; views where its modules keep matrices transposed or in stacks."""
-    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    stacks = stacks_of(model)
+    turned, stacks = turned_of(model), stacks_of(model)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in stacks:
@@ -31,6 +30,21 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         else:
             found[name] = parameter.T if name in turned else parameter
     return found
+
+
+def turned_of(model: nn.Module) -> set[str]:
+    """The names of the matrices that are kept as [inputs, outputs]."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """One weight as `weights_of` has it now."""
+    holder, _, leaf = stack_of(name).rpartition(".")
+    module = model.get_submodule(holder)
+    parameter: Tensor = module.get_parameter(leaf)
+    if is_expert(name):
+        return parameter[int(name.rpartition("[")[2].removesuffix("]"))]
+    return parameter.T if isinstance(module, Conv1D) and leaf == "weight" else parameter
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -77,9 +91,12 @@ def watching(
             if not is_expert(name):
                 stack.callback(_module(model, name).register_forward_hook(_late(late)).remove)
         if any(map(is_expert, (*before, *after))):
-            weights = weights_of(model)
             stack.enter_context(one_by_one(model))
-            stack.enter_context(_Slices(_by_address(weights, before), _by_address(weights, after)))
+            slices = stack.enter_context(_Slices(before, after))
+            for holder, stacks in slices.stacks.items():
+                module = model.get_submodule(holder)
+                stack.callback(module.register_forward_pre_hook(slices.entered(stacks)).remove)
+                stack.callback(module.register_forward_hook(slices.left).remove)
         yield
 
 
@@ -95,27 +112,47 @@ def one_by_one(model: Any) -> Iterator[None]:
 
 
 class _Slices(TorchFunctionMode):
-    """Sees `linear(x, stack[expert])`, which no module's hook does; slices are known by their address."""
+    """Sees `linear(x, stack[expert])`, which no module's hook does; slices are known by their address.
 
-    def __init__(self, before: Mapping[int, Before], after: Mapping[int, After]) -> None:
+    Addresses are looked at whenever the module that holds the stacks is entered: where layers are in memory one at a
+    time, the same place holds another layer's experts then.
+    """
+
+    def __init__(self, before: Mapping[str, Before], after: Mapping[str, After]) -> None:
         super().__init__()
         self._before, self._after = before, after
+        self._names: dict[int, str] = {}
+        self.stacks: dict[str, list[str]] = {}
+        """The stacks that are watched, by the module that holds them."""
+        for name in dict.fromkeys(stack_of(name) for name in (*before, *after) if is_expert(name)):
+            self.stacks.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def entered(self, stacks: Sequence[str]) -> Any:
+        """What is to be called before a module that holds `stacks` runs."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            for name in stacks:
+                stack = module.get_parameter(name.rpartition(".")[2])
+                first, step = stack.data_ptr(), stack.stride(0) * stack.element_size()
+                self._names |= {first + index * step: expert_name(name, index) for index in range(len(stack))}
+
+        return enter
+
+    def left(self, *_: Any) -> None:
+        """What is to be called after it ran."""
+        self._names.clear()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         if function is not nn.functional.linear or len(args) < 2:
             return function(*args, **(kwargs or {}))
-        address = args[1].data_ptr()
-        if early := self._before.get(address):
+        name = self._names.get(args[1].data_ptr(), "")
+        if early := self._before.get(name):
             early(args[0])
         output = function(*args, **(kwargs or {}))
-        if late := self._after.get(address):
+        if late := self._after.get(name):
             late(args[0], output)
         return output
-
-
-def _by_address(weights: Mapping[str, Tensor], calls: Mapping[str, Any]) -> dict[int, Any]:
-    return {weights[name].data_ptr(): call for name, call in calls.items() if is_expert(name)}
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -75,6 +75,64 @@ class Plain:
         out.copy_(raw[0])
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Matrices that lie apart, one under the other: an expert's gate and up projections."""
+
+    parts: tuple[Plain, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All rows of them."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def raw_bytes(self) -> int:
+        """As in the file."""
+        return sum(part.raw_bytes for part in self.parts)
+
+    def fetch(self, start: int, stop: int) -> Raw:
+        """What each part has of rows `start` to `stop`, in the file's type."""
+        found: list[Tensor] = []
+        for part in self.parts:
+            rows = part.shape[0]
+            first, last = max(start, 0), min(stop, rows)
+            found += part.fetch(first, last) if first < last else ()
+            start, stop = start - rows, stop - rows
+        return tuple(found)
+
+    def decode(self, raw: Raw, out: Tensor) -> None:
+        """Converted as it is copied."""
+        for part, rows in zip(raw, torch.split(out, [len(part) for part in raw]), strict=True):
+            rows.copy_(part)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A matrix that is stored as [inputs, outputs]; the file is read whole for any rows of it."""
+
+    plain: Plain
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[outputs, inputs]."""
+        return self.plain.shape[::-1]
+
+    @property
+    def raw_bytes(self) -> int:
+        """As in the file."""
+        return self.plain.raw_bytes
+
+    def fetch(self, start: int, stop: int) -> Raw:
+        """Columns `start` to `stop` in the file's type."""
+        (whole,) = self.plain.fetch(0, self.plain.shape[0])
+        return (whole[:, start:stop],)
+
+    def decode(self, raw: Raw, out: Tensor) -> None:
+        """Converted as it is copied."""
+        out.copy_(raw[0].T)
+
+
 def read_rows(entry: TensorEntry, start: int, stop: int) -> Tensor:
     """Rows `start` to `stop` of a tensor, in the file's type; a tensor without dimensions is one row.
 

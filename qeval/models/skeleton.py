@@ -1,6 +1,6 @@
 """A model without its weights: every module and buffer is there, every parameter is on torch's meta device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from qeval.errors import UsageError
+from qeval.models.places import places_of
 from qeval.models.quiet import quiet
-from qeval.models.reader import by_name
-from qeval.models.weights import TensorEntry, check_complete, listed
+from qeval.models.weights import TensorEntry, listed
 
 
 class _Weightless(TorchFunctionMode):
@@ -28,13 +27,13 @@ def skeleton(config: Any, dtype: torch.dtype, entries: Sequence[TensorEntry], wh
     """The model of a configuration without weights, and a note on tensors of the checkpoint that it does not use.
 
     Raises:
-        UsageError: the checkpoint lacks a tensor of the model under the model's own name, or holds another shape.
+        UsageError: as `places_of`.
     """
     with quiet(), _Weightless():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval().requires_grad_(False)
     _clear(model)
-    unused = _check(model, by_name(entries), where)
+    unused = places_of(model, entries, where).unused
     notes = [f"The model does not use some tensors of the checkpoint: {listed(unused)}."] if unused else []
     return model, notes
 
@@ -57,25 +56,3 @@ def _clear(model: Any) -> None:
             put(model, name, meta_like(parameter))
     embedding = model.get_input_embeddings()
     embedding.padding_idx = None  # it says which row gets no gradient, and there are none
-
-
-def _check(model: Any, entries: Mapping[str, TensorEntry], where: str) -> list[str]:
-    parameters = dict(model.named_parameters())
-    buffers = {name for name, _ in model.named_buffers() if name in model.state_dict()}
-    if held := sorted(buffers & set(entries)):
-        raise UsageError(f"'{where}' keeps buffers with its weights ({listed(held)}), which --stream can't read.")
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    unused = sorted(set(entries) - every)
-    missing = sorted(set(parameters) - set(entries))
-    if missing and unused:
-        raise UsageError(
-            f"'{where}' names its tensors otherwise than its model ({listed(unused)} instead of {listed(missing)}), "
-            "which --stream can't read; leave it out."
-        )
-    check_complete(missing, where)
-    for name, parameter in parameters.items():
-        if entries[name].shape != tuple(parameter.shape):
-            raise UsageError(
-                f"'{where}' holds {name} as {list(entries[name].shape)}, its model needs {list(parameter.shape)}."
-            )
-    return unused

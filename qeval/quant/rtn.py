@@ -1,11 +1,12 @@
 """Round to nearest: each block's range decides its scale, each weight goes to the nearest value of the grid."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qeval.quant.grid import Grid
+from qeval.quant.grid import Grid, PerTensor
 from qeval.quant.qweight import QWeight, from_blocks, to_blocks
 
 _TINY = 1e-30  # below it `qmax / amax` would overflow; such a block is all zeros
@@ -32,10 +33,28 @@ def steps_of(blocks: Tensor, grid: Grid, clip: Tensor | None = None) -> Steps:
 def quantize(weight: Tensor, grid: Grid, clip: Tensor | None = None) -> QWeight:
     """`weight` [rows, columns] fp32 rounded to the nearest value of `grid`.
 
-    `clip`, of the scales' shape with values in (0, 1], shrinks each block's range; weights outside it saturate. A few
-    rows are rounded at a time, so that what lies between weights and codes stays in the cache.
+    `clip`, of the scales' shape with values in (0, 1], shrinks each block's range; weights outside it saturate.
     """
-    steps = steps_of(to_blocks(weight, grid), grid, clip)
+    return _on(steps_of(to_blocks(weight, grid), grid, clip), weight, grid)
+
+
+def quantize_by_rows(parts: Callable[[], Iterable[Tensor]], grid: Grid) -> Iterator[QWeight]:
+    """A matrix whose rows come in `parts`, part by part: one below the other they are what `quantize` makes of it.
+
+    Where one scale spans the matrix its parts are asked for twice, and each comes out with that scale.
+    """
+    one = isinstance(grid.granularity, PerTensor)
+    steps = steps_of(torch.cat([_ends(part) for part in parts()]).reshape(1, 1, -1), grid) if one else None
+    for part in parts():
+        yield quantize(part, grid) if steps is None else _on(steps, part, grid)
+
+
+def _ends(part: Tensor) -> Tensor:
+    return torch.stack([part.amin(), part.amax()])
+
+
+def _on(steps: Steps, weight: Tensor, grid: Grid) -> QWeight:
+    """A few rows are rounded at a time, so that what lies between weights and codes stays in the cache."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     few = max(1, _NUMBERS // weight.shape[1])
     for start in range(0, len(weight), few):

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -58,13 +58,18 @@ class TensorFile:
         self._put(len(text).to_bytes(8, "little") + text, 0)
         os.truncate(descriptor, self._start + offset)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """The values of the tensor `name`."""
+    def write(self, name: str, parts: Iterable[Tensor]) -> None:
+        """The values of the tensor `name`, its rows in `parts`."""
         spec, offset = self._places.pop(name)
-        if (tensor.dtype, tuple(tensor.shape)) != spec:
-            raise ValueError(f"{name} was announced as {spec}, not as {tensor.dtype} {tuple(tensor.shape)}.")
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        self._put(values, self._start + offset)
+        end = offset + spec.size_bytes
+        for part in parts:
+            values = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            if part.dtype != spec.dtype or tuple(part.shape[1:]) != spec.shape[1:] or offset + len(values) > end:
+                raise ValueError(f"{name} was announced as {spec}, not as {part.dtype} {tuple(part.shape)}.")
+            self._put(values, self._start + offset)
+            offset += len(values)
+        if offset != end:
+            raise ValueError(f"{name} was announced as {spec}, and {end - offset} bytes of it never came.")
 
     def check(self) -> None:
         """Refuse a file of which a part was never written."""

@@ -8,7 +8,8 @@ The folder appears whole or not at all, and reads back to the same variant.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,12 @@ from torch import Tensor
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.identity import digest_file
 from qeval.owners import temporary_prefix
-from qeval.quant.grid import parse
+from qeval.quant.grid import PerTensor, parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Choice, Kept, Stored, Variant
 from qeval.store.atomic import sync
-from qeval.store.spill import spilled
+from qeval.store.spill import Spill, spilled
 from qeval.store.tensors import Spec, save_tensors, tensor_file
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
@@ -126,26 +127,56 @@ def save_variant_by_parts(
 ) -> None:
     """Write a variant whose matrices come one by one, never all at once; the files are those of `save_variant`.
 
-    `parts` are the matrices, in any order. `rest` is asked when all have come for the variant with its matrices on the
-    meta device: which floats a method changes may be known only then, and their sizes decide where in the file the
-    matrices lie. So these wait in a temporary file beside, as large as they are.
+    `parts` are the matrices, in any order; one may come in several, rows after rows. `rest` is asked when all are there
+    for the variant with its matrices on the meta device: which floats a method changes may be known only then, and
+    their sizes decide where in the file the matrices lie. So these wait in a temporary file beside, as large as they
+    are.
 
     Raises:
         UsageError: the folder exists and holds something else.
         QevalError: it cannot be written.
     """
-    with _placed(folder) as part, spilled(folder.parent) as waiting:
+    with _placed(folder) as part, spilled(folder.parent) as spill:
+        waiting = _Waiting(spill)
         for name, weight in parts:
-            for key, tensor in _packed(name, weight).items():
-                waiting.put(key, tensor)
+            waiting.add(name, weight)
         variant, origin = rest()
         floats = _tensors(replace(variant, weights={}))
-        specs = {str(key): spec for key, spec in waiting.specs.items()}
-        specs |= {name: Spec(value.dtype, tuple(value.shape)) for name, value in floats.items()}
+        specs = waiting.specs | {name: Spec(value.dtype, tuple(value.shape)) for name, value in floats.items()}
         with tensor_file(part / WEIGHTS, specs) as file:
             for key in specs:
-                file.write(key, floats[key] if key in floats else waiting.get(key))
+                file.write(key, [floats[key]] if key in floats else waiting.parts(key))
         _write_manifest(variant, origin, part)
+
+
+class _Waiting:
+    """Packed matrices, or rows of them one after the other, in a spill."""
+
+    def __init__(self, spill: Spill) -> None:
+        self._spill, self._counts = spill, Counter[str]()
+
+    def add(self, name: str, weight: QWeight) -> None:
+        """All of a matrix, or its next rows; a scale that spans all of it is kept once."""
+        one = isinstance(weight.grid.granularity, PerTensor)
+        for key, tensor in _packed(name, weight).items():
+            if not self._counts[key] or not one or key == f"{name}.codes":
+                self._spill.put((key, self._counts[key]), tensor)
+                self._counts[key] += 1
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """The tensors of whole matrices."""
+        specs = self._spill.specs
+        return {key: _below([specs[key, place] for place in range(count)]) for key, count in self._counts.items()}
+
+    def parts(self, key: str) -> Iterator[Tensor]:
+        """What a tensor came in."""
+        return (self._spill.get((key, place)) for place in range(self._counts[key]))
+
+
+def _below(specs: Sequence[Spec]) -> Spec:
+    """The tensor of rows that are one below the other."""
+    return Spec(specs[0].dtype, (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:]))
 
 
 @contextmanager

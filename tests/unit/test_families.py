@@ -14,7 +14,7 @@ from qeval.cli.app import run
 from qeval.compare import families
 from qeval.compare.families import CHECKS, Bench, Cell, WrongError, check_families, failed, markdown
 from qeval.errors import QevalError, UsageError
-from qeval.models.families import FAMILIES
+from qeval.models.families import FAMILIES, Family
 from qeval.models.matrices import stacks_of, weights_of
 from qeval.models.quiet import quiet
 from qeval.progress import Silent
@@ -49,6 +49,48 @@ def test_a_family_that_nobody_has_heard_of_needs_no_line():
     assert groups[1].fold.parameters[1] == "heron.strides.1.gaze.tell.bias"
     for check in QUICK:
         assert CHECKS[check](bench)
+
+
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1,
+    "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+"""Keys and values are made out of the latents that are cached; the first layer has no experts."""
+
+
+@pytest.fixture
+def unnamed(monkeypatch):
+    """The tiny model of a family of transformers that no line of qeval names."""
+
+    def made(config, **settings):
+        monkeypatch.setitem(FAMILIES, config, Family(config, "", settings))
+        return Bench(config)
+
+    return made
+
+
+@pytest.mark.parametrize(("config", "settings"), [("Arcee", {}), ("SeedOss", {"head_dim": 16}), ("DeepseekV3", LATENT)])
+def test_families_that_no_line_names_work_too(unnamed, config, settings):
+    bench = unnamed(config, **settings)
+    for check in ("awq", "gptq", "folding", "prefix", "states"):
+        assert CHECKS[check](bench)
+
+
+def test_a_prefix_that_attention_would_not_see_is_an_error(unnamed, monkeypatch):
+    monkeypatch.setattr("qeval.backends.torch.can_share", lambda _: True)
+    with pytest.raises(QevalError, match="DeepseekV3Attention attends to other keys than those it cached"):
+        CHECKS["prefix"](unnamed("DeepseekV3", **LATENT))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_blocks_of_128_in_widths_that_they_do_not_divide(name):
+    bench = Bench(name, families.tiny_family(name, hidden_size=160, intermediate_size=208))
+    widths = {weight.codes.shape[1] for weight in bench.variant("rtn:g128").weights.values()}
+    assert widths == {160, 208}
+    kls = [bench.kl(bench.variant(f"{method}:g128")) for method in ("rtn", "awq", "gptq", "mixed")]
+    assert 0 < kls[3] < kls[0]
+    assert bench.kl(bench.variant("rtn:int8-g128")) < kls[0] / 4
 
 
 @pytest.mark.parametrize("method", ["awq:g32", "gptq:g32"])

@@ -11,7 +11,7 @@ from qeval.quant.awq import ALPHAS, choose_clip, choose_scales
 from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor, parse
 from qeval.quant.pack import pack, unpack
 from qeval.quant.qweight import check_fits, from_blocks, to_blocks
-from qeval.quant.rtn import quantize, rounding_error
+from qeval.quant.rtn import quantize, quantize_by_rows, rounding_error
 from qeval.quant.statistics import Accumulator, InputStatistics
 
 GRIDS = [
@@ -41,6 +41,18 @@ def test_error_is_at_most_half_a_step_where_nothing_saturates(grid):
     # an integer zero point moves the range by up to half a step, so an end may saturate by as much
     allowed = scale * (0.5 if grid.symmetric else 1.0)
     assert bool((error <= allowed * (1 + 1e-5) + 1e-7).all())
+
+
+@every_grid
+def test_a_matrix_that_comes_by_rows_is_quantized_as_the_whole(grid):
+    weight = matrix(rows=7)
+    whole, parts = quantize(weight, grid), list(quantize_by_rows(lambda: torch.split(weight, 3), grid))
+    one = isinstance(grid.granularity, PerTensor)
+    assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
+    assert torch.equal(parts[0].scales if one else torch.cat([part.scales for part in parts]), whole.scales)
+    if whole.zeros is not None:
+        assert torch.equal(parts[0].zeros if one else torch.cat([part.zeros for part in parts]), whole.zeros)
+    assert all(torch.equal(part.scales, whole.scales) for part in parts) == one
 
 
 @every_grid

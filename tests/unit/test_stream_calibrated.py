@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qeval.backends.stream.backend import inspect, streamed
 from qeval.backends.stream.head import StreamedHead
@@ -13,11 +16,14 @@ from qeval.cli.app import run
 from qeval.identity import digest_file
 from qeval.models.graph import describe
 from qeval.models.head import head_of
+from qeval.models.quiet import quiet
 from qeval.models.skeleton import skeleton
 from qeval.models.trace import decoder_layers
 from qeval.models.weights import read_entries
+from qeval.store.rows import concat
 from tests.fixtures.bench import Bench
 from tests.fixtures.families import STREAMED_FAMILIES, tiny_family
+from tests.fixtures.tiny import tiny_tokenizer
 
 CALIBRATED = [
     "awq:g32",
@@ -43,13 +49,52 @@ def whole(place, tmp_path_factory):
         yield manifests(place, tmp_path_factory.mktemp("home"), patch)
 
 
-def manifests(place, home, patch, *more):
-    """What `compare` makes of every calibrated method, without the seconds that it took."""
+def manifests(place, home, patch, *more, methods=tuple(CALIBRATED)):
+    """What `compare` makes of every method, without the seconds that it took."""
     patch.setenv("QEVAL_HOME", str(home))
-    flags = {"methods": ",".join(CALIBRATED), "calibration_samples": "6", "calibration_length": "24", "tasks": "ppl"}
+    flags = {"methods": ",".join(methods), "calibration_samples": "6", "calibration_length": "24", "tasks": "ppl"}
     assert place.compare("--quiet", *more, max_windows="1", out=str(home / "out"), **flags) == 0
     found = [json.loads(path.read_text()) for path in home.rglob("manifest.json")]
     return {each["key"]: {name: value for name, value in each.items() if name != "seconds"} for each in found}
+
+
+def rows(out, kind):
+    found = concat(kind, sorted((out / "rows" / kind).glob("*.parquet"))).to_pylist()
+    return sorted(found, key=lambda row: (row["variant"], row["window"], row["position"]))
+
+
+def fuse(folder, model):
+    """Write a checkpoint under the model's own names: experts in stacks, as transformers holds them."""
+    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "fused", "methods"),
+    [
+        ("Mixtral", False, ["rtn:g32-clip", "awq:g32", "gptq:g32", "mixed:g32-measured-6bpw", "mixed:int3-g32-fisher"]),
+        ("Qwen3Moe", True, ["rtn:g32", "awq:g32"]),
+        ("GPT2", False, ["rtn:g32-clip", "gptq:g32"]),
+    ],
+)
+def test_experts_and_turned_matrices_stream_to_the_same_files_and_rows(family, fused, methods, tmp_path, monkeypatch):
+    """In fp16, as real ones are: fp32 in a file is mapped where it lies, which the last bits of products depend on."""
+    place, model = Bench(tmp_path), tiny_family(family, tie_word_embeddings=False).half()
+    model.config.dtype = torch.float16
+    shutil.rmtree(place.model)
+    with quiet():
+        model.save_pretrained(place.model)
+    if fused:
+        fuse(place.model, model)
+    tiny_tokenizer().save_pretrained(place.model)
+    named = {entry.name for entry in read_entries([place.model / "model.safetensors"])}
+    assert any(".experts.0." in name for name in named) == (family.endswith(("tral", "Moe")) and not fused)
+    found = {}
+    for name, more in (("whole", ()), ("streamed", ("--stream", "--max-memory", ROOMY))):
+        found[name] = manifests(place, tmp_path / name, monkeypatch, *more, methods=methods)
+    assert found["streamed"] == found["whole"]
+    assert len(found["whole"]) == len(methods)
+    one, other = (rows(tmp_path / name / "out", "tokens") for name in found)
+    assert one == other
 
 
 def weightless_of(model, folder):
@@ -108,6 +153,21 @@ def test_gradients_go_back_through_a_head_in_parts(family, tmp_path):
         fisher.label_gradient(head, states, torch.Generator().manual_seed(1)) for head in (parts, head_of(model))
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_part_of_a_head_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    made, settings = weightless_of(tiny_family("Llama"), tmp_path)
+    read, alive = StreamedHead._part, []
+
+    def part(self, rows):
+        assert not [each for each in alive if each() is not None]
+        alive.append(weakref.ref(head := read(self, rows)))
+        return head
+
+    monkeypatch.setattr(StreamedHead, "_part", part)
+    head = StreamedHead(made.checkpoint[made.head_name], settings, 37, torch.device("cpu"))
+    head.transposed(head.logits(torch.zeros(3, 64)))
+    assert len(alive) == 14
 
 
 @pytest.mark.parametrize("family", STREAMED_FAMILIES)

@@ -103,8 +103,10 @@ class Exporter:
         weights = weights_of(loaded.model)
         if any(map(is_expert, weights)):
             raise UsageError(
-                f"{loaded.info.architecture} has experts, and no exporter writes them as products whose matrices "
-                "could be swapped; leave ONNX out (--backend torch)."
+                f"{loaded.info.architecture} has experts, and no exporter writes them as products whose matrices could "
+                "be swapped: onnxruntime-genai's model builder takes a few other mixtures alone, a layer's experts as "
+                "one node that it rounds itself, and torch's exporter can't trace which of them run; leave ONNX out "
+                "(--backend torch)."
             )
         self._parameters = {n: loaded.model.get_parameter(n) for n in names} | weights
         self.route: Route | None = None

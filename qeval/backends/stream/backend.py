@@ -23,8 +23,8 @@ from qeval.errors import QevalError, UsageError
 from qeval.models.graph import Description, Probe, describe
 from qeval.models.head import Head, head_of
 from qeval.models.load import check_finite
-from qeval.models.matrices import weights_of
-from qeval.models.reader import Plain, by_name
+from qeval.models.places import places_of
+from qeval.models.reader import Plain, Stored
 from qeval.models.trace import decoder_layers, probe_tokens
 from qeval.models.weights import TensorEntry
 from qeval.quant.variant import Variant
@@ -41,7 +41,7 @@ class Streamed:
     model: Any
     relay: Relay
     layers: tuple[str, ...]
-    checkpoint: Mapping[str, Plain]
+    checkpoint: Mapping[str, Stored]
     head_name: str
     device: torch.device
     resident: int
@@ -57,16 +57,10 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     """Make a weightless model run: its embedding looks rows up in the file, the few weights outside layers are loaded.
 
     Raises:
-        UsageError: its decoder is no plain list of layers of plain matrices, or a weight is not finite.
+        UsageError: its decoder is no plain list of layers, the checkpoint is not its own, or a weight is not finite.
     """
-    plain = dict(model.named_parameters())
-    if others := [name for name, weight in weights_of(model).items() if weight is not plain.get(name)]:
-        raise UsageError(
-            f"{type(model).__name__} keeps matrices transposed or in stacks ({others[0]}), which --stream can't read; "
-            "leave it out."
-        )
     name, layers = decoder_layers(model)
-    checkpoint = {entry.name: Plain(entry) for entry in by_name(entries).values()}
+    checkpoint = places_of(model, entries, str(entries[0].path.parent)).stored
     names = {id(module): module_name for module_name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
@@ -79,7 +73,9 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
         check_finite(weight, value, compute)
 
     resident = load_whole(model, outside, Tensors(checkpoint, {}), device, check)
-    embedding.forward = LookedUp(embedding, checkpoint[embedding_name])
+    table = checkpoint[embedding_name]
+    assert isinstance(table, Plain)
+    embedding.forward = LookedUp(embedding, table)
     layer_names = tuple(f"{name}.{index}" for index in range(len(layers)))
     return Streamed(model, Relay(model, list(layers)), layer_names, checkpoint, head_name, device, resident)
 

@@ -18,31 +18,31 @@ from qeval.calibrate.in_order import Reached, Stream
 from qeval.calibrate.recall import layers_of
 from qeval.calibrate.stream import listening
 from qeval.models.graph import Description, Group
+from qeval.models.matrices import weight_of, weights_of
 from qeval.quant.statistics import Accumulator, InputStatistics
 from qeval.store.spill import Spill
 
 
 class Live(Mapping[str, Tensor]):
-    """A model's parameters as they are now: those of the layer in memory, the others without numbers."""
+    """A model's weights as they are now: those of the layer in memory, the others without numbers."""
 
     def __init__(self, model: Any, head: str) -> None:
         """`head`: the name of the head's matrix, which is listed also where it is tied."""
         self._model = model
-        self._names = dict.fromkeys([*(name for name, _ in model.named_parameters()), head])
+        self._names = dict.fromkeys([*weights_of(model), head])
 
     def __getitem__(self, name: str) -> Tensor:
-        """The parameter of that name."""
+        """The weight of that name."""
         if name not in self._names:
             raise KeyError(name)
-        found: Tensor = self._model.get_parameter(name)
-        return found
+        return weight_of(self._model, name)
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the model's order."""
         return iter(self._names)
 
     def __len__(self) -> int:
-        """How many parameters there are."""
+        """How many weights there are."""
         return len(self._names)
 
 
@@ -93,7 +93,8 @@ class LayerStatistics(Mapping[str, InputStatistics]):
         self._now.clear()
         if layer == self._text.passed:
             self._collect(groups)
-        self._now = {group.names[0]: self._read(group.names[0]) for group in groups.values()}
+        reached = [group.names[0] for group in groups.values() if group.names[0] in self._tokens]
+        self._now = {name: self._read(name) for name in reached}
 
     def _collect(self, groups: Mapping[int, Group]) -> None:
         device = self._made.device
@@ -101,6 +102,8 @@ class LayerStatistics(Mapping[str, InputStatistics]):
         with listening(self._made.model, list(groups.values()), sums):
             self._text.pass_layer()
         for name in list(sums):
+            if not sums[name].tokens:  # an expert that none was routed to
+                continue
             found = sums.pop(name).statistics()
             self._tokens[name] = found.tokens
             self._kept.put((name, "magnitude"), found.magnitude)

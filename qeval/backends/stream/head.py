@@ -29,6 +29,7 @@ class StreamedHead:
         found = torch.empty(len(states), self.vocab_size, device=self.device)
         for rows, head in self._blocks():
             found[:, rows] = head.logits(states.to(self.device))
+            del head  # before the next one is read
         return found
 
     def transposed(self, back: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ class StreamedHead:
         found = torch.zeros(len(back), width, device=self.device)
         for rows, head in self._blocks():
             found += head.transposed(back[:, rows].to(self.device)).float()
+            del head
         return found.to(self.settings.weight.dtype)
 
     @property

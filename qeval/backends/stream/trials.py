@@ -6,7 +6,7 @@ kept, in the cache's folder where memory does not hold them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,9 @@ from qeval.calibrate import accept, fisher, sensitivity
 from qeval.calibrate.recall import replaced_by
 from qeval.calibrate.sensitivity import Effective
 from qeval.metrics.tokens import mean_kl
-from qeval.models.graph import Description
+from qeval.models.graph import Description, Group
 from qeval.models.head import Head
-from qeval.models.matrices import watching
+from qeval.models.matrices import is_expert, one_by_one, watching
 from qeval.progress import Advance, in_parts
 from qeval.store.spill import Spill
 
@@ -121,7 +121,7 @@ class StreamedTrials:
         texts = [list(sample[: fisher.LENGTH]) for sample in self.samples[: fisher.SAMPLES]]
         parameters, units = Live(self.made.model, self.description.head), self.description.units
         watched = [fisher.Watched(parameters, group, effective) for group in units]
-        with torch.inference_mode(False), self._states() as states:
+        with torch.inference_mode(False), self._states() as states, self._as_watched(units):
             ids = [torch.tensor([text], device=self.made.device) for text in texts]
             with torch.no_grad():
                 self._forth(ids, states)
@@ -136,6 +136,11 @@ class StreamedTrials:
     def _by_layers(self, advance: Advance) -> Callable[[], None]:
         """What is called as each layer is done with, where all of them cost alike."""
         return in_parts(advance, sensitivity.trial_passes(self.description), len(self.description.layers))
+
+    def _as_watched(self, units: Sequence[Group]) -> AbstractContextManager[None]:
+        """Experts run on the way forth as they do when they are watched on the way back."""
+        experts = any(is_expert(name) for group in units for name in group.names)
+        return one_by_one(self.made.model) if experts else nullcontext()
 
     def _forth(self, ids: Sequence[Tensor], states: Spill) -> None:
         """Every sample's states before each layer are kept; after the last one they are the model's final states."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qeval.models.matrices import weight_of, weights_of
 from qeval.models.reader import Plain, Raw, Stored, gather
 from qeval.models.skeleton import put
 
@@ -18,13 +19,13 @@ Check = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """Where each parameter of a model lies: a variant's own first, then the checkpoint's."""
+    """Where each weight of a model lies: a variant's own first, then the checkpoint's."""
 
     checkpoint: Mapping[str, Stored]
     variant: Mapping[str, Stored]
 
     def __getitem__(self, name: str) -> Stored:
-        """The tensor of a parameter's name."""
+        """The tensor of a weight's name."""
         return self.variant.get(name) or self.checkpoint[name]
 
 
@@ -34,10 +35,11 @@ class LayerWeights:
     def __init__(self, model: Any, layers: Sequence[str], tensors: Tensors, device: torch.device) -> None:
         """`layers` are the names of the model's decoder layers, in order."""
         self._model, self._tensors, self.device = model, tensors, device
-        every = dict(model.named_parameters())
-        self._names = [tuple(name for name in every if name.startswith(f"{layer}.")) for layer in layers]
+        every, weights = dict(model.named_parameters()), weights_of(model)
         self._prefixes = tuple(f"{layer}." for layer in layers)
-        self._empty = {name: every[name] for names in self._names for name in names}
+        self._parameters = [tuple(name for name in every if name.startswith(prefix)) for prefix in self._prefixes]
+        self._weights = [tuple(name for name in weights if name.startswith(prefix)) for prefix in self._prefixes]
+        self._empty = {name: every[name] for names in self._parameters for name in names}
         self._used: dict[str, nn.Parameter] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: tuple[int, Future[Raws]] | None = None
@@ -45,28 +47,35 @@ class LayerWeights:
     @property
     def count(self) -> int:
         """How many layers there are."""
-        return len(self._names)
+        return len(self._parameters)
 
     @property
     def largest_bytes(self) -> int:
         """The most that one layer takes: its parameters as they are computed with, and the next one's as read."""
-        return max((self._bytes(names) for names in self._names), default=0)
+        places: dict[str, int] = {}
+        for prefix, names in zip(self._prefixes, self._parameters, strict=True):
+            for name in names:
+                place, empty = name.removeprefix(prefix), self._empty[name]
+                places[place] = max(places.get(place, 0), empty.numel() * empty.element_size())
+        raw = (sum(self._tensors[name].raw_bytes for name in names) for names in self._weights)
+        return sum(places.values()) + max(raw, default=0)
 
     def install(self, index: int, ahead: int | None, check: Check | None = None) -> None:
         """The parameters of layer `index`; then layer `ahead` starts to be read. `check` sees each parameter."""
         raws = self._take(index)
-        for name in self._names[index]:
-            parameter = self._memory(index, name)
-            self._tensors[name].decode(raws.pop(name), parameter.data)
+        for name in self._parameters[index]:
+            put(self._model, name, self._memory(index, name))
+        for name in self._weights[index]:
+            weight = weight_of(self._model, name).detach()
+            self._tensors[name].decode(raws.pop(name), weight)
             if check:
-                check(name, parameter)
-            put(self._model, name, parameter)
+                check(name, weight)
         if ahead is not None:
             self._ahead = (ahead, self._reader.submit(self._fetch, ahead))
 
     def remove(self, index: int) -> None:
         """Layer `index` is weightless again."""
-        for name in self._names[index]:
+        for name in self._parameters[index]:
             put(self._model, name, self._empty[name])
 
     def release(self) -> None:
@@ -91,7 +100,7 @@ class LayerWeights:
 
     def _fetch(self, index: int) -> Raws:
         found = {}
-        for name in self._names[index]:
+        for name in self._weights[index]:
             stored = self._tensors[name]
             found[name] = stored.fetch(0, stored.shape[0] if stored.shape else 1)
         return found
@@ -105,10 +114,6 @@ class LayerWeights:
             value = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
             used = self._used[place] = nn.Parameter(value, requires_grad=False)
         return used
-
-    def _bytes(self, names: Sequence[str]) -> int:
-        computed = sum(self._empty[name].numel() * self._empty[name].element_size() for name in names)
-        return int(computed) + sum(self._tensors[name].raw_bytes for name in names)
 
 
 def layers_in_turn(weights: LayerWeights, order: Sequence[int]) -> Generator[int, None, None]:
