@@ -126,6 +126,23 @@ def test_one_layer_of_noise_is_named_without_a_cause(made, refused):
     assert "no misreading that qeval knows explains it (1 of 21 weights alike)" in told
 
 
+def test_the_matrix_and_not_what_follows_it_is_named_where_nothing_makes_good_for_its_scales(made, refused):
+    def doubled(name, weight):
+        return replace(weight, scales=weight.scales * 2) if name == UP else weight
+
+    told = refused(made(GPTQ, packers.gptq, change=doubled))
+    assert f"its {UP} is not the baseline's: the relative error is 1.0" in told
+    assert "its scales are 2.0" in told and "(1 of 21 weights alike)" in told
+
+
+def test_a_norm_that_no_matrix_makes_good_for_is_named(bench, made, refused):
+    name = "model.layers.1.input_layernorm.weight"
+    norm = load_file(bench.model / "model.safetensors")[name]
+    told = refused(made(GPTQ, packers.gptq, changed={name: norm * 2}))
+    assert f"its {name} is not the baseline's: the relative error is 1.00" in told
+    assert "no matrix after it makes good for it" in told
+
+
 def test_scales_that_are_not_finite_are_named(made, refused):
     def broken(name, weight):
         scales = weight.scales.clone()
