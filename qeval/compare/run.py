@@ -28,6 +28,7 @@ from qeval.store.atomic import sweep, write_text
 from qeval.store.ledger import Ledger, joined
 from qeval.store.rows import KINDS
 from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
+from qeval.store.variants import read_manifest
 
 _CACHES = ("variants", "states", "hashes", "onnx")
 """Folders of the cache that processes write into; the models' removes its own leftovers."""
@@ -68,7 +69,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         wait_for(helpers, work, first, models)
         first.score(wait=False)
         score_all(first, models, work)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol)
+    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
     variants = [model.record().model_copy(update={"witness": witness}) for model in models]
     record = RunRecord(
         run_version=1,
@@ -159,9 +160,15 @@ def _tell_overlap(plan: Plan, progress: Progress) -> None:
 
 
 def _calibration(plan: Plan) -> CalibrationRecord | None:
-    if not any(recipe.calibrated for recipe in plan.settings.recipes):
+    """The calibration text, where a method of the run uses it or a variant made before was calibrated on it."""
+    if not any(recipe.calibrated for recipe in plan.settings.recipes) and not any(_saw(e, plan) for e in plan.given):
         return None
     return CalibrationRecord.model_validate({**plan.calibration().record, "overlap": plan.overlap()})
+
+
+def _saw(entry: Entry, plan: Plan) -> bool:
+    seen = read_manifest(entry.folder).calibration if entry.folder else None
+    return seen is not None and seen.get("tokens_sha256") == plan.calibration().record["tokens_sha256"]
 
 
 def failed(variants: Sequence[VariantRecord]) -> list[str]:

@@ -77,7 +77,7 @@ def check_same_base(tensors: Tensors, reading: Reading, baseline: Baseline) -> N
     """Refuse another model's checkpoint by tensors that no quantizer changes, where they are floats in it.
 
     Raises:
-        UsageError: tensors are missing, or the embedding or the last norm differ.
+        UsageError: tensors are missing, or the embedding, the head or the last norm differ.
     """
     missing = [name for name in baseline.needed if _stored_name(tensors, name, baseline.prefix) is None]
     if missing:
@@ -312,10 +312,11 @@ def unused(tensors: Tensors, baseline: Baseline) -> list[str]:
 
 
 def _untouched(baseline: Baseline) -> list[str]:
-    """The embedding, and the norms that no group's scales can be folded into."""
+    """The embedding, a head of its own, and the norms that no group's scales can be folded into."""
     folded = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
     norms = [n for n, p in baseline.parameters.items() if p.dim() == 1 and n.endswith("weight") and n not in folded]
-    return [baseline.description.embedding, *norms]
+    about = baseline.description
+    return [about.embedding, *([] if about.tied else [about.head]), *norms]
 
 
 def _stored_name(tensors: Tensors, name: str, prefix: str) -> str | None:

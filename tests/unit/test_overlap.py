@@ -93,6 +93,19 @@ def test_a_variant_made_before_on_other_tokens_is_said_not_to_be_checked(tmp_pat
     assert not any("was not looked for" in note for note in build(make_run(tmp_path / "other", Shape())).notes)
 
 
+def test_a_variant_made_before_on_what_is_scored_is_void_where_the_same_calibration_is_named(bench, monkeypatch, capfd):
+    monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "home"))
+    seen = ("--calibration", str(bench.corpus), "--calibration-samples", "4", "--calibration-length", "32")
+    made, out = bench.folder / "made", bench.folder / "given"
+    assert run(["quantize", "--model", str(bench.model), "--method", "awq:g32", *seen, "--out", str(made)]) == 0
+    given = ("--quiet", "--variant", f"mine={made}")
+    assert bench.compare(*given, calibration=str(bench.corpus), methods=None, tasks="kl,ppl", out=str(out)) == 0
+    assert bench.report(out)["variants"][0]["void"].startswith("128 of 256 scored tokens (the first in window 0)")
+    assert bench.compare(*given, methods=None, tasks="kl,ppl", out=str(out)) == 0
+    assert bench.report(out)["variants"][0]["void"] is None
+    assert any("was not looked for" in note for note in bench.report(out)["notes"])
+
+
 def test_a_card_has_no_figures_of_a_void_variant(bench, capfd):
     assert run(["card", str(bench.out), "--variant", "awq:g32"]) == 3
     assert "is void" in capfd.readouterr().err
