@@ -179,7 +179,7 @@ def _input_scales(
     if fold is None:
         return torch.ones(group.columns)
     name = fold.parameters[0]
-    return fold.spread(1 / _divisions(fold, name, found, baseline, rows)[fold.offset : fold.offset + fold.rows])
+    return fold.spread(1 / fold.carried(_divisions(fold, name, found, baseline, rows)))
 
 
 def _divisions(
