@@ -12,12 +12,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qeval.errors import BrokenRecordError, unknown
 from qeval.report import Report
-from qeval.report.conventions import title as title_of
 from qeval.report.model import Metric, Task, Variant
+from qeval.report.tables import perplexities
 
 _DATASETS = {"wikitext2": ("Salesforce/wikitext", "WikiText-2 raw"), "pydoc": ("pydoc", "CPython reference")}
 _TOKENS = {
-    "ppl": ("perplexity", title_of("ppl")),
     "kl_nats": ("kl_divergence", "KL-divergence from the baseline (nats)"),
     "top1_agreement": ("top1_agreement", "Same most likely token as the baseline"),
 }
@@ -73,7 +72,8 @@ def _unsound(variant: Variant) -> str | None:
 
 
 def _results(report: Report, variant: Variant) -> Iterator[EvalResult]:
-    for name, (kind, title) in _TOKENS.items():
+    perplexity = {name: ("perplexity", title) for name, title in perplexities(report).items()}
+    for name, (kind, title) in (perplexity | _TOKENS).items():
         if name in variant.metrics:
             yield _result(variant, variant.metrics[name], (kind, title), _corpus(report))
     for task in report.tasks:

@@ -11,13 +11,13 @@ from qeval.card.markers import BEGIN, END
 from qeval.card.plots import FOLDER, Pair
 from qeval.card.results import model_name
 from qeval.errors import QevalError
-from qeval.report import Report, conventions, words
+from qeval.report import Report, words
 from qeval.report.measure_items import at_chance as is_at_chance
 from qeval.report.model import Metric, Task, Variant
 from qeval.report.render import markdown_text
 from qeval.report.sections import intervals_sentence, provenance
 from qeval.report.summary import summary
-from qeval.report.tables import baseline_name
+from qeval.report.tables import baseline_name, perplexities
 
 _PROVENANCE = (
     "Model",
@@ -59,8 +59,9 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
                 "a loss of it."
             )
     if "ppl" in report.baseline.metrics:
-        yield f"### {conventions.title('ppl')}"
-        yield _table(*_perplexity(report))
+        for name, title in perplexities(report).items():
+            yield f"### {title}"
+            yield _table(*_perplexity(report, name))
     if any("kl_nats" in v.metrics for v in report.variants):
         yield "### KL-divergence"
         yield _table(*_kl(report))
@@ -121,10 +122,11 @@ def _accuracy_text(metric: Metric | None, task: Task) -> str:
     return _text(metric) + (" (at chance)" if metric and is_at_chance(metric, task.chance) else "")
 
 
-def _perplexity(report: Report) -> tuple[list[str], list[list[str]]]:
+def _perplexity(report: Report, name: str) -> tuple[list[str], list[list[str]]]:
     columns = ["Model", baseline_name(report), *(v.name for v in _shown(report))]
-    rows = [[model_name(report), *(_text(m) for m in (report.baseline.metrics.get("ppl"), *_each(report, "ppl")))]]
-    rows.append(["ratio, paired", words.MISSING, *(_text(metric) for metric in _each(report, "ppl_ratio"))])
+    rows = [[model_name(report), *(_text(m) for m in (report.baseline.metrics.get(name), *_each(report, name)))]]
+    if name == "ppl":
+        rows.append(["ratio, paired", words.MISSING, *(_text(metric) for metric in _each(report, "ppl_ratio"))])
     return columns, rows
 
 

@@ -153,7 +153,7 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
-    asked = _asked(settings, loaded, witness_of(shards, suites, protocol), suites)
+    asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.recipes):
@@ -305,13 +305,14 @@ def _foreign(settings: Settings, loaded: LoadedModel, head: Head, asked: Asked) 
 def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[Suite]) -> Asked:
     """What every side of the run is asked, and what a tokenizer makes of it."""
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
-    if settings.scores_tokens:
+    if settings.scores_tokens or settings.continues:
         texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in each_corpus(settings.corpus)]
 
     def theirs(tokenizer: Any) -> str:
         side = replace(loaded, tokenizer=tokenizer)
         protocol, shards = token_work(settings.corpus, side) if settings.scores_tokens else (None, ())
-        return witness_of(shards, _suites(settings, side), protocol)
+        drift = _drift(settings, side)[0] if settings.continues else None
+        return witness_of(shards, _suites(settings, side), protocol, drift)
 
     return Asked(texts, settings.corpus.bos, ours, theirs)
 

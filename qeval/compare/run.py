@@ -68,7 +68,7 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         wait_for(helpers, work, first, models)
         first.score(wait=False)
         score_all(first, models, work)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol)
+    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
     variants = [model.record().model_copy(update={"witness": witness}) for model in models]
     record = RunRecord(
         run_version=1,

@@ -1,11 +1,13 @@
 """The comparability witness: one hash of exactly what is scored, and why two sides' differ.
 
 It covers the token ids of every window, the positions that are scored, where BOS stands, and the token ids of every
-question. Each side's is made with its own tokenizer; where they differ nothing is compared.
+question and of every prompt that is continued. Each side's is made with its own tokenizer; where they differ nothing is
+compared.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from qeval.errors import UsageError
 from qeval.models.quiet import quiet
 from qeval.score.choices import prompt_sha256
 from qeval.score.corpus import Shard
-from qeval.store.run import ProtocolRecord
+from qeval.store.run import DriftRecord, ProtocolRecord
 from qeval.tasks.corpus import BosPolicy, bos_token, encode
 from qeval.tasks.harness import Suite
 
@@ -30,14 +32,20 @@ PROBES = (
 """Texts that tokenizers disagree on: spaces, digits, other scripts, joined characters, names of special tokens."""
 
 
-def witness_of(shards: Iterable[Shard], suites: Iterable[Suite], protocol: ProtocolRecord | None) -> str:
+def witness_of(
+    shards: Iterable[Shard],
+    suites: Iterable[Suite],
+    protocol: ProtocolRecord | None,
+    drift: DriftRecord | None = None,
+) -> str:
     """The hash of what a run scores: windows with their positions, questions, and whether BOS stands in the windows.
 
-    The BOS in front of a question is among the ids of its prompt.
+    The BOS in front of a question is among the ids of its prompt; so it is with prompts that are continued.
     """
     bos = protocol.bos if protocol else None
     sha = hashlib.sha256(f"witness {WITNESS_VERSION} bos {bos}".encode())
-    for part in _parts(shards, suites):
+    prompts = [b"continued " + drift.tokens_sha256.encode()] if drift else []
+    for part in chain(_parts(shards, suites), prompts):
         sha.update(len(part).to_bytes(8, "little") + part)
     return sha.hexdigest()[:32]
 

@@ -77,7 +77,7 @@ def check_same_base(tensors: Tensors, reading: Reading, baseline: Baseline) -> N
     """Refuse another model's checkpoint by tensors that no quantizer changes, where they are floats in it.
 
     Raises:
-        UsageError: tensors are missing, or the embedding or the last norm differ.
+        UsageError: tensors are missing, or the embedding, the head or the last norm differ.
     """
     missing = [name for name in baseline.needed if _stored_name(tensors, name, baseline.prefix) is None]
     if missing:
@@ -125,11 +125,7 @@ def check_resemblance(found: Mapping[str, Matrix | Tensor], baseline: Baseline, 
         return
     name, first = next(iter(wrong.items()))
     alike = sum(each.cause == first.cause for each in wrong.values())
-    told = f": {first.cause}" if first.cause else ", and no misreading that qeval knows explains it"
-    raise UsageError(
-        f"its {name} is not the baseline's: the relative error is {first.error:.2f} where its bits allow "
-        f"{first.allowed:.2f}{told} ({alike} of {len(found)} weights alike)."
-    )
+    raise UsageError(f"its {name} is not the baseline's: {first.words} ({alike} of {len(found)} weights alike).")
 
 
 def _excused(each: Resemblance, exact: bool) -> bool:
@@ -139,6 +135,7 @@ def _excused(each: Resemblance, exact: bool) -> bool:
 def _resemblances(found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> Iterator[tuple[str, Resemblance]]:
     """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
     rows: dict[str, Tensor] = {}
+    unfolded: dict[str, Resemblance] = {}
     producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
     for group in baseline.description.groups:
         scales = _input_scales(group, found, baseline, rows)
@@ -148,15 +145,30 @@ def _resemblances(found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> I
             rows[name] = _row_factors(values_of(read), base * scales)
             seen = resemblance(read, base, scales, _turned(group, name, baseline))
             if not seen.ok and name in producers:
+                unfolded[name] = seen
                 folded = resemblance(read, base * rows[name].clamp(1e-3, 1e3).unsqueeze(1), scales)
                 seen = folded if folded.ok else seen
             if not seen.ok:  # what follows is not to be judged by it
                 rows[name] = torch.ones(len(base))
-            yield name, seen
+            if seen.ok or not resemblance(read, base, torch.ones_like(scales)).ok:
+                yield name, seen
+            elif group.fold:  # what precedes was changed, and this was not changed with it
+                yield _culprit(group.fold, found, baseline, unfolded)
     for name in (baseline.description.embedding, baseline.description.head):
         if isinstance(own := found.get(name), QWeight | Values):
             base = baseline.parameters[name].float().cpu()
             yield name, resemblance(own, base, torch.ones(base.shape[1]))
+
+
+def _culprit(
+    fold: Fold, found: Mapping[str, Matrix | Tensor], baseline: Baseline, unfolded: Mapping[str, Resemblance]
+) -> tuple[str, Resemblance]:
+    """A producer that does not have the baseline's values, though what follows it has."""
+    name = fold.parameters[0]
+    if name in unfolded:
+        return name, unfolded[name]
+    ours, theirs = baseline.parameters[name].float().cpu(), _as_floats(found[name])
+    return name, Resemblance(relative(theirs, ours), _SAME, "no matrix after it makes good for it")
 
 
 def _input_scales(
@@ -167,7 +179,7 @@ def _input_scales(
     if fold is None:
         return torch.ones(group.columns)
     name = fold.parameters[0]
-    return fold.spread(1 / _divisions(fold, name, found, baseline, rows)[fold.offset : fold.offset + fold.rows])
+    return fold.spread(1 / fold.carried(_divisions(fold, name, found, baseline, rows)))
 
 
 def _divisions(
@@ -300,10 +312,11 @@ def unused(tensors: Tensors, baseline: Baseline) -> list[str]:
 
 
 def _untouched(baseline: Baseline) -> list[str]:
-    """The embedding, and the norms that no group's scales can be folded into."""
+    """The embedding, a head of its own, and the norms that no group's scales can be folded into."""
     folded = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
     norms = [n for n, p in baseline.parameters.items() if p.dim() == 1 and n.endswith("weight") and n not in folded]
-    return [baseline.description.embedding, *norms]
+    about = baseline.description
+    return [about.embedding, *([] if about.tied else [about.head]), *norms]
 
 
 def _stored_name(tensors: Tensors, name: str, prefix: str) -> str | None:

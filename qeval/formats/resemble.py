@@ -3,7 +3,8 @@
 The relative error |read - base| / |base| (Frobenius norms) of a matrix on a grid is that of rounding to it,
 give or take what a clip or a search moves. Codes in a wrong order give 1.4 (two unrelated matrices of one size); zero
 points off by one add a whole step, 3.6 times the error of rounding (uniform: step / sqrt 12). So each plausible
-misreading is undone on a few rows, and where that halves the error, it is the cause.
+misreading is undone on a few rows, and where that halves the error, it is the cause. A few wrong rows hide in a
+matrix's error, so each row's direction is looked at too.
 """
 
 import math
@@ -12,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qeval.formats.base import Matrix, Values
-from qeval.quant.grid import Grid, PerBlock
+from qeval.quant.grid import Grid, PerBlock, PerTensor
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize
 
@@ -22,27 +24,46 @@ _SLACK = 4.0
 """By what factor searches (clips, AWQ's scales, GPTQ's order) may exceed the error of rounding to nearest."""
 _ADDED = 0.05
 """What a format may lose beyond that: FP8's three bits of fraction lose 0.03."""
-_UNRELATED = 1.0
-"""From here on a matrix of zeros would be nearer."""
+_UNRELATED = 1.2
+"""From here on two matrices have nothing to do with each other; GPTQ at 2 bits in blocks of 64 reaches 1.01."""
 _SAMPLE_ROWS = 64
 _HALVED = 0.5
+_RESCALED = 0.6
+"""Other scales for the same codes leave more than this of the error where they were rounded to nearest, at 2 to 8 bits
+(0.87 at least), searched by AWQ (0.90), or made by GPTQ (0.71)."""
 _NOTHING = 1e-3
 """Errors below this are rounding of scales to half precision."""
+_RELATED = 0.8
+"""The best scales for codes of another matrix leave more than this of it."""
+_STRAY, _NEAR = 0.2, 0.6
+"""A row whose cosine with the baseline's is below the first, where rounding's is above the second, is another row."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True)
 class Resemblance:
-    """How far a matrix is from the baseline's, what its bits allow, and which misreading explains it (None: none)."""
+    """How far a matrix is from the baseline's, what its bits allow, and which misreading explains it (None: none).
+
+    `strays` are the rows that are nothing like the baseline's, where most are.
+    """
 
     error: float
     allowed: float
     cause: str | None
+    strays: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether it can be the baseline's."""
-        return self.cause is None and self.error <= self.allowed
+        return self.cause is None and self.error <= self.allowed and not self.strays
+
+    @property
+    def words(self) -> str:
+        """What is wrong with it."""
+        if self.strays and self.cause is None:
+            return f"rows of it are nothing like it, {len(self.strays)} in all, the first of them row {self.strays[0]}"
+        told = f": {self.cause}" if self.cause else ", and no misreading that qeval knows explains it"
+        return f"the relative error is {self.error:.2f} where its bits allow {self.allowed:.2f}{told}"
 
 
 def resemblance(read: Matrix, base: Tensor, scales: Tensor, head_dim: int | None = None) -> Resemblance:
@@ -50,19 +71,57 @@ def resemblance(read: Matrix, base: Tensor, scales: Tensor, head_dim: int | None
 
     `head_dim`: rows of an attention head, where the linear's rows are turned by rotary positions.
     """
-    scaled = base * scales
-    error = relative(values_of(read), scaled)
+    scaled, values = base * scales, values_of(read)
+    error = relative(values, scaled)
     cause = None
     if error > _NOTHING:
         rows = max(_SAMPLE_ROWS, head_dim or 0)
         few = _few(read, rows), scaled[:rows]
         now = relative(values_of(few[0]), few[1])
-        found = [(relative(values, target), name) for name, values, target in _misreadings(*few, head_dim)]
+        found = [(relative(each, target), name) for name, each, target in _misreadings(*few, head_dim)]
         if read_error := min(found, default=None):
             cause = read_error[1] if read_error[0] < _HALVED * now else None
         if cause is None and base.shape[0] == base.shape[1] and error > _UNRELATED:
-            cause = "it is transposed" if relative(values_of(read).t(), scaled) < _HALVED * error else None
-    return Resemblance(error, allowed_error(read, scaled), cause)
+            cause = "it is transposed" if relative(values.t(), scaled) < _HALVED * error else None
+        if cause is None and error > _ADDED:
+            cause = _other_scales(values, scaled, error, _block_of(read))
+    return Resemblance(error, allowed_error(read, scaled), cause, _strays(read, values, scaled))
+
+
+def _block_of(read: Matrix) -> int:
+    return read.grid.block_size(read.codes.shape[1]) if isinstance(read, QWeight) else read.values.shape[1]
+
+
+def _other_scales(values: Tensor, base: Tensor, error: float, block: int) -> str | None:
+    """What is wrong with the scales, if others for the same codes would be much nearer; None if nothing."""
+    blocks = [
+        functional.pad(each, (0, -each.shape[1] % block)).reshape(len(each), -1, block) for each in (values, base)
+    ]
+    factors = (blocks[0] * blocks[1]).sum(-1) / blocks[0].square().sum(-1).clamp(min=1e-30)
+    better = (blocks[0] * factors.unsqueeze(-1)).flatten(1)[:, : base.shape[1]]
+    if (left := relative(better, base)) > _RESCALED * error or left > _RELATED:
+        return None
+    times = 1 / max(float(factors.median()), 1e-30)
+    if abs(times - 1) < _ADDED:
+        return "its scales are those of other blocks"
+    return f"its scales are {times:.3g} times what its codes need"
+
+
+def _strays(read: Matrix, values: Tensor, base: Tensor) -> tuple[int, ...]:
+    """The rows whose direction is not the baseline's, though rounding to the same grid would keep it.
+
+    None where that is most of them: the whole matrix is another then.
+    """
+    far = (functional.cosine_similarity(values, base, dim=1) < _STRAY).nonzero().flatten()
+    if not len(far):
+        return ()
+    grid = _grid_of(read, base)
+    rounded = quantize(base, grid).dequantize()[far] if isinstance(grid.granularity, PerTensor) else None
+    if rounded is None:
+        rounded = quantize(base[far], grid).dequantize()
+    near = functional.cosine_similarity(rounded, base[far], dim=1) > _NEAR
+    found = far[near].tolist()
+    return tuple(found) if 2 * len(found) < len(base) else ()
 
 
 def relative(values: Tensor, base: Tensor) -> float:
@@ -76,8 +135,8 @@ def relative(values: Tensor, base: Tensor) -> float:
 
 def allowed_error(read: Matrix, base: Tensor) -> float:
     """The largest relative error that the width of `read` explains, from rounding `base` to it."""
-    few = base[:_SAMPLE_ROWS]
-    grid = read.grid if isinstance(read, QWeight) else _like(read, base)
+    grid = _grid_of(read, base)
+    few = base if isinstance(grid.granularity, PerTensor) else base[:_SAMPLE_ROWS]
     rounded = relative(quantize(few, grid).dequantize(), few)
     return min(_UNRELATED, _SLACK * rounded + _ADDED)
 
@@ -87,8 +146,10 @@ def values_of(read: Matrix) -> Tensor:
     return read.values.float() if isinstance(read, Values) else read.dequantize()
 
 
-def _like(read: Values, base: Tensor) -> Grid:
-    """A grid of about as many bits as the values take where they are stored."""
+def _grid_of(read: Matrix, base: Tensor) -> Grid:
+    """A matrix's grid, or one of about as many bits as its values take where they are stored."""
+    if isinstance(read, QWeight):
+        return read.grid
     bits = int(read.size_bits / base.numel())
     return Grid(max(2, min(8, bits)), PerBlock(min(64, base.shape[1])), symmetric=False)
 

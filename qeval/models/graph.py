@@ -61,6 +61,11 @@ class Fold:
             found[self.offset : self.offset + self.rows] = scales
         return found
 
+    def carried(self, values: Tensor) -> Tensor:
+        """Those of a value for each of the producer's rows that belong to the input, [rows]."""
+        found = values[self.offset :]
+        return found.unfold(0, self.head, self.period).reshape(-1) if self.period else found[: self.rows]
+
     def folded(self, tensor: Tensor, scales: Tensor) -> Tensor:
         """A producer tensor with its rows divided by `scales` [rows], in fp32 and back."""
         divisors = self.divisors(scales.float(), len(tensor)).reshape(-1, *[1] * (tensor.dim() - 1))

@@ -18,6 +18,9 @@ from qeval.store.run import ProtocolRecord
 from qeval.tasks.conventions import CONVENTIONS, DEFAULT_CONVENTION, Reduction
 from qeval.types import Estimate
 
+RATIO = f"Perplexity ratio ({DEFAULT_CONVENTION})"
+"""Of the perplexity over all scored tokens to the baseline's, whatever else the run's convention makes of the rows."""
+
 Change = Callable[[Floats], Floats]
 
 _TITLES = {

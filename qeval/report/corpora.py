@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qeval.report.conventions import RATIO
 from qeval.report.model import Metric, Metrics, Report
 from qeval.report.page import Cell, Table, metric_cell
 from qeval.report.pairing import Mask, TokenRows
@@ -14,7 +15,7 @@ from qeval.store.run import ProtocolRecord, RunRecord
 from qeval.types import Better
 
 MACRO = "macro"
-_TITLES = {"kl_nats": "KL, nats", "top1_agreement": "Same top token", "ppl_ratio": "Perplexity ratio"}
+_TITLES = {"kl_nats": "KL, nats", "top1_agreement": "Same top token", "ppl_ratio": RATIO}
 _Kind = tuple[str, Better, Transform | None]
 _KL: dict[str, _Kind] = {"kl_nats": ("nats", "lower", None), "top1_agreement": ("fraction", "higher", None)}
 _PPL: dict[str, _Kind] = {"ppl_ratio": ("ratio", "lower", np.exp)}

@@ -39,7 +39,7 @@ def quality_against_size(report: Report) -> Plot | None:
     if name == "kl_nats" and all(value > 0 for *_, value in points):
         axes.set_yscale("log")
     axes.set_xlabel("Size on disk (MB)")
-    axes.set_ylabel("KL from the baseline (nats)" if name == "kl_nats" else "Perplexity, times the baseline's")
+    axes.set_ylabel("KL from the baseline (nats)" if name == "kl_nats" else conventions.RATIO)
     axes.grid(True)
     axes.margins(0.08)
     decades(axes.yaxis)
@@ -115,7 +115,7 @@ def perplexity_bars(report: Report) -> Plot | None:
     _name_rows(axes, [name for name, _, _ in bars])
     axes.set_xlabel(f"{conventions.title('ppl')}, lower is better")
     said = "; ".join(f"{name} {words.metric_text(metric)}" for name, metric, _ in bars)
-    return _plot(made, "perplexity", "Perplexity", f"Perplexity with 95 % intervals: {said}.")
+    return _plot(made, "perplexity", "Perplexity", f"{conventions.title('ppl')} with 95 % intervals: {said}.")
 
 
 def accuracy_by_category(report: Report, task: Task) -> Plot | None:

@@ -2,6 +2,7 @@
 
 from qeval.report import words
 from qeval.report.build import quality
+from qeval.report.conventions import RATIO
 from qeval.report.model import Comparison, Metric, Report, Task, Variant
 from qeval.report.tables import baseline_name
 
@@ -64,7 +65,7 @@ def _loss(variant: Variant) -> str:
     if "top1_agreement" in metrics:
         parts.append(f"the same top token at {words.metric_text(metrics['top1_agreement'])} of positions")
     if "ppl_ratio" in metrics:
-        parts.append(f"perplexity ratio {words.metric_text(metrics['ppl_ratio'])}")
+        parts.append(f"{RATIO.lower()} {words.metric_text(metrics['ppl_ratio'])}")
     return ", ".join(parts)
 
 

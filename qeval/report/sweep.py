@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.report import style, words
+from qeval.report.conventions import RATIO
 from qeval.report.frontier import by_method, frontier, frontiers, model_frontiers
 from qeval.report.model import Report, Variant
 from qeval.report.page import NOTHING, Cell, Heading, Section, Table, metric_cell
@@ -23,7 +24,7 @@ REPORT = "report.json"
 _COLUMNS = {
     "kl_nats": "KL, nats",
     "top1_agreement": "Same top token",
-    "ppl_ratio": "Perplexity ratio",
+    "ppl_ratio": RATIO,
 }
 
 

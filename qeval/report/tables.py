@@ -84,7 +84,7 @@ def perplexity(report: Report) -> Table:
     """Perplexity with the variants as columns."""
     names = _present(
         report,
-        perplexities(report) | {"ppl_ratio": "Ratio to the baseline", "nll_diff_nats": "NLL difference, nats",
+        perplexities(report) | {"ppl_ratio": conventions.RATIO, "nll_diff_nats": "NLL difference, nats",
          "delta_p": "Change of the true token's probability", "delta_p_rms": "The same, root mean square"},
     )  # fmt: skip
     signed = {"nll_diff_nats", "delta_p"}

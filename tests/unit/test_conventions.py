@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qeval.cli.app import run
 from qeval.errors import UsageError
 from qeval.tasks.conventions import CONVENTIONS
 from qeval.tasks.documents import pages, rolling
@@ -113,6 +114,19 @@ def test_hf_strided_is_the_guides_loop(bench, peer, stride):
 def test_gptq_is_its_loop(bench, peer):
     found = figures(bench, "gptq-2048", window=str(WIDE))
     assert found["ppl_gptq_2048"] == pytest.approx(gptqs_loop(peer[0], ids_of(peer, bench), WIDE), rel=1e-5)
+
+
+def test_the_conventions_name_stands_beside_every_perplexity_of_report_and_card(bench):
+    out = bench.folder / "named"
+    asked = {"methods": "rtn:g32", "tasks": "ppl", "convention": "gptq-2048", "window": str(WIDE), "stride": None}
+    assert bench.compare("--quiet", **asked, out=str(out)) == 0
+    assert run(["card", str(out), "--variant", "rtn:g32"]) == 0
+    pages = {name: (out / name).read_text(encoding="utf-8") for name in ("report.md", "report.html", "card/README.md")}
+    for page in pages.values():
+        for figure in ("perplexity ratio (token-mean)", "Perplexity (token-mean)", "Perplexity (gptq-2048)"):
+            assert figure in page
+    assert "name: Perplexity (gptq-2048), rtn:g32" in pages["card/README.md"]
+    assert "### Perplexity (gptq-2048)" in pages["card/README.md"]
 
 
 def test_llamacpp_is_its_loop(bench, peer):

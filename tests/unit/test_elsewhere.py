@@ -1,14 +1,19 @@
 """`--variant NAME=PATH` of checkpoints that other tools quantized: through `compare`, and refused with their cause."""
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qeval.compare.elsewhere import Made, check_answers
 from qeval.compare.witness import witness_of
+from qeval.errors import UsageError
+from qeval.formats.assemble import Reading
 from qeval.quant.qweight import QWeight
 from qeval.report import build
 from qeval.score.corpus import Shard
@@ -56,9 +61,10 @@ def made(bench, tmp_path):
 def refused(bench, tmp_path, capsys):
     """What `compare` says of a variant that it refuses, before anything is scored."""
 
-    def told(path):
+    def told(path, tasks="kl,ppl", **flags):
         out = tmp_path / "refused"
-        assert bench.compare(*QUIET, "--variant", f"theirs={path}", methods=None, out=str(out)) == 2
+        asked = {"methods": None, "tasks": tasks, "out": str(out)} | flags
+        assert bench.compare("--quiet", "--variant", f"theirs={path}", **asked) == 2
         assert not (out / "rows").exists()
         return " ".join(capsys.readouterr().err.split())
 
@@ -124,6 +130,23 @@ def test_one_layer_of_noise_is_named_without_a_cause(made, refused):
     told = refused(made(GPTQ, packers.gptq, change=noise))
     assert f"its {UP} is not the baseline's: the relative error is" in told
     assert "no misreading that qeval knows explains it (1 of 21 weights alike)" in told
+
+
+def test_the_matrix_and_not_what_follows_it_is_named_where_nothing_makes_good_for_its_scales(made, refused):
+    def doubled(name, weight):
+        return replace(weight, scales=weight.scales * 2) if name == UP else weight
+
+    told = refused(made(GPTQ, packers.gptq, change=doubled))
+    assert f"its {UP} is not the baseline's: the relative error is 1.0" in told
+    assert "its scales are 2.0" in told and "(1 of 21 weights alike)" in told
+
+
+def test_a_norm_that_no_matrix_makes_good_for_is_named(bench, made, refused):
+    name = "model.layers.1.input_layernorm.weight"
+    norm = load_file(bench.model / "model.safetensors")[name]
+    told = refused(made(GPTQ, packers.gptq, changed={name: norm * 2}))
+    assert f"its {name} is not the baseline's: the relative error is 1.00" in told
+    assert "no matrix after it makes good for it" in told
 
 
 def test_scales_that_are_not_finite_are_named(made, refused):
@@ -194,14 +217,16 @@ def test_another_configuration_is_named(made, refused):
     assert "its configuration has rms_norm_eps 0.1 where the baseline has 1e-06" in refused(path)
 
 
-def test_another_tokenizer_is_found_before_scoring(made, refused):
+@pytest.mark.parametrize("tasks", ["kl,ppl", "drift"])
+def test_another_tokenizer_is_found_before_scoring(made, refused, tasks):
     path = made(GPTQ, packers.gptq)
     file = path / "tokenizer.json"
     words = json.loads(file.read_text())
     vocab = words["model"]["vocab"]
     vocab["e"], vocab["x"] = vocab["x"], vocab["e"]
     file.write_text(json.dumps(words))
-    told = refused(path)
+    short = {"drift_prompts": "2", "drift_prompt_tokens": "16", "drift_tokens": "8"} if tasks == "drift" else {}
+    told = refused(path, tasks, **short)
     assert "has other token ids than the baseline for the same text (the first at token" in told
     assert "so nothing of it could be compared." in told
 
@@ -246,11 +271,23 @@ def test_a_broken_tie_is_named(tmp_path, capsys, monkeypatch):
     assert "its lm_head.weight is not its model.embed_tokens.weight" in " ".join(capsys.readouterr().err.split())
 
 
-def test_constant_logits_are_named(bench, made, refused):
-    """Weights that pass by the letter (a head cut off from its states is no quantized matrix) still answer nothing."""
-    tensors = load_file(bench.model / "model.safetensors")
-    path = made(GPTQ, packers.gptq, changed={"lm_head.weight": torch.zeros_like(tensors["lm_head.weight"])})
-    assert "its logits are constant" in refused(path)
+@pytest.mark.parametrize("head", ["of another model", "of zeros"])
+def test_a_float_head_that_is_not_the_baselines_is_named(bench, made, refused, head):
+    own = load_file(bench.model / "model.safetensors")["lm_head.weight"]
+    other = own.roll(1, 0) if head == "of another model" else torch.zeros_like(own)
+    assert "its lm_head.weight differs from the baseline's by 1" in refused(
+        made(GPTQ, packers.gptq, changed={"lm_head.weight": other})
+    )
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.0, "its logits are constant"), (math.nan, "its logits are not finite")])
+def test_answers_that_are_none_are_named(tmp_path, value, told):
+    """Weights that pass by the letter may still answer nothing."""
+    made = Made("theirs", tmp_path, tmp_path, {}, Reading(None, {}, {}), "float", "floats", ())
+    answers = torch.full((16, 8), value)
+    session = SimpleNamespace(vocab_size=8, states=lambda requests: [answers], logits=lambda states: states)
+    with pytest.raises(UsageError, match=told):
+        check_answers(made, session)
 
 
 def test_a_run_whose_witness_differs_compares_nothing(bench, made, tmp_path):

@@ -11,7 +11,7 @@ from qeval.calibrate.build import build, source_of
 from qeval.calibrate.stream import collect
 from qeval.config import Recipe, Rule, parse_method
 from qeval.errors import QevalError, UsageError
-from qeval.models.graph import describe
+from qeval.models.graph import Fold, describe
 from qeval.models.head import head_of
 from qeval.models.matrices import weights_of
 from qeval.types import Request
@@ -267,3 +267,9 @@ def test_a_group_with_a_linear_in_float_is_scaled_on_its_input(monkeypatch):
         "self_attn.v_proj.weight",
     }
     assert "model.layers.0.mlp.up_proj.weight" in variant.floats  # it takes down's scales, though in float itself
+
+
+@pytest.mark.parametrize("fold", [Fold(("v",), 4, 4), Fold(("qkv",), 4, 4, head=2, period=6)])
+def test_the_rows_that_carry_an_input_are_those_that_its_scales_divide(fold):
+    scales = torch.tensor([2.0, 3.0, 5.0, 7.0])
+    assert fold.carried(fold.divisors(scales, 12)).tolist() == scales.tolist()
