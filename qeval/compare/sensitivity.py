@@ -51,6 +51,8 @@ def measure_sensitivity(
     if threads:
         torch.set_num_threads(threads)
     loaded, model_source = source_of_model(model)
+    for warning in loaded.warnings:
+        progress.warn(warning)
     check_recipes([recipe], model_source)
     seen = calibration_of(calibration, loaded)
     source = Workshop(model_source, lambda: seen, seed, progress).calibrated_source(recipe)
