@@ -19,6 +19,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     table.add_row(
         "model", f"{plan.model.name} ({plan.model.architecture}, {plan.model.parameters / 1e6:.0f} M weights)"
     )
+    if plan.model.hub_id:
+        table.add_row("from", f"{plan.model.hub_id} at commit {str(plan.model.revision)[:12]}")
     table.add_row("baseline", f"{plan.model.weight_dtype} weights computed in {plan.model.compute_dtype}")
     names = [recipe.name for recipe in plan.settings.recipes] + [entry.name for entry in plan.given]
     table.add_row("variants", ", ".join(names))

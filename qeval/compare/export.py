@@ -72,6 +72,8 @@ def export(
     if threads:
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
+    for warning in loaded.warnings:
+        progress.warn(warning)
     if recipe is not None:
         check_recipes([recipe], source, calibration.samples, kernel_block)
     names = [name for group in source.description.groups for name in group.names] + [source.description.head]

@@ -91,7 +91,7 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """What must be known of the numbers before any is made."""
-        return bos_warnings(self.protocol, self.loaded) if self.protocol else []
+        return [*self.loaded.warnings, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
 
     @property
     def baseline_key(self) -> str:

@@ -34,6 +34,8 @@ def make_variant(
     if threads:
         torch.set_num_threads(threads)
     loaded, source, backend = loaded_model(model, folds=recipe.uses_awq)
+    for warning in loaded.warnings:
+        progress.warn(warning)
     check_recipes([recipe], source, calibration.samples)
     text = cache(lambda: calibration_of(calibration, loaded))
     with workshop_of(source, text, backend, seed, progress) as workshop:

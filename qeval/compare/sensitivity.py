@@ -61,6 +61,8 @@ def measure_sensitivity(
     if threads:
         torch.set_num_threads(threads)
     loaded, model_source = source_of_model(model)
+    for warning in loaded.warnings:
+        progress.warn(warning)
     check_recipes([recipe], model_source, calibration.samples)
     seen = calibration_of(calibration, loaded)
     if len(seen.samples) < measured_on:

@@ -120,8 +120,12 @@ FAMILIES: Mapping[str, Family] = {
         "multipliers, scaled logits",
         {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
     ),
+    "Ernie4_5": Family("Ernie4_5", "ERNIE 4.5; tied head", {"tie_word_embeddings": True, "head_dim": 16}),
+    "HunYuan": Family("HunYuanDenseV1", "norms of queries and keys after the rotation", {"head_dim": 16}),
+    "Nemotron": Family("Nemotron", "gains around one with biases, squared ReLU without a gate"),
     "Cohere": Family("Cohere", "Command R; one norm for both, scaled logits", {"logit_scale": 0.25}),
     "Mixtral": Family("Mixtral", "4 experts in a stack, 2 a token", {"num_local_experts": 4, **_EXPERTS}),
+    "Phimoe": Family("Phimoe", "Phi-3.5-MoE; layer norms with biases", {"num_local_experts": 4, **_EXPERTS}),
     "Qwen2Moe": Family(
         "Qwen2Moe",
         "experts beside a shared one with a gate",

@@ -4,17 +4,21 @@ The hub, its token and its cache are huggingface_hub's own: `HF_ENDPOINT`, `HF_T
 """
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -25,6 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 )
 
 from qeval.errors import QevalError, UsageError
+from qeval.models.aliases import aliases
 from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, pickle_refused
 
 _FILES = [
@@ -39,19 +44,18 @@ _FILES = [
     "merges.txt",
     "chat_template*",
 ]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
 """The HTTP client's own base error (huggingface_hub changed its client twice), which need not be an OSError."""
+_UNREACHED: tuple[type[Exception], ...] = (_TransportError, OfflineModeIsEnabled)
 _USER_CAN_ACT: tuple[tuple[type[Exception], str], ...] = (  # subclasses first
     (
         GatedRepoError,
-        "Access to {model} is restricted: accept its terms on its page on the hub, then log in (`hf auth login`) "
-        "or set HF_TOKEN.",
+        "Access to {model} is restricted: accept its licence at {page}, then log in with that account "
+        "(`hf auth login`) or set HF_TOKEN.",
     ),
     (RevisionNotFoundError, "'{hub_id}' has no revision '{revision}'; give a branch, a tag or a full commit."),
-    (
-        RepositoryNotFoundError,
-        "The hub has no model '{hub_id}', or it is private: check the name, or log in (`hf auth login`).",
-    ),
+    (RepositoryNotFoundError, "The hub has no model '{hub_id}', or it is private: check the name{near}, or {log_in}."),
     (HFValidationError, "'{hub_id}' is no hub id; it should look like 'org/name'."),
     (
         LocalEntryNotFoundError,
@@ -59,25 +63,72 @@ _USER_CAN_ACT: tuple[tuple[type[Exception], str], ...] = (  # subclasses first
         "or 'demo'.",
     ),
 )
+_BAD_TOKEN = (
+    "The hub does not take your token, so {model} can't be fetched: log in again (`hf auth login`), or correct "
+    "HF_TOKEN."
+)
 _REFUSED = [f"*{suffix}" for suffix in PICKLE_SUFFIXES] + ["*.py"]
 
 
-def fetch(hub_id: str, revision: str | None = None) -> Path:
-    """The folder of a hub model's files, downloaded where they aren't cached; its name is the commit.
+class Fetched(NamedTuple):
+    """The folder of a hub model's files, whose name is the commit, and what must be told of how it was had."""
+
+    folder: Path
+    warnings: tuple[str, ...]
+
+
+def fetch(hub_id: str, revision: str | None = None) -> Fetched:
+    """A hub model's files, downloaded where they aren't cached; the cached ones where the hub does not answer.
 
     Raises:
         UsageError: no such model or revision, no access to it, no safetensors, or the hub can't be reached and the
             model isn't cached.
         QevalError: the download failed.
     """
+    silence: Exception | None = None
     try:
+        silence = _silence(hub_id, revision)
         with _bars_on_terminals_only():
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_REFUSED))
+            found = snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=_FILES,
+                ignore_patterns=_REFUSED,
+                local_files_only=silence is not None,
+            )
+        folder = Path(found)
         if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
             raise UsageError(_no_weights(hub_id, folder.name))
-    except (OSError, ValueError, _TransportError) as error:
-        raise _told(error, hub_id, revision) from error
-    return folder
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        _TransportError,
+    ) as error:  # RuntimeError: the transfer library of big files
+        answered = isinstance(error, LocalEntryNotFoundError) and isinstance(silence, HfHubHTTPError)
+        raise _told(silence if silence and answered else error, hub_id, revision) from error
+    return Fetched(folder, (_from_cache(hub_id, folder.name, silence),) if silence else ())
+
+
+def _silence(hub_id: str, revision: str | None) -> Exception | None:
+    """Why the hub does not say which commit a revision is, if it doesn't; a commit needs no asking."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return None
+    try:
+        HfApi().model_info(hub_id, revision=revision, timeout=constants.DEFAULT_ETAG_TIMEOUT)
+    except RevisionNotFoundError:
+        raise
+    except _UNREACHED as error:
+        return error
+    return None
+
+
+def _from_cache(hub_id: str, commit: str, why: Exception) -> str:
+    reason = "HF_HUB_OFFLINE is set" if isinstance(why, OfflineModeIsEnabled) else _first_line(why)
+    return (
+        f"The hub does not answer for '{hub_id}' ({reason}); the cached copy of commit {commit} is used, "
+        "which need not be the newest."
+    )
 
 
 @contextmanager
@@ -105,14 +156,31 @@ def _no_weights(hub_id: str, commit: str) -> str:
 def _told(error: Exception, hub_id: str, revision: str | None) -> QevalError:
     """What went wrong between us and the hub, as a sentence."""
     model = f"'{hub_id}'" + (f" at revision '{revision}'" if revision else "")
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        if error.response.status_code == 401 and get_token() and not isinstance(error, GatedRepoError):
+            return UsageError(_BAD_TOKEN.format(model=model))
+        if not isinstance(error, RepositoryNotFoundError):  # what the hub's own site says where mirrors say 401 alone
+            error = RepositoryNotFoundError(str(error), response=error.response)
     for kind, sentence in _USER_CAN_ACT:
         if isinstance(error, kind):
-            return UsageError(sentence.format(model=model, hub_id=hub_id, revision=revision))
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return UsageError(f"The hub refused access to {model}: log in (`hf auth login`) or set HF_TOKEN.")
+            return UsageError(sentence.format(model=model, hub_id=hub_id, revision=revision, **_advice(hub_id)))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return QevalError(f"The disk is full: {model} could not be downloaded; what came is kept.")
+        return QevalError(
+            f"The disk is full: {model} could not be downloaded to {constants.HF_HUB_CACHE}; make room, or move "
+            "HF_HOME, and run again to go on."
+        )
     return QevalError(f"The download of {model} failed ({_first_line(error)}); run again to go on.")
+
+
+def _advice(hub_id: str) -> dict[str, str]:
+    """What the sentences on a model that can't be had advise."""
+    known = {alias.hub_id: name for name, alias in aliases().items() if alias.hub_id}
+    near = [f"{found} ({known[found]})" for found in get_close_matches(hub_id, known, n=3, cutoff=0.8)]
+    return {
+        "near": f" (nearest: {', '.join(near)})" if near else "",
+        "page": f"{constants.ENDPOINT}/{hub_id}",
+        "log_in": "ask its owner for access" if get_token() else "log in (`hf auth login`)",
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -39,12 +39,13 @@ class ModelInfo:
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A transformers causal language model in eval mode without gradients, its tokenizer, what is known of it,
-    and the folder of its checkpoint."""
+    the folder of its checkpoint, and what must be told of how that was had."""
 
     model: Any
     tokenizer: Any
     info: ModelInfo
     folder: Path
+    warnings: tuple[str, ...] = ()
 
     @property
     def config_sha256(self) -> str:

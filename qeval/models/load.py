@@ -29,11 +29,15 @@ _MISMATCH = "ignore_mismatched_sizes"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json, safetensors and a tokenizer; `revision` is the hub's commit."""
+    """A folder with config.json, safetensors and a tokenizer; `revision` is the hub's commit.
+
+    `notes` belong to the model, `warnings` to how it was had today.
+    """
 
     folder: Path
     revision: str | None
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def load(
@@ -81,7 +85,7 @@ def load(
         context_length=_context_length(text, checkpoint.folder),
         notes=(*checkpoint.notes, *unused),
     )
-    return LoadedModel(model, tokenizer, info, checkpoint.folder)
+    return LoadedModel(model, tokenizer, info, checkpoint.folder, checkpoint.warnings)
 
 
 def check_device(name: str) -> torch.device:
@@ -113,8 +117,8 @@ def checkpoint_of(source: ModelSource) -> Checkpoint:
     match source.kind:
         case "hub":
             assert source.hub_id is not None
-            folder = fetch(source.hub_id, source.revision)
-            return Checkpoint(folder, folder.name, ())
+            folder, warnings = fetch(source.hub_id, source.revision)
+            return Checkpoint(folder, folder.name, (), warnings)
         case "folder":
             assert source.path is not None
             return Checkpoint(source.path, None, ())
@@ -135,7 +139,7 @@ def _read_config(folder: Path) -> Any:
         with quiet():
             config = AutoConfig.from_pretrained(folder, **_LOCAL)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UsageError(f"'{path}' can't be used: {_first_line(error)}.") from error
+        raise UsageError(f"'{path}' can't be used: {_reason(error)}.") from error
     check_config(config, path)
     if "quantization_config" in raw:
         method = raw["quantization_config"].get("quant_method", "unknown")
@@ -158,7 +162,7 @@ def _read_tokenizer(folder: Path) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise UsageError(f"The tokenizer in '{folder}' can't be read: {_first_line(error)}.") from error
+        raise UsageError(f"The tokenizer in '{folder}' can't be read: {_reason(error)}.") from error
 
 
 def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[str]]:
@@ -224,6 +228,16 @@ def _context_length(config: Any, folder: Path) -> int:
     if not isinstance(length, int):
         raise UsageError(f"The config in '{folder}' names no context length (max_position_embeddings).")
     return length
+
+
+def _reason(error: BaseException) -> str:
+    """Why transformers refuses a file: its first line, save where it asks to run what was downloaded."""
+    if "custom code" in str(error):
+        return (
+            "it needs Python code from its own repository, and qeval runs none; take a checkpoint whose architecture "
+            "transformers has"
+        )
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

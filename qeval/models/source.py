@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from qeval.errors import UsageError, unknown
-from qeval.models.aliases import aliases
+from qeval.errors import UsageError
+from qeval.models.aliases import Alias, aliases
 
 Kind = Literal["hub", "folder", "gguf", "demo"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NEAREST = 3
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -28,15 +30,14 @@ class ModelSource:
 def resolve(name: str, revision: str | None = None) -> ModelSource:
     """What `name` means. A path that exists comes before a hub id, an alias before both (say `./demo` for a folder).
 
+    An alias may be spelled as its model is called on the hub, in any case: `Llama-3.2-3B-Instruct` is `llama-3.2-3b`.
+
     Raises:
         UsageError: nothing goes by that name (the nearest aliases are listed), or a revision is given off the hub.
     """
     table = aliases()
     if name in table:
-        alias = table[name]
-        if alias.hub_id is None:
-            return _local(ModelSource(name, "demo"), revision)
-        return ModelSource(name, "hub", hub_id=alias.hub_id, revision=revision or alias.revision)
+        return _aliased(name, table[name], revision)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return _local(ModelSource(name, "folder", path=path), revision)
@@ -50,8 +51,27 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
         raise UsageError(f"The model folder '{name}' does not exist.")
     if _HUB_ID.fullmatch(name):
         return ModelSource(name, "hub", hub_id=name, revision=revision)
-    error = unknown("model", name, table)
-    raise UsageError(f"{error} Or give a hub id 'org/name', a folder, or a .gguf file.")
+    spelled = {spelling: alias for alias, entry in table.items() for spelling in spellings(alias, entry)}
+    if name.casefold() in spelled:
+        alias = spelled[name.casefold()]
+        return _aliased(alias, table[alias], revision)
+    near = [spelled[spelling] for spelling in get_close_matches(name.casefold(), spelled, n=6, cutoff=0.6)]
+    hint = f"; nearest: {', '.join(list(dict.fromkeys(near))[:_NEAREST])}" if near else ""
+    raise UsageError(
+        f"Unknown model '{name}'{hint}. `qeval models` lists the {len(table)} that have short names; or give a hub id "
+        "'org/name', a folder, or a .gguf file."
+    )
+
+
+def spellings(alias: str, entry: Alias) -> tuple[str, str]:
+    """An alias, and what its model is called on the hub."""
+    return alias, (entry.hub_id or alias).rpartition("/")[2].casefold()
+
+
+def _aliased(name: str, alias: Alias, revision: str | None) -> ModelSource:
+    if alias.hub_id is None:
+        return _local(ModelSource(name, "demo"), revision)
+    return ModelSource(name, "hub", hub_id=alias.hub_id, revision=revision or alias.revision)
 
 
 def _local(source: ModelSource, revision: str | None) -> ModelSource:

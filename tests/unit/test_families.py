@@ -26,7 +26,7 @@ README = Path(__file__).parents[2] / "README.md"
 QUICK = [check for check in CHECKS if check != "onnx"]
 EXPORTED = ("GPT2", "GPTNeoX")
 """What the tests of exports leave out: matrices kept transposed, and fused head by head."""
-EXPERTS = ("Mixtral", "Qwen2Moe", "Qwen3Moe")
+EXPERTS = ("Mixtral", "Phimoe", "Qwen2Moe", "Qwen3Moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

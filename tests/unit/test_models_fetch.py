@@ -1,6 +1,7 @@
 """Models from the hub, against a server on this machine that stands in for it."""
 
 import errno
+import json
 
 import huggingface_hub
 import pytest
@@ -11,7 +12,7 @@ from qeval.models import fetch as fetch_module
 from qeval.models.fetch import fetch
 from qeval.models.load import load
 from qeval.models.source import resolve
-from tests.fixtures.hub import COMMIT, FakeHub, serve
+from tests.fixtures.hub import COMMIT, TAG, FakeHub, serve
 from tests.fixtures.tiny import save_tiny
 
 MODEL = "org/tiny"
@@ -45,8 +46,8 @@ def hub(files, tmp_path, monkeypatch):
 
 
 def test_only_safetensors_config_and_tokenizer_are_fetched(hub, files):
-    folder = fetch(MODEL)
-    assert folder.name == COMMIT
+    folder, warnings = fetch(MODEL)
+    assert (folder.name, warnings) == (COMMIT, ())
     fetched = {path.name for path in folder.iterdir()}
     assert fetched == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                        "tokenizer_config.json"}  # fmt: skip
@@ -60,20 +61,41 @@ def test_a_hub_model_loads_and_knows_its_commit(hub):
     assert loaded.info.name == MODEL
 
 
-def test_a_fetched_model_needs_no_hub(hub, monkeypatch):
-    folder = fetch(MODEL)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("revision", [None, TAG, COMMIT])
+@pytest.mark.parametrize("silence", ["offline", "down", "private"])
+def test_a_fetched_model_needs_no_hub_and_says_which_commit_it_is(hub, monkeypatch, revision, silence):
+    folder = fetch(MODEL, revision).folder
+    if silence == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if silence == "down":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    if silence == "private":
+        hub.repositories = {}
     before = len(hub.requests)
-    assert fetch(MODEL) == folder
-    assert len(hub.requests) == before
+    again, warnings = fetch(MODEL, revision)
+    assert again == folder
+    if revision == COMMIT:
+        assert (warnings, len(hub.requests)) == ((), before)
+    else:
+        (warning,) = warnings
+        assert f"the cached copy of commit {COMMIT} is used" in warning
+
+
+def test_a_download_that_was_cut_goes_on_where_it_was(hub, files, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
+    hub.breaks_after = len(files["model.safetensors"]) // 2
+    folder = fetch(MODEL).folder
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+    assert hub.ranges[f"/{MODEL}/resolve/{COMMIT}/model.safetensors"] > 0
 
 
 @pytest.mark.parametrize(
     ("name", "revision", "says"),
     [
-        ("org/none", None, r"The hub has no model 'org/none', or it is private"),
+        ("org/none", None, r"The hub has no model 'org/none', or it is private: check the name, or log in"),
+        ("meta-llama/Llama-3.1-3B-Instruct", None, r"nearest: meta-llama/Llama-3\.2-3B-Instruct \(llama-3\.2-3b\)"),
         (MODEL, "v9", r"'org/tiny' has no revision 'v9'; give a branch"),
-        ("org/gated", None, r"Access to 'org/gated' is restricted: accept its terms"),
+        ("org/gated", None, r"restricted: accept its licence at http://.*/org/gated, then log in .*`hf auth login`"),
         ("org/pickled", None, r"'org/pickled' has its weights as pickles only \(pytorch_model\.bin\), which can run"),
         ("org/ggufs", None, r"holds GGUF files only"),
         ("org/empty", None, r"'org/empty' has no weights"),
@@ -83,6 +105,21 @@ def test_a_fetched_model_needs_no_hub(hub, monkeypatch):
 def test_what_the_hub_refuses_is_a_sentence(hub, name, revision, says):
     with pytest.raises(UsageError, match=says):
         fetch(name, revision)
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "says"),
+    [
+        ("right", "org/gated", r"Access to 'org/gated' is restricted"),
+        ("right", "org/none", r"no model 'org/none', or it is private: check the name, or ask its owner"),
+        ("expired", MODEL, r"The hub does not take your token, so 'org/tiny' can't be fetched: log in again"),
+    ],
+)
+def test_a_token_changes_what_is_advised(hub, monkeypatch, token, name, says):
+    hub.token = "right"
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UsageError, match=says):
+        fetch(name)
 
 
 def test_a_hub_that_is_offline_is_a_sentence(hub, monkeypatch):
@@ -108,6 +145,7 @@ def test_a_download_that_breaks_is_a_failure_not_wrong_use(monkeypatch, error, s
     def snapshot_download(*_, **__):
         raise error
 
+    monkeypatch.setattr(fetch_module, "_silence", lambda *_: None)
     monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
     with pytest.raises(QevalError, match=says) as caught:
         fetch(MODEL)
@@ -118,3 +156,11 @@ def test_the_bars_of_the_hub_library_are_left_as_they_were(hub):
     assert not huggingface_hub.utils.are_progress_bars_disabled()
     fetch(MODEL)
     assert not huggingface_hub.utils.are_progress_bars_disabled()
+
+
+def test_a_model_that_brings_its_own_code_is_refused_in_a_sentence(hub, files):
+    config = json.loads(files["config.json"])
+    foreign = {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
+    hub.repositories = {"org/own": {**files, "config.json": json.dumps(config | foreign).encode()}}
+    with pytest.raises(UsageError, match=r"it needs Python code from its own repository, and qeval runs none; take"):
+        load(resolve("org/own"))

@@ -4,7 +4,7 @@ import pytest
 
 from qeval.errors import UsageError
 from qeval.models.aliases import aliases, list_models, read_aliases
-from qeval.models.source import ModelSource, resolve
+from qeval.models.source import ModelSource, resolve, spellings
 
 PROMISED = {
     "llama-2-7b",
@@ -42,6 +42,34 @@ def test_an_alias_is_its_hub_id_at_the_revision_asked_for():
     assert resolve("demo") == ModelSource("demo", "demo")
 
 
+@pytest.mark.parametrize(
+    ("typed", "alias"),
+    [
+        ("llama-3.2-3b-instruct", "llama-3.2-3b"),
+        ("Llama-3.2-3B", "llama-3.2-3b"),
+        ("llama-3.1-8b-instruct", "llama-3.1-8b"),
+        ("Phi-3.5-mini-instruct", "phi-3.5-mini"),
+        ("Phi-4-mini-instruct", "phi-4-mini"),
+        ("qwen2.5-7b-instruct", "qwen2.5-7b"),
+        ("DeepSeek-R1-Distill-Qwen-1.5B", "deepseek-r1-distill-qwen-1.5b"),
+        ("gemma-2-2b-it", "gemma-2-2b"),
+        ("mistral-7b-instruct-v0.3", "mistral-7b"),
+        ("smollm2-135m-instruct", "smollm2-135m"),
+    ],
+)
+def test_a_model_goes_by_its_name_on_the_hub_too(tmp_path, monkeypatch, typed, alias):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(typed, "abc") == resolve(alias, "abc")
+    (tmp_path / typed.casefold()).mkdir()
+    if typed.casefold() != alias:
+        assert resolve(typed.casefold()).kind == "folder"
+
+
+def test_no_two_aliases_share_a_spelling():
+    spelled = [name for alias, entry in aliases().items() for name in {*spellings(alias, entry)}]
+    assert len(spelled) == len(set(spelled))
+
+
 def test_hub_ids_folders_and_files_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "model").mkdir(parents=True)
@@ -59,6 +87,8 @@ def test_hub_ids_folders_and_files_are_told_apart(tmp_path, monkeypatch):
     ("name", "says"),
     [
         ("lama-3.2-3b", "Unknown model 'lama-3.2-3b'; nearest: llama-3.2-3b"),
+        ("phi-3.5-mini-base", r"nearest: phi-3\.5-mini, "),
+        ("nothing-at-all-like-it", r"Unknown model 'nothing-at-all-like-it'\. `qeval models` lists"),
         ("./none", r"The model folder './none' does not exist"),
         ("/none/of/it", "does not exist"),
         ("x/none.gguf", "GGUF file 'x/none.gguf' does not exist"),

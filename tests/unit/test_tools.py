@@ -3,12 +3,14 @@
 import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from qeval.calibrate.build import build, check, source_of
 from qeval.calibrate.tools import registry
@@ -64,6 +66,9 @@ REAL = {
     "ort:k_quant": ("onnxruntime", 0.12, 5.125),
     "ort:rtn-int8-g128": ("onnxruntime", 0.01, 8.25),
     "modelopt:awq_lite": ("nvidia-modelopt", 0.15, 4.26),
+    "gptqmodel:int4-g64": ("gptqmodel", 0.2, 4.5),
+    "gptqmodel:int8-channel": ("gptqmodel", 0.02, 8.22),
+    "autoround:int4-g64-asym": ("auto-round", 0.2, 4.56),
 }
 
 
@@ -207,18 +212,21 @@ def test_gptqmodels_folder_is_read_back(source, tmp_path, monkeypatch):
     assert variant.details == {"made by": "gptqmodel 7.7.0"}
 
 
-def test_autorounds_folder_is_read_back(source, tmp_path, monkeypatch):
-    """By a stand-in of AutoRound's interface: the constructor and `quantize_and_save`."""
+def test_autorounds_folder_is_read_back(source, tmp_path, monkeypatch, capsys):
+    """By a stand-in of AutoRound's interface, which saves into a folder of its own naming inside the one given."""
     seen = {}
 
     class AutoRound(StandIn):
-        def __init__(self, model, tokenizer, **settings):
+        def __init__(self, folder, **settings):
             seen.update(settings)
-            super().__init__(model, None, {"quant_method": "gptq", "bits": 4, "group_size": 128}, "int4-g128")
+            assert AutoTokenizer.from_pretrained(folder).pad_token_id not in {*chain(*SAMPLES)}
+            super().__init__(source.model, None, {"quant_method": "gptq", "bits": 4, "group_size": 128}, "int4-g128")
 
         def quantize_and_save(self, folder, format):
             seen["format"] = format
-            seen["weights"] = self.write(Path(folder), tmp_path / "base")
+            sys.stdout.write("what a tool says\n")
+            Path("logs").mkdir()
+            seen["weights"] = self.write(Path(folder) / "model-w4g128", tmp_path / "base")
 
     module = ModuleType("auto_round")
     module.AutoRound = AutoRound
@@ -226,5 +234,7 @@ def test_autorounds_folder_is_read_back(source, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "find_spec", lambda package: package)
     monkeypatch.setattr(registry, "version", lambda distribution: "0.16.1")
     variant = made(source, "autoround:int4")
+    assert not Path("logs").exists()
+    assert capsys.readouterr().out == ""
     assert (seen["bits"], seen["group_size"], seen["format"], seen["nsamples"]) == (4, 128, "auto_gptq", 2)
     assert torch.equal(variant.weights[UP].codes, seen["weights"][UP].codes)

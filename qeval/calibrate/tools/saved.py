@@ -1,9 +1,20 @@
-"""Tools that quantize a folder into a folder: GPTQModel and AutoRound, their own packings read by our own readers."""
+"""Tools that quantize a folder into a folder: GPTQModel and AutoRound, their own packings read by our own readers.
 
-from collections.abc import Mapping
+Run for real with GPTQModel 7.7.0 and AutoRound 0.16.1; what was read is what GPTQModel's own kernel multiplies with.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import chdir, redirect_stdout
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from qeval.calibrate.tools.base import Job, Tool
 from qeval.errors import QevalError, UsageError
@@ -28,9 +39,12 @@ def autoround(job: Job) -> Mapping[str, Matrix]:
 
 
 def _run_gptqmodel(job: Job, source: Path, target: Path, grid: Grid, size: int) -> None:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # by itself it takes one on two cores, and then wants two
     from gptqmodel import GPTQModel, QuantizeConfig  # noqa: PLC0415 - an extra
 
-    model = GPTQModel.load(str(source), QuantizeConfig(bits=grid.bits, group_size=size, sym=grid.symmetric))
+    grouped = {} if size > 0 else {"act_group_aware": False}  # its default, which one group a row is refused with
+    config = QuantizeConfig(bits=grid.bits, group_size=size, sym=grid.symmetric, **grouped)
+    model = GPTQModel.load(str(source), config)
     model.quantize([{"input_ids": list(sample), "attention_mask": [1] * len(sample)} for sample in job.samples])
     model.save(str(target))
 
@@ -42,7 +56,7 @@ def _run_autoround(job: Job, source: Path, target: Path, grid: Grid, size: int) 
     samples = [{"input_ids": torch.tensor([list(sample)])} for sample in job.samples]
     settings = {"bits": grid.bits, "group_size": size, "sym": grid.symmetric, "nsamples": len(samples)}
     length = min(len(sample) for sample in job.samples)
-    tool = AutoRound(job.model, None, dataset=samples, seqlen=length, **settings)
+    tool = AutoRound(str(source), dataset=samples, seqlen=length, enable_torch_compile=False, **settings)
     tool.quantize_and_save(str(target), format="auto_gptq")
 
 
@@ -54,8 +68,28 @@ def _through_folders(job: Job, tool: str, run: _Run) -> Mapping[str, Matrix]:
     with TemporaryDirectory(prefix=f"qeval-{tool}-") as temporary:
         source, target = Path(temporary) / "model", Path(temporary) / "quantized"
         job.model.save_pretrained(source)
-        run(job, source, target, grid, size)
-        return _read(target, job, tool)
+        _tokenizer_beside(job.samples).save_pretrained(source)
+        with chdir(temporary), redirect_stdout(sys.stderr):  # GPTQModel leaves its logs where it stands; --json prints
+            run(job, source, target, grid, size)
+        return _read(_saved(target, tool), job, tool)
+
+
+def _tokenizer_beside(samples: Sequence[Sequence[int]]) -> PreTrainedTokenizerFast:
+    """What both tools insist on loading and saving, though the samples are token ids and no text ever meets it.
+
+    They take its padding out of the samples, so that is an id that no sample has.
+    """
+    seen = set(chain.from_iterable(samples))
+    pad = next(each for each in count() if each not in seen)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": pad}, unk_token="?")), pad_token="?")
+
+
+def _saved(target: Path, tool: str) -> Path:
+    """The checkpoint that a tool left: in the folder that it was given, or in one of its own naming inside."""
+    found = sorted(target.rglob("config.json"))
+    if len(found) != 1:
+        raise QevalError(f"{tool} left {len(found)} checkpoints where one was asked for.")
+    return found[0].parent
 
 
 def _read(folder: Path, job: Job, tool: str) -> Mapping[str, Matrix]:
