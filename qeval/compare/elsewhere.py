@@ -20,7 +20,7 @@ from qeval.compare.witness import has_tokenizer, notes_on, read_tokenizer, same_
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.formats import torchao
 from qeval.formats.assemble import Baseline, Reading, assemble, padding, unused
-from qeval.formats.checkpoint import Tensors, opened, read_config
+from qeval.formats.checkpoint import Tensors, opened, read_config, read_quantization
 from qeval.formats.gguf import forms_of
 from qeval.formats.registry import format_of
 from qeval.identity import digest
@@ -80,8 +80,7 @@ def found(name: str, path: Path, baseline: Baseline) -> Made:
     """
     if path.suffix.lower() == ".gguf":
         return _gguf(name, path, baseline)
-    config = read_config(path)
-    quantized = config.get("quantization_config") or config.get("compression_config")
+    config, quantized = read_config(path), read_quantization(path)
     if quantized is None:
         reading = Reading(None, {}, {})
         return Made(name, path, path, config, reading, "float", "floats", ("no quantization_config: taken as it is",))

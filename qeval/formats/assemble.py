@@ -69,8 +69,9 @@ def assemble(tensors: Tensors, reading: Reading, baseline: Baseline, key: str, a
         _check_finite(name, found[name])
         advance(baseline.parameters[name].numel())
     check_tie(tensors, found, baseline)
-    check_resemblance(found, baseline, exact=reading.format is not None or bool(reading.forms))
-    return _variant(found, reading, baseline, key)
+    inputs = _inputs(tensors, reading, baseline)
+    check_resemblance(found, inputs, baseline, exact=reading.format is not None or bool(reading.forms))
+    return _variant(found, inputs, reading, baseline, key)
 
 
 def check_same_base(tensors: Tensors, reading: Reading, baseline: Baseline) -> None:
@@ -111,16 +112,20 @@ def check_tie(tensors: Tensors, found: Mapping[str, Matrix | Tensor], baseline: 
         )
 
 
-def check_resemblance(found: Mapping[str, Matrix | Tensor], baseline: Baseline, *, exact: bool) -> None:
+def check_resemblance(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline, *, exact: bool
+) -> None:
     """Refuse matrices that are not the baseline's, with the misreading that explains them where one does.
 
-    `exact`: whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated
-    matrices are refused.
+    `inputs`: by what a linear's input is multiplied while running [columns], and its matrix was divided. `exact`:
+    whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated matrices are
+    refused.
 
     Raises:
         UsageError: it names the first such matrix, how many there are, and the cause.
     """
-    wrong = {name: each for name, each in _resemblances(found, baseline) if not (each.ok or _excused(each, exact))}
+    every = _resemblances(found, inputs, baseline)
+    wrong = {name: each for name, each in every if not (each.ok or _excused(each, exact))}
     if not wrong:
         return
     name, first = next(iter(wrong.items()))
@@ -136,13 +141,16 @@ def _excused(each: Resemblance, exact: bool) -> bool:
     return not exact and each.cause is None and each.error < 1.0
 
 
-def _resemblances(found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> Iterator[tuple[str, Resemblance]]:
+def _resemblances(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline
+) -> Iterator[tuple[str, Resemblance]]:
     """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
     rows: dict[str, Tensor] = {}
     producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
     for group in baseline.description.groups:
-        scales = _input_scales(group, found, baseline, rows)
+        folded_scales = _input_scales(group, found, baseline, rows)
         for name in group.names:
+            scales = folded_scales / inputs[name] if name in inputs else folded_scales
             base = baseline.parameters[name].float().cpu()
             read = _as_matrix(found[name])
             rows[name] = _row_factors(values_of(read), base * scales)
@@ -193,7 +201,9 @@ def _turned(group: Group, name: str, baseline: Baseline) -> int | None:
     return baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
 
 
-def _variant(found: Mapping[str, Matrix | Tensor], reading: Reading, baseline: Baseline, key: str) -> Variant:
+def _variant(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], reading: Reading, baseline: Baseline, key: str
+) -> Variant:
     weights = {name: read for name, read in found.items() if isinstance(read, QWeight)}
     floats: dict[str, Tensor] = {}
     kept, stored = [], []
@@ -216,7 +226,7 @@ def _variant(found: Mapping[str, Matrix | Tensor], reading: Reading, baseline: B
             kept.append(Kept(name, read.numel(), f"in float{'' if same else ', other than the baseline has it'}"))
     if not (weights or stored):
         raise UsageError("it holds no quantized weight.")
-    return Variant(key, weights, floats, {}, tuple(kept), details=_details(weights, stored), stored=tuple(stored))
+    return Variant(key, weights, floats, inputs, tuple(kept), details=_details(weights, stored), stored=tuple(stored))
 
 
 def _details(weights: Mapping[str, QWeight], stored: Iterable[Stored]) -> dict[str, str]:
@@ -244,6 +254,22 @@ def _read(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> 
     if not theirs.is_floating_point():
         raise UsageError(f"it holds {name} as {_dtype(theirs)} without what would say how to read that.")
     return theirs
+
+
+def _inputs(tensors: Tensors, reading: Reading, baseline: Baseline) -> dict[str, Tensor]:
+    """By what the inputs of linears are multiplied while running, [columns] fp32, where the file says so."""
+    part = reading.format.input_scale if reading.format else None
+    found = {}
+    for name in _names(tensors, baseline) if part else ():
+        module = _module_name(tensors, name, baseline.prefix)
+        if _is_packed(tensors, reading, baseline, name) and f"{module}.{part}" in tensors:
+            scales = tensors.load(f"{module}.{part}").float()
+            if scales.shape != baseline.parameters[name].shape[1:] or not bool(
+                ((scales > 0) & scales.isfinite()).all()
+            ):
+                raise UsageError(f"its {module}.{part} is no positive number for each of the linear's inputs.")
+            found[name] = scales
+    return found
 
 
 def _decoded(tensors: Tensors, reads: Format, config: Config, name: str, ours: Tensor) -> Matrix:

@@ -81,11 +81,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"'{folder}' is no checkpoint: there is no config.json in it.")
+    return _read_object(folder / "config.json")
+
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """How a folder says that it is quantized: in its config.json, or beside it as Model Optimizer did first.
+
+    Raises:
+        UsageError: config.json is missing, or a file is no JSON object.
+    """
+    config = read_config(folder)
+    beside = folder / "hf_quant_config.json"
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized is None and beside.is_file():
+        return {"quant_method": "modelopt", **(_read_object(beside).get("quantization") or {})}
+    return quantized
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"'{folder}' is no checkpoint: there is no config.json in it.") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"'{path}' can't be read: {error}.") from error
     if not isinstance(config, dict):

@@ -91,6 +91,18 @@ def test_a_checkpoint_is_scored_as_the_variant_that_it_was_packed_from(bench, ma
     assert {each["witness"] for each in run["variants"]} == {run["witness"]}
 
 
+def test_model_optimizers_export_is_scored_with_its_own_file_of_settings(bench, made, tmp_path):
+    """Its first exports said how they are quantized in hf_quant_config.json alone."""
+    path = made(None, packers.modelopt)
+    settings = {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 16}, "producer": {"name": "modelopt"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    assert bench.compare(*QUIET, "--variant", f"theirs={path}", methods="rtn:g16", out=str(out)) == 0
+    assert kl(out, "theirs") == pytest.approx(kl(out, "rtn:g16"), rel=2e-2)  # scales in half precision
+    assert records(out)["theirs"]["method"] == "modelopt"
+    assert records(out)["theirs"]["details"]["made by"] == "Model Optimizer (W4A16_AWQ)"
+
+
 def test_the_old_zero_points_read_as_the_new_are_named(made, refused):
     path = made(GPTQ | {"checkpoint_format": "gptq_v2"}, packers.gptq, "int4-g16-asym")
     assert "its zero points are one too low (14 of 21 weights alike)" in refused(path)

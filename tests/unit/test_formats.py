@@ -15,6 +15,7 @@ from qeval.formats.checkpoint import opened, read_config
 from qeval.formats.compressed import decode as decode_compressed
 from qeval.formats.gptq import decode as decode_gptq
 from qeval.formats.hqq import decode as decode_hqq
+from qeval.formats.modelopt import decode as decode_modelopt
 from qeval.formats.registry import FORMATS, format_of
 from qeval.models.graph import describe
 from qeval.models.head import head_of
@@ -27,6 +28,7 @@ from tests.fixtures.tiny import save_tiny, tiny_llama
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
 CT = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -69,6 +71,8 @@ CASES = {
     "compressed, 8 bits per channel": (compressed(8), packers.compressed, "int8-channel"),
     "compressed, 3 bits": (compressed(3, size=16), packers.compressed, "int3-g16"),
     "compressed, bytes": (compressed(8, "int-quantized"), packers.int_quantized, "int8-channel"),
+    "model optimizer": (MODELOPT | {"group_size": 16}, packers.modelopt, "int4-g16"),
+    "model optimizer, bytes": (MODELOPT | {"quant_algo": "W8A16"}, packers.int_quantized, "int8-channel"),
     "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, packers.llm_int8, "int8-channel"),
 }
 
@@ -159,6 +163,71 @@ def test_fp8_and_fp4_are_values(model):
     assert values[0, :4].tolist() == [0.0, 0.0, 0.25, 0.0]  # bytes 0 and 1, low nibble first; 2 / 4 a unit
 
 
+def test_model_optimizers_small_floats_are_values(model):
+    """Each from its definition, and the two scales of NVFP4 multiplied."""
+    weight = model.model.layers[0].mlp.up_proj.weight
+    tiles = weight.abs().reshape(4, 32, 2, 32).amax((1, 3), keepdim=True) / 448
+    parts = {"weight": (weight.reshape(4, 32, 2, 32) / tiles).reshape(128, 64).to(torch.float8_e4m3fn)}
+    found = decode_modelopt(Module("m", 128, 64, parts | {"weight_scale": tiles}), MODELOPT)
+    assert torch.equal(found.values, (parts["weight"].float().reshape(4, 32, 2, 32) * tiles).reshape(128, 64))
+    exponents = torch.arange(256).reshape(128, 2).to(torch.uint8)
+    micro = decode_modelopt(Module("m", 128, 64, parts | {"weight_scale": exponents}), MODELOPT)
+    assert float(micro.values[64, 40]) == float(parts["weight"][64, 40].float()) * 2.0 ** (129 - 127)
+    four = {
+        "weight": torch.arange(128 * 32).reshape(128, 32).to(torch.uint8),
+        "weight_scale": torch.full((128, 4), 2.0).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(0.25),
+    }
+    values = decode_modelopt(Module("m", 128, 64, four), MODELOPT)
+    assert values.values[0, :4].tolist() == [0.0, 0.0, 0.25, 0.0]  # bytes 0 and 1, low nibble first; 2 * 0.25 a unit
+    assert (values.form, values.size_bits) == ("nvfp4", 128 * 64 * 4 + 128 * 4 * 8)
+
+
+def test_inputs_that_are_scaled_while_running_are_kept_beside_the_integers(base, baseline, tmp_path):
+    """AWQ of a linear whose scales nothing before it takes: columns divided, inputs multiplied."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scales = torch.exp2(torch.arange(64) % 7 - 3.0)
+    weight = quantize(baseline.parameters[name] / scales, parse("int4-g16"))
+    folder = packers.save_checkpoint(
+        base, tmp_path, MODELOPT, {name: packers.modelopt(weight) | {"pre_quant_scale": scales}}
+    )
+    variant = read(folder, baseline)
+    same(variant.weights[name], weight)
+    assert torch.equal(variant.input_scales[name], scales)
+    parts = {name: packers.modelopt(weight)}
+    with pytest.raises(UsageError, match=f"its {name} is not the baseline's"):
+        read(packers.save_checkpoint(base, tmp_path / "without", MODELOPT, parts), baseline)
+    wrong = {name: packers.modelopt(weight) | {"pre_quant_scale": scales.neg()}}
+    with pytest.raises(UsageError, match="pre_quant_scale is no positive number for each of the linear's inputs"):
+        read(packers.save_checkpoint(base, tmp_path / "wrong", MODELOPT, wrong), baseline)
+
+
+def test_what_model_optimizer_rounds_beside_the_weights_is_told():
+    config = MODELOPT | {"quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    algorithm, activations, cache = format_of(config, "here").notes(config)
+    assert (algorithm, activations) == (
+        "NVFP4",
+        "its own kernels round activations too: only the loss of its weights is scored",
+    )
+    assert cache == "its own kernels round the cache of keys and values: not scored either"
+    layers = {"a": {"quant_algo": "W4A16_AWQ"}, "b": {"quant_algo": "W8A16"}}
+    config = MODELOPT | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    assert format_of(config, "here").notes(config) == ("W4A16_AWQ, W8A16",)
+
+
+def test_model_optimizers_own_packing_is_read(model):
+    export = pytest.importorskip("modelopt.torch.export.quant_utils")
+    fp4 = pytest.importorskip("modelopt.torch.quantization.qtensor").NVFP4QTensor
+    weight = model.model.layers[0].mlp.up_proj.weight
+    rounded = quantize(weight, parse("int4-g16"))
+    parts = {"weight": export.pack_int4_in_uint8(weight, rounded.scales, 16), "weight_scale": rounded.scales}
+    same(decode_modelopt(Module("m", 128, 64, parts), MODELOPT | {"group_size": 16}), rounded)
+    made, scales, second = fp4.quantize(weight.clone(), 16)
+    parts = {"weight": made._quantized_data, "weight_scale": scales, "weight_scale_2": second}
+    values = decode_modelopt(Module("m", 128, 64, parts), MODELOPT).values
+    assert torch.equal(values, made.dequantize(torch.float32, scale=scales, double_scale=second, block_sizes={-1: 16}))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_hqq_is_read_along_either_axis(model, bits, axis):
@@ -216,6 +285,10 @@ REFUSED = {
     "a packing of AutoRound": (
         {"quant_method": "auto-round", "packing_format": "auto_round:itrex"},
         "Unknown AutoRound packing 'auto_round:itrex'",
+    ),
+    "an algorithm of Model Optimizer": (
+        MODELOPT | {"quant_algo": "NVFP4_SVD"},
+        "Model Optimizer's 'NVFP4_SVD' is not read",
     ),
     "sparse weights": (CT | {"format": "marlin-24"}, "'marlin-24' is not read"),
     "rotations": (CT | {"transform_config": {"config_groups": {"a": {}}}}, "rotates activations while running"),
