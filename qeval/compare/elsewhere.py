@@ -37,7 +37,7 @@ from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
 from qeval.tasks.corpus import BosPolicy
 from qeval.types import Request
 
-FORMATS_VERSION = 1
+FORMATS_VERSION = 2
 """Part of every key: raise it when the same file is read into other numbers."""
 
 _DECIDES = (

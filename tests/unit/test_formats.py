@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from qeval.calibrate.build import build, source_of
 from qeval.calibrate.stream import collect
@@ -13,6 +14,7 @@ from qeval.formats.assemble import Baseline, Reading, assemble
 from qeval.formats.base import Module, Values
 from qeval.formats.checkpoint import opened, read_config
 from qeval.formats.compressed import decode as decode_compressed
+from qeval.formats.fp8 import decode as decode_fp8
 from qeval.formats.gptq import decode as decode_gptq
 from qeval.formats.hqq import decode as decode_hqq
 from qeval.formats.modelopt import decode as decode_modelopt
@@ -28,6 +30,7 @@ from tests.fixtures.tiny import save_tiny, tiny_llama
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
 CT = {
     "quant_method": "compressed-tensors",
@@ -181,6 +184,34 @@ def test_model_optimizers_small_floats_are_values(model):
     values = decode_modelopt(Module("m", 128, 64, four), MODELOPT)
     assert values.values[0, :4].tolist() == [0.0, 0.0, 0.25, 0.0]  # bytes 0 and 1, low nibble first; 2 * 0.25 a unit
     assert (values.form, values.size_bits) == ("nvfp4", 128 * 64 * 4 + 128 * 4 * 8)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (192, 160), (128, 100)])
+def test_fp8_tiles_are_those_of_deepseeks_own_loop(shape):
+    """Block by block, the last ones short; and as transformers has it where all are whole."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand((-(-rows // 128), -(-columns // 32)), generator=generator)
+    parts = {"weight": weight, "weight_scale_inv": scales}
+    found = decode_fp8(Module("m", rows, columns, parts), FP8 | {"weight_block_size": [128, 32]})
+    for row in range(len(scales)):
+        for column in range(scales.shape[1]):
+            there = slice(128 * row, 128 * (row + 1)), slice(32 * column, 32 * (column + 1))
+            assert torch.equal(found.values[there], weight[there].float() * scales[row, column])
+    if rows % 128 == columns % 32 == 0:
+        theirs = Fp8Dequantize(None)._dequantize_one(weight, scales)
+        assert torch.equal(found.values, theirs)
+
+
+def test_fp4_experts_of_an_fp8_checkpoint_are_transformers_values():
+    packed = torch.arange(-64, 64).repeat(32).reshape(128, 32).to(torch.int8)
+    scales = torch.arange(120, 130).repeat(26)[: 128 * 2].reshape(128, 2).to(torch.uint8)
+    for stored in (scales, scales.view(torch.float8_e8m0fnu)):
+        parts = {"weight": packed, "weight_scale_inv": stored}
+        found = decode_fp8(Module("m", 128, 64, parts), FP8)
+        assert torch.equal(found.values, Fp8Dequantize(None)._dequantize_one(packed, stored, torch.float32))
+    assert (found.form, found.size_bits) == ("fp4", 128 * 64 * 4 + 128 * 2 * 8)
 
 
 def test_inputs_that_are_scaled_while_running_are_kept_beside_the_integers(base, baseline, tmp_path):
