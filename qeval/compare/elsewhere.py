@@ -26,6 +26,7 @@ from qeval.formats.registry import format_of
 from qeval.identity import digest
 from qeval.models.gguf import converted
 from qeval.models.info import LoadedModel
+from qeval.models.matrices import turned_in, weights_of
 from qeval.models.quiet import quiet
 from qeval.models.weights import listed, weights_sha256
 from qeval.paths import home
@@ -104,11 +105,11 @@ def _gguf(name: str, path: Path, baseline: Baseline) -> Made:
 
 def baseline_of(loaded: LoadedModel, source: Loaded) -> Baseline:
     """What a checkpoint is laid beside."""
-    parameters = dict(loaded.model.named_parameters())
+    parameters, turned = weights_of(loaded.model), turned_in(loaded.model)
     parameters.setdefault(source.description.head, source.head.weight)
     config = loaded.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Baseline(parameters, source.description, int(head_dim), f"{loaded.model.base_model_prefix}.")
+    return Baseline(parameters, source.description, int(head_dim), f"{loaded.model.base_model_prefix}.", turned)
 
 
 def check_config(made: Made, loaded: LoadedModel) -> None:

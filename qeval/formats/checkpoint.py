@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,22 @@ class Tensors:
         Raises:
             UsageError: it can't be read.
         """
+        return self._loaded(name, lambda file: file.get_tensor(name))
+
+    def load_part(self, name: str, index: int) -> Tensor:
+        """What a stack holds at an index, in the file's type; the rest is not read.
+
+        Raises:
+            UsageError: it can't be read.
+        """
+        return self._loaded(name, lambda file: file.get_slice(name)[index])
+
+    def _loaded(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         entry = self.entries[bisect_left(self._names, name)]
         try:
-            tensor: Tensor = self._files[entry.path].get_tensor(name)
-        except (SafetensorError, KeyError, TypeError) as error:
+            return read(self._files[entry.path])
+        except (SafetensorError, KeyError, TypeError, IndexError) as error:
             raise UsageError(f"'{entry.path}' holds {name} as {entry.dtype}, which can't be read ({error}).") from error
-        return tensor
 
     def parts_of(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module, by what follows its name."""

@@ -22,8 +22,7 @@ After = Callable[[Tensor, Tensor], None]
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters by name; views where its modules keep matrices transposed or in stacks."""
-    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    stacks = stacks_of(model)
+    turned, stacks = turned_in(model), stacks_of(model)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in stacks:
@@ -31,6 +30,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         else:
             found[name] = parameter.T if name in turned else parameter
     return found
+
+
+def turned_in(model: nn.Module) -> frozenset[str]:
+    """The weights that a model keeps as [inputs, outputs], by name."""
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,6 +1,7 @@
 """`--variant NAME=PATH` of checkpoints that other tools quantized: through `compare`, and refused with their cause."""
 
 import json
+import re
 from dataclasses import replace
 
 import gguf
@@ -9,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qeval.compare.witness import witness_of
+from qeval.models.families import tiny_family
+from qeval.quant.grid import parse
 from qeval.quant.qweight import QWeight
+from qeval.quant.rtn import quantize
 from qeval.report import build
 from qeval.score.corpus import Shard
 from qeval.store.rows import RowStore
@@ -351,3 +355,26 @@ def test_a_gguf_type_that_nothing_dequantizes_is_named(bench, ggufs, capsys, mon
     assert "which the gguf package can't dequantize; quantize it otherwise." in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+STACKED = {"Mixtral": r".*(\.experts\..*|_proj)\.weight", "GPT2": r".*\.c_(attn|proj|fc)\.weight"}
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_what_transformers_stacks_or_turns_is_found_in_a_file_that_does_not(bench, tmp_path, family):
+    """Experts one by one, GPT-2's matrices as [inputs, outputs]: packed by GPTQ, they lose what rtn loses."""
+    model, tokenizer = tiny_family(family, max_position_embeddings=CONTEXT, vocab_size=BYTES), tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    turn = family == "GPT2"
+    parts = {
+        name: packers.gptq(quantize(tensor.T if turn else tensor, parse("int4-g16")))
+        for name, tensor in tensors.items()
+        if re.fullmatch(STACKED[family], name)
+    }
+    path = packers.save_checkpoint(tmp_path / "model", tmp_path / "theirs", GPTQ, parts)
+    out, given = tmp_path / "out", {"model": str(tmp_path / "model"), "methods": "rtn:g16"}
+    assert bench.compare(*QUIET, "--variant", f"theirs={path}", **given, out=str(out)) == 0
+    assert kl(out, "theirs") == pytest.approx(kl(out, "rtn:g16"), rel=1e-3)
+    assert "not used" not in records(out)["theirs"]["details"]
