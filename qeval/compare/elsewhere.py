@@ -257,13 +257,18 @@ def _read(made: Made, tensors: Tensors, baseline: Baseline, key: str, advance: A
 def _details(made: Made, tensors: Tensors, baseline: Baseline) -> dict[str, str]:
     told = {"made by": f"{made.title} ({'; '.join(made.notes)})" if made.notes else made.title}
     if extra := padding(tensors, baseline):
-        told["padding"] = (
-            f"its embedding has the ids {extra.start} to {extra.stop - 1} beyond the baseline's: left out, so that "
-            "both are compared on the ids that they share"
-        )
+        told["padding"] = padding_told("embedding", extra)
     if names := unused(tensors, baseline):
         told["not used"] = listed(names)
     return told
+
+
+def padding_told(what: str, extra: range) -> str:
+    """That ids of a variant's own were left out."""
+    return (
+        f"its {what} has the ids {extra.start} to {extra.stop - 1} beyond the baseline's: left out, so that both are "
+        "compared on the ids that they share"
+    )
 
 
 def check_answers(made: Made, session: Session) -> None:
