@@ -20,12 +20,13 @@ from qeval.compare.witness import has_tokenizer, notes_on, read_tokenizer, same_
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.formats import torchao
 from qeval.formats.assemble import Baseline, Reading, assemble, padding, unused
-from qeval.formats.checkpoint import Tensors, opened, read_config
+from qeval.formats.checkpoint import Tensors, opened, read_config, read_quantization
 from qeval.formats.gguf import forms_of
 from qeval.formats.registry import format_of
 from qeval.identity import digest
 from qeval.models.gguf import converted
 from qeval.models.info import LoadedModel
+from qeval.models.matrices import turned_in, weights_of
 from qeval.models.quiet import quiet
 from qeval.models.weights import listed, weights_sha256
 from qeval.paths import home
@@ -37,7 +38,7 @@ from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
 from qeval.tasks.corpus import BosPolicy
 from qeval.types import Request
 
-FORMATS_VERSION = 1
+FORMATS_VERSION = 2
 """Part of every key: raise it when the same file is read into other numbers."""
 
 _DECIDES = (
@@ -80,8 +81,7 @@ def found(name: str, path: Path, baseline: Baseline) -> Made:
     """
     if path.suffix.lower() == ".gguf":
         return _gguf(name, path, baseline)
-    config = read_config(path)
-    quantized = config.get("quantization_config") or config.get("compression_config")
+    config, quantized = read_config(path), read_quantization(path)
     if quantized is None:
         reading = Reading(None, {}, {})
         return Made(name, path, path, config, reading, "float", "floats", ("no quantization_config: taken as it is",))
@@ -105,11 +105,11 @@ def _gguf(name: str, path: Path, baseline: Baseline) -> Made:
 
 def baseline_of(loaded: LoadedModel, source: Loaded) -> Baseline:
     """What a checkpoint is laid beside."""
-    parameters = dict(loaded.model.named_parameters())
+    parameters, turned = weights_of(loaded.model), turned_in(loaded.model)
     parameters.setdefault(source.description.head, source.head.weight)
     config = loaded.model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Baseline(parameters, source.description, int(head_dim), f"{loaded.model.base_model_prefix}.")
+    return Baseline(parameters, source.description, int(head_dim), f"{loaded.model.base_model_prefix}.", turned)
 
 
 def check_config(made: Made, loaded: LoadedModel) -> None:
@@ -257,13 +257,18 @@ def _read(made: Made, tensors: Tensors, baseline: Baseline, key: str, advance: A
 def _details(made: Made, tensors: Tensors, baseline: Baseline) -> dict[str, str]:
     told = {"made by": f"{made.title} ({'; '.join(made.notes)})" if made.notes else made.title}
     if extra := padding(tensors, baseline):
-        told["padding"] = (
-            f"its embedding has the ids {extra.start} to {extra.stop - 1} beyond the baseline's: left out, so that "
-            "both are compared on the ids that they share"
-        )
+        told["padding"] = padding_told("embedding", extra)
     if names := unused(tensors, baseline):
         told["not used"] = listed(names)
     return told
+
+
+def padding_told(what: str, extra: range) -> str:
+    """That ids of a variant's own were left out."""
+    return (
+        f"its {what} has the ids {extra.start} to {extra.stop - 1} beyond the baseline's: left out, so that both are "
+        "compared on the ids that they share"
+    )
 
 
 def check_answers(made: Made, session: Session) -> None:

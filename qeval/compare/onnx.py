@@ -16,7 +16,7 @@ from qeval.backends.onnx.matrices import Matrix
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
-from qeval.compare.elsewhere import Asked, check_tokens
+from qeval.compare.elsewhere import Asked, check_tokens, padding_told
 from qeval.compare.settings import BackendChoice
 from qeval.errors import UsageError
 from qeval.identity import digest_file
@@ -61,12 +61,14 @@ class Foreign:
     folder: Path
     facts: OnnxFacts
     sha256: str
+    ids: int
+    """The baseline's vocabulary; what the folder has beyond it is left out."""
     told: Mapping[str, str]
-    """What a reader must know of its tokenizer."""
+    """What a reader must know of its tokenizer and vocabulary."""
 
     def backend(self, choice: BackendChoice) -> FolderBackend:
         """What runs it."""
-        return FolderBackend(self.folder, choose(choice.ep), torch.get_num_threads())
+        return FolderBackend(self.folder, choose(choice.ep), torch.get_num_threads(), ids=self.ids)
 
     def record(self, backend: str, runtime: RuntimeRecord | None, seconds: float) -> VariantRecord:
         """What a run says of it."""
@@ -112,15 +114,17 @@ def foreign(name: str, folder: Path, loaded: LoadedModel, vocabulary: int, asked
     """
     facts = inspect_folder(folder)
     decoder = read_decoder(facts)
-    if decoder.vocab_size != vocabulary:
+    if decoder.vocab_size < vocabulary:
         raise UsageError(
-            f"--variant {name}={folder} gives logits of {decoder.vocab_size} tokens and the baseline of {vocabulary}, "
-            "so their distributions cannot be compared."
+            f"--variant {name}={folder} gives logits of {decoder.vocab_size} ids, the baseline of {vocabulary}: "
+            f"it has no probability for ids {decoder.vocab_size} to {vocabulary - 1}, so the two cannot be compared."
         )
     told = check_tokens(f"--variant {name}={folder}", folder, loaded.tokenizer, asked)
+    if decoder.vocab_size > vocabulary:
+        told = {**told, "padding": padding_told("head", range(vocabulary, decoder.vocab_size))}
     files = content_files(facts.files)
     sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
-    return Foreign(name, folder, facts, sha256, told)
+    return Foreign(name, folder, facts, sha256, vocabulary, told)
 
 
 def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level: int | None) -> RuntimeRecord:

@@ -5,8 +5,9 @@ This is what needs torch, transformers and the exporters; it runs before, and ap
 
 from pathlib import Path
 
+from qeval.backends.onnx.decoder import serialized
 from qeval.backends.onnx.export import EXPORT_VERSION, Exporter, Target
-from qeval.backends.onnx.files import GENAI_CONFIG
+from qeval.backends.onnx.files import GENAI_CONFIG, load_graph
 from qeval.backends.onnx.providers import choose, open_session, require_provider
 from qeval.backends.onnx.settings import session_entries
 from qeval.backends.onnx.swap import Style
@@ -47,10 +48,8 @@ def prepare_genai(opening: Opening) -> Path:
         raise UsageError(f"'{folder}' has no {GENAI_CONFIG}, without which onnxruntime-genai opens nothing.")
     if provider.name != "cpu":
         facts = facts_of(folder)
-        open_session(
-            str(facts.files.model), provider, threads=opening.threads, entries=session_entries(facts),
-            device_id=device_id,
-        )  # fmt: skip
+        graph = serialized(load_graph(facts.files.model))
+        open_session(graph, provider, threads=opening.threads, entries=session_entries(facts), device_id=device_id)
     return folder
 
 

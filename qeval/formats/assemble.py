@@ -16,8 +16,11 @@ from torch import Tensor
 from qeval.errors import UsageError
 from qeval.formats.base import Config, Format, Matrix, Module, Values
 from qeval.formats.checkpoint import Tensors
+from qeval.formats.join import joined
+from qeval.formats.names import Names
 from qeval.formats.resemble import Resemblance, relative, resemblance, values_of
 from qeval.models.graph import Description, Fold, Group
+from qeval.models.matrices import is_expert
 from qeval.models.weights import listed
 from qeval.progress import Advance
 from qeval.quant.qweight import QWeight
@@ -32,13 +35,15 @@ _HARMLESS = ("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale", "input_
 class Baseline:
     """What a checkpoint is laid beside: parameters by name (a tied head under its own name too), structure, prefixes.
 
-    `head_dim`: rows of an attention head. `prefix`: what the base model's tensors begin with, such as `model.`.
+    `parameters`: as `weights_of` has them, experts one by one; `turned`: those that files hold transposed. `head_dim`:
+    rows of an attention head. `prefix`: what the base model's tensors begin with, such as `model.`.
     """
 
     parameters: Mapping[str, Tensor]
     description: Description
     head_dim: int
     prefix: str
+    turned: frozenset[str] = frozenset()
 
     @property
     def needed(self) -> list[str]:
@@ -62,31 +67,35 @@ def assemble(tensors: Tensors, reading: Reading, baseline: Baseline, key: str, a
     Raises:
         UsageError: tensors are missing or of another shape, it is another model's, or its matrices are misread.
     """
-    check_same_base(tensors, reading, baseline)
+    names = Names(tensors, baseline.prefix)
+    check_same_base(names, reading, baseline)
     found: dict[str, Matrix | Tensor] = {}
-    for name in _names(tensors, baseline):
-        found[name] = _read(tensors, reading, baseline, name)
+    for name in _wanted(names, baseline):
+        found[name] = _read(names, reading, baseline, name)
         _check_finite(name, found[name])
         advance(baseline.parameters[name].numel())
-    check_tie(tensors, found, baseline)
-    check_resemblance(found, baseline, exact=reading.format is not None or bool(reading.forms))
-    return _variant(found, reading, baseline, key)
+    check_tie(names, found, baseline)
+    inputs = _inputs(names, reading, baseline)
+    check_resemblance(found, inputs, baseline, exact=reading.format is not None or bool(reading.forms))
+    for name in filter(is_expert, [*inputs]):
+        found[name] = _multiplied(_as_matrix(found[name]), inputs.pop(name))
+    return _variant(found, inputs, reading, baseline, key)
 
 
-def check_same_base(tensors: Tensors, reading: Reading, baseline: Baseline) -> None:
+def check_same_base(names: Names, reading: Reading, baseline: Baseline) -> None:
     """Refuse another model's checkpoint by tensors that no quantizer changes, where they are floats in it.
 
     Raises:
         UsageError: tensors are missing, or the embedding, the head or the last norm differ.
     """
-    missing = [name for name in baseline.needed if _stored_name(tensors, name, baseline.prefix) is None]
+    missing = [name for name in baseline.needed if name not in names]
     if missing:
         raise UsageError(f"it lacks {listed(sorted(missing))}, which the baseline has: it is another model's.")
     for name in _untouched(baseline):
-        if _is_packed(tensors, reading, baseline, name) or name in reading.forms:
+        if _is_packed(names, reading, baseline, name) or name in reading.forms:
             continue
         ours = baseline.parameters[name]
-        theirs = _fitting(name, tensors.load(_found_name(tensors, name, baseline.prefix)), ours)
+        theirs = _fitting(name, names.load(name), ours)
         if (apart := relative(theirs, ours.cpu())) > _SAME:
             raise UsageError(
                 f"its {name} differs from the baseline's by {100 * apart:.1f} %, which no quantizer changes: it was "
@@ -94,16 +103,16 @@ def check_same_base(tensors: Tensors, reading: Reading, baseline: Baseline) -> N
             )
 
 
-def check_tie(tensors: Tensors, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
+def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
     """Refuse a float head of its own in a model whose head is its embedding.
 
     Raises:
         UsageError: the head that the file holds is not the embedding that it holds.
     """
     about = baseline.description
-    if not about.tied or f"{about.head}" not in tensors:
+    if not about.tied or about.head not in names.tensors:
         return
-    head, embedding = tensors.load(about.head), found[about.embedding]
+    head, embedding = names.tensors.load(about.head), found[about.embedding]
     ours = values_of(embedding) if isinstance(embedding, QWeight | Values) else embedding
     if head.is_floating_point() and relative(_fitting(about.head, head, ours), ours) > _SAME:
         raise UsageError(
@@ -111,16 +120,20 @@ def check_tie(tensors: Tensors, found: Mapping[str, Matrix | Tensor], baseline: 
         )
 
 
-def check_resemblance(found: Mapping[str, Matrix | Tensor], baseline: Baseline, *, exact: bool) -> None:
+def check_resemblance(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline, *, exact: bool
+) -> None:
     """Refuse matrices that are not the baseline's, with the misreading that explains them where one does.
 
-    `exact`: whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated
-    matrices are refused.
+    `inputs`: by what a linear's input is multiplied while running [columns], and its matrix was divided. `exact`:
+    whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated matrices are
+    refused.
 
     Raises:
         UsageError: it names the first such matrix, how many there are, and the cause.
     """
-    wrong = {name: each for name, each in _resemblances(found, baseline) if not (each.ok or _excused(each, exact))}
+    every = _resemblances(found, inputs, baseline)
+    wrong = {name: each for name, each in every if not (each.ok or _excused(each, exact))}
     if not wrong:
         return
     name, first = next(iter(wrong.items()))
@@ -132,14 +145,17 @@ def _excused(each: Resemblance, exact: bool) -> bool:
     return not exact and each.cause is None and each.error < 1.0
 
 
-def _resemblances(found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> Iterator[tuple[str, Resemblance]]:
+def _resemblances(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline
+) -> Iterator[tuple[str, Resemblance]]:
     """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
     rows: dict[str, Tensor] = {}
     unfolded: dict[str, Resemblance] = {}
     producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
     for group in baseline.description.groups:
-        scales = _input_scales(group, found, baseline, rows)
+        folded_scales = _input_scales(group, found, baseline, rows)
         for name in group.names:
+            scales = folded_scales / inputs[name] if name in inputs else folded_scales
             base = baseline.parameters[name].float().cpu()
             read = _as_matrix(found[name])
             rows[name] = _row_factors(values_of(read), base * scales)
@@ -205,7 +221,9 @@ def _turned(group: Group, name: str, baseline: Baseline) -> int | None:
     return baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
 
 
-def _variant(found: Mapping[str, Matrix | Tensor], reading: Reading, baseline: Baseline, key: str) -> Variant:
+def _variant(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], reading: Reading, baseline: Baseline, key: str
+) -> Variant:
     weights = {name: read for name, read in found.items() if isinstance(read, QWeight)}
     floats: dict[str, Tensor] = {}
     kept, stored = [], []
@@ -228,7 +246,7 @@ def _variant(found: Mapping[str, Matrix | Tensor], reading: Reading, baseline: B
             kept.append(Kept(name, read.numel(), f"in float{'' if same else ', other than the baseline has it'}"))
     if not (weights or stored):
         raise UsageError("it holds no quantized weight.")
-    return Variant(key, weights, floats, {}, tuple(kept), details=_details(weights, stored), stored=tuple(stored))
+    return Variant(key, weights, floats, inputs, tuple(kept), details=_details(weights, stored), stored=tuple(stored))
 
 
 def _details(weights: Mapping[str, QWeight], stored: Iterable[Stored]) -> dict[str, str]:
@@ -238,18 +256,23 @@ def _details(weights: Mapping[str, QWeight], stored: Iterable[Stored]) -> dict[s
     return {"read as": ", ".join(told), "computed": "by qeval's own path, not by the kernels that it was made for"}
 
 
-def _names(tensors: Tensors, baseline: Baseline) -> list[str]:
+def _wanted(names: Names, baseline: Baseline) -> list[str]:
     """The parameters to read: a tied head too where the file quantizes one of its own."""
     head = baseline.description.head
-    own = len([name for name in tensors.below(head.removesuffix(".weight")) if name != head]) > 0
+    own = any(tensor != head for tensor in names.tensors.below(head.removesuffix(".weight")))
     return [*baseline.needed, *([head] if baseline.description.tied and own else [])]
 
 
-def _read(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> Matrix | Tensor:
+def _read(names: Names, reading: Reading, baseline: Baseline, name: str) -> Matrix | Tensor:
     ours = baseline.parameters[name]
-    if reading.format is not None and _is_packed(tensors, reading, baseline, name):
-        return _decoded(tensors, reading.format, reading.config, _module_name(tensors, name, baseline.prefix), ours)
-    theirs = _fitting(name, tensors.load(_found_name(tensors, name, baseline.prefix)), ours)
+    if reading.format is not None and _is_packed(names, reading, baseline, name):
+        modules = names.modules(name)
+        parts = [
+            Module(each, len(ours) // len(modules), ours.shape[1], names.tensors.parts_of(each)) for each in modules
+        ]
+        return joined([_decoded(part, reading.format, reading.config) for part in parts])
+    stored = names.load(name)
+    theirs = _fitting(name, stored.T if name in baseline.turned else stored, ours)
     if name in reading.forms:
         form, bits = reading.forms[name]
         return Values(theirs, form, bits)
@@ -258,20 +281,49 @@ def _read(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> 
     return theirs
 
 
-def _decoded(tensors: Tensors, reads: Format, config: Config, name: str, ours: Tensor) -> Matrix:
-    rows, columns = ours.shape
-    module = Module(name, rows, columns, tensors.parts_of(name))
+def _decoded(module: Module, reads: Format, config: Config) -> Matrix:
     try:
         return reads.decode(module, config)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:  # parts that do not fit each other
         raise module.error(f"can't be read as {reads.title} ({' '.join(str(error).split())})") from error
 
 
-def _is_packed(tensors: Tensors, reading: Reading, baseline: Baseline, name: str) -> bool:
-    if reading.format is None or baseline.parameters[name].dim() != 2 or not name.endswith(".weight"):
+def _inputs(names: Names, reading: Reading, baseline: Baseline) -> dict[str, Tensor]:
+    """By what the inputs of linears are multiplied while running, fp32, where the file says so.
+
+    [columns]; [rows, columns] where an expert's gate and up say other things.
+    """
+    part = reading.format.input_scale if reading.format else None
+    found: dict[str, Tensor] = {}
+    for name in _wanted(names, baseline) if part else ():
+        if not _is_packed(names, reading, baseline, name):
+            continue
+        held = [f"{module}.{part}" for module in names.modules(name)]
+        if all(each in names.tensors for each in held):
+            rows, columns = baseline.parameters[name].shape
+            scales = [_input_scale(names.tensors, each, columns) for each in held]
+            alike = all(torch.equal(each, scales[0]) for each in scales)
+            found[name] = scales[0] if alike else torch.cat([each.expand(rows // len(held), -1) for each in scales])
+    return found
+
+
+def _input_scale(tensors: Tensors, name: str, columns: int) -> Tensor:
+    scales = tensors.load(name).float()
+    if scales.shape != (columns,) or not bool(((scales > 0) & scales.isfinite()).all()):
+        raise UsageError(f"its {name} is no positive number for each of the linear's {columns} inputs.")
+    return scales
+
+
+def _multiplied(read: Matrix, scales: Tensor) -> Values:
+    """An expert's matrix with the scales of its inputs in it: nothing else could apply them."""
+    form = read.form if isinstance(read, Values) else str(read.grid)
+    return Values(values_of(read) * scales, f"{form} with input scales", read.size_bits + 16 * scales.numel())
+
+
+def _is_packed(names: Names, reading: Reading, baseline: Baseline, name: str) -> bool:
+    if reading.format is None or baseline.parameters[name].dim() != 2:
         return False
-    module = _module_name(tensors, name, baseline.prefix)
-    return any(f"{module}.{marker}" in tensors for marker in reading.format.markers)
+    return any(f"{module}.{each}" in names.tensors for module in names.modules(name) for each in reading.format.markers)
 
 
 def _fitting(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
@@ -296,18 +348,15 @@ def padding(tensors: Tensors, baseline: Baseline) -> range:
     """The ids that the checkpoint's embedding has beyond the baseline's."""
     name = baseline.description.embedding
     ours = baseline.parameters[name].shape[0]
-    stored = _stored_name(tensors, name, baseline.prefix)
+    stored = Names(tensors, baseline.prefix).stored(name)
     entry = next((entry for entry in tensors.entries if entry.name == stored), None)
     return range(ours, max(ours, entry.shape[0] if entry and len(entry.shape) == 2 else ours))
 
 
 def unused(tensors: Tensors, baseline: Baseline) -> list[str]:
     """Tensors that belong to none of the baseline's parameters, and are not known to be harmless."""
-    used = set()
-    for name in baseline.parameters:
-        module, _, leaf = name.rpartition(".")
-        for prefixed in _candidates(module, baseline.prefix):
-            used |= set(tensors.below(prefixed)) if leaf == "weight" else {f"{prefixed}.{leaf}"}
+    names = Names(tensors, baseline.prefix)
+    used = {each for name in baseline.parameters for each in names.belonging(name)}
     return sorted(name for name in tensors.named() if name not in used and not name.endswith(_HARMLESS))
 
 
@@ -317,35 +366,6 @@ def _untouched(baseline: Baseline) -> list[str]:
     norms = [n for n, p in baseline.parameters.items() if p.dim() == 1 and n.endswith("weight") and n not in folded]
     about = baseline.description
     return [about.embedding, *([] if about.tied else [about.head]), *norms]
-
-
-def _stored_name(tensors: Tensors, name: str, prefix: str) -> str | None:
-    """What the file calls a parameter, or the first of its module's tensors; None where it has neither."""
-    module, _, leaf = name.rpartition(".")
-    for candidate in _candidates(module, prefix):
-        if f"{candidate}.{leaf}" in tensors:
-            return f"{candidate}.{leaf}"
-        if leaf == "weight" and (below := tensors.below(candidate)):
-            return below[0]
-    return None
-
-
-def _found_name(tensors: Tensors, name: str, prefix: str) -> str:
-    found = _stored_name(tensors, name, prefix)
-    if found is None or found.rpartition(".")[2] != name.rpartition(".")[2]:
-        raise UsageError(f"it has no {name}, but {found}, which its format does not say how to read.")
-    return found
-
-
-def _module_name(tensors: Tensors, name: str, prefix: str) -> str:
-    module = name.removesuffix(".weight")
-    return next((each for each in _candidates(module, prefix) if tensors.below(each)), module)
-
-
-def _candidates(module: str, prefix: str) -> tuple[str, ...]:
-    """A module's name, and that name with or without what the base model's names begin with."""
-    other = module.removeprefix(prefix) if module.startswith(prefix) else prefix + module
-    return module, other
 
 
 def _check_finite(name: str, read: Matrix | Tensor) -> None:

@@ -74,6 +74,7 @@ class Format:
 
     `markers`: names of tensors that only a quantized linear has. `decode` reads one. `notes` says what a reader must
     know and refuses settings that are not read. `library`: what `decode` imports, and the command that installs it.
+    `input_scale`: the part [columns] by which a linear's input is multiplied while running, where a format has one.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Format:
     decode: Decode
     notes: Callable[[Config], tuple[str, ...]] = lambda config: ()
     library: tuple[str, str] | None = None
+    input_scale: str | None = None
 
 
 def read_bits(words: Tensor, bits: int, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,22 @@ class Tensors:
         Raises:
             UsageError: it can't be read.
         """
+        return self._loaded(name, lambda file: file.get_tensor(name))
+
+    def load_part(self, name: str, index: int) -> Tensor:
+        """What a stack holds at an index, in the file's type; the rest is not read.
+
+        Raises:
+            UsageError: it can't be read.
+        """
+        return self._loaded(name, lambda file: file.get_slice(name)[index])
+
+    def _loaded(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         entry = self.entries[bisect_left(self._names, name)]
         try:
-            tensor: Tensor = self._files[entry.path].get_tensor(name)
-        except (SafetensorError, KeyError, TypeError) as error:
+            return read(self._files[entry.path])
+        except (SafetensorError, KeyError, TypeError, IndexError) as error:
             raise UsageError(f"'{entry.path}' holds {name} as {entry.dtype}, which can't be read ({error}).") from error
-        return tensor
 
     def parts_of(self, module: str) -> dict[str, Tensor]:
         """The tensors of a module, by what follows its name."""
@@ -81,11 +91,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is missing or no JSON object.
     """
-    path = folder / "config.json"
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"'{folder}' is no checkpoint: there is no config.json in it.")
+    return _read_object(folder / "config.json")
+
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """How a folder says that it is quantized: in its config.json, or beside it as Model Optimizer did first.
+
+    Raises:
+        UsageError: config.json is missing, or a file is no JSON object.
+    """
+    config = read_config(folder)
+    beside = folder / "hf_quant_config.json"
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized is None and beside.is_file():
+        return {"quant_method": "modelopt", **(_read_object(beside).get("quantization") or {})}
+    return quantized
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"'{folder}' is no checkpoint: there is no config.json in it.") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"'{path}' can't be read: {error}.") from error
     if not isinstance(config, dict):

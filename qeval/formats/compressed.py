@@ -43,7 +43,7 @@ def decode(module: Module, config: Config) -> Matrix:
         return _packed(module, config)
     weight = module.part("weight", shape=(module.rows, module.columns))
     if weight.dtype in FP8:
-        return _fp8(module, weight)
+        return _fp8(module, weight, config)
     if weight.dtype != torch.int8:
         raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
     bits = max((each for each in _widths(config)), default=8)
@@ -105,9 +105,10 @@ def _zeros(module: Module, bits: int, shape: tuple[int, ...]) -> Tensor | None:
     return (zeros.reshape(shape).to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
 
-def _fp8(module: Module, weight: Tensor) -> Values:
+def _fp8(module: Module, weight: Tensor, config: Config) -> Values:
     scales = module.part("weight_scale")
-    values = weight.float() * spread(scales, module.rows, module.columns)
+    tile = next((each["block_structure"] for each in _weights(config) if each.get("block_structure")), None)
+    values = weight.float() * spread(scales, module.rows, module.columns, tile)
     name = "fp8 e4m3" if weight.dtype == torch.float8_e4m3fn else "fp8 e5m2"
     return Values(values, name, 8 * weight.numel() + 8 * scales.numel() * scales.element_size())
 

@@ -1,5 +1,7 @@
 """Small floating-point types: FP4 (E2M1) two a byte, FP8 by torch, and scales for blocks of them. Pure."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,23 @@ def powers(exponents: Tensor) -> Tensor:
     return torch.exp2(exponents.float() - 127)
 
 
-def spread(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Scales of equal blocks (a tensor, rows, groups, tiles) as [rows, columns], or what broadcasts to it."""
+def spread(scales: Tensor, rows: int, columns: int, tile: Sequence[int] | None = None) -> Tensor:
+    """Scales of blocks (a tensor, rows, groups, tiles) as [rows, columns], or what broadcasts to it.
+
+    `tile`: rows and columns of a block, the last ones short; equal blocks along a side where their number is another.
+    """
     if scales.numel() == 1:
         return scales.float().reshape(1, 1)
     scales = scales.float().reshape(len(scales), -1)
     for dim, size in enumerate((rows, columns)):
-        block = -(-size // scales.shape[dim])
-        # tiles are powers of two where the last one is short: ceil(size / count) alone would be too small
-        block = block if size % scales.shape[dim] == 0 else 1 << (block - 1).bit_length()
+        block = _block(size, scales.shape[dim], tile[dim] if tile else 0)
         scales = scales.repeat_interleave(block, dim).narrow(dim, 0, size)
     return scales
+
+
+def _block(size: int, count: int, asked: int) -> int:
+    if asked and -(-size // asked) == count:
+        return asked
+    block = -(-size // count)
+    # tiles are powers of two where the last one is short: ceil(size / count) alone would be too small
+    return block if size % count == 0 else 1 << (block - 1).bit_length()

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from qeval.errors import UsageError
-from qeval.formats import autoround, awq, bitsandbytes, compressed, gptq, hqq, torchao
+from qeval.formats import autoround, awq, bitsandbytes, compressed, fp8, gptq, hqq, modelopt, torchao
 from qeval.formats.base import Config, Format
 
 FORMATS: dict[str, Format] = {
@@ -15,6 +15,8 @@ FORMATS: dict[str, Format] = {
     "bitsandbytes": bitsandbytes.FORMAT,
     "hqq": hqq.FORMAT,
     "torchao": torchao.FORMAT,
+    "modelopt": modelopt.FORMAT,
+    "fp8": fp8.FORMAT,
 }
 
 

@@ -141,8 +141,9 @@ def _read_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UsageError(f"'{path}' can't be used: {_reason(error)}.") from error
     check_config(config, path)
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    beside = (folder / "hf_quant_config.json").is_file()  # Model Optimizer's, of which config.json may say nothing
+    if "quantization_config" in raw or beside:
+        method = raw.get("quantization_config", {}).get("quant_method", "modelopt" if beside else "unknown")
         raise UsageError(f"'{folder}' is quantized already ({method}); the baseline must be the float model.")
     return config
 

@@ -22,7 +22,7 @@ After = Callable[[Tensor, Tensor], None]
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters by name; views where its modules keep matrices transposed or in stacks."""
-    turned, stacks = turned_of(model), stacks_of(model)
+    turned, stacks = turned_in(model), stacks_of(model)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if name in stacks:
@@ -32,9 +32,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def turned_of(model: nn.Module) -> set[str]:
-    """The names of the matrices that are kept as [inputs, outputs]."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+def turned_in(model: nn.Module) -> frozenset[str]:
+    """The weights that a model keeps as [inputs, outputs], by name."""
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:

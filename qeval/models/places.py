@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from qeval.errors import UsageError
-from qeval.models.matrices import expert_name, stacks_of, turned_of, weights_of
+from qeval.models.matrices import expert_name, stacks_of, turned_in, weights_of
 from qeval.models.reader import Joined, Plain, Stored, Turned
 from qeval.models.weights import TensorEntry, check_complete, listed
 
@@ -49,7 +49,7 @@ def places_of(model: Any, entries: Sequence[TensorEntry], where: str) -> Places:
     sources, unused = _sources(model, entries, [each for each in table if isinstance(each, WeightRenaming)], converters)
     if held := sorted(sources.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
         raise UsageError(f"'{where}' keeps buffers with its weights ({listed(held)}), which --stream can't read.")
-    stacks, turned = stacks_of(model), turned_of(model)
+    stacks, turned = stacks_of(model), turned_in(model)
     stored: dict[str, Stored] = {}
     for name, found in sources.items():
         pattern, entries = next(iter(found.items()))

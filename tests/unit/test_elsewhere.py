@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,10 @@ from qeval.compare.elsewhere import Made, check_answers
 from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
+from qeval.models.families import tiny_family
+from qeval.quant.grid import parse
 from qeval.quant.qweight import QWeight
+from qeval.quant.rtn import quantize
 from qeval.report import build
 from qeval.score.corpus import Shard
 from qeval.store.rows import RowStore
@@ -95,6 +99,18 @@ def test_a_checkpoint_is_scored_as_the_variant_that_it_was_packed_from(bench, ma
         assert found[name]["details"]["computed"] == "by qeval's own path, not by the kernels that it was made for"
     run = json.loads((out / "run.json").read_text())
     assert {each["witness"] for each in run["variants"]} == {run["witness"]}
+
+
+def test_model_optimizers_export_is_scored_with_its_own_file_of_settings(bench, made, tmp_path):
+    """Its first exports said how they are quantized in hf_quant_config.json alone."""
+    path = made(None, packers.modelopt)
+    settings = {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 16}, "producer": {"name": "modelopt"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    assert bench.compare(*QUIET, "--variant", f"theirs={path}", methods="rtn:g16", out=str(out)) == 0
+    assert kl(out, "theirs") == pytest.approx(kl(out, "rtn:g16"), rel=2e-2)  # scales in half precision
+    assert records(out)["theirs"]["method"] == "modelopt"
+    assert records(out)["theirs"]["details"]["made by"] == "Model Optimizer (W4A16_AWQ)"
 
 
 def test_the_old_zero_points_read_as_the_new_are_named(made, refused):
@@ -376,3 +392,26 @@ def test_a_gguf_type_that_nothing_dequantizes_is_named(bench, ggufs, capsys, mon
     assert "which the gguf package can't dequantize; quantize it otherwise." in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+STACKED = {"Mixtral": r".*(\.experts\..*|_proj)\.weight", "GPT2": r".*\.c_(attn|proj|fc)\.weight"}
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_what_transformers_stacks_or_turns_is_found_in_a_file_that_does_not(bench, tmp_path, family):
+    """Experts one by one, GPT-2's matrices as [inputs, outputs]: packed by GPTQ, they lose what rtn loses."""
+    model, tokenizer = tiny_family(family, max_position_embeddings=CONTEXT, vocab_size=BYTES), tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    turn = family == "GPT2"
+    parts = {
+        name: packers.gptq(quantize(tensor.T if turn else tensor, parse("int4-g16")))
+        for name, tensor in tensors.items()
+        if re.fullmatch(STACKED[family], name)
+    }
+    path = packers.save_checkpoint(tmp_path / "model", tmp_path / "theirs", GPTQ, parts)
+    out, given = tmp_path / "out", {"model": str(tmp_path / "model"), "methods": "rtn:g16"}
+    assert bench.compare(*QUIET, "--variant", f"theirs={path}", **given, out=str(out)) == 0
+    assert kl(out, "theirs") == pytest.approx(kl(out, "rtn:g16"), rel=1e-3)
+    assert "not used" not in records(out)["theirs"]["details"]

@@ -4,20 +4,28 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from qeval.calibrate.build import build, source_of
 from qeval.calibrate.stream import collect
 from qeval.config import parse_method
 from qeval.errors import UsageError
-from qeval.formats.assemble import Baseline, Reading, assemble
+from qeval.formats.assemble import Baseline, Reading, assemble, unused
 from qeval.formats.base import Module, Values
 from qeval.formats.checkpoint import opened, read_config
 from qeval.formats.compressed import decode as decode_compressed
+from qeval.formats.fp8 import decode as decode_fp8
 from qeval.formats.gptq import decode as decode_gptq
 from qeval.formats.hqq import decode as decode_hqq
+from qeval.formats.join import joined
+from qeval.formats.modelopt import decode as decode_modelopt
 from qeval.formats.registry import FORMATS, format_of
+from qeval.formats.resemble import values_of
+from qeval.models.families import tiny_family
 from qeval.models.graph import describe
 from qeval.models.head import head_of
+from qeval.models.matrices import weights_of
 from qeval.quant.grid import parse
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize
@@ -27,6 +35,8 @@ from tests.fixtures.tiny import save_tiny, tiny_llama
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
 CT = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -69,6 +79,8 @@ CASES = {
     "compressed, 8 bits per channel": (compressed(8), packers.compressed, "int8-channel"),
     "compressed, 3 bits": (compressed(3, size=16), packers.compressed, "int3-g16"),
     "compressed, bytes": (compressed(8, "int-quantized"), packers.int_quantized, "int8-channel"),
+    "model optimizer": (MODELOPT | {"group_size": 16}, packers.modelopt, "int4-g16"),
+    "model optimizer, bytes": (MODELOPT | {"quant_algo": "W8A16"}, packers.int_quantized, "int8-channel"),
     "llm.int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, packers.llm_int8, "int8-channel"),
 }
 
@@ -159,6 +171,99 @@ def test_fp8_and_fp4_are_values(model):
     assert values[0, :4].tolist() == [0.0, 0.0, 0.25, 0.0]  # bytes 0 and 1, low nibble first; 2 / 4 a unit
 
 
+def test_model_optimizers_small_floats_are_values(model):
+    """Each from its definition, and the two scales of NVFP4 multiplied."""
+    weight = model.model.layers[0].mlp.up_proj.weight
+    tiles = weight.abs().reshape(4, 32, 2, 32).amax((1, 3), keepdim=True) / 448
+    parts = {"weight": (weight.reshape(4, 32, 2, 32) / tiles).reshape(128, 64).to(torch.float8_e4m3fn)}
+    found = decode_modelopt(Module("m", 128, 64, parts | {"weight_scale": tiles}), MODELOPT)
+    assert torch.equal(found.values, (parts["weight"].float().reshape(4, 32, 2, 32) * tiles).reshape(128, 64))
+    exponents = torch.arange(256).reshape(128, 2).to(torch.uint8)
+    micro = decode_modelopt(Module("m", 128, 64, parts | {"weight_scale": exponents}), MODELOPT)
+    assert float(micro.values[64, 40]) == float(parts["weight"][64, 40].float()) * 2.0 ** (129 - 127)
+    four = {
+        "weight": torch.arange(128 * 32).reshape(128, 32).to(torch.uint8),
+        "weight_scale": torch.full((128, 4), 2.0).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(0.25),
+    }
+    values = decode_modelopt(Module("m", 128, 64, four), MODELOPT)
+    assert values.values[0, :4].tolist() == [0.0, 0.0, 0.25, 0.0]  # bytes 0 and 1, low nibble first; 2 * 0.25 a unit
+    assert (values.form, values.size_bits) == ("nvfp4", 128 * 64 * 4 + 128 * 4 * 8)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (192, 160), (128, 100)])
+def test_fp8_tiles_are_those_of_deepseeks_own_loop(shape):
+    """Block by block, the last ones short; and as transformers has it where all are whole."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand((-(-rows // 128), -(-columns // 32)), generator=generator)
+    parts = {"weight": weight, "weight_scale_inv": scales}
+    found = decode_fp8(Module("m", rows, columns, parts), FP8 | {"weight_block_size": [128, 32]})
+    for row in range(len(scales)):
+        for column in range(scales.shape[1]):
+            there = slice(128 * row, 128 * (row + 1)), slice(32 * column, 32 * (column + 1))
+            assert torch.equal(found.values[there], weight[there].float() * scales[row, column])
+    if rows % 128 == columns % 32 == 0:
+        theirs = Fp8Dequantize(None)._dequantize_one(weight, scales)
+        assert torch.equal(found.values, theirs)
+
+
+def test_fp4_experts_of_an_fp8_checkpoint_are_transformers_values():
+    packed = torch.arange(-64, 64).repeat(32).reshape(128, 32).to(torch.int8)
+    scales = torch.arange(120, 130).repeat(26)[: 128 * 2].reshape(128, 2).to(torch.uint8)
+    for stored in (scales, scales.view(torch.float8_e8m0fnu)):
+        parts = {"weight": packed, "weight_scale_inv": stored}
+        found = decode_fp8(Module("m", 128, 64, parts), FP8)
+        assert torch.equal(found.values, Fp8Dequantize(None)._dequantize_one(packed, stored, torch.float32))
+    assert (found.form, found.size_bits) == ("fp4", 128 * 64 * 4 + 128 * 2 * 8)
+
+
+def test_inputs_that_are_scaled_while_running_are_kept_beside_the_integers(base, baseline, tmp_path):
+    """AWQ of a linear whose scales nothing before it takes: columns divided, inputs multiplied."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scales = torch.exp2(torch.arange(64) % 7 - 3.0)
+    weight = quantize(baseline.parameters[name] / scales, parse("int4-g16"))
+    folder = packers.save_checkpoint(
+        base, tmp_path, MODELOPT, {name: packers.modelopt(weight) | {"pre_quant_scale": scales}}
+    )
+    variant = read(folder, baseline)
+    same(variant.weights[name], weight)
+    assert torch.equal(variant.input_scales[name], scales)
+    parts = {name: packers.modelopt(weight)}
+    with pytest.raises(UsageError, match=f"its {name} is not the baseline's"):
+        read(packers.save_checkpoint(base, tmp_path / "without", MODELOPT, parts), baseline)
+    wrong = {name: packers.modelopt(weight) | {"pre_quant_scale": scales.neg()}}
+    with pytest.raises(UsageError, match="pre_quant_scale is no positive number for each of the linear's 64 inputs"):
+        read(packers.save_checkpoint(base, tmp_path / "wrong", MODELOPT, wrong), baseline)
+
+
+def test_what_model_optimizer_rounds_beside_the_weights_is_told():
+    config = MODELOPT | {"quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    algorithm, activations, cache = format_of(config, "here").notes(config)
+    assert (algorithm, activations) == (
+        "NVFP4",
+        "its own kernels round activations too: only the loss of its weights is scored",
+    )
+    assert cache == "its own kernels round the cache of keys and values: not scored either"
+    layers = {"a": {"quant_algo": "W4A16_AWQ"}, "b": {"quant_algo": "W8A16"}}
+    config = MODELOPT | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    assert format_of(config, "here").notes(config) == ("W4A16_AWQ, W8A16",)
+
+
+def test_model_optimizers_own_packing_is_read(model):
+    export = pytest.importorskip("modelopt.torch.export.quant_utils")
+    fp4 = pytest.importorskip("modelopt.torch.quantization.qtensor").NVFP4QTensor
+    weight = model.model.layers[0].mlp.up_proj.weight
+    rounded = quantize(weight, parse("int4-g16"))
+    parts = {"weight": export.pack_int4_in_uint8(weight, rounded.scales, 16), "weight_scale": rounded.scales}
+    same(decode_modelopt(Module("m", 128, 64, parts), MODELOPT | {"group_size": 16}), rounded)
+    made, scales, second = fp4.quantize(weight.clone(), 16)
+    parts = {"weight": made._quantized_data, "weight_scale": scales, "weight_scale_2": second}
+    values = decode_modelopt(Module("m", 128, 64, parts), MODELOPT).values
+    assert torch.equal(values, made.dequantize(torch.float32, scale=scales, double_scale=second, block_sizes={-1: 16}))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_hqq_is_read_along_either_axis(model, bits, axis):
@@ -216,6 +321,10 @@ REFUSED = {
     "a packing of AutoRound": (
         {"quant_method": "auto-round", "packing_format": "auto_round:itrex"},
         "Unknown AutoRound packing 'auto_round:itrex'",
+    ),
+    "an algorithm of Model Optimizer": (
+        MODELOPT | {"quant_algo": "NVFP4_SVD"},
+        "Model Optimizer's 'NVFP4_SVD' is not read",
     ),
     "sparse weights": (CT | {"format": "marlin-24"}, "'marlin-24' is not read"),
     "rotations": (CT | {"transform_config": {"config_groups": {"a": {}}}}, "rotates activations while running"),
@@ -316,3 +425,96 @@ def test_a_variant_of_values_reads_back_from_disk(base, baseline, tmp_path, mode
     assert again.stored == variant.stored
     assert torch.equal(again.floats[name], variant.floats[name])
     assert isinstance(again.weights, dict) and not any(isinstance(each, QWeight) for each in again.floats.values())
+
+
+EXPERTS = {
+    "Mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
+    "Qwen3Moe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Tiny mixtures of experts: saved as files name them, and as the model that transformers makes of that."""
+    found = {}
+    for family in EXPERTS:
+        model = tiny_family(family, num_hidden_layers=1)
+        folder = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folder)
+        found[family] = folder, Baseline(weights_of(model), describe(model), 16, "model.")
+    return found
+
+
+def tiles(weight):
+    """The matrix in FP8, a scale for each tile of 32 x 32."""
+    values = weight.dequantize()
+    scales = torch.full((-(-len(values) // 32), -(-values.shape[1] // 32)), float(values.abs().max()) / 448)
+    return {"weight": (values / scales[0, 0]).to(torch.float8_e4m3fn), "weight_scale_inv": scales}
+
+
+PACKED_EXPERTS = [
+    ("Mixtral", AWQ, packers.awq, "int4-g16"),
+    ("Mixtral", CT, packers.compressed, "int4-g16"),
+    ("Qwen3Moe", GPTQ, packers.gptq, "int4-g16-asym"),
+    ("Qwen3Moe", MODELOPT | {"group_size": 16}, packers.modelopt, "int4-g16"),
+    ("Qwen3Moe", FP8 | {"weight_block_size": [32, 32]}, tiles, "int8-g16"),
+]
+
+
+@pytest.mark.parametrize("family,config,pack,grid", PACKED_EXPERTS)
+def test_experts_that_lie_one_by_one_are_the_models_stack(mixtures, tmp_path, family, config, pack, grid):
+    """Gate and up, apart in the file, are the upper and lower rows of one matrix; what stays in float is found too."""
+    folder, baseline = mixtures[family]
+    tensors = load_file(folder / "model.safetensors")
+    names = [name for name in tensors if ".experts." in name or "_proj.weight" in name]
+    weights = {name: quantize(tensors[name].float(), parse(grid)) for name in names}
+    parts = {name: pack(weight) for name, weight in weights.items()}
+    variant = read(packers.save_checkpoint(folder, tmp_path, config, parts), baseline)
+    gate, up, down = (f"model.layers.0.{name.format(2)}.weight" for name in EXPERTS[family])
+    expected = {"gate_up_proj[2]": (gate, up), "down_proj[2]": (down,)}
+    for name, pieces in expected.items():
+        found = f"model.layers.0.mlp.experts.{name}"
+        if config["quant_method"] == "fp8":
+            made = torch.cat([parts[each]["weight"].float() * parts[each]["weight_scale_inv"][0, 0] for each in pieces])
+            assert torch.equal(variant.floats[found], made)
+        else:
+            assert torch.equal(variant.weights[found].codes, torch.cat([weights[each].codes for each in pieces]))
+    assert {kept.name for kept in variant.kept} == {name for name in baseline.parameters if "_proj" not in name}
+
+
+def test_experts_in_float_are_found_one_by_one_and_in_a_stack(mixtures, tmp_path):
+    folder, baseline = mixtures["Qwen3Moe"]
+    tensors = load_file(folder / "model.safetensors")
+    down = [tensors.pop(f"model.layers.0.mlp.experts.{index}.down_proj.weight") for index in range(4)]
+    changed = {name: tensor * 1.01 for name, tensor in tensors.items() if "experts" in name}
+    stack = "model.layers.0.mlp.experts.down_proj"
+    path = packers.save_checkpoint(folder, tmp_path, None, {}, changed)
+    save_file(tensors | changed | {stack: torch.stack(down) * 1.02}, path / "model.safetensors")
+    with opened(path) as held:
+        variant = assemble(held, Reading(None, {}, {}), baseline, "key", lambda count: None)
+        assert not unused(held, baseline)
+    for index in range(4):
+        name = f"{stack}[{index}]"
+        assert torch.equal(variant.floats[name], baseline.parameters[name] * 1.02)
+        name = f"model.layers.0.mlp.experts.gate_up_proj[{index}]"
+        assert torch.equal(variant.floats[name], baseline.parameters[name] * 1.01)
+
+
+def test_scales_of_an_experts_inputs_are_multiplied_into_it(mixtures, tmp_path):
+    folder, baseline = mixtures["Qwen3Moe"]
+    name = "model.layers.0.mlp.experts.1.down_proj.weight"
+    scales = torch.exp2(torch.arange(48) % 5 - 2.0)
+    weight = quantize(load_file(folder / "model.safetensors")[name] / scales, parse("int4-g16"))
+    parts = {name: packers.modelopt(weight) | {"pre_quant_scale": scales}}
+    variant = read(packers.save_checkpoint(folder, tmp_path, MODELOPT, parts), baseline)
+    assert torch.equal(variant.floats["model.layers.0.mlp.experts.down_proj[1]"], weight.dequantize() * scales)
+    assert not variant.input_scales
+
+
+@pytest.mark.parametrize("grids", [("int4-g16", "int4-g16-asym"), ("int8-tensor", "int8-tensor"), ("int4-g16", "int8")])
+def test_joined_matrices_mean_what_they_meant_apart(model, grids):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    parts = [quantize(weight[rows], parse(grid)) for rows, grid in zip((slice(40), slice(40, 128)), grids, strict=True)]
+    read = joined(parts)
+    assert torch.equal(values_of(read), torch.cat([part.dequantize() for part in parts]))
+    assert isinstance(read, Values) == (grids[1] == "int8")

@@ -148,6 +148,12 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(folder
         load_folder(folder)
 
 
+def test_a_folder_that_only_model_optimizers_own_file_calls_quantized_is_refused(folder):
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"is quantized already \(modelopt\)"):
+        load_folder(folder)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

@@ -11,14 +11,17 @@ pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnxscript")
 
 import onnx_ir as ir
+import torch
 
 from qeval.backends.onnx import packages
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend
+from qeval.backends.onnx.providers import choose
 from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run
 from qeval.store.rows import RowStore
+from qeval.types import Request
 from tests.fixtures.bench import CONTEXT, Bench
-from tests.fixtures.onnx import SPECIAL, float_folder
+from tests.fixtures.onnx import SPECIAL, checkpoint, float_folder
 from tests.fixtures.tiny import save_tiny
 
 BOTH = ("--backend", "torch,ort", "--accuracy-level", "1,4", "--quiet")
@@ -306,10 +309,21 @@ def test_a_folder_that_cannot_be_compared_is_refused(refused, copy, what):
         assert sentence in told
 
 
-def test_another_vocabulary_is_refused(refused, tmp_path):
-    folder = shutil.copytree(float_folder("qwen2"), tmp_path / "copy")
-    told = refused("--variant", f"theirs={folder}")
-    assert "gives logits of 264 tokens and the baseline of 256, so their distributions cannot be compared." in told
+def test_a_smaller_vocabulary_is_refused(refused, copy):
+    told = refused("--variant", f"theirs={copy}", model=str(checkpoint("qwen2")))
+    assert "gives logits of 256 ids, the baseline of 264: it has no probability for ids 256 to 263" in told
+
+
+def test_ids_beyond_the_baselines_are_left_out_and_said(place, tmp_path):
+    out, flags = tmp_path / "out", ("--variant", f"theirs={float_folder('qwen2')}", "--quiet")
+    assert place.compare(*flags, methods=None, tasks="kl", out=str(out)) == 0
+    assert records(out)["theirs"]["details"]["padding"].startswith("its head has the ids 256 to 263 beyond")
+    with FolderBackend(float_folder("qwen2"), choose("cpu"), 1, ids=256).open(None) as session:
+        states = session.states([Request((5, 6, 7), (0, 2))])[0]
+        kept = session.logits(states)
+        session.leave_out_padding(264)
+        assert (session.vocab_size, kept.shape) == (264, (2, 256))
+        assert torch.equal(kept, session.logits(states)[:, :256])
 
 
 @pytest.mark.parametrize("what", ["ours", "theirs"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qeval.errors import UsageError
+from tests.fixtures.hub import in_hub_cache
 from tests.fixtures.tiny import save_tiny
 
 ir = pytest.importorskip("onnx_ir")
@@ -85,6 +86,11 @@ def weights():
 
 
 class TestBuilder:
+    def test_zero_points_are_seen_through_the_links_of_the_hubs_cache(self, built, tmp_path):
+        facts, there = inspect_folder(built / "k_quant"), inspect_folder(in_hub_cache(built / "k_quant", tmp_path))
+        assert not all(matrix.quantization.symmetric for matrix in facts.quantized)
+        assert there.matrices == facts.matrices
+
     def test_int4_by_default_rounds_activations_and_the_embedding(self, built):
         facts = inspect_folder(built / "int4")
         how = Quantization(4, "block", 32, True, 4)

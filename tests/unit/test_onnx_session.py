@@ -15,11 +15,15 @@ import numpy as np
 import onnxruntime as ort
 
 from qeval.backends.onnx.decoder import COUNT, Decoder, PastInput
+from qeval.backends.onnx.files import content_files
 from qeval.backends.onnx.folder import opened
+from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.session import OrtSession
+from qeval.engines.onnxruntime import OrtEngine
 from qeval.errors import QevalError, UsageError
 from qeval.types import Request
+from tests.fixtures.hub import in_hub_cache
 from tests.fixtures.onnx import ROPE_LIMIT, float_folder, ort_session, torch_backend
 
 NATS = 1e-4
@@ -70,6 +74,19 @@ def test_a_prefix_may_be_continued_by_batches_of_any_size(sessions):
     for count in (4, 2, 4):
         for one, other in zip(session.states(requests[:count], kept), alone[:count], strict=True):
             assert apart(one, other) <= NATS
+
+
+@pytest.mark.parametrize("only", ["*", "*.data"])
+def test_a_folder_of_the_hubs_cache_answers_like_its_files(sessions, tmp_path, only):
+    """Links out of the folder, where ONNX Runtime follows none for a graph in memory: scored, served, told apart."""
+    folder, request = in_hub_cache(float_folder("olmo2"), tmp_path, only=only), Request(tokens(9), (0, 8))
+    assert (folder / "model.onnx.data").is_symlink()
+    assert torch.equal(log_p(ort_session(folder), request), log_p(sessions["olmo2"], request))
+    facts = inspect_folder(folder, needs_tokenizer=False)
+    assert facts.data_folder == tmp_path / "blobs"
+    assert facts.weights == inspect_folder(float_folder("olmo2"), needs_tokenizer=False).weights
+    assert [file.name for file in content_files(facts.files)][-1] == "model.onnx.data"
+    assert OrtEngine(folder).max_length == facts.context_length
 
 
 @pytest.mark.parametrize("length", [ROPE_LIMIT - 1, ROPE_LIMIT, ROPE_LIMIT + 1, ROPE_LIMIT + 2, 40])

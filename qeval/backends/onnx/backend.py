@@ -110,10 +110,10 @@ class FolderBackend(_OnProvider):
 
     name = "ort"
 
-    def __init__(self, folder: Path, provider: Provider, threads: int, device_id: int = 0) -> None:
-        """`folder` holds the model, its configuration and its tokenizer."""
+    def __init__(self, folder: Path, provider: Provider, threads: int, device_id: int = 0, *, ids: int) -> None:
+        """`folder` holds the model, its configuration and its tokenizer; `ids` beyond these are left out."""
         super().__init__(provider, threads, device_id)
-        self._folder = folder
+        self._folder, self._ids = folder, ids
 
     @contextmanager
     def open(self, variant: Variant | None) -> Iterator[OrtSession]:
@@ -125,6 +125,7 @@ class FolderBackend(_OnProvider):
         if variant is not None:
             raise QevalError(f"'{self._folder}' is a finished model; no variant can be put into it.")
         with self._opened(self._folder) as session:
+            session.leave_out_padding(self._ids)
             yield session
 
 

@@ -188,7 +188,7 @@ def _matrix_shape(value: ir.Value | None) -> list[int]:
 
 def _body(path: Path, logits: str, hidden: int, *, unwindow: bool) -> bytes:
     """The graph up to the head: states of the wanted rows, and how many rows there were."""
-    model = ir.load(path)
+    model = load_graph(path)
     graph = model.graph
     if unwindow:
         take_plain_caches(graph)
@@ -216,7 +216,7 @@ def take_plain_caches(graph: ir.Graph) -> None:
 
 def _head(path: Path, logits: str, hidden: int) -> bytes:
     """The head alone: `HIDDEN` [1, n, hidden] fp32 to `LOGITS`."""
-    model = ir.load(path)
+    model = load_graph(path)
     graph = model.graph
     product = head_product(graph, logits, path)
     source = product.inputs[0]

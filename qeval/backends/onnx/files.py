@@ -1,6 +1,7 @@
 """Which files an ONNX folder holds, and that none is missing or cut short; the weights aren't read."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,7 +50,10 @@ def find_files(folder: Path, *, needs_tokenizer: bool = True) -> Files:
 
 
 def load_graph(model_file: Path) -> ir.Model:
-    """A graph whose external data is all there, none of it read.
+    """A graph whose external data is all there, none of it read; links out of its folder are followed.
+
+    The hub's cache is made of such links (`snapshots/REVISION/model.onnx.data` to `blobs/HASH`), and for a graph given
+    as bytes neither ONNX Runtime nor onnx-ir goes along. So tensors name the folder and the file where data really is.
 
     Raises:
         UsageError: the file isn't ONNX or holds no graph; external data is missing, cut short, or outside the folder.
@@ -61,7 +65,13 @@ def load_graph(model_file: Path) -> ir.Model:
     if not len(model.graph):
         raise UsageError(f"{model_file} holds no graph: copy or export it again.")
     _check_external(model_file, model)
+    _follow_links(model_file, model)
     return model
+
+
+def data_folder(model_file: Path, model: ir.Model) -> Path:
+    """The folder in which a graph of `load_graph` says that its external data lies."""
+    return next((Path(tensor.base_dir) for tensor in _external(model)), model_file.parent)
 
 
 def content_files(files: Files) -> list[Path]:
@@ -147,6 +157,21 @@ def _check_external(model_file: Path, model: ir.Model) -> None:
             raise UsageError(
                 f"{file} is cut short: {model_file.name} needs {size_bytes:,} bytes of it and it has "
                 f"{file.stat().st_size:,}: copy it again."
+            )
+
+
+def _follow_links(model_file: Path, model: ir.Model) -> None:
+    own = model_file.parent.resolve()
+    real = {str(tensor.location): (own / tensor.location).resolve() for tensor in _external(model)}
+    if all(file.is_relative_to(own) for file in real.values()):
+        return
+    folder = os.path.commonpath([file.parent for file in real.values()])
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        held = value.const_value
+        if isinstance(held, ir.ExternalTensor):
+            file = real[str(held.location)].relative_to(folder)
+            value.const_value = ir.ExternalTensor(
+                str(file), held.offset, held.length, held.dtype, shape=held.shape, name=held.name, base_dir=folder
             )
 
 

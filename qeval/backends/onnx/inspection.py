@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qeval.backends.onnx.files import Files, find_files, load_graph
+from qeval.backends.onnx.files import Files, data_folder, find_files, load_graph
 from qeval.backends.onnx.matrices import Matrix, Quantization, matrices_of, quantized_activations
 from qeval.errors import UsageError
 
@@ -62,6 +62,8 @@ class OnnxFacts:
     """What an ONNX folder holds."""
 
     files: Files
+    data_folder: Path
+    """The folder that holds what the graph's file doesn't: its own, or where links lead (the hub's `blobs`)."""
     producer: str
     """Who wrote the graph, with the version: `onnxruntime-genai 0.18.0`."""
     model_type: str | None
@@ -153,6 +155,7 @@ def _facts(files: Files, model: ir.Model) -> OnnxFacts:
     windows = Counter(size for each in grouped if (size := _number(each, "local_window_size", -1)) > 0)
     return OnnxFacts(
         files=files,
+        data_folder=data_folder(files.model, model),
         producer=" ".join(part for part in (model.producer_name, model.producer_version) if part) or "unknown",
         model_type=settings.get("type", settings.get("model_type")),
         vocab_size=settings.get("vocab_size"),

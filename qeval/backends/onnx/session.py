@@ -66,7 +66,7 @@ class OrtSession:
         A sequence longer than `rope_limit` is turned by other rotary frequencies from its first token on (LongRoPE).
         """
         self._decoder, self._body, self._head, self._value_of = decoder, body, head, value_of
-        self._max_length, self._rope_limit = max_length, rope_limit
+        self._max_length, self._rope_limit, self._width = max_length, rope_limit, decoder.vocab_size
         self._owner = object()
         self.packs = False
         self.sharing: Sharing = "none"
@@ -83,7 +83,11 @@ class OrtSession:
     @property
     def vocab_size(self) -> int:
         """The width of a row of logits."""
-        return self._decoder.vocab_size
+        return self._width
+
+    def leave_out_padding(self, ids: int) -> None:
+        """Give logits of the first `ids` tokens alone: those beyond are padding."""
+        self._width = ids
 
     def find_sharing(self) -> None:
         """Try a short continuation against the whole: attention kernels differ in what they take, and in silence."""
@@ -150,7 +154,7 @@ class OrtSession:
             return torch.empty(0, self.vocab_size)
         rows = states.float().cpu().contiguous().numpy()[None]
         result = self._run(self._head, [LOGITS], {HIDDEN: self._value_of(rows)})[0].numpy()
-        return torch.from_numpy(result.reshape(len(states), -1))
+        return torch.from_numpy(result.reshape(len(states), -1)[:, : self._width])
 
     def _one_side(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
         """The states of requests that lie on one side of the rotary limit."""

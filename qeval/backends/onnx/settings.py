@@ -21,7 +21,7 @@ def session_entries(facts: OnnxFacts) -> dict[str, str]:
     """
     options = (facts.files.decoder or facts.files.settings).get("session_options", {})
     asked = {key: str(value) for key, value in options.items() if key.startswith("session.")}
-    return {**asked, _WEIGHTS_FOLDER: str(facts.files.model.parent)}
+    return {**asked, _WEIGHTS_FOLDER: str(facts.data_folder)}
 
 
 def rope_limit(facts: OnnxFacts) -> float:

@@ -1,0 +1,101 @@
+"""NVIDIA Model Optimizer's checkpoints for Hugging Face (`export_hf_checkpoint`).
+
+    weight [rows, columns] float8, int8     weight_scale: one, [rows], tiles [r, 1, c, 1], or a byte 2^(e-127) per block
+    weight [rows / 2, columns] uint8        INT4: two rows a byte, the even one low, signed; weight_scale [rows, groups]
+    weight [rows, columns / 2] uint8        FP4, the even column low: NVFP4 with weight_scale [rows, groups] in float8
+                                            and weight_scale_2 of the whole, MXFP4 with bytes 2^(e-127)
+    pre_quant_scale [columns]               by which the input is multiplied while running; mostly it is folded into
+                                            the norm or the linear before, and then the file has none
+    input_scale, k_scale, v_scale           of activations and of the cache, which are not read
+
+Source: `to_quantized_weight`, `pack_int4_in_uint8` of modelopt/torch/export/quant_utils.py, `NVFP4QTensor` (0.47).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qeval.errors import UsageError
+from qeval.formats.base import Config, Format, Matrix, Module, Values, group_size, on_grid, read_bits
+from qeval.formats.floats import FP8, fp4, powers, spread
+
+_WEIGHTS_ALONE = ("W4A16_AWQ", "W4A16_NVFP4", "W8A16", "FP8_PB_WO")
+_READ = (
+    *_WEIGHTS_ALONE, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "MXFP4", "MXFP8", "W8A8_SQ_PER_CHANNEL",
+    "W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8",
+)  # fmt: skip
+_MIXED = "MIXED_PRECISION"
+
+
+def decode(module: Module, config: Config) -> Matrix:
+    """The integers of a linear, or the values of its small floats."""
+    weight = module.part("weight", shape=(None, None))
+    if weight.dtype in FP8:
+        return _fp8(module, module.part("weight", shape=(module.rows, module.columns)))
+    if weight.dtype == torch.int8:
+        codes = (module.part("weight", shape=(module.rows, module.columns)).to(torch.int16) + 128).to(torch.uint8)
+        return on_grid(codes, module.part("weight_scale").reshape(module.rows, 1), None, 8, module.columns)
+    if weight.dtype != torch.uint8:
+        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
+    return _int4(module, weight, config) if weight.shape[1] == module.columns else _fp4(module)
+
+
+def notes(config: Config) -> tuple[str, ...]:
+    """Which algorithms, and what of the model is rounded beside its weights, which is not scored here.
+
+    Raises:
+        UsageError: an algorithm that is not read.
+    """
+    named = _algorithms(config)
+    if other := [name for name in named if name.upper() not in _READ]:
+        raise UsageError(f"Model Optimizer's '{other[0]}' is not read; these are: {', '.join(_READ)}.")
+    told = [", ".join(named)]
+    if any(name.upper() not in _WEIGHTS_ALONE for name in named):
+        told.append("its own kernels round activations too: only the loss of its weights is scored")
+    if config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"):
+        told.append("its own kernels round the cache of keys and values: not scored either")
+    return tuple(told)
+
+
+def _algorithms(config: Config) -> list[str]:
+    whole = str(config.get("quant_algo"))
+    if whole != _MIXED:
+        return [whole]
+    layers: Mapping[str, Any] = config.get("quantized_layers") or {}
+    return sorted({str(layer.get("quant_algo")) for layer in layers.values()})
+
+
+def _fp8(module: Module, weight: Tensor) -> Values:
+    scales = module.part("weight_scale")
+    micro = scales.dtype == torch.uint8
+    factors = spread(powers(scales) if micro else scales, module.rows, module.columns)
+    size_bits = 8 * weight.numel() + 8 * scales.numel() * scales.element_size()
+    return Values(weight.float() * factors, "mxfp8" if micro else "fp8 e4m3", size_bits)
+
+
+def _int4(module: Module, packed: Tensor, config: Config) -> Matrix:
+    """Signed codes; where there is a second scale (W4A8), the values that were rounded to float8 once more."""
+    columns_first = module.part("weight", shape=(module.rows // 2, module.columns)).t().contiguous()
+    codes = read_bits(columns_first, 4, module.rows).t() ^ 8
+    scales = module.part("weight_scale", shape=(module.rows, None))
+    size = group_size(module, scales.shape[1], config.get("group_size"))
+    read = on_grid(codes, scales, None, 4, size)
+    second = module.parts.get("weight_scale_2")
+    if second is None:
+        return read
+    values = (read.dequantize() / second.float()).to(torch.float8_e4m3fn).float() * second.float()
+    return Values(values, f"int4 in blocks of {size}, then fp8 e4m3", 8 * packed.numel() + 32 * scales.numel())
+
+
+def _fp4(module: Module) -> Values:
+    packed = module.part("weight", shape=(module.rows, module.columns // 2))
+    stored = module.part("weight_scale", shape=(module.rows, None))
+    micro = stored.dtype == torch.uint8
+    scales = powers(stored) if micro else stored.float() * module.part("weight_scale_2").float().reshape(())
+    values = fp4(packed) * spread(scales, module.rows, module.columns)
+    return Values(values, "mxfp4" if micro else "nvfp4", 8 * (packed.numel() + stored.numel()))
+
+
+FORMAT = Format("Model Optimizer", ("weight_scale",), decode, notes, input_scale="pre_quant_scale")
