@@ -64,11 +64,12 @@ def build(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant
 
 def rounding_units(recipe: Recipe, plan: Variant) -> int:
     """What making an outline's variant tells its progress in all: its weights, twice where they are scaled first."""
-    return sum(weight.codes.numel() for weight in plan.weights.values()) * _passes(recipe)
+    return rounding_units_of(recipe, sum(weight.codes.numel() for weight in plan.weights.values()))
 
 
-def _passes(recipe: Recipe) -> int:
-    return 2 if recipe.uses_awq else 1
+def rounding_units_of(recipe: Recipe, weights: int) -> int:
+    """What so many weights count in `rounding_units`."""
+    return weights * (2 if recipe.uses_awq else 1)
 
 
 @torch.inference_mode()
@@ -85,7 +86,7 @@ def carried_out(source: Source, recipe: Recipe, grids: Grids, plan: Variant, adv
     if source.description.head not in grids:
         return variant
     head = quantize(source.head.weight.float(), grids[source.description.head])
-    advance(head.codes.numel() * _passes(recipe))
+    advance(rounding_units_of(recipe, head.codes.numel()))
     return replace(variant, weights={**variant.weights, source.description.head: head})
 
 

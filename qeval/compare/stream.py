@@ -13,7 +13,7 @@ from qeval.backends.memory import free_bytes, return_large_blocks
 from qeval.backends.stream.backend import StreamBackend, inspect, streamed
 from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText
 from qeval.backends.stream.trials import StreamedTrials
-from qeval.calibrate.build import Made, gptq_details, gptq_options, quantize_alone, with_floats
+from qeval.calibrate.build import Made, gptq_details, gptq_options, quantize_alone, rounding_units_of, with_floats
 from qeval.calibrate.groups import Search
 from qeval.calibrate.in_order import Outcome, round_layer
 from qeval.calibrate.source import Source
@@ -115,7 +115,7 @@ class StreamWorkshop(Workshop):
             def rest() -> tuple[Variant, Origin]:
                 return job.finished(), self.origin(recipe, time.perf_counter() - start)
 
-            save_variant_by_parts(itertools.chain(parts, self._head(grids)), rest, folder)
+            save_variant_by_parts(itertools.chain(parts, self._head(job)), rest, folder)
 
     def _source_of(self, recipe: Recipe) -> tuple[Source, Passes]:
         """What a recipe is built from, and the passes over the layers that it takes."""
@@ -174,11 +174,12 @@ class StreamWorkshop(Workshop):
                     job.outcomes.append(outcome._replace(rounded=light))
                 text.pass_layer()
 
-    def _head(self, grids: Mapping[str, Grid]) -> Parts:
+    def _head(self, job: "_Job") -> Parts:
         """The head, as many rows of it at a time as memory allows."""
         name = self._loaded.description.head
-        if name in grids:
-            yield from ((name, part) for part in quantize_by_rows(self._head_rows, grids[name]))
+        for part in quantize_by_rows(self._head_rows, job.grids[name]) if name in job.grids else ():
+            yield name, part
+            job.advance(rounding_units_of(job.recipe, part.codes.numel()))
 
     def _head_rows(self) -> Iterator[torch.Tensor]:
         stored = self._made.checkpoint[self._made.head_name]
