@@ -18,7 +18,10 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from. `name` is as the user typed it; of `hub_id` and `path` the kind has one or neither."""
+    """Where a model comes from. `name` is as the user typed it, or the alias that it spells.
+
+    Of `hub_id` and `path` the kind has one or neither.
+    """
 
     name: str
     kind: Kind

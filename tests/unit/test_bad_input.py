@@ -122,7 +122,7 @@ FLAGS = {
     "a variant without a folder": ({"variant": "mine"}, "--variant takes NAME=PATH, not 'mine'."),
     "a variant named as a method": ({"variant": "rtn:g32=x"}, "Two variants are named 'rtn:g32'"),
     "a variant named as the baseline": ({"variant": "baseline=x"}, "A variant cannot be named 'baseline'"),
-    "a variant that is not there": ({"variant": "mine=x"}, "'x' holds no variant: there is no manifest.json in it."),
+    "a variant that is not there": ({"variant": "mine=x"}, "--variant mine=x: there is nothing there; what is on"),
 }
 
 

@@ -1,6 +1,7 @@
 """Tools that quantize a folder into a folder: GPTQModel and AutoRound, their own packings read by our own readers.
 
-Run for real with GPTQModel 7.7.0 and AutoRound 0.16.1; what was read is what GPTQModel's own kernel multiplies with.
+Run for real with GPTQModel 7.6.0, 7.7.0 and AutoRound 0.16.1: what was read is what GPTQModel's own kernel multiplies
+with.
 """
 
 import os
