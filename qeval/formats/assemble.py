@@ -153,8 +153,10 @@ def _resemblances(found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> I
             if not seen.ok:  # what follows is not to be judged by it
                 rows[name] = torch.ones(len(base))
             plain = relative(values_of(read), base)
-            if group.fold and not seen.ok and resemblance(read, base, torch.ones_like(scales)).ok:
-                yield _culprit(group.fold, found, baseline, unfolded)  # what precedes was changed, and this was not
+            if group.fold and not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
+                before = group.fold.parameters[0]  # a clip alone makes its rows smaller: nothing is wrong then
+                clipped = before in rows and before not in unfolded
+                yield (name, alone) if clipped else _culprit(group.fold, found, baseline, unfolded)
             elif group.fold and group.fold.parameters[0] not in rows and plain < _NEARER * seen.error:
                 name_of_norm, norm = _culprit(group.fold, found, baseline, unfolded)
                 yield (name_of_norm, norm) if norm.error > _OTHER else (name, seen)

@@ -15,6 +15,7 @@ from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
 from qeval.quant.qweight import QWeight
+from qeval.quant.rtn import quantize
 from qeval.report import build
 from qeval.score.corpus import Shard
 from qeval.store.rows import RowStore
@@ -139,6 +140,20 @@ def test_the_matrix_and_not_what_follows_it_is_named_where_nothing_makes_good_fo
     told = refused(made(GPTQ, packers.gptq, change=doubled))
     assert f"its {UP} is not the baseline's: the relative error is 1.0" in told
     assert "its scales are 2.0" in told and "(1 of 21 weights alike)" in told
+
+
+def test_a_clip_that_makes_a_matrix_smaller_is_no_scale(bench, made, tmp_path):
+    """AWQ's search clips values by a fifth and folds nothing into what follows."""
+    names = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)]
+    tensors = load_file(bench.model / "model.safetensors")
+
+    def clipped(name, weight):
+        own = tensors[name].float()
+        return quantize(own.clamp(-1.3 * own.std(), 1.3 * own.std()), weight.grid) if name in names else weight
+
+    path = made(GPTQ, packers.gptq, "int4-g16", change=clipped)
+    given = ("--variant", f"theirs={path}")
+    assert bench.compare(*QUIET, *given, methods=None, out=str(tmp_path / "out")) == 0
 
 
 @pytest.mark.parametrize(
