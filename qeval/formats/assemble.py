@@ -28,6 +28,8 @@ from qeval.quant.variant import Kept, Stored, Variant
 
 _SAME = 0.004
 """Up to here two float tensors are one, rounded: bf16 loses 2^-9 / sqrt 3 of a value on average."""
+_NEARER, _OTHER = 0.8, 0.02
+"""A norm that differs by more than the second is another's where matrices after it are this much nearer without it."""
 _HARMLESS = ("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale", "input_global_scale", "masked_bias")
 
 
@@ -166,10 +168,16 @@ def _resemblances(
                 seen = folded if folded.ok else seen
             if not seen.ok:  # what follows is not to be judged by it
                 rows[name] = torch.ones(len(base))
-            if seen.ok or not resemblance(read, base, torch.ones_like(scales)).ok:
+            plain = relative(values_of(read), base)
+            if group.fold and not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
+                before = group.fold.parameters[0]  # a clip alone makes its rows smaller: nothing is wrong then
+                clipped = before in rows and before not in unfolded
+                yield (name, alone) if clipped else _culprit(group.fold, found, baseline, unfolded)
+            elif group.fold and group.fold.parameters[0] not in rows and plain < _NEARER * seen.error:
+                name_of_norm, norm = _culprit(group.fold, found, baseline, unfolded)
+                yield (name_of_norm, norm) if norm.error > _OTHER else (name, seen)
+            else:
                 yield name, seen
-            elif group.fold:  # what precedes was changed, and this was not changed with it
-                yield _culprit(group.fold, found, baseline, unfolded)
     for name in (baseline.description.embedding, baseline.description.head):
         if isinstance(own := found.get(name), QWeight | Values):
             base = baseline.parameters[name].float().cpu()

@@ -157,11 +157,30 @@ def test_the_matrix_and_not_what_follows_it_is_named_where_nothing_makes_good_fo
     assert "its scales are 2.0" in told and "(1 of 21 weights alike)" in told
 
 
-def test_a_norm_that_no_matrix_makes_good_for_is_named(bench, made, refused):
+def test_a_clip_that_makes_a_matrix_smaller_is_no_scale(bench, made, tmp_path):
+    """AWQ's search clips values by a fifth and folds nothing into what follows."""
+    names = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)]
+    tensors = load_file(bench.model / "model.safetensors")
+
+    def clipped(name, weight):
+        own = tensors[name].float()
+        return quantize(own.clamp(-1.3 * own.std(), 1.3 * own.std()), weight.grid) if name in names else weight
+
+    path = made(GPTQ, packers.gptq, "int4-g16", change=clipped)
+    given = ("--variant", f"theirs={path}")
+    assert bench.compare(*QUIET, *given, methods=None, out=str(tmp_path / "out")) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [(lambda norm: norm * 2, "1.00"), (lambda norm: norm * (1 + 0.2 * (-1.0) ** torch.arange(64)).half(), "0.20")],
+    ids=["doubled", "of another layer"],  # the second alone is within what four bits allow
+)
+def test_a_norm_that_no_matrix_makes_good_for_is_named(bench, made, refused, change, error):
     name = "model.layers.1.input_layernorm.weight"
     norm = load_file(bench.model / "model.safetensors")[name]
-    told = refused(made(GPTQ, packers.gptq, changed={name: norm * 2}))
-    assert f"its {name} is not the baseline's: the relative error is 1.00" in told
+    told = refused(made(GPTQ, packers.gptq, changed={name: change(norm)}))
+    assert f"its {name} is not the baseline's: the relative error is {error}" in told
     assert "no matrix after it makes good for it" in told
 
 
