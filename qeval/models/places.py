@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -22,7 +23,7 @@ from transformers.core_model_loading import (
 from qeval.errors import UsageError
 from qeval.models.matrices import expert_name, stacks_of, turned_in, weights_of
 from qeval.models.reader import Joined, Plain, Stored, Turned
-from qeval.models.weights import TensorEntry, check_complete, listed
+from qeval.models.weights import TensorEntry, check_complete
 
 _Sources = dict[str, list[TensorEntry]]
 """What a parameter is made from: the tensors by the pattern that their names follow, in the order of their numbers."""
@@ -30,7 +31,8 @@ _Sources = dict[str, list[TensorEntry]]
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Every weight of a model (as `matrices.weights_of` names them) as it is stored, and tensors that are of no use."""
+    """Every weight of a model (as `matrices.weights_of` names them) and every buffer that is kept with them as it is
+    stored, and tensors that are of no use."""
 
     stored: Mapping[str, Stored]
     unused: tuple[str, ...]
@@ -47,8 +49,6 @@ def places_of(model: Any, entries: Sequence[TensorEntry], where: str) -> Places:
     converters = [each for each in table if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     sources, unused = _sources(model, entries, [each for each in table if isinstance(each, WeightRenaming)], converters)
-    if held := sorted(sources.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
-        raise UsageError(f"'{where}' keeps buffers with its weights ({listed(held)}), which --stream can't read.")
     stacks, turned = stacks_of(model), turned_in(model)
     stored: dict[str, Stored] = {}
     for name, found in sources.items():
@@ -61,6 +61,12 @@ def places_of(model: Any, entries: Sequence[TensorEntry], where: str) -> Places:
             stored[name] = Turned(Plain(entries[0])) if name in turned else Plain(entries[0])
     _check(model, stored, where)
     return Places(stored, _told(model, unused))
+
+
+def kept_buffers(model: Any) -> dict[str, Tensor]:
+    """The buffers that checkpoints hold, by name."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def _sources(
@@ -107,7 +113,7 @@ def _slices(entry: TensorEntry) -> Iterator[Plain]:
 
 def _check(model: Any, stored: Mapping[str, Stored], where: str) -> None:
     """Refuse a checkpoint in which a weight is missing or of another shape."""
-    weights = weights_of(model)
+    weights = weights_of(model) | kept_buffers(model)
     check_complete(weights.keys() - stored.keys(), where)
     for name, weight in weights.items():
         if stored[name].shape != tuple(weight.shape):

@@ -19,6 +19,7 @@ from qeval.models.matrices import stacks_of, weights_of
 from qeval.models.quiet import quiet
 from qeval.progress import Silent
 from tests.fixtures.bench import Bench as Workplace
+from tests.fixtures.families import LATENT
 from tests.fixtures.made_up import heron
 from tests.fixtures.tiny import tiny_tokenizer
 
@@ -49,14 +50,6 @@ def test_a_family_that_nobody_has_heard_of_needs_no_line():
     assert groups[1].fold.parameters[1] == "heron.strides.1.gaze.tell.bias"
     for check in QUICK:
         assert CHECKS[check](bench)
-
-
-LATENT = {
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "first_k_dense_replace": 1,
-    "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-"""Keys and values are made out of the latents that are cached; the first layer has no experts."""
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from qeval.backends.stream.backend import StreamBackend, inspect, streamed
 from qeval.backends.torch import TorchSession
 from qeval.cli.options import size_bytes
 from qeval.errors import QevalError, UsageError
+from qeval.models.families import Family
 from qeval.models.matrices import stacks_of
 from qeval.models.skeleton import skeleton
 from qeval.models.weights import read_entries
 from qeval.store.rows import concat
 from qeval.types import Call, Request
 from tests.fixtures.bench import Bench
-from tests.fixtures.families import STREAMED_FAMILIES, tiny_family
+from tests.fixtures.families import FAMILIES, LATENT, STREAMED_FAMILIES, tiny_family
 
 STREAMED = (
     "rtn:g32,rtn:int8-channel,rtn:g32-asym-head,rtn:int4-tensor-asym-head,mixed-rtn:g32-positional,rtn:int4-tensor"
@@ -63,6 +64,17 @@ def test_every_family_gives_the_same_states_bit_for_bit_in_one_pass(family, tied
             assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
             assert torch.equal(session.logits(found[0]), whole.logits(expected[0]))
         assert session.passes == 1
+
+
+def test_buffers_that_are_kept_with_the_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "DeepseekV3", Family("DeepseekV3", "", LATENT))
+    model, requests = tiny_family("DeepseekV3"), (Request(tokens(40), tuple(range(40))),)
+    before = TorchSession(model).states(requests)[0]
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").copy_(torch.tensor([3.0, 0.0, 0.0, -3.0]))
+    expected = TorchSession(model).states(requests)[0]
+    assert not torch.equal(before, expected)
+    with backend_of(model, tmp_path, 4 * LIMIT).open(None) as session:
+        assert torch.equal(session.states(requests)[0], expected)
 
 
 @pytest.fixture(scope="module")

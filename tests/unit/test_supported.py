@@ -17,7 +17,6 @@ from qeval.models.head import head_of
 from qeval.models.supported import check_config, notes_of
 from qeval.types import Request
 from tests.fixtures.families import FAMILIES, SIZES, tiny_family
-from tests.fixtures.tiny import tiny_tokenizer
 
 STATEFUL = "keep a running state in the place of each token's keys and values"
 REFUSED = {
@@ -117,11 +116,3 @@ def test_the_language_model_of_one_that_takes_images_is_scored_and_the_rest_stay
     with backend.open(None) as session:
         found = session.logits(session.states([Request(ids, tuple(range(39)))])[0])
     assert float((found - expected).abs().max()) < 1e-4
-
-
-def test_streaming_refuses_matrices_that_are_kept_transposed(tmp_path, capfd):
-    tiny_family("GPT2").save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    given = ["compare", "--model", str(tmp_path), "--stream", "--methods", "rtn:g32", "--out", str(tmp_path / "out")]
-    assert run(given) == 2
-    assert "GPT2LMHeadModel keeps matrices transposed or in stacks (transformer.h.0." in capfd.readouterr().err

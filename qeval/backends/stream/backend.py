@@ -17,13 +17,13 @@ from qeval.backends.stream.head import StreamedHead, head_of_parts
 from qeval.backends.stream.packed import SavedVariant, saved_variant
 from qeval.backends.stream.relay import Relay
 from qeval.backends.stream.session import LOGIT_ARRAYS, StreamSession
-from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, layers_in_turn, load_whole
+from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, layers_in_turn, load_buffer, load_whole
 from qeval.backends.torch import scaled_input
 from qeval.errors import QevalError, UsageError
 from qeval.models.graph import Description, Probe, describe
 from qeval.models.head import Head, head_of
 from qeval.models.load import check_finite
-from qeval.models.places import places_of
+from qeval.models.places import kept_buffers, places_of
 from qeval.models.reader import Plain, Stored
 from qeval.models.trace import decoder_layers, probe_tokens
 from qeval.models.weights import TensorEntry
@@ -72,6 +72,8 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     def check(weight: str, value: Tensor) -> None:
         check_finite(weight, value, compute)
 
+    for buffer in kept_buffers(model):
+        load_buffer(model, buffer, checkpoint[buffer], device)
     resident = load_whole(model, outside, Tensors(checkpoint, {}), device, check)
     table = checkpoint[embedding_name]
     assert isinstance(table, Plain)

@@ -64,7 +64,10 @@ class StreamedHead:
 
 
 def head_of_parts(stored: Stored, settings: Head, most_bytes: int, device: torch.device) -> Head | StreamedHead:
-    """The head in memory where `most_bytes` hold it as it is computed with and as it is read, else in blocks of it."""
-    row_bytes = stored.shape[1] * settings.weight.element_size() + stored.raw_bytes // stored.shape[0]
+    """The head in memory where `most_bytes` hold it, else in blocks of it.
+
+    A row is counted as it is read, as it is computed with, and as the product's library lays it out for itself.
+    """
+    row_bytes = 2 * stored.shape[1] * settings.weight.element_size() + stored.raw_bytes // stored.shape[0]
     parts = StreamedHead(stored, settings, max(1, most_bytes // row_bytes), device)
     return parts._part(slice(0, stored.shape[0])) if parts.block >= stored.shape[0] else parts

@@ -156,8 +156,20 @@ def load_whole(model: Any, names: Sequence[str], tensors: Tensors, device: torch
     parameters = dict(model.named_parameters())
     for name in names:
         stored, empty = tensors[name], parameters[name]
-        value = torch.empty(empty.shape, dtype=empty.dtype, device=device)
-        stored.decode(stored.fetch(0, stored.shape[0] if stored.shape else 1), value)
+        value = _whole(stored, empty, device)
         check(name, value)
         put(model, name, nn.Parameter(value, requires_grad=False))
     return sum(prod(parameters[name].shape) * parameters[name].element_size() for name in names)
+
+
+def load_buffer(model: Any, name: str, stored: Stored, device: torch.device) -> None:
+    """Load a buffer for good, such as the biases that balance a layer's experts."""
+    holder, _, leaf = name.rpartition(".")
+    module, empty = model.get_submodule(holder), model.get_buffer(name)
+    module._buffers[leaf] = _whole(stored, empty, device)
+
+
+def _whole(stored: Stored, empty: Tensor, device: torch.device) -> Tensor:
+    value = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+    stored.decode(stored.fetch(0, stored.shape[0] if stored.shape else 1), value)
+    return value
