@@ -19,7 +19,8 @@ from qeval.compare.variants import Entry, FitsKernel, Loaded
 from qeval.compare.witness import has_tokenizer, notes_on, read_tokenizer, same_tokenizer, why_other
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.formats import torchao
-from qeval.formats.assemble import Baseline, Reading, assemble, padding, unused
+from qeval.formats.assemble import Reading, assemble, padding, unused
+from qeval.formats.beside import Baseline
 from qeval.formats.checkpoint import Tensors, opened, read_config, read_quantization
 from qeval.formats.gguf import forms_of
 from qeval.formats.registry import format_of

@@ -6,8 +6,7 @@ quantizer changes (embedding, last norm) must be the baseline's, and every matri
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,43 +14,18 @@ from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.formats.base import Config, Format, Matrix, Module, Values
+from qeval.formats.beside import SAME, Baseline, as_matrix, check_resemblance, check_tie, dtype_name, fitting
 from qeval.formats.checkpoint import Tensors
 from qeval.formats.join import joined
 from qeval.formats.names import Names
-from qeval.formats.resemble import Resemblance, relative, resemblance, values_of
-from qeval.models.graph import Description, Fold, Group
+from qeval.formats.resemble import relative, values_of
 from qeval.models.matrices import is_expert
 from qeval.models.weights import listed
 from qeval.progress import Advance
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Kept, Stored, Variant
 
-_SAME = 0.004
-"""Up to here two float tensors are one, rounded: bf16 loses 2^-9 / sqrt 3 of a value on average."""
-_NEARER, _OTHER = 0.8, 0.02
-"""A norm that differs by more than the second is another's where matrices after it are this much nearer without it."""
 _HARMLESS = ("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale", "input_global_scale", "masked_bias")
-
-
-@dataclass(frozen=True, eq=False)
-class Baseline:
-    """What a checkpoint is laid beside: parameters by name (a tied head under its own name too), structure, prefixes.
-
-    `parameters`: as `weights_of` has them, experts one by one; `turned`: those that files hold transposed. `head_dim`:
-    rows of an attention head. `prefix`: what the base model's tensors begin with, such as `model.`.
-    """
-
-    parameters: Mapping[str, Tensor]
-    description: Description
-    head_dim: int
-    prefix: str
-    turned: frozenset[str] = frozenset()
-
-    @property
-    def needed(self) -> list[str]:
-        """The parameters that a checkpoint must hold: all but a tied head."""
-        head = self.description.head
-        return [name for name in self.parameters if not (self.description.tied and name == head)]
 
 
 class Reading(NamedTuple):
@@ -80,7 +54,7 @@ def assemble(tensors: Tensors, reading: Reading, baseline: Baseline, key: str, a
     inputs = _inputs(names, reading, baseline)
     check_resemblance(found, inputs, baseline, exact=reading.format is not None or bool(reading.forms))
     for name in filter(is_expert, [*inputs]):
-        found[name] = _multiplied(_as_matrix(found[name]), inputs.pop(name))
+        found[name] = _multiplied(as_matrix(found[name]), inputs.pop(name))
     return _variant(found, inputs, reading, baseline, key)
 
 
@@ -97,136 +71,12 @@ def check_same_base(names: Names, reading: Reading, baseline: Baseline) -> None:
         if _is_packed(names, reading, baseline, name) or name in reading.forms:
             continue
         ours = baseline.parameters[name]
-        theirs = _fitting(name, names.load(name), ours)
-        if (apart := relative(theirs, ours.cpu())) > _SAME:
+        theirs = fitting(name, names.load(name), ours)
+        if (apart := relative(theirs, ours.cpu())) > SAME:
             raise UsageError(
                 f"its {name} differs from the baseline's by {100 * apart:.1f} %, which no quantizer changes: it was "
                 "made from another model (a fine-tuned one, or one whose weights were rotated)."
             )
-
-
-def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
-    """Refuse a float head of its own in a model whose head is its embedding.
-
-    Raises:
-        UsageError: the head that the file holds is not the embedding that it holds.
-    """
-    about = baseline.description
-    if not about.tied or about.head not in names.tensors:
-        return
-    head, embedding = names.tensors.load(about.head), found[about.embedding]
-    ours = values_of(embedding) if isinstance(embedding, QWeight | Values) else embedding
-    if head.is_floating_point() and relative(_fitting(about.head, head, ours), ours) > _SAME:
-        raise UsageError(
-            f"its {about.head} is not its {about.embedding}, though the baseline ties the two: the tie is broken."
-        )
-
-
-def check_resemblance(
-    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline, *, exact: bool
-) -> None:
-    """Refuse matrices that are not the baseline's, with the misreading that explains them where one does.
-
-    `inputs`: by what a linear's input is multiplied while running [columns], and its matrix was divided. `exact`:
-    whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated matrices are
-    refused.
-
-    Raises:
-        UsageError: it names the first such matrix, how many there are, and the cause.
-    """
-    every = _resemblances(found, inputs, baseline)
-    wrong = {name: each for name, each in every if not (each.ok or _excused(each, exact))}
-    if not wrong:
-        return
-    name, first = next(iter(wrong.items()))
-    alike = sum(each.cause == first.cause for each in wrong.values())
-    raise UsageError(f"its {name} is not the baseline's: {first.words} ({alike} of {len(found)} weights alike).")
-
-
-def _excused(each: Resemblance, exact: bool) -> bool:
-    return not exact and each.cause is None and each.error < 1.0
-
-
-def _resemblances(
-    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline
-) -> Iterator[tuple[str, Resemblance]]:
-    """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
-    rows: dict[str, Tensor] = {}
-    unfolded: dict[str, Resemblance] = {}
-    producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
-    for group in baseline.description.groups:
-        folded_scales = _input_scales(group, found, baseline, rows)
-        for name in group.names:
-            scales = folded_scales / inputs[name] if name in inputs else folded_scales
-            base = baseline.parameters[name].float().cpu()
-            read = _as_matrix(found[name])
-            rows[name] = _row_factors(values_of(read), base * scales)
-            seen = resemblance(read, base, scales, _turned(group, name, baseline))
-            if not seen.ok and name in producers:
-                unfolded[name] = seen
-                folded = resemblance(read, base * rows[name].clamp(1e-3, 1e3).unsqueeze(1), scales)
-                seen = folded if folded.ok else seen
-            if not seen.ok:  # what follows is not to be judged by it
-                rows[name] = torch.ones(len(base))
-            plain = relative(values_of(read), base)
-            if group.fold and not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
-                before = group.fold.parameters[0]  # a clip alone makes its rows smaller: nothing is wrong then
-                clipped = before in rows and before not in unfolded
-                yield (name, alone) if clipped else _culprit(group.fold, found, baseline, unfolded)
-            elif group.fold and group.fold.parameters[0] not in rows and plain < _NEARER * seen.error:
-                name_of_norm, norm = _culprit(group.fold, found, baseline, unfolded)
-                yield (name_of_norm, norm) if norm.error > _OTHER else (name, seen)
-            else:
-                yield name, seen
-    for name in (baseline.description.embedding, baseline.description.head):
-        if isinstance(own := found.get(name), QWeight | Values):
-            base = baseline.parameters[name].float().cpu()
-            yield name, resemblance(own, base, torch.ones(base.shape[1]))
-
-
-def _culprit(
-    fold: Fold, found: Mapping[str, Matrix | Tensor], baseline: Baseline, unfolded: Mapping[str, Resemblance]
-) -> tuple[str, Resemblance]:
-    """A producer that does not have the baseline's values, though what follows it has."""
-    name = fold.parameters[0]
-    if name in unfolded:
-        return name, unfolded[name]
-    ours, theirs = baseline.parameters[name].float().cpu(), _as_floats(found[name])
-    return name, Resemblance(relative(theirs, ours), _SAME, "no matrix after it makes good for it")
-
-
-def _input_scales(
-    group: Group, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
-) -> Tensor:
-    """By what the columns of a group's matrices were multiplied, as what precedes them was divided by it, [columns]."""
-    fold = group.fold
-    if fold is None:
-        return torch.ones(group.columns)
-    name = fold.parameters[0]
-    return fold.spread(1 / fold.carried(_divisions(fold, name, found, baseline, rows)))
-
-
-def _divisions(
-    fold: Fold, name: str, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
-) -> Tensor:
-    """What is left of each row of a producer: 1 where nothing was folded into it."""
-    if name in rows:
-        left = rows[name]
-    else:
-        ours, theirs = baseline.parameters[name].float().cpu(), _as_floats(found[name])
-        one = float(fold.plus_one)
-        left = (theirs + one) / (ours + one)
-    return torch.where(torch.isfinite(left) & (left > 0), left, torch.ones_like(left))
-
-
-def _row_factors(values: Tensor, base: Tensor) -> Tensor:
-    """The factor of each row that brings `base` nearest to `values` (least squares), [rows]."""
-    return (values * base).sum(1) / base.square().sum(1).clamp(min=1e-30)
-
-
-def _turned(group: Group, name: str, baseline: Baseline) -> int | None:
-    """The rows of a head where rotary positions turn a linear's output: the first projections of a layer."""
-    return baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
 
 
 def _variant(
@@ -249,7 +99,7 @@ def _variant(
         if not same:
             floats[name] = read
         if simulated and name in linears:
-            stored.append(Stored(name, read.numel(), _dtype(read), read.numel() * read.element_size() * 8))
+            stored.append(Stored(name, read.numel(), dtype_name(read), read.numel() * read.element_size() * 8))
         else:
             kept.append(Kept(name, read.numel(), f"in float{'' if same else ', other than the baseline has it'}"))
     if not (weights or stored):
@@ -280,12 +130,12 @@ def _read(names: Names, reading: Reading, baseline: Baseline, name: str) -> Matr
         ]
         return joined([_decoded(part, reading.format, reading.config) for part in parts])
     stored = names.load(name)
-    theirs = _fitting(name, stored.T if name in baseline.turned else stored, ours)
+    theirs = fitting(name, stored.T if name in baseline.turned else stored, ours)
     if name in reading.forms:
         form, bits = reading.forms[name]
         return Values(theirs, form, bits)
     if not theirs.is_floating_point():
-        raise UsageError(f"it holds {name} as {_dtype(theirs)} without what would say how to read that.")
+        raise UsageError(f"it holds {name} as {dtype_name(theirs)} without what would say how to read that.")
     return theirs
 
 
@@ -334,24 +184,6 @@ def _is_packed(names: Names, reading: Reading, baseline: Baseline, name: str) ->
     return any(f"{module}.{each}" in names.tensors for module in names.modules(name) for each in reading.format.markers)
 
 
-def _fitting(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
-    """A tensor of the baseline's shape: rows beyond its vocabulary are padding, which no token names.
-
-    Raises:
-        UsageError: it is of another shape.
-    """
-    if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) > len(ours):
-        theirs = theirs[: len(ours)]
-    if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) < len(ours):
-        raise UsageError(
-            f"its {name} lacks rows {len(theirs)} to {len(ours) - 1} of the baseline's: where these are ids, it has no "
-            "probability for them, and the two can't be compared."
-        )
-    if theirs.shape != ours.shape:
-        raise UsageError(f"it holds {name} of {list(theirs.shape)} where the baseline has {list(ours.shape)}.")
-    return theirs
-
-
 def padding(tensors: Tensors, baseline: Baseline) -> range:
     """The ids that the checkpoint's embedding has beyond the baseline's."""
     name = baseline.description.embedding
@@ -382,17 +214,3 @@ def _check_finite(name: str, read: Matrix | Tensor) -> None:
     if bad:
         what = "scales" if isinstance(read, QWeight) else "values"
         raise UsageError(f"its {name} has {bad} {what} that are not finite.")
-
-
-def _as_matrix(read: Matrix | Tensor) -> Matrix:
-    if isinstance(read, QWeight | Values):
-        return read
-    return Values(read.float(), _dtype(read), read.numel() * read.element_size() * 8)
-
-
-def _as_floats(read: Matrix | Tensor) -> Tensor:
-    return values_of(read) if isinstance(read, QWeight | Values) else read.float()
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

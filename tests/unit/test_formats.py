@@ -11,8 +11,9 @@ from qeval.calibrate.build import build, source_of
 from qeval.calibrate.stream import collect
 from qeval.config import parse_method
 from qeval.errors import UsageError
-from qeval.formats.assemble import Baseline, Reading, assemble, unused
+from qeval.formats.assemble import Reading, assemble, unused
 from qeval.formats.base import Module, Values
+from qeval.formats.beside import Baseline
 from qeval.formats.checkpoint import opened, read_config
 from qeval.formats.compressed import decode as decode_compressed
 from qeval.formats.fp8 import decode as decode_fp8

@@ -1,0 +1,202 @@
+"""A checkpoint's weights laid beside the baseline's: who has another's values, and what misreading would explain it.
+
+AWQ's folded scales are taken back through the groups that `models/graph.py` found.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qeval.errors import UsageError
+from qeval.formats.base import Matrix, Values
+from qeval.formats.names import Names
+from qeval.formats.resemble import Resemblance, relative, resemblance, values_of
+from qeval.models.graph import Description, Fold, Group
+from qeval.quant.qweight import QWeight
+
+SAME = 0.004
+"""Up to here two float tensors are one, rounded: bf16 loses 2^-9 / sqrt 3 of a value on average."""
+_NEARER, _OTHER = 0.8, 0.02
+"""A norm that differs by more than the second is another's where matrices after it are this much nearer without it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """What a checkpoint is laid beside: parameters by name (a tied head under its own name too), structure, prefixes.
+
+    `parameters`: as `weights_of` has them, experts one by one; `turned`: those that files hold transposed. `head_dim`:
+    rows of an attention head. `prefix`: what the base model's tensors begin with, such as `model.`.
+    """
+
+    parameters: Mapping[str, Tensor]
+    description: Description
+    head_dim: int
+    prefix: str
+    turned: frozenset[str] = frozenset()
+
+    @property
+    def needed(self) -> list[str]:
+        """The parameters that a checkpoint must hold: all but a tied head."""
+        head = self.description.head
+        return [name for name in self.parameters if not (self.description.tied and name == head)]
+
+
+def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
+    """Refuse a float head of its own in a model whose head is its embedding.
+
+    Raises:
+        UsageError: the head that the file holds is not the embedding that it holds.
+    """
+    about = baseline.description
+    if not about.tied or about.head not in names.tensors:
+        return
+    head, embedding = names.tensors.load(about.head), found[about.embedding]
+    ours = values_of(embedding) if isinstance(embedding, QWeight | Values) else embedding
+    if head.is_floating_point() and relative(fitting(about.head, head, ours), ours) > SAME:
+        raise UsageError(
+            f"its {about.head} is not its {about.embedding}, though the baseline ties the two: the tie is broken."
+        )
+
+
+def check_resemblance(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline, *, exact: bool
+) -> None:
+    """Refuse matrices that are not the baseline's, with the misreading that explains them where one does.
+
+    `inputs`: by what a linear's input is multiplied while running [columns], and its matrix was divided. `exact`:
+    whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated matrices are
+    refused.
+
+    Raises:
+        UsageError: it names the first such matrix, how many there are, and the cause.
+    """
+    every = _resemblances(found, inputs, baseline)
+    wrong = {name: each for name, each in every if not (each.ok or _excused(each, exact))}
+    if not wrong:
+        return
+    name, first = next(iter(wrong.items()))
+    alike = sum(each.cause == first.cause for each in wrong.values())
+    raise UsageError(f"its {name} is not the baseline's: {first.words} ({alike} of {len(found)} weights alike).")
+
+
+def _excused(each: Resemblance, exact: bool) -> bool:
+    return not exact and each.cause is None and each.error < 1.0
+
+
+def _resemblances(
+    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline
+) -> Iterator[tuple[str, Resemblance]]:
+    """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
+    rows: dict[str, Tensor] = {}
+    unfolded: dict[str, Resemblance] = {}
+    producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
+    for group in baseline.description.groups:
+        folded_scales = _input_scales(group, found, baseline, rows)
+        for name in group.names:
+            scales = folded_scales / inputs[name] if name in inputs else folded_scales
+            base = baseline.parameters[name].float().cpu()
+            read = as_matrix(found[name])
+            rows[name] = _row_factors(values_of(read), base * scales)
+            seen = resemblance(read, base, scales, _turned(group, name, baseline))
+            if not seen.ok and name in producers:
+                unfolded[name] = seen
+                folded = resemblance(read, base * rows[name].clamp(1e-3, 1e3).unsqueeze(1), scales)
+                seen = folded if folded.ok else seen
+            if not seen.ok:  # what follows is not to be judged by it
+                rows[name] = torch.ones(len(base))
+            plain = relative(values_of(read), base)
+            if group.fold and not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
+                before = group.fold.parameters[0]  # a clip alone makes its rows smaller: nothing is wrong then
+                clipped = before in rows and before not in unfolded
+                yield (name, alone) if clipped else _culprit(group.fold, found, baseline, unfolded)
+            elif group.fold and group.fold.parameters[0] not in rows and plain < _NEARER * seen.error:
+                name_of_norm, norm = _culprit(group.fold, found, baseline, unfolded)
+                yield (name_of_norm, norm) if norm.error > _OTHER else (name, seen)
+            else:
+                yield name, seen
+    for name in (baseline.description.embedding, baseline.description.head):
+        if isinstance(own := found.get(name), QWeight | Values):
+            base = baseline.parameters[name].float().cpu()
+            yield name, resemblance(own, base, torch.ones(base.shape[1]))
+
+
+def _culprit(
+    fold: Fold, found: Mapping[str, Matrix | Tensor], baseline: Baseline, unfolded: Mapping[str, Resemblance]
+) -> tuple[str, Resemblance]:
+    """A producer that does not have the baseline's values, though what follows it has."""
+    name = fold.parameters[0]
+    if name in unfolded:
+        return name, unfolded[name]
+    ours, theirs = baseline.parameters[name].float().cpu(), as_floats(found[name])
+    return name, Resemblance(relative(theirs, ours), SAME, "no matrix after it makes good for it")
+
+
+def _input_scales(
+    group: Group, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
+) -> Tensor:
+    """By what the columns of a group's matrices were multiplied, as what precedes them was divided by it, [columns]."""
+    fold = group.fold
+    if fold is None:
+        return torch.ones(group.columns)
+    name = fold.parameters[0]
+    return fold.spread(1 / fold.carried(_divisions(fold, name, found, baseline, rows)))
+
+
+def _divisions(
+    fold: Fold, name: str, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
+) -> Tensor:
+    """What is left of each row of a producer: 1 where nothing was folded into it."""
+    if name in rows:
+        left = rows[name]
+    else:
+        ours, theirs = baseline.parameters[name].float().cpu(), as_floats(found[name])
+        one = float(fold.plus_one)
+        left = (theirs + one) / (ours + one)
+    return torch.where(torch.isfinite(left) & (left > 0), left, torch.ones_like(left))
+
+
+def _row_factors(values: Tensor, base: Tensor) -> Tensor:
+    """The factor of each row that brings `base` nearest to `values` (least squares), [rows]."""
+    return (values * base).sum(1) / base.square().sum(1).clamp(min=1e-30)
+
+
+def _turned(group: Group, name: str, baseline: Baseline) -> int | None:
+    """The rows of a head where rotary positions turn a linear's output: the first projections of a layer."""
+    return baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
+
+
+def fitting(name: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """A tensor of the baseline's shape: rows beyond its vocabulary are padding, which no token names.
+
+    Raises:
+        UsageError: it is of another shape.
+    """
+    if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) > len(ours):
+        theirs = theirs[: len(ours)]
+    if theirs.dim() == ours.dim() == 2 and theirs.shape[1] == ours.shape[1] and len(theirs) < len(ours):
+        raise UsageError(
+            f"its {name} lacks rows {len(theirs)} to {len(ours) - 1} of the baseline's: where these are ids, it has no "
+            "probability for them, and the two can't be compared."
+        )
+    if theirs.shape != ours.shape:
+        raise UsageError(f"it holds {name} of {list(theirs.shape)} where the baseline has {list(ours.shape)}.")
+    return theirs
+
+
+def as_matrix(read: Matrix | Tensor) -> Matrix:
+    """What was read as a matrix: floats as values of their own type and size."""
+    if isinstance(read, QWeight | Values):
+        return read
+    return Values(read.float(), dtype_name(read), read.numel() * read.element_size() * 8)
+
+
+def as_floats(read: Matrix | Tensor) -> Tensor:
+    """The values of what was read, fp32."""
+    return values_of(read) if isinstance(read, QWeight | Values) else read.float()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Such as `float16`."""
+    return str(tensor.dtype).removeprefix("torch.")
