@@ -21,6 +21,8 @@ from qeval.progress import Advance
 
 Figure = tuple[float, ...]
 """Mean KL in nats of each sample."""
+Quantized = Mapping[Group, Mapping[str, Tensor]]
+"""Each group's quantized matrices as they act in the unfolded model, by name."""
 Tell = Callable[[str, Figure], None]
 JOINT = "all"
 """The name of the KL with every group quantized."""
@@ -36,23 +38,32 @@ class Attribution:
 
 
 @torch.inference_mode()
+def quantized_groups(description: Description, effective: Effective, advance: Advance) -> Quantized:
+    """Every group that has quantized matrices; all are held beside the float ones. `advance` is told 1 for each."""
+    found = {}
+    for group in description.units:
+        if values := effective(group):
+            found[group] = values
+        advance(1)
+    return found
+
+
+@torch.inference_mode()
 def attribute(
     model: Any,
     description: Description,
     head: Head,
     samples: Sequence[Sequence[int]],
-    effective: Effective,
+    quantized: Quantized,
     known: Mapping[str, Figure],
     tell: Tell,
     advance: Advance,
 ) -> Attribution:
     """Measure on every sample what `known` does not hold yet; each figure is told by name as soon as it is there.
 
-    Names are `all`, `alone GROUP` and `without GROUP`. The quantized matrices are held beside the float ones meanwhile.
-    `advance` is told 1 for every figure.
+    Names are `all`, `alone GROUP` and `without GROUP`. `advance` is told 1 for every figure.
     """
     found = dict(known)
-    quantized = {group: values for group in description.units if (values := effective(group))}
     exact = Passed.of(model, description, tokens(model, samples, len(samples)))
 
     def keep(name: str, states: Callable[[], Tensor]) -> None:

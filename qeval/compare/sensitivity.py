@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from qeval.calibrate.attribution import Attribution, Figure, attribute
+from qeval.calibrate.attribution import Attribution, Figure, attribute, quantized_groups
 from qeval.calibrate.build import assign
 from qeval.calibrate.mix import effective_of, high_grid, mixed_budget, size_limits, under_budget
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, finite
@@ -127,8 +127,10 @@ def _attributed(
         finite(recipe.name, {name: sum(kl)})
         kept.add(name, kl)
 
-    with progress.phase(f"sensitivity of {units} groups", 2 * units + 1) as advance:
-        return attribute(source.model, source.description, source.head, samples, effective, kept.found, keep, advance)
+    with progress.phase(f"quantize {units} groups", units) as advance:
+        quantized = quantized_groups(source.description, effective, advance)
+    with progress.phase(f"sensitivity of {len(quantized)} groups", 2 * len(quantized) + 1) as advance:
+        return attribute(source.model, source.description, source.head, samples, quantized, kept.found, keep, advance)
 
 
 def _effects(source: Source, found: Attribution, seed: int) -> tuple[GroupEffect, ...]:

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from qeval.calibrate.attribution import attribute
+from qeval.calibrate.attribution import attribute, quantized_groups
 from qeval.calibrate.sensitivity import SAMPLES
 from qeval.models.graph import describe
 from qeval.models.head import head_of
@@ -19,7 +19,9 @@ def model(request):
 
 
 def attributed(model, samples, effective, known=None, tell=lambda name, kl: None, advance=lambda done: None):
-    return attribute(model, describe(model), head_of(model), samples, effective, known or {}, tell, advance)
+    about = describe(model)
+    quantized = quantized_groups(about, effective, lambda done: None)
+    return attribute(model, about, head_of(model), samples, quantized, known or {}, tell, advance)
 
 
 def by_sample(model, ids, replaced):
