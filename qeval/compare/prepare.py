@@ -39,7 +39,7 @@ from qeval.errors import UsageError
 from qeval.executors.cluster import require_ray
 from qeval.identity import digest
 from qeval.models.graph import describe
-from qeval.models.head import Head, head_of
+from qeval.models.head import head_of
 from qeval.models.info import LoadedModel
 from qeval.models.load import load
 from qeval.models.matrices import weights_of
@@ -176,7 +176,7 @@ def prepare(settings: Settings) -> Plan:
         given=tuple(
             with_overlap(each, shards, suites) for each in _given(settings, loaded, source, backend, asked, fits)
         ),
-        foreign=_foreign(settings, loaded, source.head, asked),
+        foreign=_foreign(settings, loaded, source, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
         overlap=overlap,
@@ -290,7 +290,7 @@ def _given(
     return tuple(found[name] if name in found else given_entry(name, path, own, *fits) for name, path in given)
 
 
-def _foreign(settings: Settings, loaded: LoadedModel, head: Head, asked: Asked) -> "tuple[Foreign, ...]":
+def _foreign(settings: Settings, loaded: LoadedModel, source: Loaded, asked: Asked) -> "tuple[Foreign, ...]":
     """The ONNX folders among --variant, each found to speak of the baseline's tokens in the texts of this run."""
     found = [(name, path) for name, path in settings.variants if not is_variant(path) and _is_onnx(path)]
     if not found:
@@ -299,7 +299,8 @@ def _foreign(settings: Settings, loaded: LoadedModel, head: Head, asked: Asked) 
     from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
 
     require_provider(choose_provider(settings.backends.ep))
-    return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), asked) for name, path in found)
+    vocabulary = int(source.head.weight.shape[0])
+    return tuple(foreign(name, path, loaded, source.description, vocabulary, asked) for name, path in found)
 
 
 def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[Suite]) -> Asked:

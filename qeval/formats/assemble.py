@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.formats.base import Config, Format, Matrix, Module, Values
-from qeval.formats.beside import SAME, Baseline, as_matrix, check_resemblance, check_tie, dtype_name, fitting
+from qeval.formats.beside import SAME, Baseline, apart, as_matrix, check_resemblance, check_tie, dtype_name, fitting
 from qeval.formats.checkpoint import Tensors
 from qeval.formats.join import joined
 from qeval.formats.names import Names
-from qeval.formats.resemble import relative, values_of
+from qeval.formats.resemble import values_of
 from qeval.models.matrices import is_expert
 from qeval.models.weights import listed
 from qeval.progress import Advance
@@ -72,9 +72,9 @@ def check_same_base(names: Names, reading: Reading, baseline: Baseline) -> None:
             continue
         ours = baseline.parameters[name]
         theirs = fitting(name, names.load(name), ours)
-        if (apart := relative(theirs, ours.cpu())) > SAME:
+        if (far := apart(theirs, ours.cpu())) > SAME:
             raise UsageError(
-                f"its {name} differs from the baseline's by {100 * apart:.1f} %, which no quantizer changes: it was "
+                f"its {name} differs from the baseline's by {100 * far:.2g} %, which no quantizer changes: it was "
                 "made from another model (a fine-tuned one, or one whose weights were rotated)."
             )
 

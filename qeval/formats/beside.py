@@ -3,6 +3,7 @@
 AWQ's folded scales are taken back through the groups that `models/graph.py` found.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from qeval.formats.resemble import Resemblance, relative, resemblance, values_of
 from qeval.models.graph import Description, Fold, Group
 from qeval.quant.qweight import QWeight
 
-SAME = 0.004
-"""Up to here two float tensors are one, rounded: bf16 loses 2^-9 / sqrt 3 of a value on average."""
+SAME = 2e-4
+"""Up to here two float tensors are one, once they have been through the same types."""
 _NEARER, _OTHER = 0.8, 0.02
 """A norm that differs by more than the second is another's where matrices after it are this much nearer without it."""
 
@@ -43,6 +44,16 @@ class Baseline:
         return [name for name in self.parameters if not (self.description.tied and name == head)]
 
 
+def apart(theirs: Tensor, ours: Tensor) -> float:
+    """How far a file's floats are from the baseline's, whatever type they were kept in on their way; relative."""
+    found = math.inf
+    for kind in dict.fromkeys((theirs.dtype, torch.bfloat16, torch.float16)):
+        found = min(found, relative(theirs, ours.to(kind)))
+        if found <= SAME:
+            break
+    return found
+
+
 def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
     """Refuse a float head of its own in a model whose head is its embedding.
 
@@ -54,7 +65,7 @@ def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Base
         return
     head, embedding = names.tensors.load(about.head), found[about.embedding]
     ours = values_of(embedding) if isinstance(embedding, QWeight | Values) else embedding
-    if head.is_floating_point() and relative(fitting(about.head, head, ours), ours) > SAME:
+    if head.is_floating_point() and apart(fitting(about.head, head, ours), ours) > SAME:
         raise UsageError(
             f"its {about.head} is not its {about.embedding}, though the baseline ties the two: the tie is broken."
         )
@@ -130,7 +141,7 @@ def _culprit(
     if name in unfolded:
         return name, unfolded[name]
     ours, theirs = baseline.parameters[name].float().cpu(), as_floats(found[name])
-    return name, Resemblance(relative(theirs, ours), SAME, "no matrix after it makes good for it")
+    return name, Resemblance(apart(theirs, ours), SAME, "no matrix after it makes good for it")
 
 
 def _input_scales(

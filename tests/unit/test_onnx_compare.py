@@ -12,6 +12,7 @@ pytest.importorskip("onnxscript")
 
 import onnx_ir as ir
 import torch
+from safetensors.torch import load_file
 
 from qeval.backends.onnx import packages
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend
@@ -284,6 +285,12 @@ def other_ids(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def fine_tuned(graph):
+    gains = [value for value in graph.initializers.values() if "norm" in value.name and value.shape == (64,)]
+    for number, value in enumerate(gains):
+        value.const_value = ir.tensor(value.const_value.numpy() + 0.003 * number + 0.003, name=value.name)
+
+
 FOLDERS = {
     "no model": (remove("model.onnx"), "lacks model.onnx, the model that its genai_config.json names: copy it there."),
     "no config": (remove("genai_config.json"), "has neither genai_config.json nor config.json: copy the one"),
@@ -296,6 +303,9 @@ FOLDERS = {
         edited(odd_past), "the shape or type of 'past_key_values.0.key' (FLOAT, [1, 'a', 3]) is none that qeval knows"
     ),
     "an input that nobody knows": (edited(unknown_input), "takes an input 'pixels' [1, 3] that qeval doesn't know"),
+    "another model": (
+        edited(fine_tuned), "vectors of 64 numbers differs from the baseline's model.norm.weight by 0.3 %, which no"
+    ),
     "other token ids": (other_ids, "has other token ids than the baseline for the same text (the first at token"),
 }  # fmt: skip
 
@@ -315,7 +325,14 @@ def test_a_smaller_vocabulary_is_refused(refused, copy):
 
 
 def test_ids_beyond_the_baselines_are_left_out_and_said(place, tmp_path):
-    out, flags = tmp_path / "out", ("--variant", f"theirs={float_folder('qwen2')}", "--quiet")
+    wider = shutil.copytree(float_folder("qwen2"), tmp_path / "wider")
+    gain = load_file(place.model / "model.safetensors")["model.norm.weight"]
+
+    def last_gain(graph):
+        graph.initializers["model.layers.2.final_norm_layernorm.weight"].const_value = ir.tensor(gain.float().numpy())
+
+    edited(last_gain)(wider)
+    out, flags = tmp_path / "out", ("--variant", f"theirs={wider}", "--quiet")
     assert place.compare(*flags, methods=None, tasks="kl", out=str(out)) == 0
     assert records(out)["theirs"]["details"]["padding"].startswith("its head has the ids 256 to 263 beyond")
     with FolderBackend(float_folder("qwen2"), choose("cpu"), 1, ids=256).open(None) as session:
