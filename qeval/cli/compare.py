@@ -36,7 +36,9 @@ def compare(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            "--variant", help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file."
+            "--variant",
+            help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file; or, fetched "
+            "from the hub, NAME=ORG/REPO[@REVISION].",
         ),
     ] = None,
     backend: Annotated[

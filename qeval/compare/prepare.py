@@ -21,6 +21,7 @@ from qeval.calibrate.build import quantizable
 from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
 from qeval.compare.estimate import Shape
 from qeval.compare.overlap import overlap_of, with_overlap
+from qeval.compare.places import Place, places_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
@@ -76,6 +77,7 @@ class Plan:
     tasks: tuple[TaskRecord, ...]
     drift: DriftRecord | None
     parts: tuple[Part, ...]
+    places: tuple[Place, ...]
     given: tuple[Entry, ...]
     foreign: "tuple[Foreign, ...]"
     runtime: "Runtime | None"
@@ -91,7 +93,8 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """What must be known of the numbers before any is made."""
-        return [*self.loaded.warnings, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
+        told = [*self.loaded.warnings, *(warning for place in self.places for warning in place.warnings)]
+        return [*told, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
 
     @property
     def baseline_key(self) -> str:
@@ -153,6 +156,7 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
+    places = places_of(settings.variants)
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
@@ -173,10 +177,11 @@ def prepare(settings: Settings) -> Plan:
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
         drift=drift,
         parts=parts,
+        places=places,
         given=tuple(
-            with_overlap(each, shards, suites) for each in _given(settings, loaded, source, backend, asked, fits)
+            with_overlap(each, shards, suites) for each in _given(places, loaded, source, backend, asked, fits)
         ),
-        foreign=_foreign(settings, loaded, source.head, asked),
+        foreign=_foreign(places, settings.backends.ep, loaded, source.head, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
         overlap=overlap,
@@ -275,7 +280,7 @@ def _is_onnx(folder: Path) -> bool:
 
 
 def _given(
-    settings: Settings,
+    places: Sequence[Place],
     loaded: LoadedModel,
     source: Loaded,
     backend: TorchBackend | StreamBackend,
@@ -283,23 +288,23 @@ def _given(
     fits: Sequence[FitsKernel],
 ) -> tuple[Entry, ...]:
     """The variants of --variant that are no ONNX folders: qeval's own, and checkpoints that were made elsewhere."""
-    given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
-    elsewhere = [(name, path) for name, path in given if not is_variant(path) and is_made_elsewhere(path)]
+    given = [each for each in places if is_variant(each.path) or not _is_onnx(each.path)]
+    elsewhere = [each for each in given if not is_variant(each.path) and is_made_elsewhere(each.path)]
     found = {entry.name: entry for entry in imported(elsewhere, loaded, source, backend, asked, fits)}
     own = loaded.info.weights_sha256
-    return tuple(found[name] if name in found else given_entry(name, path, own, *fits) for name, path in given)
+    return tuple(found.get(each.name) or given_entry(each.name, each.path, own, *fits) for each in given)
 
 
-def _foreign(settings: Settings, loaded: LoadedModel, head: Head, asked: Asked) -> "tuple[Foreign, ...]":
+def _foreign(places: Sequence[Place], ep: str, loaded: LoadedModel, head: Head, asked: Asked) -> "tuple[Foreign, ...]":
     """The ONNX folders among --variant, each found to speak of the baseline's tokens in the texts of this run."""
-    found = [(name, path) for name, path in settings.variants if not is_variant(path) and _is_onnx(path)]
+    found = [each for each in places if not is_variant(each.path) and _is_onnx(each.path)]
     if not found:
         return ()
     require_onnx()
     from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
 
-    require_provider(choose_provider(settings.backends.ep))
-    return tuple(foreign(name, path, loaded, int(head.weight.shape[0]), asked) for name, path in found)
+    require_provider(choose_provider(ep))
+    return tuple(foreign(each.name, each.path, loaded, int(head.weight.shape[0]), asked) for each in found)
 
 
 def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[Suite]) -> Asked:

@@ -47,7 +47,7 @@ FLAGS = {
     "an unknown model": (
         {"model": "llama-2-7c"},
         "Unknown model 'llama-2-7c'; nearest: llama-2-7b",
-        "Or give a hub id",
+        "or give a hub id",
     ),
     "a folder that is not there": ({"model": "./nowhere"}, "The model folder './nowhere' does not exist."),
     "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: autoround, awq, gptq"),
@@ -122,7 +122,7 @@ FLAGS = {
     "a variant without a folder": ({"variant": "mine"}, "--variant takes NAME=PATH, not 'mine'."),
     "a variant named as a method": ({"variant": "rtn:g32=x"}, "Two variants are named 'rtn:g32'"),
     "a variant named as the baseline": ({"variant": "baseline=x"}, "A variant cannot be named 'baseline'"),
-    "a variant that is not there": ({"variant": "mine=x"}, "--variant mine=x: there is nothing there; what is on"),
+    "a variant that is not there": ({"variant": "mine=x"}, "--variant mine=x: there is nothing there; on the hub"),
 }
 
 

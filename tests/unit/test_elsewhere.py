@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qeval.compare.elsewhere import Made, check_answers
+from qeval.compare.places import Place
 from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
@@ -318,7 +319,7 @@ def test_a_float_head_that_is_not_the_baselines_is_named(bench, made, refused, h
 @pytest.mark.parametrize(("value", "told"), [(0.0, "its logits are constant"), (math.nan, "its logits are not finite")])
 def test_answers_that_are_none_are_named(tmp_path, value, told):
     """Weights that pass by the letter may still answer nothing."""
-    made = Made("theirs", tmp_path, tmp_path, {}, Reading(None, {}, {}), "float", "floats", ())
+    made = Made(Place("theirs", "x", tmp_path), tmp_path, {}, Reading(None, {}, {}), "float", "floats", ())
     answers = torch.full((16, 8), value)
     session = SimpleNamespace(vocab_size=8, states=lambda requests: [answers], logits=lambda states: states)
     with pytest.raises(UsageError, match=told):
