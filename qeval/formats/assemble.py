@@ -25,7 +25,15 @@ from qeval.progress import Advance
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Kept, Stored, Variant
 
-_HARMLESS = ("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale", "input_global_scale", "masked_bias")
+_HARMLESS = (
+    "rotary_emb.inv_freq",
+    "input_scale",
+    "input_scale_ub",
+    "k_scale",
+    "v_scale",
+    "input_global_scale",
+    "masked_bias",
+)
 
 
 class Reading(NamedTuple):
