@@ -110,6 +110,7 @@ FLAGS = {
     "a stride longer than the window": ({"stride": "65"}, "--stride 65 must lie between 1 and the window, 64"),
     "a BOS that the tokenizer lacks": ({"bos": "always"}, "--bos always", "has no BOS"),
     "an unknown subject": ({"subjects": "astronomi"}, "'astronomi'; nearest: astronomy"),
+    "no subject": ({"subjects": ","}, "--subjects ',' names no subject; leave it out for all of them."),
     "more shots than examples": ({"shots": "3"}, "astronomy_dev.csv holds 2 examples, fewer than --shots 3."),
     "shots below none": ({"shots": "-1"}, "Invalid value for '--shots'"),
     "a seed below zero": ({"seed": "-1"}, "Invalid value for '--seed'"),
