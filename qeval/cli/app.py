@@ -28,6 +28,7 @@ from qeval.cli.export import export
 from qeval.cli.gate import gate
 from qeval.cli.listing import methods, tasks
 from qeval.cli.models import models
+from qeval.cli.pipes import reader_may_leave
 from qeval.cli.quantize import quantize
 from qeval.cli.selfcheck import selfcheck
 from qeval.cli.sensitivity import sensitivity
@@ -90,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     given = list(arguments) or ["--help"]
     command = shlex.join(["qeval", *given])
     try:
-        with _sigterm_as_interrupt() as terminated:
+        with _sigterm_as_interrupt() as terminated, reader_may_leave():
             code = app(args=given, prog_name="qeval", standalone_mode=False, obj=command)
     except typer.TyperException as error:
         sentence = f"{error.format_message()} (--help lists what there is)"

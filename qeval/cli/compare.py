@@ -36,7 +36,9 @@ def compare(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            "--variant", help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file."
+            "--variant",
+            help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file; or, fetched "
+            "from the hub, NAME=ORG/REPO[@REVISION].",
         ),
     ] = None,
     backend: Annotated[
@@ -124,7 +126,7 @@ def compare(
         variants=given,
         tasks=names(tasks),
         corpus=CorpusChoice(corpus, protocol, window, stride, max_windows, bos, convention),
-        questions=TaskChoice(mmlu_dir, names(subjects), limit, shots),
+        questions=TaskChoice(mmlu_dir, _named_subjects(subjects), limit, shots),
         calibration=CalibrationChoice(calibration, calibration_samples, calibration_length),
         out=out or Path("reports") / slug(model),
         backends=BackendChoice(
@@ -172,6 +174,18 @@ def _run(settings: Settings, *, as_json: bool, quiet: bool) -> int:
 def names(text: str | None) -> tuple[str, ...]:
     """The words of a comma-separated list, each once."""
     return tuple(dict.fromkeys(name for name in (part.strip() for part in (text or "").split(",")) if name))
+
+
+def _named_subjects(text: str | None) -> tuple[str, ...]:
+    """The subjects of --subjects; none means all of them.
+
+    Raises:
+        UsageError: it was given, and names none.
+    """
+    found = names(text)
+    if text is not None and not found:
+        raise UsageError(f"--subjects '{text}' names no subject; leave it out for all of them.")
+    return found
 
 
 def named_path(text: str) -> tuple[str, Path]:

@@ -44,7 +44,7 @@ def export(
     options.check_used(defaults, [recipe] if recipe else [])
     choice = BackendChoice(("ort",), (accuracy_level,), ep, exporter, format, precision)
     console = Console(stderr=True)
-    from qeval.compare.prepare import require_onnx  # noqa: PLC0415 - torch takes seconds to import
+    from qeval.backends.onnx.packages import require_onnx  # noqa: PLC0415 - an extra
 
     require_onnx()
     from qeval.compare.export import export as write  # noqa: PLC0415 - an extra

@@ -21,6 +21,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
     if plan.model.hub_id:
         table.add_row("from", f"{plan.model.hub_id} at commit {str(plan.model.revision)[:12]}")
+    for place in plan.places:
+        if place.hub:
+            table.add_row(place.name, f"from {place.hub}")
     table.add_row("baseline", f"{plan.model.weight_dtype} weights computed in {plan.model.compute_dtype}")
     names = [recipe.name for recipe in plan.settings.recipes] + [entry.name for entry in plan.given]
     table.add_row("variants", ", ".join(names))

@@ -1,4 +1,4 @@
-"""`--variant NAME=PATH` of a checkpoint that another tool quantized: read, checked, and kept as a variant of qeval's.
+"""`--variant` of a checkpoint that another tool quantized: read, checked, and kept as a variant of qeval's.
 
 What it says of itself comes first (configuration, vocabulary, tokens), then its weights beside the baseline's, then a
 few tokens through it. Nothing is scored of what fails one of them.
@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from qeval.backends.base import Session
 from qeval.backends.torch import TorchBackend
+from qeval.compare.places import Place
 from qeval.compare.variants import Entry, FitsKernel, Loaded
 from qeval.compare.witness import has_tokenizer, notes_on, read_tokenizer, same_tokenizer, why_other
 from qeval.errors import BrokenRecordError, UsageError
@@ -53,10 +54,9 @@ _PROBE_TOKENS = 16
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A checkpoint made elsewhere: where it lies, where its tensors are, and how they are to be read."""
+    """A checkpoint made elsewhere: what named it, where its tensors are, and how they are to be read."""
 
-    name: str
-    path: Path
+    place: Place
     folder: Path
     config: Mapping[str, Any]
     reading: Reading
@@ -66,7 +66,7 @@ class Made:
 
     def error(self, reason: object) -> UsageError:
         """The error that names the flag: `--variant a=b: its ...`."""
-        return UsageError(f"--variant {self.name}={self.path}: {reason}")
+        return UsageError(f"{self.place.flag}: {reason}")
 
 
 def is_made_elsewhere(path: Path) -> bool:
@@ -74,34 +74,36 @@ def is_made_elsewhere(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" or (path / "config.json").is_file()
 
 
-def found(name: str, path: Path, baseline: Baseline) -> Made:
-    """What lies at `path`, of a format that is read.
+def found(place: Place, baseline: Baseline) -> Made:
+    """What lies at a place, of a format that is read.
 
     Raises:
         UsageError: no format reads it, its file is missing or torn, or a library is not installed.
     """
+    path = place.path
     if path.suffix.lower() == ".gguf":
-        return _gguf(name, path, baseline)
+        return _gguf(place, baseline)
     config, quantized = read_config(path), read_quantization(path)
     if quantized is None:
         reading = Reading(None, {}, {})
-        return Made(name, path, path, config, reading, "float", "floats", ("no quantization_config: taken as it is",))
+        return Made(place, path, config, reading, "float", "floats", ("no quantization_config: taken as it is",))
     try:
         reads = format_of(quantized, str(path))
         notes = reads.notes(quantized)
     except UsageError as error:
-        raise UsageError(f"--variant {name}={path}: {error}") from error
+        raise UsageError(f"{place.flag}: {error}") from error
     method = str(quantized["quant_method"])
-    return Made(name, path, path, config, Reading(reads, quantized, {}), method, reads.title, notes)
+    return Made(place, path, config, Reading(reads, quantized, {}), method, reads.title, notes)
 
 
-def _gguf(name: str, path: Path, baseline: Baseline) -> Made:
+def _gguf(place: Place, baseline: Baseline) -> Made:
+    path = place.path
     if not path.is_file():
-        raise UsageError(f"--variant {name}={path}: the GGUF file does not exist.")
+        raise UsageError(f"{place.flag}: the GGUF file does not exist.")
     forms = forms_of(path, baseline.parameters, len(baseline.description.layers))
     folder = converted(path)
     notes = ("dequantized by the gguf package and rounded to fp16",)
-    return Made(name, path, folder, read_config(folder), Reading(None, {}, forms), "gguf", "GGUF", notes)
+    return Made(place, folder, read_config(folder), Reading(None, {}, forms), "gguf", "GGUF", notes)
 
 
 def baseline_of(loaded: LoadedModel, source: Loaded) -> Baseline:
@@ -163,7 +165,7 @@ def check_tokens(made_by: str, folder: Path, ours: Any, asked: Asked) -> dict[st
 
 
 def imported(
-    variants: Iterable[tuple[str, Path]], loaded: LoadedModel, source: Loaded, backend: object, asked: Asked,
+    places: Iterable[Place], loaded: LoadedModel, source: Loaded, backend: object, asked: Asked,
     fits: Sequence[FitsKernel],
 ) -> list[Entry]:  # fmt: skip
     """The checkpoints made elsewhere among --variant, as variants of qeval's.
@@ -172,11 +174,11 @@ def imported(
         UsageError: one of them is of another model or tokenizer, is misread, or can't be read at all.
     """
     baseline = baseline_of(loaded, source)
-    every = [found(name, path, baseline) for name, path in variants]
+    every = [found(place, baseline) for place in places]
     told = []
     for made in every:  # what takes no reading of weights first, of all of them
         check_config(made, loaded)
-        told.append(check_tokens(f"--variant {made.name}={made.path}", made.folder, loaded.tokenizer, asked))
+        told.append(check_tokens(made.place.flag, made.folder, loaded.tokenizer, asked))
     return [entry_of(made, baseline, source, backend, notes, fits) for made, notes in zip(every, told, strict=True)]
 
 
@@ -198,7 +200,7 @@ def entry_of(
     for weight in manifest.weights:
         for check in fits:
             check(weight.name, parse(weight.grid), weight.columns)
-    return Entry(made.name, made.method, folder, told={"from": made.path.name, **told})
+    return Entry(made.place.name, made.method, folder, told={"from": made.place.origin, **told})
 
 
 def _key(made: Made, tensors: Tensors, source: Loaded) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,27 +11,24 @@ import torch
 from qeval.backends.base import Session
 from qeval.backends.memory import require_bf16
 from qeval.backends.onnx.nbits import kernel_block
-from qeval.backends.onnx.packages import require_graphs, require_runtime
-from qeval.backends.onnx.providers import choose as choose_provider
-from qeval.backends.onnx.providers import require_provider
+from qeval.backends.onnx.packages import require_onnx
 from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.calibrate.build import quantizable
-from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
+from qeval.compare.elsewhere import Asked
 from qeval.compare.estimate import Shape
+from qeval.compare.given import given_folders, given_variants
 from qeval.compare.overlap import overlap_of, with_overlap
+from qeval.compare.places import Place, places_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.variants import (
     Calibration,
     Entry,
-    FitsKernel,
     Loaded,
     Workshop,
     check_recipes,
-    given_entry,
-    is_variant,
 )
 from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
@@ -76,6 +72,7 @@ class Plan:
     tasks: tuple[TaskRecord, ...]
     drift: DriftRecord | None
     parts: tuple[Part, ...]
+    places: tuple[Place, ...]
     given: tuple[Entry, ...]
     foreign: "tuple[Foreign, ...]"
     runtime: "Runtime | None"
@@ -91,7 +88,8 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """What must be known of the numbers before any is made."""
-        return [*self.loaded.warnings, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
+        told = [*self.loaded.warnings, *(warning for place in self.places for warning in place.warnings)]
+        return [*told, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
 
     @property
     def baseline_key(self) -> str:
@@ -153,6 +151,7 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
+    places = places_of(settings.variants)
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
@@ -173,10 +172,11 @@ def prepare(settings: Settings) -> Plan:
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
         drift=drift,
         parts=parts,
+        places=places,
         given=tuple(
-            with_overlap(each, shards, suites) for each in _given(settings, loaded, source, backend, asked, fits)
+            with_overlap(each, shards, suites) for each in given_variants(places, loaded, source, backend, asked, fits)
         ),
-        foreign=_foreign(settings, loaded, source, asked),
+        foreign=given_folders(places, settings.backends.ep, loaded, source, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
         calibration=calibration,
         overlap=overlap,
@@ -253,54 +253,11 @@ def loaded_model(
     return loaded, source, TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
 
 
-def require_onnx() -> None:
-    """Refuse work on ONNX where its packages are missing.
-
-    Raises:
-        UsageError: it says which extra to install.
-    """
-    require_runtime()
-    require_graphs()
-
-
 def _runtime(choice: BackendChoice, loaded: LoadedModel, source: Loaded) -> "Runtime":
     require_onnx()
     from qeval.compare.onnx import runtime_of  # noqa: PLC0415 - an extra
 
     return runtime_of(choice, loaded, source.description)
-
-
-def _is_onnx(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / "genai_config.json").exists() or any(folder.glob("*.onnx")))
-
-
-def _given(
-    settings: Settings,
-    loaded: LoadedModel,
-    source: Loaded,
-    backend: TorchBackend | StreamBackend,
-    asked: Asked,
-    fits: Sequence[FitsKernel],
-) -> tuple[Entry, ...]:
-    """The variants of --variant that are no ONNX folders: qeval's own, and checkpoints that were made elsewhere."""
-    given = [(name, path) for name, path in settings.variants if is_variant(path) or not _is_onnx(path)]
-    elsewhere = [(name, path) for name, path in given if not is_variant(path) and is_made_elsewhere(path)]
-    found = {entry.name: entry for entry in imported(elsewhere, loaded, source, backend, asked, fits)}
-    own = loaded.info.weights_sha256
-    return tuple(found[name] if name in found else given_entry(name, path, own, *fits) for name, path in given)
-
-
-def _foreign(settings: Settings, loaded: LoadedModel, source: Loaded, asked: Asked) -> "tuple[Foreign, ...]":
-    """The ONNX folders among --variant, each found to speak of the baseline's tokens in the texts of this run."""
-    found = [(name, path) for name, path in settings.variants if not is_variant(path) and _is_onnx(path)]
-    if not found:
-        return ()
-    require_onnx()
-    from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
-
-    require_provider(choose_provider(settings.backends.ep))
-    vocabulary = int(source.head.weight.shape[0])
-    return tuple(foreign(name, path, loaded, source.description, vocabulary, asked) for name, path in found)
 
 
 def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[Suite]) -> Asked:

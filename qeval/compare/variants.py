@@ -230,10 +230,7 @@ def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel =
         UsageError: the folder holds no variant, one of another model, or one whose grids no kernel takes.
     """
     if not folder.exists():
-        raise UsageError(
-            f"--variant {name}={folder}: there is nothing there; what is on the hub is downloaded first "
-            "(hf download ORG/NAME --local-dir FOLDER)."
-        )
+        raise UsageError(f"--variant {name}={folder}: there is nothing there; on the hub it would be ORG/REPO.")
     manifest = verify_variant(folder)
     if manifest.model.get("weights_sha256") != weights_sha256:
         raise UsageError(

@@ -25,7 +25,15 @@ from qeval.progress import Advance
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Kept, Stored, Variant
 
-_HARMLESS = ("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale", "input_global_scale", "masked_bias")
+_HARMLESS = (
+    "rotary_emb.inv_freq",
+    "input_scale",
+    "input_scale_ub",
+    "k_scale",
+    "v_scale",
+    "input_global_scale",
+    "masked_bias",
+)
 
 
 class Reading(NamedTuple):
@@ -124,11 +132,7 @@ def _wanted(names: Names, baseline: Baseline) -> list[str]:
 def _read(names: Names, reading: Reading, baseline: Baseline, name: str) -> Matrix | Tensor:
     ours = baseline.parameters[name]
     if reading.format is not None and _is_packed(names, reading, baseline, name):
-        modules = names.modules(name)
-        parts = [
-            Module(each, len(ours) // len(modules), ours.shape[1], names.tensors.parts_of(each)) for each in modules
-        ]
-        return joined([_decoded(part, reading.format, reading.config) for part in parts])
+        return unpacked(names, reading.format, reading.config, name, ours)
     stored = names.load(name)
     theirs = fitting(name, stored.T if name in baseline.turned else stored, ours)
     if name in reading.forms:
@@ -137,6 +141,23 @@ def _read(names: Names, reading: Reading, baseline: Baseline, name: str) -> Matr
     if not theirs.is_floating_point():
         raise UsageError(f"it holds {name} as {dtype_name(theirs)} without what would say how to read that.")
     return theirs
+
+
+def unpacked(names: Names, reads: Format, config: Config, name: str, ours: Tensor) -> Matrix:
+    """What a format makes of the modules that are a weight in the file; `ours` is the baseline's [rows, columns].
+
+    Raises:
+        UsageError: a module's tensors are missing or do not fit each other.
+    """
+    modules = names.modules(name)
+    rows = len(ours) // len(modules)
+    parts = [Module(each, rows, ours.shape[1], names.tensors.parts_of(each)) for each in modules]
+    return joined([_decoded(part, reads, config) for part in parts])
+
+
+def is_packed(names: Names, reads: Format, name: str) -> bool:
+    """Whether a file's tensors of a weight are a format's."""
+    return any(f"{module}.{each}" in names.tensors for module in names.modules(name) for each in reads.markers)
 
 
 def _decoded(module: Module, reads: Format, config: Config) -> Matrix:
@@ -181,7 +202,7 @@ def _multiplied(read: Matrix, scales: Tensor) -> Values:
 def _is_packed(names: Names, reading: Reading, baseline: Baseline, name: str) -> bool:
     if reading.format is None or baseline.parameters[name].dim() != 2:
         return False
-    return any(f"{module}.{each}" in names.tensors for module in names.modules(name) for each in reading.format.markers)
+    return is_packed(names, reading.format, name)
 
 
 def padding(tensors: Tensors, baseline: Baseline) -> range:

@@ -4,7 +4,7 @@ AWQ's folded scales are taken back through the groups that `models/graph.py` fou
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +88,17 @@ def check_resemblance(
     if not wrong:
         return
     name, first = next(iter(wrong.items()))
-    alike = sum(each.cause == first.cause for each in wrong.values())
-    raise UsageError(f"its {name} is not the baseline's: {first.words} ({alike} of {len(found)} weights alike).")
+    raise UsageError(f"its {name} is not the baseline's: {first.words} ({_others([*wrong.values()], len(found))}).")
+
+
+def _others(wrong: Sequence[Resemblance], every: int) -> str:
+    """What is known of the other parameters, once the first of the wrong ones is told."""
+    more, alike = len(wrong) - 1, sum(each.cause == wrong[0].cause for each in wrong[1:])
+    if not more:
+        return f"nothing else of its {every} parameters is wrong"
+    if alike == more:
+        return f"as in {more} more of its {every} parameters"
+    return f"{more} more of its {every} parameters are wrong, {alike or 'none'} of them alike"
 
 
 def _excused(each: Resemblance, exact: bool) -> bool:

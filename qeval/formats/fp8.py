@@ -1,4 +1,6 @@
-"""`quant_method: fp8`: DeepSeek-V3's and Qwen3's checkpoints in FP8, a scale for each tile of a matrix.
+"""Checkpoints in FP8: a scale for each tile of a matrix, or for each row.
+
+`quant_method: fp8` (DeepSeek-V3, Qwen3):
 
     weight [rows, columns] float8       weight_scale_inv: one, or [rows / 128, columns / 128], the last tiles short
     weight [rows, columns / 2] int8     FP4 (experts of DeepSeek-V4), the even column low, scales of a row's blocks
@@ -6,35 +8,64 @@
 
 A scale in bytes or `float8_e8m0fnu` is 2 to the power of the byte less 127. Despite its name the scale multiplies.
 Source: `Fp8Dequantize` of transformers/integrations/finegrained_fp8.py (5.23).
+
+`quant_method: fbgemm_fp8` (Llama 3.1 405B):
+    weight [rows, columns] float8       weight_scale [rows, 1]
+    input_scale_ub                      bounds the scales of activations, which is not read
+
+Source: `FbgemmFp8Linear` of transformers/integrations/fbgemm_fp8.py (5.23).
 """
 
 import torch
+from torch import Tensor
 
 from qeval.formats.base import Config, Format, Matrix, Module, Values
 from qeval.formats.floats import FP8, fp4, powers, spread
+
+_ACTIVATIONS = "its own kernels round activations too: only the loss of its weights is scored"
 
 
 def decode(module: Module, config: Config) -> Matrix:
     """The values of a linear."""
     weight, stored = module.part("weight", shape=(module.rows, None)), module.part("weight_scale_inv")
     packed = weight.dtype == torch.int8
-    if not (packed or weight.dtype in FP8):
-        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
+    name = "fp4" if packed else _form(module, weight)
     values = fp4(weight.view(torch.uint8)) if packed else weight.float()
     if values.shape[1] != module.columns:
         raise module.error(f"holds {values.shape[1]} columns where the baseline's matrix has {module.columns}")
-    name = "fp4" if packed else "fp8 e4m3" if weight.dtype == torch.float8_e4m3fn else "fp8 e5m2"
     scales = powers(stored) if stored.dtype == torch.uint8 else stored
     factors = spread(scales, module.rows, module.columns, tile=config.get("weight_block_size"))
-    size_bits = 8 * weight.numel() + 8 * stored.numel() * stored.element_size()
-    return Values(values * factors, name, size_bits)
+    return Values(values * factors, name, _size_bits(weight, stored))
+
+
+def decode_rows(module: Module, config: Config) -> Matrix:
+    """The values of a linear that has a scale a row."""
+    weight = module.part("weight", shape=(module.rows, module.columns))
+    scales = module.part("weight_scale", shape=(module.rows, 1))
+    return Values(weight.float() * scales.float(), _form(module, weight), _size_bits(weight, scales))
+
+
+def _form(module: Module, weight: Tensor) -> str:
+    if weight.dtype not in FP8:
+        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
+    return "fp8 e4m3" if weight.dtype == torch.float8_e4m3fn else "fp8 e5m2"
+
+
+def _size_bits(weight: Tensor, scales: Tensor) -> int:
+    return 8 * weight.numel() + 8 * scales.numel() * scales.element_size()
 
 
 def notes(config: Config) -> tuple[str, ...]:
     """The tiles, and that activations are rounded too, which is not scored here."""
     blocks = config.get("weight_block_size")
     tiles = f"tiles of {blocks[0]} x {blocks[1]}" if blocks else "one scale a matrix"
-    return (tiles, "its own kernels round activations too: only the loss of its weights is scored")
+    return (tiles, _ACTIVATIONS)
+
+
+def notes_on_rows(config: Config) -> tuple[str, ...]:
+    """As `notes`, of a scale a row."""
+    return ("one scale a row", _ACTIVATIONS)
 
 
 FORMAT = Format("FP8 in tiles", ("weight_scale_inv",), decode, notes)
+FBGEMM = Format("FP8 by rows", ("weight_scale",), decode_rows, notes_on_rows)

@@ -17,6 +17,7 @@ FORMATS: dict[str, Format] = {
     "torchao": torchao.FORMAT,
     "modelopt": modelopt.FORMAT,
     "fp8": fp8.FORMAT,
+    "fbgemm_fp8": fp8.FBGEMM,
 }
 
 

@@ -34,6 +34,7 @@ from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, pickle_refused
 
 _FILES = [
     "config.json",
+    "hf_quant_config.json",  # where Model Optimizer alone may say that the weights are codes
     "generation_config.json",
     "model*.safetensors",  # not consolidated.safetensors or original/, which hold the same weights again
     INDEX,

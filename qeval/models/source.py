@@ -66,6 +66,20 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
     )
 
 
+def on_the_hub(spelled: str) -> ModelSource | None:
+    """What `ORG/REPO` or `ORG/REPO@REVISION` names on the hub; None for a path: one that exists, or is spelled as none.
+
+    >>> on_the_hub("org/theirs@v1").revision
+    'v1'
+    """
+    hub_id, marked, revision = spelled.partition("@")
+    if Path(spelled).exists() or spelled.lower().endswith(".gguf") or not _HUB_ID.fullmatch(hub_id):
+        return None
+    if marked and not revision:
+        raise UsageError(f"'{spelled}' names no revision after its @; give a branch, a tag or a full commit.")
+    return ModelSource(spelled, "hub", hub_id=hub_id, revision=revision or None)
+
+
 def spellings(alias: str, entry: Alias) -> tuple[str, str]:
     """An alias, and what its model is called on the hub."""
     return alias, (entry.hub_id or alias).rpartition("/")[2].casefold()

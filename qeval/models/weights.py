@@ -60,8 +60,8 @@ def pickle_refused(where: str, pickles: Sequence[str]) -> str:
     """Why weights that exist as pickles alone are not read, and what to do."""
     return (
         f"'{where}' has its weights as pickles only ({pickles[0]}), which can run any code when they are read; "
-        "take a revision that has safetensors (on the hub often that of a converter's pull request, --revision "
-        "refs/pr/1), or convert them with save_pretrained in an environment that you trust."
+        "take a revision that has safetensors (on the hub often refs/pr/1, a converter's pull request), or convert "
+        "them with save_pretrained in an environment that you trust."
     )
 
 

@@ -47,7 +47,7 @@ FLAGS = {
     "an unknown model": (
         {"model": "llama-2-7c"},
         "Unknown model 'llama-2-7c'; nearest: llama-2-7b",
-        "Or give a hub id",
+        "or give a hub id",
     ),
     "a folder that is not there": ({"model": "./nowhere"}, "The model folder './nowhere' does not exist."),
     "an unknown method": ({"methods": "rtn,awk"}, "Unknown method 'awk'; nearest: awq. Choices: autoround, awq, gptq"),
@@ -110,6 +110,7 @@ FLAGS = {
     "a stride longer than the window": ({"stride": "65"}, "--stride 65 must lie between 1 and the window, 64"),
     "a BOS that the tokenizer lacks": ({"bos": "always"}, "--bos always", "has no BOS"),
     "an unknown subject": ({"subjects": "astronomi"}, "'astronomi'; nearest: astronomy"),
+    "no subject": ({"subjects": ","}, "--subjects ',' names no subject; leave it out for all of them."),
     "more shots than examples": ({"shots": "3"}, "astronomy_dev.csv holds 2 examples, fewer than --shots 3."),
     "shots below none": ({"shots": "-1"}, "Invalid value for '--shots'"),
     "a seed below zero": ({"seed": "-1"}, "Invalid value for '--seed'"),
@@ -122,7 +123,7 @@ FLAGS = {
     "a variant without a folder": ({"variant": "mine"}, "--variant takes NAME=PATH, not 'mine'."),
     "a variant named as a method": ({"variant": "rtn:g32=x"}, "Two variants are named 'rtn:g32'"),
     "a variant named as the baseline": ({"variant": "baseline=x"}, "A variant cannot be named 'baseline'"),
-    "a variant that is not there": ({"variant": "mine=x"}, "--variant mine=x: there is nothing there; what is on"),
+    "a variant that is not there": ({"variant": "mine=x"}, "--variant mine=x: there is nothing there; on the hub"),
 }
 
 

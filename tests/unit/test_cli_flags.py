@@ -1,5 +1,6 @@
 """The command line is a promise: these flags, these defaults, these exit codes; and `--help` answers at once."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -235,6 +236,19 @@ def test_what_needs_no_model_imports_nothing_heavy(arguments):
     assert done.returncode == 0, done.stderr
     assert done.stderr == "heavy: []\n"
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["tasks"], 0), (["--version"], 0), (["methods", "--help"], 0), (["tasks", "more"], 2)]
+)
+def test_a_reader_that_leaves_early_changes_no_exit_code(monkeypatch, capfd, arguments, code):
+    """Tables by rich, lines by typer, its help, and an error."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert run(arguments) == code
+    assert (capfd.readouterr().err == "") == (code == 0)
 
 
 def test_exit_codes_of_what_is_asked_and_what_is_wrong(capfd):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qeval.compare.elsewhere import Made, check_answers
+from qeval.compare.places import Place
 from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
@@ -115,7 +116,7 @@ def test_model_optimizers_export_is_scored_with_its_own_file_of_settings(bench, 
 
 def test_the_old_zero_points_read_as_the_new_are_named(made, refused):
     path = made(GPTQ | {"checkpoint_format": "gptq_v2"}, packers.gptq, "int4-g16-asym")
-    assert "its zero points are one too low (14 of 21 weights alike)" in refused(path)
+    assert "its zero points are one too low (as in 13 more of its 21 parameters)" in refused(path)
 
 
 def test_the_new_zero_points_read_as_the_old_are_named(made, refused):
@@ -145,7 +146,7 @@ def test_one_layer_of_noise_is_named_without_a_cause(made, refused):
 
     told = refused(made(GPTQ, packers.gptq, change=noise))
     assert f"its {UP} is not the baseline's: the relative error is" in told
-    assert "no misreading that qeval knows explains it (1 of 21 weights alike)" in told
+    assert "no misreading that qeval knows explains it (nothing else of its 21 parameters is wrong)" in told
 
 
 def test_the_matrix_and_not_what_follows_it_is_named_where_nothing_makes_good_for_its_scales(made, refused):
@@ -154,7 +155,7 @@ def test_the_matrix_and_not_what_follows_it_is_named_where_nothing_makes_good_fo
 
     told = refused(made(GPTQ, packers.gptq, change=doubled))
     assert f"its {UP} is not the baseline's: the relative error is 1.0" in told
-    assert "its scales are 2.0" in told and "(1 of 21 weights alike)" in told
+    assert "its scales are 2.0" in told and "(nothing else of its 21 parameters is wrong)" in told
 
 
 def test_a_clip_that_makes_a_matrix_smaller_is_no_scale(bench, made, tmp_path):
@@ -318,7 +319,7 @@ def test_a_float_head_that_is_not_the_baselines_is_named(bench, made, refused, h
 @pytest.mark.parametrize(("value", "told"), [(0.0, "its logits are constant"), (math.nan, "its logits are not finite")])
 def test_answers_that_are_none_are_named(tmp_path, value, told):
     """Weights that pass by the letter may still answer nothing."""
-    made = Made("theirs", tmp_path, tmp_path, {}, Reading(None, {}, {}), "float", "floats", ())
+    made = Made(Place("theirs", "x", tmp_path), tmp_path, {}, Reading(None, {}, {}), "float", "floats", ())
     answers = torch.full((16, 8), value)
     session = SimpleNamespace(vocab_size=8, states=lambda requests: [answers], logits=lambda states: states)
     with pytest.raises(UsageError, match=told):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations import fbgemm_fp8
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from qeval.calibrate.build import build, source_of
@@ -17,6 +18,7 @@ from qeval.formats.beside import Baseline
 from qeval.formats.checkpoint import opened, read_config
 from qeval.formats.compressed import decode as decode_compressed
 from qeval.formats.fp8 import decode as decode_fp8
+from qeval.formats.fp8 import decode_rows
 from qeval.formats.gptq import decode as decode_gptq
 from qeval.formats.hqq import decode as decode_hqq
 from qeval.formats.join import joined
@@ -208,6 +210,32 @@ def test_fp8_tiles_are_those_of_deepseeks_own_loop(shape):
     if rows % 128 == columns % 32 == 0:
         theirs = Fp8Dequantize(None)._dequantize_one(weight, scales)
         assert torch.equal(found.values, theirs)
+
+
+def test_fp8_by_rows_is_what_transformers_own_linear_multiplies_by(model, base, baseline, tmp_path, monkeypatch):
+    """Its product with the identity, by torch's kernel in place of fbgemm's; its activations are exact in FP8."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = model.get_parameter(name)
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    parts = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+    monkeypatch.setattr(fbgemm_fp8, "_is_torch_xpu_available", True)
+    exact = lambda x, scale_ub: (x.to(torch.float8_e4m3fn), torch.ones(len(x)))  # noqa: E731
+    monkeypatch.setattr(fbgemm_fp8, "quantize_fp8_per_row", exact, raising=False)
+    theirs = fbgemm_fp8.FbgemmFp8Linear(64, 128, bias=False)
+    theirs.load_state_dict(parts, assign=True)
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    held = {name: parts | {"input_scale_ub": torch.tensor([1200.0])}}
+    path = packers.save_checkpoint(base, tmp_path, config, held)
+    variant = read(path, baseline)
+    assert torch.equal(variant.floats[name], theirs(torch.eye(64)).T)
+    (stored,) = variant.stored
+    assert (stored.form, stored.size_bits) == ("fp8 e4m3", 128 * 64 * 8 + 128 * 32)
+    with opened(path) as tensors:
+        assert not unused(tensors, baseline)
+    with pytest.raises(UsageError, match="holds weight_scale of shape"):
+        decode_rows(Module("m", 128, 64, parts | {"weight_scale": torch.ones(128, 2)}), config)
+    with pytest.raises(UsageError, match="has scales beside a weight in float32"):
+        decode_rows(Module("m", 128, 64, parts | {"weight": weight}), config)
 
 
 def test_fp4_experts_of_an_fp8_checkpoint_are_transformers_values():

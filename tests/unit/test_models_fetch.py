@@ -12,7 +12,7 @@ from qeval.models import fetch as fetch_module
 from qeval.models.fetch import fetch
 from qeval.models.load import load
 from qeval.models.source import resolve
-from tests.fixtures.hub import COMMIT, TAG, FakeHub, serve
+from tests.fixtures.hub import COMMIT, TAG, FakeHub, reached
 from tests.fixtures.tiny import save_tiny
 
 MODEL = "org/tiny"
@@ -35,13 +35,8 @@ def hub(files, tmp_path, monkeypatch):
     fake = FakeHub({MODEL: files, "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
                     "org/gated": files, "org/ggufs": {"m.Q4_0.gguf": b"GGUF"}, "org/empty": {"README.md": b"-"}},
                    gated=frozenset({"org/gated"}))  # fmt: skip
-    with serve(fake) as url:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    with reached(fake, monkeypatch, tmp_path / "cache"):
         yield fake
 
 

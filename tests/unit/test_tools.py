@@ -1,6 +1,7 @@
 """Other tools as quantizers: run for real where they install, by stand-ins of their own interface elsewhere."""
 
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -10,18 +11,20 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from qeval.calibrate.build import build, check, source_of
 from qeval.calibrate.tools import registry
 from qeval.config import METHODS, TOOLS, Recipe, parse_method
 from qeval.errors import UsageError
+from qeval.models.families import tiny_family
 from qeval.models.graph import describe
 from qeval.models.head import head_of
 from qeval.quant.grid import parse
 from qeval.quant.rtn import quantize
 from tests.fixtures import packers
-from tests.fixtures.tiny import save_tiny, tiny_llama
+from tests.fixtures.tiny import tiny_llama
 
 UP = "model.layers.0.mlp.up_proj.weight"
 SAMPLES = [list(range(1, 65)), list(range(65, 129))]
@@ -171,40 +174,75 @@ def test_a_head_and_clips_belong_to_own_methods():
 class StandIn:
     """A tool's class that writes the folder that the real one would: GPTQ's packing of round-to-nearest's integers."""
 
+    LINEARS = r"(_proj|experts\.\d+\.w\d)\.weight"
+
     def __init__(self, model, samples, config, grid):
         self.model, self.samples, self.config, self.grid = model, samples, config, grid
 
     def write(self, folder, base):
-        save_tiny(base, hidden_size=128, intermediate_size=256, dtype=torch.float32)
-        weights = {n: quantize(w, parse(self.grid)) for n, w in self.model.named_parameters() if "_proj" in n}
+        self.model.save_pretrained(base)
+        tensors = load_file(base / "model.safetensors")  # an expert's gate and up lie apart in it
+        weights = {n: quantize(w, parse(self.grid)) for n, w in tensors.items() if re.search(self.LINEARS, n)}
         parts = {name: packers.gptq(weight) for name, weight in weights.items()}
         packers.save_checkpoint(base, folder, self.config, parts)
         return weights
 
 
-def test_gptqmodels_folder_is_read_back(source, tmp_path, monkeypatch):
-    """By a stand-in of GPTQModel's interface: `load`, `quantize`, `save`."""
-    seen = {}
+def gptqmodel_of(model, base, size, seen):
+    """GPTQModel's interface: `load`, `quantize`, `save`."""
 
     class GPTQModel(StandIn):
         @classmethod
         def load(cls, folder, config):
             seen["config"] = config
-            assert json.loads((Path(folder) / "config.json").read_text())["model_type"] == "llama"
-            settings = {"quant_method": "gptq", "bits": 4, "group_size": 64}
-            return cls(source.model, None, settings, "int4-g64")
+            assert json.loads((Path(folder) / "config.json").read_text())["model_type"] == model.config.model_type
+            return cls(model, None, {"quant_method": "gptq", "bits": 4, "group_size": size}, f"int4-g{size}")
 
         def quantize(self, samples):
             seen["samples"] = [sample["input_ids"] for sample in samples]
 
         def save(self, folder):
-            seen["weights"] = self.write(Path(folder), tmp_path / "base")
+            seen["weights"] = self.write(Path(folder), base)
 
-    module = ModuleType("gptqmodel")
-    module.GPTQModel, module.QuantizeConfig = GPTQModel, SimpleNamespace
-    monkeypatch.setitem(sys.modules, "gptqmodel", module)
-    monkeypatch.setattr(registry, "find_spec", lambda package: package)
-    monkeypatch.setattr(registry, "version", lambda distribution: "7.7.0")
+    return {"GPTQModel": GPTQModel, "QuantizeConfig": SimpleNamespace}
+
+
+def auto_round_of(model, base, size, seen):
+    """AutoRound's interface, which saves into a folder of its own naming inside the one given."""
+
+    class AutoRound(StandIn):
+        def __init__(self, folder, **settings):
+            seen.update(settings)
+            assert AutoTokenizer.from_pretrained(folder).pad_token_id not in {*chain(*SAMPLES)}
+            super().__init__(model, None, {"quant_method": "gptq", "bits": 4, "group_size": size}, f"int4-g{size}")
+
+        def quantize_and_save(self, folder, format):
+            seen["format"] = format
+            sys.stdout.write("what a tool says\n")
+            Path("logs").mkdir()
+            seen["weights"] = self.write(Path(folder) / "model-w4", base)
+
+    return {"AutoRound": AutoRound}
+
+
+@pytest.fixture
+def standing_in(tmp_path, monkeypatch):
+    """Puts a stand-in in a tool's place; what it was given and what it wrote is in the dict that comes back."""
+
+    def put(package, interface, model, size):
+        seen = {}
+        module = ModuleType(package)
+        vars(module).update(interface(model, tmp_path / "base", size, seen))
+        monkeypatch.setitem(sys.modules, package, module)
+        monkeypatch.setattr(registry, "find_spec", lambda package: package)
+        monkeypatch.setattr(registry, "version", lambda distribution: "7.7.0")
+        return seen
+
+    return put
+
+
+def test_gptqmodels_folder_is_read_back(source, standing_in):
+    seen = standing_in("gptqmodel", gptqmodel_of, source.model, 64)
     variant = made(source, "gptqmodel:int4-g64")
     assert seen["samples"] == SAMPLES
     assert (seen["config"].bits, seen["config"].group_size, seen["config"].sym) == (4, 64, True)
@@ -212,29 +250,27 @@ def test_gptqmodels_folder_is_read_back(source, tmp_path, monkeypatch):
     assert variant.details == {"made by": "gptqmodel 7.7.0"}
 
 
-def test_autorounds_folder_is_read_back(source, tmp_path, monkeypatch, capsys):
-    """By a stand-in of AutoRound's interface, which saves into a folder of its own naming inside the one given."""
-    seen = {}
-
-    class AutoRound(StandIn):
-        def __init__(self, folder, **settings):
-            seen.update(settings)
-            assert AutoTokenizer.from_pretrained(folder).pad_token_id not in {*chain(*SAMPLES)}
-            super().__init__(source.model, None, {"quant_method": "gptq", "bits": 4, "group_size": 128}, "int4-g128")
-
-        def quantize_and_save(self, folder, format):
-            seen["format"] = format
-            sys.stdout.write("what a tool says\n")
-            Path("logs").mkdir()
-            seen["weights"] = self.write(Path(folder) / "model-w4g128", tmp_path / "base")
-
-    module = ModuleType("auto_round")
-    module.AutoRound = AutoRound
-    monkeypatch.setitem(sys.modules, "auto_round", module)
-    monkeypatch.setattr(registry, "find_spec", lambda package: package)
-    monkeypatch.setattr(registry, "version", lambda distribution: "0.16.1")
+def test_autorounds_folder_is_read_back(source, standing_in, capsys):
+    seen = standing_in("auto_round", auto_round_of, source.model, 128)
     variant = made(source, "autoround:int4")
     assert not Path("logs").exists()
     assert capsys.readouterr().out == ""
     assert (seen["bits"], seen["group_size"], seen["format"], seen["nsamples"]) == (4, 128, "auto_gptq", 2)
     assert torch.equal(variant.weights[UP].codes, seen["weights"][UP].codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "interface"),
+    [("gptqmodel:int4-g16", "gptqmodel", gptqmodel_of), ("autoround:int4-g16", "auto_round", auto_round_of)],
+)
+def test_experts_that_a_tool_leaves_one_by_one_are_the_models_stack(standing_in, name, package, interface):
+    """Both tools' folders name experts as Mixtral's files do; gate and up are the rows of one matrix."""
+    model = tiny_family("Mixtral", num_hidden_layers=1)
+    mixture = source_of(model, describe(model), head_of(model), SAMPLES, {})
+    seen = standing_in(package, interface, model, 16)
+    variant = made(mixture, name)
+    files = "model.layers.0.block_sparse_moe.experts.2"
+    gate, up, down = (seen["weights"][f"{files}.{each}.weight"] for each in ("w1", "w3", "w2"))
+    stack = "model.layers.0.mlp.experts"
+    assert torch.equal(variant.weights[f"{stack}.gate_up_proj[2]"].codes, torch.cat([gate.codes, up.codes]))
+    assert torch.equal(variant.weights[f"{stack}.down_proj[2]"].codes, down.codes)

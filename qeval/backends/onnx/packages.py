@@ -102,6 +102,16 @@ def require_graphs() -> None:
     _require(_GRAPHS, "Reading an ONNX folder")
 
 
+def require_onnx() -> None:
+    """Refuse work on ONNX where its packages are missing.
+
+    Raises:
+        UsageError: it says which extra to install.
+    """
+    require_runtime()
+    require_graphs()
+
+
 def import_runtime() -> Any:
     """The module `onnxruntime`, known to be whole.
 

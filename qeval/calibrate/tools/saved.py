@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from qeval.calibrate.tools.base import Job, Tool
 from qeval.errors import QevalError, UsageError
-from qeval.formats.base import Matrix, Module
+from qeval.formats.assemble import is_packed, unpacked
+from qeval.formats.base import Matrix
 from qeval.formats.checkpoint import opened, read_config
+from qeval.formats.names import Names
 from qeval.formats.registry import format_of
 from qeval.quant.grid import Grid, PerBlock, PerTensor
 
@@ -98,12 +100,11 @@ def _read(folder: Path, job: Job, tool: str) -> Mapping[str, Matrix]:
     reads = format_of(config, str(folder))
     found: dict[str, Matrix] = {}
     with opened(folder) as tensors:
+        names = Names(tensors, f"{job.model.base_model_prefix}.")
         for name in job.grids:
-            module, (rows, columns) = name.removesuffix(".weight"), job.parameters[name].shape
-            parts = tensors.parts_of(module)
-            if not any(marker in parts for marker in reads.markers):
+            if not is_packed(names, reads, name):
                 raise QevalError(f"{tool} left {name} in float, though its grid asks for integers.")
-            found[name] = reads.decode(Module(module, rows, columns, parts), config)
+            found[name] = unpacked(names, reads, config, name, job.parameters[name])
     return found
 
 
