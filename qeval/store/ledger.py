@@ -132,13 +132,20 @@ class Ledger:
                 "DO UPDATE SET owner = NULL, name = excluded.name, file = excluded.file, sha256 = excluded.sha256",
                 ticket.kind, ticket.key, ticket.name, record.name, sha256,
             )  # fmt: skip
-            self._end(run, ticket, "done", None)
+            run(  # by whoever made it, who may be stopped before it can say so
+                "UPDATE attempts SET ended = ?, outcome = 'done' WHERE kind = ? AND key = ? AND outcome = 'running'",
+                time.time(), ticket.kind, ticket.key,
+            )  # fmt: skip
 
     def release(self, ticket: Ticket, outcome: str, error: str | None = None) -> None:
         """Give a claim back: the try ended as `failed` or `stopped`, and why."""
         with self._writing() as run:
             run("UPDATE jobs SET owner = NULL WHERE kind = ? AND key = ?", ticket.kind, ticket.key)
-            self._end(run, ticket, outcome, error)
+            run(
+                "UPDATE attempts SET ended = ?, outcome = ?, error = ? "
+                "WHERE kind = ? AND key = ? AND owner = ? AND outcome = 'running'",
+                time.time(), outcome, error, ticket.kind, ticket.key, self._me,
+            )  # fmt: skip
 
     def given_up(self, ticket: Ticket) -> str | None:
         """Why nobody of this process's crew will run the job (again), or None."""
@@ -253,13 +260,6 @@ class Ledger:
             "WHERE a.kind = ? AND a.key = ? AND o.crew = ? AND a.outcome IN ('failed', 'died') ORDER BY a.rowid"
         )
         return [(owner, error) for owner, error in run(query, ticket.kind, ticket.key, self._crew)]
-
-    def _end(self, run: "Run", ticket: Ticket, outcome: str, error: str | None) -> None:
-        run(
-            "UPDATE attempts SET ended = ?, outcome = ?, error = ? "
-            "WHERE kind = ? AND key = ? AND owner = ? AND outcome = 'running'",
-            time.time(), outcome, error, ticket.kind, ticket.key, self._me,
-        )  # fmt: skip
 
     def _read(self, query: str, *values: Any) -> list[Any]:
         with told(self.path):

@@ -206,6 +206,17 @@ def test_what_another_is_at_is_left_or_waited_for(out, other, monkeypatch):
         assert [attempt.key for attempt in mine.attempts()] == ["k2"]
 
 
+def test_who_made_a_record_that_another_found_has_done_it_though_it_is_stopped_before_it_can_say_so(out, other):
+    with member(out) as mine, member(out, other) as theirs:
+        assert theirs.claim(ONE)
+        theirs.begin(ONE)
+        write(out / "rows/tokens", "k1.parquet")
+        run_jobs([job(out, ONE)], mine, lambda done: None)
+        theirs.release(ONE, "stopped")
+        assert [(attempt.key, attempt.outcome) for attempt in mine.attempts()] == [("k1", "done")]
+        assert [each.key for each in mine.finished()] == ["k1"]
+
+
 def raising(error):
     def run(advance):
         raise error
