@@ -12,7 +12,7 @@ from qeval.bench.book import Place
 from qeval.bench.settings import BenchChoice
 from qeval.bench.texts import passages
 from qeval.compare.environment import describe_environment
-from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.compare.prepare import calibration_of, source_of_model, tell_warnings
 from qeval.compare.variants import Entry, Loaded, Workshop, check_recipes, given_entry, is_variant
 from qeval.engines.base import Tokens
 from qeval.engines.opening import Opening
@@ -118,6 +118,7 @@ def planned(choice: BenchChoice) -> Plan:
 
 def make_variants(plan: Plan, progress: Progress) -> list[Entry]:
     """All variants in their order; the model itself has no folder, one that could not be made an error."""
+    tell_warnings(plan.loaded, progress)
     asked = plan.choice
     calibration = cache(lambda: calibration_of(asked.calibration, plan.loaded))
     workshop = Workshop(plan.source, calibration, asked.seed, progress)

@@ -16,7 +16,7 @@ from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
 from qeval.backends.torch import TorchBackend
 from qeval.compare.onnx import target_of
-from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.compare.prepare import calibration_of, source_of_model, tell_warnings
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes
 from qeval.config import Recipe
@@ -72,8 +72,7 @@ def export(
     if threads:
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
-    for warning in loaded.warnings:
-        progress.warn(warning)
+    tell_warnings(loaded, progress)
     if recipe is not None:
         check_recipes([recipe], source, calibration.samples, kernel_block)
     names = [name for group in source.description.groups for name in group.names] + [source.description.head]

@@ -216,6 +216,12 @@ def source_of_model(choice: ModelChoice) -> tuple[LoadedModel, Loaded]:
     )
 
 
+def tell_warnings(loaded: LoadedModel, progress: Progress) -> None:
+    """Say what must be told of how a model was had today, such as a copy in the cache of a hub that does not answer."""
+    for warning in loaded.warnings:
+        progress.warn(warning)
+
+
 @contextmanager
 def workshop_of(
     source: Loaded,

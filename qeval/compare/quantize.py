@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qeval.compare.prepare import calibration_of, loaded_model, workshop_of
+from qeval.compare.prepare import calibration_of, loaded_model, tell_warnings, workshop_of
 from qeval.compare.settings import CalibrationChoice, ModelChoice, check_streamed
 from qeval.compare.variants import check_recipes
 from qeval.config import Recipe
@@ -34,8 +34,7 @@ def make_variant(
     if threads:
         torch.set_num_threads(threads)
     loaded, source, backend = loaded_model(model, folds=recipe.uses_awq)
-    for warning in loaded.warnings:
-        progress.warn(warning)
+    tell_warnings(loaded, progress)
     check_recipes([recipe], source, calibration.samples)
     text = cache(lambda: calibration_of(calibration, loaded))
     with workshop_of(source, text, backend, seed, progress) as workshop:

@@ -14,7 +14,7 @@ from qeval.calibrate.build import assign
 from qeval.calibrate.mix import effective_of, high_grid, mixed_budget, size_limits, under_budget
 from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, finite
 from qeval.calibrate.source import Source
-from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.compare.prepare import calibration_of, source_of_model, tell_warnings
 from qeval.compare.settings import CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes, variant_key
 from qeval.config import Recipe
@@ -61,8 +61,7 @@ def measure_sensitivity(
     if threads:
         torch.set_num_threads(threads)
     loaded, model_source = source_of_model(model)
-    for warning in loaded.warnings:
-        progress.warn(warning)
+    tell_warnings(loaded, progress)
     check_recipes([recipe], model_source, calibration.samples)
     seen = calibration_of(calibration, loaded)
     if len(seen.samples) < measured_on:

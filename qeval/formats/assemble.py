@@ -26,14 +26,8 @@ from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Kept, Stored, Variant
 
 _HARMLESS = (
-    "rotary_emb.inv_freq",
-    "input_scale",
-    "input_scale_ub",
-    "k_scale",
-    "v_scale",
-    "input_global_scale",
-    "masked_bias",
-)
+    "rotary_emb.inv_freq", "masked_bias", "input_scale", "input_scale_ub", "input_global_scale", "k_scale", "v_scale",
+)  # fmt: skip
 
 
 class Reading(NamedTuple):

@@ -63,8 +63,7 @@ def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Base
     about = baseline.description
     if not about.tied or about.head not in names.tensors:
         return
-    head, embedding = names.tensors.load(about.head), found[about.embedding]
-    ours = values_of(embedding) if isinstance(embedding, QWeight | Values) else embedding
+    head, ours = names.tensors.load(about.head), as_floats(found[about.embedding])
     if head.is_floating_point() and apart(fitting(about.head, head, ours), ours) > SAME:
         raise UsageError(
             f"its {about.head} is not its {about.embedding}, though the baseline ties the two: the tie is broken."
@@ -118,7 +117,8 @@ def _resemblances(
             scales = folded_scales / inputs[name] if name in inputs else folded_scales
             base = baseline.parameters[name].float().cpu()
             read = as_matrix(found[name])
-            rows[name] = _row_factors(values_of(read), base * scales)
+            values = values_of(read)
+            rows[name] = _row_factors(values, base * scales)
             seen = resemblance(read, base, scales, _turned(group, name, baseline))
             if not seen.ok and name in producers:
                 unfolded[name] = seen
@@ -126,12 +126,11 @@ def _resemblances(
                 seen = folded if folded.ok else seen
             if not seen.ok:  # what follows is not to be judged by it
                 rows[name] = torch.ones(len(base))
-            plain = relative(values_of(read), base)
             if group.fold and not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
                 before = group.fold.parameters[0]  # a clip alone makes its rows smaller: nothing is wrong then
                 clipped = before in rows and before not in unfolded
                 yield (name, alone) if clipped else _culprit(group.fold, found, baseline, unfolded)
-            elif group.fold and group.fold.parameters[0] not in rows and plain < _NEARER * seen.error:
+            elif group.fold and group.fold.parameters[0] not in rows and relative(values, base) < _NEARER * seen.error:
                 name_of_norm, norm = _culprit(group.fold, found, baseline, unfolded)
                 yield (name_of_norm, norm) if norm.error > _OTHER else (name, seen)
             else:

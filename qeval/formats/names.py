@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.formats.checkpoint import Tensors
-from qeval.models.matrices import is_expert, stack_of
+from qeval.models.matrices import expert_of, is_expert, stack_of
 
 _APART = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 """The modules whose rows, one after the other, are an expert's matrix in a stack."""
@@ -56,7 +56,7 @@ class Names:
             beside = f", but {parts[0]}, which its format does not say how to read" if parts else ""
             raise UsageError(f"it has no {name}{beside}.")
         if is_expert(name) and len(held) == 1 and not held[0].endswith(".weight"):
-            return self.tensors.load_part(held[0], _index_of(name))
+            return self.tensors.load_part(held[0], expert_of(name))
         rows = [self.tensors.load(each) for each in held]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -88,7 +88,7 @@ def _spellings(name: str, prefix: str) -> Iterator[tuple[str, ...]]:
     for spelled in _places(place, prefix):
         if is_expert(name):
             parts = _APART.get(leaf, ())
-            yield from (tuple(f"{spelled}.{_index_of(name)}.{part}" for part in each) for each in parts)
+            yield from (tuple(f"{spelled}.{expert_of(name)}.{part}" for part in each) for each in parts)
         else:
             yield (spelled,)
 
@@ -99,7 +99,3 @@ def _places(module: str, prefix: str) -> Iterator[str]:
         yield each
         if _IN_THE_MODEL in f"{each}.":
             yield f"{each}.".replace(_IN_THE_MODEL, _IN_FILES, 1)[:-1]
-
-
-def _index_of(name: str) -> int:
-    return int(name.partition("[")[2].removesuffix("]"))

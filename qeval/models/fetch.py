@@ -100,12 +100,7 @@ def fetch(hub_id: str, revision: str | None = None) -> Fetched:
         folder = Path(found)
         if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
             raise UsageError(_no_weights(hub_id, folder.name))
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        _TransportError,
-    ) as error:  # RuntimeError: the transfer library of big files
+    except (OSError, ValueError, RuntimeError, _TransportError) as error:  # RuntimeError: big files' transfer library
         answered = isinstance(error, LocalEntryNotFoundError) and isinstance(silence, HfHubHTTPError)
         raise _told(silence if silence and answered else error, hub_id, revision) from error
     return Fetched(folder, (_from_cache(hub_id, folder.name, silence),) if silence else ())

@@ -43,7 +43,7 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     module = model.get_submodule(holder)
     parameter: Tensor = module.get_parameter(leaf)
     if is_expert(name):
-        return parameter[int(name.rpartition("[")[2].removesuffix("]"))]
+        return parameter[expert_of(name)]
     return parameter.T if isinstance(module, Conv1D) and leaf == "weight" else parameter
 
 
@@ -71,6 +71,11 @@ def is_expert(name: str) -> bool:
 def stack_of(name: str) -> str:
     """The stack that an expert's matrix is in; any other weight's own name."""
     return name.partition("[")[0]
+
+
+def expert_of(name: str) -> int:
+    """Which of its stack's matrices an expert's is, from 0."""
+    return int(name.partition("[")[2].removesuffix("]"))
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def frontiers(report: Report) -> Plot | None:
     made, axes = style.figure(4.2)
     for place, (method, found) in enumerate(methods.items()):
         draw(axes, found, place, method)
-    floors = [kl(v) for v in report.variants if v.role == "floor" and kl(v) < float("inf")]
+    floors = _floors([report])
     if floors:
         axes.axhline(max(floors), color=style.muted(), linestyle="--", linewidth=1.2, label="noise floor")
     svg, png = _finished(made, axes, "KL from the baseline (nats)")
@@ -69,7 +69,7 @@ def model_frontiers(reports: Sequence[Report]) -> Plot | None:
     svg, png = _finished(made, axes, "KL from the own baseline (nats)")
     count = sum(map(len, drawable.values()))
     alt = f"KL against bits per weight, {count} variants of {words.listed(list(drawable))}; lines join each frontier."
-    floors = [kl(v) for report in reports for v in report.variants if v.role == "floor" and kl(v) < float("inf")]
+    floors = _floors(reports)
     floor = f" The noise floor lies at {max(floors):.1e} nats, where it was measured." if floors else ""
     return Plot("kl-bits", "KL against bits per weight", alt + floor, svg, png)
 
@@ -84,6 +84,11 @@ def draw(axes: Axes, found: Sequence[Variant], place: int, label: str) -> None:
         metric = v.metrics["kl_nats"]
         if metric.low is not None and metric.high is not None and metric.low > 0:
             axes.vlines(v.bits_per_weight, metric.low, metric.high, color=colour, linewidth=1.0, alpha=0.6)
+
+
+def _floors(reports: Sequence[Report]) -> list[float]:
+    """The KLs of the noise floors that were measured."""
+    return [kl(v) for report in reports for v in report.variants if v.role == "floor" and kl(v) < float("inf")]
 
 
 def _finished(made: Figure, axes: Axes, loss: str) -> tuple[str, bytes]:
