@@ -1,10 +1,12 @@
 """The process of an engine: it answers, and whatever becomes of it is told in one sentence."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,8 +137,7 @@ def touched(megabytes):
     return np.ones(megabytes * MEGABYTE, np.uint8)
 
 
-@pytest.mark.parametrize("meter", [peak_rss, _sampled])
-def test_the_peak_of_a_phase_is_what_was_held_at_once_in_it(meter):
+def added_by_a_phase(meter):
     before = touched(200)
     del before
     with meter() as read:
@@ -145,8 +146,15 @@ def test_the_peak_of_a_phase_is_what_was_held_at_once_in_it(meter):
         held = touched(150)
         time.sleep(0.05)
         del held
-        large = read()
-    assert 140 * MEGABYTE < large - small < 190 * MEGABYTE
+        return read() - small
+
+
+@pytest.mark.parametrize("meter", [peak_rss, _sampled])
+def test_the_peak_of_a_phase_is_what_was_held_at_once_in_it(meter):
+    # its own process: where other tests ran before, the allocator may hold free blocks that take the array unseen
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        added = fresh.submit(added_by_a_phase, meter).result()
+    assert 140 * MEGABYTE < added < 190 * MEGABYTE
 
 
 class FakeNvml:
