@@ -42,7 +42,12 @@ def compare(
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", help="torch (fake-quantized weights), ort (ONNX Runtime's kernels), or both.")
+        str,
+        typer.Option(
+            "--backend",
+            help="torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files); "
+            "or several, comma-separated.",
+        ),
     ] = "torch",
     accuracy_level: Annotated[
         str, typer.Option("--accuracy-level", help="ONNX Runtime's: 1, fp32 activations; 4, int8 activations; 1,4.")
