@@ -195,7 +195,9 @@ def _beside_torch(
 
     def record(seconds: float) -> VariantRecord:
         made = variant_record(candidate.name, candidate.backend, manifest, seconds, entry)
-        return made.model_copy(update={"runtime": remembered.record(), "twin": twin.contender.name if twin else None})
+        details = {key: told for key, told in made.details.items() if key != "computed"}  # that is said of torch
+        name = twin.contender.name if twin else None
+        return made.model_copy(update={"runtime": remembered.record(), "twin": name, "details": details})
 
     scorer = partial(Scorer, candidate, twin=states)
     return Contender(candidate.name, candidate.backend, entry.method, scorer, record, broken)

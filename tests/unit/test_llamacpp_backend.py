@@ -132,6 +132,7 @@ def test_a_run_lays_files_given_and_written_beside_torch(library, bench, ggufs, 
         assert there["kl_nats"]["value"] == pytest.approx(here["kl_nats"]["value"], rel=0.2, abs=1e-3)
         assert there.keys() >= here.keys()
     assert found["q8@llama.cpp"]["runtime"]["exporter"] is None
+    assert "computed" in found["q8"]["details"] and "computed" not in found["q8@llama.cpp"]["details"]
     assert "Q8_0" in found["q8@llama.cpp"]["runtime"]["facts"][0]
     assert "14 x Q4_0" in found["rtn:g32@llama.cpp"]["runtime"]["facts"][0]
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -83,8 +83,8 @@ class Context:
     def __init__(
         self, model: Model, sequences: int, capacity: int, *, threads: int, flash: bool = True, fp32: bool = False
     ) -> None:
-        """`flash`: attention as llama.cpp chooses; flash attention sums in fp16, so that logits depend on how a sequence
-        was cut into calls. `fp32`: keys and values in fp32, and not in fp16 as by its default.
+        """`flash`: attention as llama.cpp chooses; flash attention sums in fp16, so that logits depend on how a
+        sequence was cut into calls. `fp32`: keys and values in fp32, and not in fp16 as by its default.
 
         Raises:
             MemoryError: there is no room.
