@@ -19,7 +19,7 @@ from qeval.compare.elsewhere import Asked
 from qeval.compare.estimate import Shape
 from qeval.compare.given import given_folders, given_variants
 from qeval.compare.overlap import overlap_of, with_overlap
-from qeval.compare.places import Place, places_of
+from qeval.compare.local import Place, local_places
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
@@ -151,7 +151,7 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
-    places = places_of(settings.variants)
+    places = local_places(settings.variants)
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qeval.compare.elsewhere import Made, check_answers
-from qeval.compare.places import Place
+from qeval.compare.local import Place
 from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading

@@ -1,0 +1,183 @@
+"""What of a repository on the hub is meant, by the names of its files: a checkpoint, a GGUF file or an ONNX folder."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from glob import escape
+from pathlib import PurePosixPath
+from typing import Literal
+
+from qeval.errors import UsageError
+from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, listed, pickle_refused
+
+Form = Literal["checkpoint", "gguf", "onnx"]
+
+_CONFIG = "config.json"
+_CHECKPOINT = (
+    _CONFIG,
+    "hf_quant_config.json",  # where Model Optimizer alone may say that the weights are codes
+    "generation_config.json",
+    "model*.safetensors",  # not consolidated.safetensors or original/, which hold the same weights again
+    INDEX,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+_TITLES: Mapping[Form, tuple[str, str]] = {
+    "checkpoint": ("checkpoint", "checkpoints"),
+    "gguf": ("GGUF file", "GGUF files"),
+    "onnx": ("ONNX folder", "ONNX folders"),
+}
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+"""How llama.cpp ends the names of a model's files where it is split over several."""
+_NO_MODEL = re.compile(r"^mmproj|imatrix", re.IGNORECASE)
+"""GGUF files beside a model's: what looks at images, and the statistics that quantizers take."""
+_NEAREST = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """What qeval can take of a repository: where it lies there ('' is the root), and patterns of its files.
+
+    A GGUF model that is split has several files, and the path of the first.
+    """
+
+    form: Form
+    path: str
+    files: tuple[str, ...]
+
+    @property
+    def tag(self) -> str:
+        """What the name of a GGUF file ends in, by which llama.cpp's `-hf ORG/REPO:TAG` names it: `Q4_K_M`."""
+        return re.split("[-.]", _stem(self.path))[-1]
+
+
+def meant(hub_id: str, names: Sequence[str], what: str | None, *, onnx: bool) -> Part:
+    """The part of a repository that `what` names: a file, a folder, or what a GGUF file's name ends in.
+
+    Without `what` it is what lies in the root, else the only thing that there is. `onnx`: whether a folder of that
+    kind is of use.
+
+    Raises:
+        UsageError: there is no such part, or several; they are listed, the nearest ones or the first.
+    """
+    parts = list(parts_of(names))
+    part = _unnamed(hub_id, names, parts) if what is None else _named(hub_id, parts, what)
+    if part.form == "gguf" and len(part.files) > 1:
+        raise UsageError(split_refused(f"'{hub_id}'", part.path, len(part.files)))
+    if part.form == "onnx" and not onnx:
+        where = f"'{part.path}' of '{hub_id}'" if part.path else f"'{hub_id}'"
+        raise UsageError(f"{where} is an ONNX folder, which may be a --variant; the model itself is floats of torch's.")
+    return part
+
+
+def parts_of(names: Iterable[str]) -> Iterator[Part]:
+    """Everything in a repository that qeval can take: folders in the order of their paths, then GGUF files."""
+    folders: dict[str, list[str]] = {}
+    ggufs: dict[str, list[str]] = {}
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.suffix.lower() != ".gguf":
+            folders.setdefault(_parent(path), []).append(path.name)
+        elif not _NO_MODEL.search(path.name):
+            ggufs.setdefault(f"{_parent(path)}/{_stem(name)}", []).append(name)
+    for folder, held in sorted(folders.items()):
+        yield from _part_in(folder, held)
+    for files in ggufs.values():
+        yield Part("gguf", files[0], tuple(map(escape, files)))
+
+
+def split_refused(where: str, first: str, count: int) -> str:
+    """Why a GGUF model in several files is not read, and what to do."""
+    return (
+        f"{where} holds '{first}' split into {count} files, and the gguf package reads whole ones: join them with "
+        f"llama.cpp's `llama-gguf-split --merge {PurePosixPath(first).name} whole.gguf` and give that file."
+    )
+
+
+def _part_in(folder: str, held: Sequence[str]) -> Iterator[Part]:
+    under = f"{escape(folder)}/" if folder else ""
+    if (SINGLE in held or INDEX in held) and (not folder or _CONFIG in held):
+        yield Part("checkpoint", folder, tuple(under + pattern for pattern in _CHECKPOINT))
+    elif any(name.endswith(".onnx") for name in held):
+        yield Part("onnx", folder, (f"{under}*",) if folder else tuple(map(escape, held)))
+
+
+def _unnamed(hub_id: str, names: Sequence[str], parts: Sequence[Part]) -> Part:
+    """What a repository's name alone means."""
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+    for part in parts:
+        if not part.path or (len(parts) == 1 and not pickles):
+            return part
+    if pickles and not parts:
+        raise UsageError(pickle_refused(hub_id, pickles))
+    if not parts:
+        raise UsageError(
+            f"'{hub_id}' has no weights: neither {SINGLE} nor {INDEX} is in it, nor a GGUF file or an ONNX folder."
+        )
+    choices = list(_spelled(parts).values())
+    raise UsageError(
+        f"'{hub_id}' holds {_counted(parts)}; say which after a colon, as '{hub_id}:{choices[0]}': {listed(choices)}."
+    )
+
+
+def _named(hub_id: str, parts: Sequence[Part], what: str) -> Part:
+    """What is meant by a file, a folder or a tag: the first of these that there is."""
+    exact = [part for part in parts if what == part.path or escape(what) in part.files]
+    tagged = [part for part in parts if part.form == "gguf" and _ends_in(part, what)]
+    below = [part for part in parts if part.path.startswith(f"{what}/")]
+    found = exact or tagged or below
+    if len(found) == 1:
+        return found[0]
+    if found:
+        paths = [part.path for part in found]
+        raise UsageError(f"'{what}' may be any of {_counted(found)} of '{hub_id}'; give one: {listed(paths)}.")
+    near = _nearest(parts, what)
+    hint = f" (nearest: {', '.join(near)})" if near else ""
+    rest = f"it holds {_counted(parts)}: {listed(list(_spelled(parts).values()))}" if parts else "nor anything else"
+    raise UsageError(f"'{hub_id}' has no '{what}' that qeval could take{hint}; {rest}.")
+
+
+def _ends_in(part: Part, what: str) -> bool:
+    return re.search(rf"(^|[-._]){re.escape(what)}$", _stem(part.path), re.IGNORECASE) is not None
+
+
+def _nearest(parts: Sequence[Part], what: str) -> list[str]:
+    """How to spell the parts whose path, its last piece, or tag is most like `what`."""
+    spelled = {
+        name.casefold(): short
+        for part, short in _spelled(parts).items()
+        for name in (part.path, PurePosixPath(part.path).name, short)
+    }
+    near = [spelled[name] for name in get_close_matches(what.casefold(), spelled, n=2 * _NEAREST, cutoff=0.5)]
+    return list(dict.fromkeys(near))[:_NEAREST]
+
+
+def _spelled(parts: Sequence[Part]) -> dict[Part, str]:
+    """How each part may be named, the shortest way: a GGUF's tag where it alone has it, else the path."""
+    tags = Counter(part.tag.casefold() for part in parts if part.form == "gguf")
+    return {
+        part: part.tag if part.form == "gguf" and tags[part.tag.casefold()] == 1 else part.path
+        for part in parts
+        if part.path
+    }
+
+
+def _counted(parts: Sequence[Part]) -> str:
+    """How many parts there are of each form: `3 GGUF files and 1 ONNX folder`."""
+    counts = Counter(part.form for part in parts)
+    return " and ".join(f"{counts[form]} {_TITLES[form][counts[form] > 1]}" for form in _TITLES if counts[form])
+
+
+def _parent(path: PurePosixPath) -> str:
+    return "" if len(path.parts) == 1 else str(path.parent)
+
+
+def _stem(name: str) -> str:
+    """The name of a GGUF file without its folder, its suffix, and which file of a split model it is."""
+    return _SPLIT.sub("", PurePosixPath(name).stem)
