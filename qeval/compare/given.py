@@ -45,7 +45,7 @@ def given_folders(
 
     require_provider(choose(ep))
     vocabulary = int(source.head.weight.shape[0])
-    return tuple(foreign(each.name, each.path, loaded, source.description, vocabulary, asked) for each in found)
+    return tuple(foreign(each, loaded, source.description, vocabulary, asked) for each in found)
 
 
 def _is_onnx(folder: Path) -> bool:

@@ -18,8 +18,8 @@ from qeval.calibrate.build import quantizable
 from qeval.compare.elsewhere import Asked
 from qeval.compare.estimate import Shape
 from qeval.compare.given import given_folders, given_variants
-from qeval.compare.overlap import overlap_of, with_overlap
 from qeval.compare.local import Place, local_places
+from qeval.compare.overlap import overlap_of, with_overlap
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work

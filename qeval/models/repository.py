@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from qeval.errors import UsageError
-from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, listed, pickle_refused
+from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, listed, pickle_refused, split_refused
 
 Form = Literal["checkpoint", "gguf", "onnx"]
 
-_CONFIG = "config.json"
+_CONFIG, _GENAI = "config.json", "genai_config.json"
 _CHECKPOINT = (
     _CONFIG,
     "hf_quant_config.json",  # where Model Optimizer alone may say that the weights are codes
@@ -69,10 +69,12 @@ def meant(hub_id: str, names: Sequence[str], what: str | None, *, onnx: bool) ->
     parts = list(parts_of(names))
     part = _unnamed(hub_id, names, parts) if what is None else _named(hub_id, parts, what)
     if part.form == "gguf" and len(part.files) > 1:
-        raise UsageError(split_refused(f"'{hub_id}'", part.path, len(part.files)))
-    if part.form == "onnx" and not onnx:
+        raise UsageError(split_refused(f"'{part.path}' of '{hub_id}'", PurePosixPath(part.path).name, len(part.files)))
+    if part.form == "onnx":
         where = f"'{part.path}' of '{hub_id}'" if part.path else f"'{hub_id}'"
-        raise UsageError(f"{where} is an ONNX folder, which may be a --variant; the model itself is floats of torch's.")
+        if not onnx:
+            raise UsageError(f"{where} holds an ONNX model, which may be a --variant and no model itself.")
+        _check_whole(where, [PurePosixPath(name).name for name in names if _parent(PurePosixPath(name)) == part.path])
     return part
 
 
@@ -92,20 +94,27 @@ def parts_of(names: Iterable[str]) -> Iterator[Part]:
         yield Part("gguf", files[0], tuple(map(escape, files)))
 
 
-def split_refused(where: str, first: str, count: int) -> str:
-    """Why a GGUF model in several files is not read, and what to do."""
-    return (
-        f"{where} holds '{first}' split into {count} files, and the gguf package reads whole ones: join them with "
-        f"llama.cpp's `llama-gguf-split --merge {PurePosixPath(first).name} whole.gguf` and give that file."
-    )
-
-
 def _part_in(folder: str, held: Sequence[str]) -> Iterator[Part]:
     under = f"{escape(folder)}/" if folder else ""
     if (SINGLE in held or INDEX in held) and (not folder or _CONFIG in held):
         yield Part("checkpoint", folder, tuple(under + pattern for pattern in _CHECKPOINT))
     elif any(name.endswith(".onnx") for name in held):
         yield Part("onnx", folder, (f"{under}*",) if folder else tuple(map(escape, held)))
+
+
+def _check_whole(where: str, held: Sequence[str]) -> None:
+    """Refuse an ONNX folder that lacks what it is read by, before gigabytes of it are fetched."""
+    graphs = [name for name in held if name.endswith(".onnx")]
+    if len(graphs) > 1 and _GENAI not in held:
+        raise UsageError(
+            f"{where} holds {len(graphs)} graphs ({listed(graphs)}) and no {_GENAI} that names one: download one with "
+            f"its data, {_CONFIG} and the tokenizer into a folder, and give that."
+        )
+    if not {_GENAI, _CONFIG} & {*held} or not any(name.startswith(("tokenizer.", "vocab.")) for name in held):
+        raise UsageError(
+            f"{where} holds a graph without {_GENAI} or {_CONFIG} and a tokenizer beside it: download the folder, copy "
+            "them there, and give that."
+        )
 
 
 def _unnamed(hub_id: str, names: Sequence[str], parts: Sequence[Part]) -> Part:
@@ -139,8 +148,9 @@ def _named(hub_id: str, parts: Sequence[Part], what: str) -> Part:
         raise UsageError(f"'{what}' may be any of {_counted(found)} of '{hub_id}'; give one: {listed(paths)}.")
     near = _nearest(parts, what)
     hint = f" (nearest: {', '.join(near)})" if near else ""
-    rest = f"it holds {_counted(parts)}: {listed(list(_spelled(parts).values()))}" if parts else "nor anything else"
-    raise UsageError(f"'{hub_id}' has no '{what}' that qeval could take{hint}; {rest}.")
+    below_root = list(_spelled(parts).values())
+    rest = f"{_counted(parts) or 'nothing of use'}{': ' if below_root else ''}{listed(below_root)}"
+    raise UsageError(f"'{hub_id}' has no '{what}' that qeval could take{hint}; it holds {rest}.")
 
 
 def _ends_in(part: Part, what: str) -> bool:

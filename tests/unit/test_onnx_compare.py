@@ -22,6 +22,7 @@ from qeval.cli.app import run
 from qeval.store.rows import RowStore
 from qeval.types import Request
 from tests.fixtures.bench import CONTEXT, Bench
+from tests.fixtures.hub import COMMIT, FakeHub, reached
 from tests.fixtures.onnx import SPECIAL, checkpoint, float_folder
 from tests.fixtures.tiny import save_tiny
 
@@ -87,6 +88,16 @@ def rows(out, kind, variant):
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
+
+
+def test_a_folder_inside_a_hub_repository_is_scored_as_its_local_copy(place, tmp_path, monkeypatch):
+    files = {f"cpu/int4/{path.name}": path.read_bytes() for path in (place.folder / "int4").iterdir()}
+    given, out = ("--quiet", "--variant", "theirs=org/onnx:cpu/int4"), tmp_path / "out"
+    with reached(FakeHub({"org/onnx": files | {"cpu/int8/m.onnx": b""}}), monkeypatch, tmp_path / "cache"):
+        assert place.compare(*given, methods=None, tasks="kl,ppl", out=str(out)) == 0
+    assert records(out)["theirs"]["details"]["from"] == f"cpu/int4 of org/onnx at commit {COMMIT}"
+    assert records(place.out)["theirs"]["details"]["from"] == "int4"
+    assert rows(out, "tokens", "theirs") == rows(place.out, "tokens", "theirs")
 
 
 def test_every_model_has_its_record(place):
