@@ -21,7 +21,7 @@ from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run
 from qeval.store.rows import RowStore
 from qeval.types import Request
-from tests.fixtures.bench import CONTEXT, Bench
+from tests.fixtures.bench import CONTEXT, Bench, records
 from tests.fixtures.hub import COMMIT, FakeHub, reached
 from tests.fixtures.onnx import SPECIAL, checkpoint, float_folder
 from tests.fixtures.tiny import save_tiny
@@ -74,10 +74,6 @@ def opened(monkeypatch):
 
         monkeypatch.setattr(kind, "open", spy)
     return found
-
-
-def records(out):
-    return {variant["name"]: variant for variant in json.loads((out / "run.json").read_text())["variants"]}
 
 
 def rows(out, kind, variant):
