@@ -143,6 +143,7 @@ def prepare(settings: Settings) -> Plan:
         torch.set_num_threads(share_of_threads(settings))
     if settings.model.device == "cpu" and settings.model.compute == "bfloat16":
         require_bf16()
+    places = local_places(settings.variants)  # what the hub lacks is told before a model is loaded
     loaded, source, backend = loaded_model(settings.model, folds=any(recipe.uses_awq for recipe in settings.recipes))
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, settings.calibration.samples, *fits)
@@ -151,7 +152,6 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
-    places = local_places(settings.variants)
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
