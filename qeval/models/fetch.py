@@ -30,6 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 from qeval.errors import QevalError, UsageError
 from qeval.models.aliases import aliases
+from qeval.models.linked import linked
 from qeval.models.repository import Part, meant
 from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE
 
@@ -60,22 +61,13 @@ _REFUSED = [f"*{suffix}" for suffix in PICKLE_SUFFIXES] + ["*.py"]
 
 
 class Fetched(NamedTuple):
-    """A part of a repository in the cache's copy of a commit, and what must be told of how it was had."""
+    """A part of a repository: where it lies now, its commit, and what must be told of how it was had."""
 
-    folder: Path
-    """The copy, named by the commit; of the repository's files those that were asked for."""
+    path: Path
+    """A folder or a GGUF file in the cache's copy of the commit; a graph's is a folder of links to what it needs."""
+    commit: str
     part: Part
     warnings: tuple[str, ...]
-
-    @property
-    def path(self) -> Path:
-        """Where the part lies: a folder or a GGUF file."""
-        return self.folder / self.part.path
-
-    @property
-    def commit(self) -> str:
-        """The full commit."""
-        return self.folder.name
 
 
 def fetch(hub_id: str, revision: str | None = None, inside: str | None = None, *, onnx: bool = False) -> Fetched:
@@ -105,7 +97,12 @@ def fetch(hub_id: str, revision: str | None = None, inside: str | None = None, *
         raise _told(silence if silence and answered else error, hub_id, revision) from error
     folder = Path(found)
     warnings = (_from_cache(hub_id, folder.name, silence),) if silence and not _is_commit(revision) else ()
-    return Fetched(folder, part, warnings)
+    return Fetched(_lies(folder, part), folder.name, part, warnings)
+
+
+def _lies(copy: Path, part: Part) -> Path:
+    path = copy / part.path
+    return linked(copy, part.among(_files_in(copy))) if path.suffix == ".onnx" else path
 
 
 def _names(hub_id: str, revision: str | None, inside: str | None) -> tuple[Sequence[str], Exception | None]:
@@ -133,6 +130,10 @@ def _held(hub_id: str, revision: str | None) -> list[str]:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[], local_files_only=True))
     except LocalEntryNotFoundError:
         return []
+    return _files_in(folder)
+
+
+def _files_in(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 

@@ -1,10 +1,11 @@
-"""What of a repository on the hub is meant, by the names of its files: a checkpoint, a GGUF file or an ONNX folder."""
+"""What of a repository on the hub is meant, by the names of its files: a checkpoint, a GGUF file or an ONNX model."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from glob import escape
 from pathlib import PurePosixPath
 from typing import Literal
@@ -15,12 +16,9 @@ from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, listed, pickle_
 Form = Literal["checkpoint", "gguf", "onnx"]
 
 _CONFIG, _GENAI = "config.json", "genai_config.json"
-_CHECKPOINT = (
+_AROUND = (
     _CONFIG,
-    "hf_quant_config.json",  # where Model Optimizer alone may say that the weights are codes
     "generation_config.json",
-    "model*.safetensors",  # not consolidated.safetensors or original/, which hold the same weights again
-    INDEX,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -28,10 +26,17 @@ _CHECKPOINT = (
     "merges.txt",
     "chat_template*",
 )
+"""What lies beside the weights of any model."""
+_CHECKPOINT = (
+    *_AROUND,
+    "hf_quant_config.json",  # where Model Optimizer alone may say that the weights are codes
+    "model*.safetensors",  # not consolidated.safetensors or original/, which hold the same weights again
+    INDEX,
+)
 _TITLES: Mapping[Form, tuple[str, str]] = {
     "checkpoint": ("checkpoint", "checkpoints"),
     "gguf": ("GGUF file", "GGUF files"),
-    "onnx": ("ONNX folder", "ONNX folders"),
+    "onnx": ("ONNX model", "ONNX models"),
 }
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 """How llama.cpp ends the names of a model's files where it is split over several."""
@@ -44,7 +49,8 @@ _NEAREST = 3
 class Part:
     """What qeval can take of a repository: where it lies there ('' is the root), and patterns of its files.
 
-    A GGUF model that is split has several files, and the path of the first.
+    A GGUF model that is split has several files, and the path of the first. An ONNX model's path is its folder, or
+    its graph where the folder holds several, or its configuration lies in the root, as transformers.js has it.
     """
 
     form: Form
@@ -56,12 +62,16 @@ class Part:
         """What the name of a GGUF file ends in, by which llama.cpp's `-hf ORG/REPO:TAG` names it: `Q4_K_M`."""
         return re.split("[-.]", _stem(self.path))[-1]
 
+    def among(self, names: Iterable[str]) -> list[str]:
+        """Those of a repository's files that it needs."""
+        return [name for name in names if any(fnmatch(name, pattern) for pattern in self.files)]
+
 
 def meant(hub_id: str, names: Sequence[str], what: str | None, *, onnx: bool) -> Part:
-    """The part of a repository that `what` names: a file, a folder, or what a GGUF file's name ends in.
+    """The part of a repository that `what` names: a file, a folder, or what a file's name ends in.
 
-    Without `what` it is what lies in the root, else the only thing that there is. `onnx`: whether a folder of that
-    kind is of use.
+    Without `what` it is what lies in the root, else the only thing that there is. `onnx`: whether one of that kind is
+    of use.
 
     Raises:
         UsageError: there is no such part, or several; they are listed, the nearest ones or the first.
@@ -73,8 +83,12 @@ def meant(hub_id: str, names: Sequence[str], what: str | None, *, onnx: bool) ->
     if part.form == "onnx":
         where = f"'{part.path}' of '{hub_id}'" if part.path else f"'{hub_id}'"
         if not onnx:
-            raise UsageError(f"{where} holds an ONNX model, which may be a --variant and no model itself.")
-        _check_whole(where, [PurePosixPath(name).name for name in names if _parent(PurePosixPath(name)) == part.path])
+            raise UsageError(f"{where} is an ONNX model, which may be a --variant and no model itself.")
+        if not _is_described(PurePosixPath(name).name for name in part.among(names)):
+            raise UsageError(
+                f"{where} lies without {_GENAI} or {_CONFIG} and a tokenizer beside it: download it, copy the model's "
+                "there, and give the folder."
+            )
     return part
 
 
@@ -89,32 +103,31 @@ def parts_of(names: Iterable[str]) -> Iterator[Part]:
         elif not _NO_MODEL.search(path.name):
             ggufs.setdefault(f"{_parent(path)}/{_stem(name)}", []).append(name)
     for folder, held in sorted(folders.items()):
-        yield from _part_in(folder, held)
+        yield from _parts_in(folder, held)
     for files in ggufs.values():
         yield Part("gguf", files[0], tuple(map(escape, files)))
 
 
-def _part_in(folder: str, held: Sequence[str]) -> Iterator[Part]:
+def _parts_in(folder: str, held: Sequence[str]) -> Iterator[Part]:
     under = f"{escape(folder)}/" if folder else ""
+    graphs = [name for name in held if name.endswith(".onnx")]
     if (SINGLE in held or INDEX in held) and (not folder or _CONFIG in held):
         yield Part("checkpoint", folder, tuple(under + pattern for pattern in _CHECKPOINT))
-    elif any(name.endswith(".onnx") for name in held):
+    elif graphs and (_GENAI in held or (len(graphs) == 1 and _is_described(held))):
         yield Part("onnx", folder, (f"{under}*",) if folder else tuple(map(escape, held)))
+    else:
+        around = under if _is_described(held) else ""
+        for graph in graphs:
+            own = under + escape(graph)
+            files = (own, f"{own}[._]data*", *(around + pattern for pattern in _AROUND))
+            yield Part("onnx", f"{folder}/{graph}".lstrip("/"), files)
 
 
-def _check_whole(where: str, held: Sequence[str]) -> None:
-    """Refuse an ONNX folder that lacks what it is read by, before gigabytes of it are fetched."""
-    graphs = [name for name in held if name.endswith(".onnx")]
-    if len(graphs) > 1 and _GENAI not in held:
-        raise UsageError(
-            f"{where} holds {len(graphs)} graphs ({listed(graphs)}) and no {_GENAI} that names one: download one with "
-            f"its data, {_CONFIG} and the tokenizer into a folder, and give that."
-        )
-    if not {_GENAI, _CONFIG} & {*held} or not any(name.startswith(("tokenizer.", "vocab.")) for name in held):
-        raise UsageError(
-            f"{where} holds a graph without {_GENAI} or {_CONFIG} and a tokenizer beside it: download the folder, copy "
-            "them there, and give that."
-        )
+def _is_described(held: Iterable[str]) -> bool:
+    """Whether files in one folder say how its graph is fed, and with what tokens."""
+    names = {*held}
+    has_tokenizer = any(name.startswith(("tokenizer.", "vocab.")) for name in names)
+    return has_tokenizer and not names.isdisjoint((_GENAI, _CONFIG))
 
 
 def _unnamed(hub_id: str, names: Sequence[str], parts: Sequence[Part]) -> Part:
@@ -127,7 +140,7 @@ def _unnamed(hub_id: str, names: Sequence[str], parts: Sequence[Part]) -> Part:
         raise UsageError(pickle_refused(hub_id, pickles))
     if not parts:
         raise UsageError(
-            f"'{hub_id}' has no weights: neither {SINGLE} nor {INDEX} is in it, nor a GGUF file or an ONNX folder."
+            f"'{hub_id}' has no weights: neither {SINGLE} nor {INDEX} is in it, nor a GGUF file or an ONNX model."
         )
     choices = list(_spelled(parts).values())
     raise UsageError(
@@ -138,7 +151,7 @@ def _unnamed(hub_id: str, names: Sequence[str], parts: Sequence[Part]) -> Part:
 def _named(hub_id: str, parts: Sequence[Part], what: str) -> Part:
     """What is meant by a file, a folder or a tag: the first of these that there is."""
     exact = [part for part in parts if what == part.path or escape(what) in part.files]
-    tagged = [part for part in parts if part.form == "gguf" and _ends_in(part, what)]
+    tagged = [part for part in parts if part.path.lower().endswith((".gguf", ".onnx")) and _ends_in(part, what)]
     below = [part for part in parts if part.path.startswith(f"{what}/")]
     found = exact or tagged or below
     if len(found) == 1:
@@ -179,7 +192,7 @@ def _spelled(parts: Sequence[Part]) -> dict[Part, str]:
 
 
 def _counted(parts: Sequence[Part]) -> str:
-    """How many parts there are of each form: `3 GGUF files and 1 ONNX folder`."""
+    """How many parts there are of each form: `3 GGUF files and 1 ONNX model`."""
     counts = Counter(part.form for part in parts)
     return " and ".join(f"{counts[form]} {_TITLES[form][counts[form] > 1]}" for form in _TITLES if counts[form])
 
@@ -189,5 +202,5 @@ def _parent(path: PurePosixPath) -> str:
 
 
 def _stem(name: str) -> str:
-    """The name of a GGUF file without its folder, its suffix, and which file of a split model it is."""
+    """The name of a file without its folder, its suffix, and which file of a split model it is."""
     return _SPLIT.sub("", PurePosixPath(name).stem)

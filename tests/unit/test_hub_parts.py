@@ -120,7 +120,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(hub, monkeypatch, spelled,
         (GGUFS, rf"holds 3 GGUF files; say which after a colon, as '{GGUFS}:F32': F32, Q4_0, Q8_0\."),
         (f"{GGUFS}@v9:Q4_0", "has no revision 'v9'"),
         (f"{GGUFS}:", "names nothing after its colon"),
-        (f"{ONNX}:cpu", "'cpu' may be any of 2 ONNX folders"),
+        (f"{ONNX}:cpu", "'cpu' may be any of 2 ONNX models"),
         ("org/none:Q4_0", "The hub has no model 'org/none'"),
         ("org/gated:Q4_0", "Access to 'org/gated' is restricted"),
         ("org/split:Q4_0", "is one of the 2 files that a model is split into"),
@@ -161,7 +161,7 @@ def test_a_folder_cut_short_is_not_taken_from_the_cache(hub, monkeypatch):
 
 
 def test_an_onnx_folder_is_no_model(hub):
-    with pytest.raises(UsageError, match="'cpu/int4' of 'org/m-onnx' holds an ONNX model, which may be a --variant"):
+    with pytest.raises(UsageError, match="'cpu/int4' of 'org/m-onnx' is an ONNX model, which may be a --variant"):
         checkpoint_of(resolve(f"{ONNX}:cpu/int4"))
 
 

@@ -60,7 +60,7 @@ def test_a_hub_model_loads_and_knows_its_commit(hub):
 @pytest.mark.parametrize("revision", [None, TAG, COMMIT])
 @pytest.mark.parametrize("silence", ["offline", "down", "private"])
 def test_a_fetched_model_needs_no_hub_and_says_which_commit_it_is(hub, monkeypatch, revision, silence):
-    folder = fetch(MODEL, revision).folder
+    folder = fetch(MODEL, revision).path
     if silence == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if silence == "down":
@@ -69,7 +69,7 @@ def test_a_fetched_model_needs_no_hub_and_says_which_commit_it_is(hub, monkeypat
         hub.repositories = {}
     before = len(hub.requests)
     again = fetch(MODEL, revision)
-    assert again.folder == folder
+    assert again.path == folder
     if revision == COMMIT:
         assert (again.warnings, len(hub.requests)) == ((), before)
     else:
@@ -80,7 +80,7 @@ def test_a_fetched_model_needs_no_hub_and_says_which_commit_it_is(hub, monkeypat
 def test_a_download_that_was_cut_goes_on_where_it_was(hub, files, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
     hub.breaks_after = len(files["model.safetensors"]) // 2
-    folder = fetch(MODEL).folder
+    folder = fetch(MODEL).path
     assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert hub.ranges[f"/{MODEL}/resolve/{COMMIT}/model.safetensors"] > 0
 

@@ -20,7 +20,8 @@ AWQ = ["awq/config.json", "awq/model.safetensors", "awq/tokenizer.json"]
 FLOAT = ["config.json", "model.safetensors", "original/model.safetensors"]
 SPLIT = [f"BF16/m-BF16-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 SAME = ["a/m-Q4_0.gguf", "b/m-Q4_0.gguf", "c/UD-Q4_0.gguf"]
-GRAPHS = ["onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_q4.onnx_data"]
+GRAPHS = ["onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "onnx/model_q4f16.onnx"]
+AROUND = ["config.json", "tokenizer.json"]
 
 
 def found(names, what, onnx=True):
@@ -43,6 +44,9 @@ def found(names, what, onnx=True):
         (FLOAT + AWQ + GGUFS, None, "checkpoint", ""),
         (["README.md", "imatrix.gguf", "m-Q4_0.gguf"], None, "gguf", "m-Q4_0.gguf"),
         (ONNX[:4], None, "onnx", "cpu/int4-block-32"),
+        (GRAPHS + AROUND, "Q4", "onnx", "onnx/model_q4.onnx"),
+        (GRAPHS + AROUND, "onnx/model.onnx", "onnx", "onnx/model.onnx"),
+        (["m.onnx", "m_fp16.onnx", *AROUND], "fp16", "onnx", "m_fp16.onnx"),
         ([name.rpartition("/")[2] for name in ONNX[:4]], None, "onnx", ""),
     ],
 )
@@ -54,22 +58,24 @@ def test_one_part_is_meant(names, what, form, path):
     ("names", "what", "says"),
     [
         (GGUFS, None, r"'org/repo' holds 5 GGUF files; say which after a colon, as 'org/repo:IQ4_XS': IQ4_XS, .* 1"),
-        (ONNX, None, r"holds 2 ONNX folders; .* as 'org/repo:cpu/int4-block-32': cpu/int4-block-32, cpu/int8\."),
-        (GGUFS + ONNX, None, r"holds 5 GGUF files and 2 ONNX folders; say which"),
+        (ONNX, None, r"holds 2 ONNX models; .* as 'org/repo:cpu/int4-block-32': cpu/int4-block-32, cpu/int8\."),
+        (GGUFS + ONNX, None, r"holds 5 GGUF files and 2 ONNX models; say which"),
         (["m-Q4_0.gguf", "pytorch_model.bin"], None, r"holds 1 GGUF file; say which"),
         (GGUFS, "Q4_K_L", r"has no 'Q4_K_L' that qeval could take \(nearest: Q4_K_(S, Q4_K_M|M, Q4_K_S)\b.*it holds 5"),
         (GGUFS, "n.Q8_0.gguf", r"no 'n.Q8_0.gguf' that .* \(nearest: Q8_0"),
-        (ONNX, "int4-blok-32", r"\(nearest: cpu/int4-block-32\); it holds 2 ONNX folders: cpu/int4-"),
+        (ONNX, "int4-blok-32", r"\(nearest: cpu/int4-block-32\); it holds 2 ONNX models: cpu/int4-"),
         (FLOAT, "Q4_0", r"has no 'Q4_0' that qeval could take; it holds 1 checkpoint\."),
         (["README.md"], "Q4_0", r"has no 'Q4_0' that qeval could take; it holds nothing of use\."),
         (["README.md"], None, r"'org/repo' has no weights: neither model\.safetensors"),
         (GGUFS, "K_S.gguf", r"has no 'K_S.gguf'"),
         (SAME, "Q4_0", r"'Q4_0' may be any of 3 GGUF files of 'org/repo'; give one: a/m-Q4_0.gguf, b/m-Q4_0.gguf, "),
-        (ONNX, "cpu", r"'cpu' may be any of 2 ONNX folders of 'org/repo'; give one: cpu/int4-block-32, cpu/int8\."),
+        (ONNX, "cpu", r"'cpu' may be any of 2 ONNX models of 'org/repo'; give one: cpu/int4-block-32, cpu/int8\."),
         (SPLIT, "bf16", r"is one of the 3 files .* `llama-gguf-split --merge m-BF16-00001-of-00003\.gguf whole\.gguf`"),
         (SPLIT, SPLIT[1], r"'BF16/m-BF16-00001-of-00003\.gguf' of 'org/repo' is one of the 3 files"),
-        (GRAPHS, "onnx", r"'onnx' of 'org/repo' holds 2 graphs \(model.onnx, model_q4.onnx\) and no genai_config.json"),
-        (GRAPHS[:1], "onnx", r"holds a graph without genai_config.json or config.json and a tokenizer beside it"),
+        (GRAPHS + AROUND, "onnx", r"may be any of 3 ONNX models of 'org/repo'; give one: onnx/model.onnx, "),
+        (GRAPHS + AROUND, "q5", r"has no 'q5' .*it holds 3 ONNX models: onnx/model.onnx, onnx/model_q4.onnx, "),
+        (GRAPHS, "onnx/model.onnx", r"'onnx/model.onnx' of 'org/repo' lies without genai_config.json or config.json"),
+        (ONNX[1:3], None, r"'cpu/int4-block-32/m.onnx' of 'org/repo' lies without"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_or_not_one_is_refused_with_the_choices(names, what, says):
@@ -78,7 +84,7 @@ def test_what_is_not_there_or_not_one_is_refused_with_the_choices(names, what, s
 
 
 def test_an_onnx_folder_is_no_baseline():
-    with pytest.raises(UsageError, match="'cpu/int8' of 'org/repo' holds an ONNX model, which may be a --variant"):
+    with pytest.raises(UsageError, match="'cpu/int8' of 'org/repo' is an ONNX model, which may be a --variant"):
         found(ONNX, "cpu/int8", onnx=False)
 
 
@@ -89,3 +95,13 @@ def test_a_part_is_fetched_without_its_neighbours():
     root, awq = parts_of([*AWQ, *FLOAT])
     assert (root.path, awq.path) == ("", "awq")
     assert "awq/config.json" in awq.files and all(name.startswith("awq/") for name in awq.files)
+
+
+def test_a_graph_takes_its_own_data_and_what_lies_beside_or_in_the_root():
+    names = [*GRAPHS, *AROUND, "onnx/model_q4.onnx_data_1", "README.md"]
+    assert meant("org/repo", names, "q4", onnx=True).among(names) == [
+        "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", *AROUND, "onnx/model_q4.onnx_data_1"
+    ]  # fmt: skip
+    beside = [*GRAPHS, *AROUND, *(f"onnx/{name}" for name in AROUND)]
+    needed = meant("org/repo", beside, "onnx/model.onnx", onnx=True).among(beside)
+    assert needed == ["onnx/model.onnx", *(f"onnx/{name}" for name in AROUND)]
