@@ -12,8 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -32,7 +33,7 @@ from qeval.errors import QevalError, UsageError
 from qeval.models.aliases import aliases
 from qeval.models.linked import linked
 from qeval.models.repository import Part, meant
-from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE
+from qeval.models.weights import PICKLE_SUFFIXES
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -82,7 +83,7 @@ def fetch(hub_id: str, revision: str | None = None, inside: str | None = None, *
     """
     silence: Exception | None = None
     try:
-        names, silence = _names(hub_id, revision, inside)
+        names, silence = _names(hub_id, revision)
         part = _meant(hub_id, names, inside, silence, onnx=onnx)
         with _bars_on_terminals_only():
             found = snapshot_download(
@@ -94,7 +95,7 @@ def fetch(hub_id: str, revision: str | None = None, inside: str | None = None, *
             )
     except (OSError, ValueError, RuntimeError, _TransportError) as error:  # RuntimeError: big files' transfer library
         answered = isinstance(error, LocalEntryNotFoundError) and isinstance(silence, HfHubHTTPError)
-        raise _told(silence if silence and answered else error, hub_id, revision) from error
+        raise _told(silence if silence and answered else error, hub_id, revision, inside) from error
     folder = Path(found)
     warnings = (_from_cache(hub_id, folder.name, silence),) if silence and not _is_commit(revision) else ()
     return Fetched(_lies(folder, part), folder.name, part, warnings)
@@ -105,32 +106,40 @@ def _lies(copy: Path, part: Part) -> Path:
     return linked(copy, part.among(_files_in(copy))) if path.suffix == ".onnx" else path
 
 
-def _names(hub_id: str, revision: str | None, inside: str | None) -> tuple[Sequence[str], Exception | None]:
-    """The files of a repository at a revision; those of its cached copy where the hub does not answer, and why.
+def _names(hub_id: str, revision: str | None) -> tuple[Sequence[str], Exception | None]:
+    """The files of a repository at a revision; those that the cache knows of where the hub does not answer, and why.
 
-    A commit whose weights are cached needs no asking.
+    A commit that the cache knows needs no asking.
     """
-    held = _held(hub_id, revision)
-    if _is_commit(revision) and ({inside} if inside else {SINGLE, INDEX}) & set(held):
-        return held, None
+    listed = _listed(hub_id, revision)
+    if listed and _is_commit(revision):
+        return listed, None
     try:
         info = HfApi().model_info(hub_id, revision=revision, timeout=constants.DEFAULT_ETAG_TIMEOUT)
     except RevisionNotFoundError:
         raise
     except _UNREACHED as error:
-        if held:
-            return held, error
+        if known := listed or _held(hub_id, revision):
+            return known, error
         raise error if isinstance(error, HfHubHTTPError) else LocalEntryNotFoundError(str(error)) from error
     return [sibling.rfilename for sibling in info.siblings or ()], None
 
 
-def _held(hub_id: str, revision: str | None) -> list[str]:
-    """The files of a repository's cached copy."""
+def _listed(hub_id: str, revision: str | None) -> list[str]:
+    """The files of a whole repository, as the cache has them listed since something of it was fetched."""
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[], local_files_only=True))
+        return [file.path for file in get_cached_repo_tree(hub_id, revision=revision)]
+    except CachedRepoTreeNotFoundError:
+        return []
+
+
+def _held(hub_id: str, revision: str | None) -> list[str]:
+    """The files of a repository's copy that was cached without such a list, by other programs."""
+    try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=[], local_files_only=True)
     except LocalEntryNotFoundError:
         return []
-    return _files_in(folder)
+    return _files_in(Path(folder))
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -173,9 +182,9 @@ def _bars_on_terminals_only() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _told(error: Exception, hub_id: str, revision: str | None) -> QevalError:
+def _told(error: Exception, hub_id: str, revision: str | None, inside: str | None) -> QevalError:
     """What went wrong between us and the hub, as a sentence."""
-    model = f"'{hub_id}'" + (f" at revision '{revision}'" if revision else "")
+    model = f"'{hub_id}{f':{inside}' if inside else ''}'" + (f" at revision '{revision}'" if revision else "")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         if error.response.status_code == 401 and get_token() and not isinstance(error, GatedRepoError):
             return UsageError(_BAD_TOKEN.format(model=model))

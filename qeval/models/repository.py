@@ -40,7 +40,7 @@ _TITLES: Mapping[Form, tuple[str, str]] = {
 }
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 """How llama.cpp ends the names of a model's files where it is split over several."""
-_NO_MODEL = re.compile(r"^mmproj|imatrix", re.IGNORECASE)
+_NO_MODEL = re.compile("mmproj|imatrix", re.IGNORECASE)
 """GGUF files beside a model's: what looks at images, and the statistics that quantizers take."""
 _NEAREST = 3
 
@@ -150,8 +150,8 @@ def _unnamed(hub_id: str, names: Sequence[str], parts: Sequence[Part]) -> Part:
 
 def _named(hub_id: str, parts: Sequence[Part], what: str) -> Part:
     """What is meant by a file, a folder or a tag: the first of these that there is."""
-    exact = [part for part in parts if what == part.path or escape(what) in part.files]
-    tagged = [part for part in parts if part.path.lower().endswith((".gguf", ".onnx")) and _ends_in(part, what)]
+    exact = [part for part in parts if what == part.path or (_is_file(what) and part.among([what]))]
+    tagged = [part for part in parts if _is_file(part.path) and _ends_in(part, what)]
     below = [part for part in parts if part.path.startswith(f"{what}/")]
     found = exact or tagged or below
     if len(found) == 1:
@@ -164,6 +164,10 @@ def _named(hub_id: str, parts: Sequence[Part], what: str) -> Part:
     below_root = list(_spelled(parts).values())
     rest = f"{_counted(parts) or 'nothing of use'}{': ' if below_root else ''}{listed(below_root)}"
     raise UsageError(f"'{hub_id}' has no '{what}' that qeval could take{hint}; it holds {rest}.")
+
+
+def _is_file(path: str) -> bool:
+    return path.lower().endswith((".gguf", ".onnx"))
 
 
 def _ends_in(part: Part, what: str) -> bool:

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from qeval.cli.app import run
 from qeval.compare.local import local_places
 from qeval.errors import UsageError
+from qeval.models import fetch as fetch_module
 from qeval.models.load import checkpoint_of
 from qeval.models.source import resolve
 from tests.fixtures.bench import CONTEXT, Bench
@@ -122,7 +123,7 @@ def test_only_what_is_needed_is_fetched_and_only_once(hub, monkeypatch, spelled,
         (f"{GGUFS}:", "names nothing after its colon"),
         (f"{ONNX}:cpu", "'cpu' may be any of 2 ONNX models"),
         ("org/none:Q4_0", "The hub has no model 'org/none'"),
-        ("org/gated:Q4_0", "Access to 'org/gated' is restricted"),
+        ("org/gated:Q4_0", "Access to 'org/gated:Q4_0' is restricted"),
         ("org/split:Q4_0", "is one of the 2 files that a model is split into"),
     ],
 )
@@ -134,15 +135,26 @@ def test_what_can_not_be_had_is_a_sentence_and_nothing_is_fetched(hub, tmp_path,
     assert capsys.readouterr().err.count("\n") < 8
 
 
-def test_a_copy_without_the_part_says_so_where_the_hub_does_not_answer(hub, monkeypatch):
+def test_a_part_that_is_not_cached_is_told_where_the_hub_does_not_answer(hub, monkeypatch):
     place(f"{GGUFS}:Q4_0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UsageError, match=r"\(HF_HUB_OFFLINE is set\), and of its copy in the cache: .* 1 GGUF file: Q4"
-    ):
+    for spelled in (f"{GGUFS}:Q8_0", f"{ONNX}:cpu/int4", f"{GGUFS}@{COMMIT}:Q8_0"):
+        with pytest.raises(
+            UsageError, match=rf"can't be reached, and '{spelled.replace(f'@{COMMIT}', '')}' .*not whole"
+        ):
+            place(spelled)
+    with pytest.raises(UsageError, match=r"\(HF_HUB_OFFLINE is set\), and of its copy in the cache: .* has no 'Q4_1'"):
+        place(f"{GGUFS}:Q4_1")
+
+
+def test_a_copy_that_other_programs_cached_will_do(hub, monkeypatch):
+    """Theirs has no list of the repository's files; what is meant is then one of the files that it has."""
+    path = place(f"{GGUFS}:Q4_0").path
+    monkeypatch.setattr(fetch_module, "_listed", lambda *_: [])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert place(GGUFS).path == path
+    with pytest.raises(UsageError, match="'org/m-GGUF' has no 'Q8_0' that qeval could take"):
         place(f"{GGUFS}:Q8_0")
-    with pytest.raises(UsageError, match="can't be reached, and 'org/m-onnx' is not whole in its cache"):
-        place(f"{ONNX}:cpu/int4")
 
 
 def test_a_file_that_was_cut_goes_on_where_it_was(hub, files, monkeypatch):
