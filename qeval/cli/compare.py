@@ -38,7 +38,7 @@ def compare(
         typer.Option(
             "--variant",
             help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file; or, fetched "
-            "from the hub, NAME=ORG/REPO[@REVISION].",
+            "from the hub, NAME=ORG/REPO[@REVISION][:WHAT], WHAT: a folder there, or a file or its type (Q4_K_M).",
         ),
     ] = None,
     backend: Annotated[

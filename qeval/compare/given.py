@@ -9,7 +9,7 @@ from qeval.backends.onnx.providers import choose, require_provider
 from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
-from qeval.compare.places import Place
+from qeval.compare.local import Place
 from qeval.compare.variants import Entry, FitsKernel, Loaded, given_entry, is_variant
 from qeval.models.info import LoadedModel
 
@@ -45,7 +45,7 @@ def given_folders(
 
     require_provider(choose(ep))
     vocabulary = int(source.head.weight.shape[0])
-    return tuple(foreign(each.name, each.path, loaded, source.description, vocabulary, asked) for each in found)
+    return tuple(foreign(each, loaded, source.description, vocabulary, asked) for each in found)
 
 
 def _is_onnx(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
 from qeval.backends.onnx.vectors import vectors_of
 from qeval.compare.elsewhere import Asked, check_tokens, padding_told
+from qeval.compare.local import Place
 from qeval.compare.settings import BackendChoice
 from qeval.errors import UsageError
 from qeval.formats.beside import SAME, apart
@@ -67,7 +68,7 @@ class Foreign:
     ids: int
     """The baseline's vocabulary; what the folder has beyond it is left out."""
     told: Mapping[str, str]
-    """What a reader must know of its tokenizer and vocabulary."""
+    """Where it is from, and what a reader must know of its tokenizer and vocabulary."""
 
     def backend(self, choice: BackendChoice) -> FolderBackend:
         """What runs it."""
@@ -97,7 +98,7 @@ class Foreign:
             quantized_parameters=quantized,
             kept=kept,
             input_scales=[],
-            details={"made by": facts.producer, "folder": self.folder.name, **self.told},
+            details={"made by": facts.producer, **self.told},
             importance=None,
             budget_bits_per_weight=None,
             groups=[],
@@ -107,10 +108,8 @@ class Foreign:
         )
 
 
-def foreign(
-    name: str, folder: Path, loaded: LoadedModel, description: Description, vocabulary: int, asked: Asked
-) -> Foreign:
-    """The ONNX folder of `--variant NAME=FOLDER`, checked before anything is scored.
+def foreign(place: Place, loaded: LoadedModel, description: Description, vocabulary: int, asked: Asked) -> Foreign:
+    """The ONNX folder of `--variant`, checked before anything is scored.
 
     `vocabulary` is the width of the baseline's logits; the tokens of what is `asked` must be the baseline's.
 
@@ -118,20 +117,20 @@ def foreign(
         UsageError: files are missing or cut short, the graph can't be scored, it is another model's, or it speaks of
             other tokens.
     """
-    facts = inspect_folder(folder)
+    facts = inspect_folder(place.path)
     decoder = read_decoder(facts)
     if decoder.vocab_size < vocabulary:
         raise UsageError(
-            f"--variant {name}={folder} gives logits of {decoder.vocab_size} ids, the baseline of {vocabulary}: "
+            f"{place.flag} gives logits of {decoder.vocab_size} ids, the baseline of {vocabulary}: "
             f"it has no probability for ids {decoder.vocab_size} to {vocabulary - 1}, so the two cannot be compared."
         )
-    check_same_model(f"--variant {name}={folder}", facts, loaded.model, description)
-    told = check_tokens(f"--variant {name}={folder}", folder, loaded.tokenizer, asked)
+    check_same_model(place.flag, facts, loaded.model, description)
+    told = {"from": place.origin, **check_tokens(place.flag, place.path, loaded.tokenizer, asked)}
     if decoder.vocab_size > vocabulary:
         told = {**told, "padding": padding_told("head", range(vocabulary, decoder.vocab_size))}
     files = content_files(facts.files)
     sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
-    return Foreign(name, folder, facts, sha256, vocabulary, told)
+    return Foreign(place.name, place.path, facts, sha256, vocabulary, told)
 
 
 def check_same_model(what: str, facts: OnnxFacts, model: Any, description: Description) -> None:

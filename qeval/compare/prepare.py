@@ -20,8 +20,8 @@ from qeval.compare.elsewhere import Asked
 from qeval.compare.estimate import Shape
 from qeval.compare.given import given_folders, given_variants
 from qeval.compare.llamacpp import Llama, llama_of
+from qeval.compare.local import Place, local_places
 from qeval.compare.overlap import overlap_of, with_overlap
-from qeval.compare.places import Place, places_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
@@ -152,6 +152,7 @@ def prepare(settings: Settings) -> Plan:
         require_llama_cpp()
     if settings.model.device == "cpu" and settings.model.compute == "bfloat16":
         require_bf16()
+    places = local_places(settings.variants)  # what the hub lacks is told before a model is loaded
     loaded, source, backend = loaded_model(settings.model, folds=any(recipe.uses_awq for recipe in settings.recipes))
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, settings.calibration.samples, *fits)
@@ -160,7 +161,6 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
-    places = places_of(settings.variants)
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))

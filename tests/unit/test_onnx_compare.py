@@ -21,7 +21,9 @@ from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run
 from qeval.store.rows import RowStore
 from qeval.types import Request
-from tests.fixtures.bench import CONTEXT, Bench
+from tests.fixtures.bench import CONTEXT, Bench, records
+from tests.fixtures.broken_onnx import FOLDERS, edited
+from tests.fixtures.hub import COMMIT, FakeHub, reached
 from tests.fixtures.onnx import SPECIAL, checkpoint, float_folder
 from tests.fixtures.tiny import save_tiny
 
@@ -75,10 +77,6 @@ def opened(monkeypatch):
     return found
 
 
-def records(out):
-    return {variant["name"]: variant for variant in json.loads((out / "run.json").read_text())["variants"]}
-
-
 def rows(out, kind, variant):
     found = [row for row in RowStore(out).read(kind).to_pylist() if row["variant"] == variant]
     return sorted(found, key=lambda row: tuple(row.get(name, 0) for name in ("subject", "item", "window", "position")))
@@ -87,6 +85,24 @@ def rows(out, kind, variant):
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
+
+
+def test_a_model_inside_a_hub_repository_is_scored_as_its_local_copy(place, tmp_path, monkeypatch):
+    """In a folder as Microsoft keeps them, and as transformers.js does: graphs in one, the rest in the root."""
+    local = {path.name: path.read_bytes() for path in (place.folder / "int4").iterdir()}
+    files = {f"cpu/int4/{name}": data for name, data in local.items()} | {"onnx/model_q4.onnx": b"-"}
+    files |= {f"onnx/{name}" if "onnx" in name else name: data for name, data in local.items() if "genai" not in name}
+    files["config.json"] = (place.model / "config.json").read_bytes()
+    given = {"cpu": "cpu/int4", "js": "onnx/model.onnx"}
+    flags = [f"--variant={name}=org/onnx:{what}" for name, what in given.items()]
+    with reached(FakeHub({"org/onnx": files}), monkeypatch, tmp_path / "cache"):
+        assert place.compare("--quiet", *flags, methods=None, tasks="kl,ppl", out=str(tmp_path / "out")) == 0
+    found = records(tmp_path / "out")
+    assert found["cpu"]["details"]["from"] == f"cpu/int4 of org/onnx at commit {COMMIT}"
+    assert found["js"]["details"]["from"] == f"onnx/model.onnx of org/onnx at commit {COMMIT}"
+    for name in given:
+        ours, theirs = rows(tmp_path / "out", "tokens", name), rows(place.out, "tokens", "theirs")
+        assert [row | {"variant": ""} for row in ours] == [row | {"variant": ""} for row in theirs]
 
 
 def test_every_model_has_its_record(place):
@@ -230,84 +246,6 @@ def refused(place, tmp_path, capfd):
 @pytest.fixture
 def copy(place, tmp_path):
     return shutil.copytree(place.folder / "int4", tmp_path / "copy")
-
-
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def no_tokenizer(folder):
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
-def cut_short(folder):
-    data = folder / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1000])
-
-
-def torn(folder):
-    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:700])
-
-
-def edited(edit):
-    def change(folder):
-        model = ir.load(folder / "model.onnx")
-        edit(model.graph)
-        ir.save(model, folder / "model.onnx")
-
-    return change
-
-
-def last_only(graph):
-    head = next(node for node in graph if node.outputs[0].name == "logits")
-    index = ir.Value(name="last", const_value=ir.tensor([-1], dtype=ir.DataType.INT64, name="last"))
-    graph.register_initializer(index)
-    cut = ir.node("Gather", [head.inputs[0], index], {"axis": 1}, name="cut")
-    graph.insert_before(head, cut)
-    head.replace_input_with(0, cut.outputs[0])
-
-
-def odd_past(graph):
-    next(value for value in graph.inputs if value.name == "past_key_values.0.key").shape = ir.Shape([1, "a", 3])
-
-
-def unknown_input(graph):
-    graph.inputs.append(
-        ir.Value(name="pixels", shape=ir.Shape([1, 3]), type=ir.TensorType(ir.DataType.FLOAT)),
-    )
-
-
-def other_ids(folder):
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    vocabulary["e"], vocabulary["i"] = vocabulary["i"], vocabulary["e"]
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def fine_tuned(graph):
-    gains = [value for value in graph.initializers.values() if "norm" in value.name and value.shape == (64,)]
-    for number, value in enumerate(gains):
-        value.const_value = ir.tensor(value.const_value.numpy() + 0.003 * number + 0.003, name=value.name)
-
-
-FOLDERS = {
-    "no model": (remove("model.onnx"), "lacks model.onnx, the model that its genai_config.json names: copy it there."),
-    "no config": (remove("genai_config.json"), "has neither genai_config.json nor config.json: copy the one"),
-    "no tokenizer": (no_tokenizer, "has no tokenizer (tokenizer.json): copy the one of the model it was made from."),
-    "no data": (remove("model.onnx.data"), "model.onnx.data is missing, which holds weights of model.onnx: copy it"),
-    "data cut short": (cut_short, "model.onnx.data is cut short: model.onnx needs", "copy it again."),
-    "a torn model": (torn, "model.onnx is no ONNX model, or is cut short"),
-    "the last position only": (edited(last_only), "computes logits of the last position only; scoring needs all"),
-    "a past of another shape": (
-        edited(odd_past), "the shape or type of 'past_key_values.0.key' (FLOAT, [1, 'a', 3]) is none that qeval knows"
-    ),
-    "an input that nobody knows": (edited(unknown_input), "takes an input 'pixels' [1, 3] that qeval doesn't know"),
-    "another model": (
-        edited(fine_tuned), "vectors of 64 numbers differs from the baseline's model.norm.weight by 0.3 %, which no"
-    ),
-    "other token ids": (other_ids, "has other token ids than the baseline for the same text (the first at token"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", FOLDERS)
