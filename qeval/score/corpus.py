@@ -71,7 +71,7 @@ def window_states(session: Session, windows: Sequence[Window], batch_tokens: int
     for call in window_calls(windows, batch_tokens):
         parts += [states.cpu() for states in session.states(call.requests)]
         advance(sum(len(request.tokens) for request in call.requests))
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows of logits may take gigabytes
 
 
 def baseline_columns(session: Session, shard: Shard, states: Tensor, names: dict[str, str]) -> dict[str, Any]:
