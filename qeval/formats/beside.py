@@ -16,12 +16,14 @@ from qeval.formats.base import Matrix, Values
 from qeval.formats.names import Names
 from qeval.formats.resemble import Resemblance, relative, resemblance, rows_of, values_of
 from qeval.models.graph import Description, Fold, Group
+from qeval.quant.grid import PerTensor
 from qeval.quant.qweight import QWeight
 
 SAME = 2e-4
 """Up to here two float tensors are one, once they have been through the same types."""
 _OWN, _SAMPLE_ROWS = 0.8, 64
 """The least cosine with another of the baseline's matrices, by their first rows, that says that it is that one."""
+_NUMBERS = 1 << 23
 _NEARER, _OTHER = 0.8, 0.02
 """A norm that differs by more than the second is another's where matrices after it are this much nearer without it."""
 
@@ -177,8 +179,19 @@ def _resemblances(
                 yield name, seen
     for name in (baseline.description.embedding, baseline.description.head):
         if isinstance(own := found.get(name), QWeight | Values):
-            base = baseline.parameters[name].float().cpu()
-            yield name, resemblance(own, base, torch.ones(base.shape[1]))
+            yield name, _in_parts(own, baseline.parameters[name])
+
+
+def _in_parts(read: Matrix, base: Tensor) -> Resemblance:
+    """A vocabulary's matrix, so many rows at a time that they take little memory; the first part that is wrong."""
+    whole = isinstance(read, QWeight) and isinstance(read.grid.granularity, PerTensor)
+    rows = len(base) if whole else max(_SAMPLE_ROWS, _NUMBERS // base.shape[1])
+    for start in range(0, len(base), rows):
+        part = base[start : start + rows].float().cpu()
+        seen = resemblance(rows_of(read, start, start + rows), part, torch.ones(base.shape[1]))
+        if not seen.ok:
+            return replace(seen, strays=tuple(start + row for row in seen.strays))
+    return seen
 
 
 def _culprit(

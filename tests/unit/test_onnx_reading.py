@@ -7,13 +7,14 @@ pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 
 import torch
+from onnxruntime.quantization import quantize_dynamic
 
 from qeval.backends.onnx.matrices import stored_in
 from qeval.backends.onnx.reading import input_gain, read, why_unread
 from qeval.formats.base import Values
-from qeval.formats.resemble import values_of
+from qeval.formats.resemble import resemblance, values_of
 from qeval.quant.qweight import QWeight
-from tests.fixtures.onnx import answers, graph_of, held, value
+from tests.fixtures.onnx import answers, graph_of, held, product_graph, value
 
 ROWS, COLUMNS = 24, 80
 MS = "com.microsoft"
@@ -130,6 +131,18 @@ def test_integer_products_that_scale_by_themselves():
     ]  # fmt: skip
     matrix, kernel = found_in(product("DynamicQuantizeMatMul", constants))
     torch.testing.assert_close(values_of(matrix), kernel.T, rtol=1e-2, atol=0.05)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_onnxruntimes_dynamic_quantization(tmp_path, per_channel):
+    weight = torch.from_numpy(DRAW.normal(size=(ROWS, COLUMNS)).astype(np.float32))
+    ir.save(ir.Model(product_graph(weight), ir_version=10), tmp_path / "floats.onnx")
+    quantize_dynamic(tmp_path / "floats.onnx", tmp_path / "codes.onnx", per_channel=per_channel)
+    graph = ir.load(tmp_path / "codes.onnx").graph
+    matrix, kernel = found_in(graph)
+    assert isinstance(matrix, QWeight)
+    torch.testing.assert_close(values_of(matrix), kernel.T, rtol=1e-2, atol=1e-3)
+    assert resemblance(matrix, weight, torch.ones(COLUMNS)).ok
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

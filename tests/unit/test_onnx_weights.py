@@ -203,8 +203,8 @@ def test_what_cannot_be_compared_is_counted_with_its_reason(baselines, tmp_path)
 
     edit(folder, more)
     assert checked(folder, baselines("uneven")) == (
-        "9 of its 14 matrices with the baseline's weights; 2 not (their norms were not found); 1 not (MatMulBnb4 is not "
-        "read); 1 not (of a shape that no linear of the baseline has); 1 not (after linears that are not compared)"
+        "9 of its 14 matrices with the baseline's weights; 2 not (their norms were not found); 1 not (MatMulBnb4 is "
+        "not read); 1 not (of a shape that no linear of the baseline has); 1 not (after linears that are not compared)"
     )
 
 

@@ -241,13 +241,13 @@ _INTEGER_INPUTS = {
     "QLinearMatMul": (3, 4, 5),
 }
 """Of operators that multiply integers: the inputs of the codes [columns, rows], their scales and zero points.
-MatMulInteger's scales follow it in a Mul and aren't counted."""
+MatMulInteger's scales follow it."""
 
 
 def _integers(node: ir.Node) -> Iterator[_Read]:
     place, scale, zero = _INTEGER_INPUTS[node.op_type]
     codes, zeros = _constant(node, place), _constant(node, zero)
-    scales = None if scale is None else _constant(node, scale)
+    scales = _scales_after(node) if scale is None else _constant(node, scale)
     if codes is None or len(codes.shape) != 2:
         return
     coarse = scales if scales is not None else zeros
@@ -256,6 +256,21 @@ def _integers(node: ir.Node) -> Iterator[_Read]:
     columns, rows = (int(size) for size in codes.shape)
     parts = Parts(node, codes, scales, zeros, turned=True)
     yield _Read(node.op_type, _weight_name(node, place), rows, columns, how, parts)
+
+
+def _scales_after(node: ir.Node) -> Any:
+    """The scales of the codes of a MatMulInteger: times those of its input, they are what its result is multiplied by.
+
+    None where it is used otherwise (source: onnxruntime/quantization/operators/matmul.py, 1.31).
+    """
+    for use, _ in node.outputs[0].uses():
+        if use.op_type == "Cast":
+            return _scales_after(use)
+        factors = [value.producer() for value in use.inputs if value is not None and use.op_type == "Mul"]
+        for factor in factors:
+            if factor is not None and factor.op_type == "Mul":
+                return next((found for place in (0, 1) if (found := _constant(factor, place)) is not None), None)
+    return None
 
 
 def _dense(node: ir.Node) -> Iterator[_Read]:

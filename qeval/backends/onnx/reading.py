@@ -33,6 +33,8 @@ def why_unread(stored: Stored) -> str | None:
     matrix, parts = stored
     if matrix.op not in _READERS:
         return f"{matrix.op} is not read"
+    if parts.scales is None and parts.values.dtype.is_integer():
+        return f"the scales of {matrix.op} were not found"
     if not parts.plain:
         return "reshaped after it was stored"
     if matrix.op == "MatMulNBits" and len(parts.node.inputs) > 4 and parts.node.inputs[4] is not None:
@@ -213,6 +215,7 @@ _READERS: Mapping[str, Callable[[Stored], Matrix]] = {
     "Gemm": _dense,
     "Gather": _dense,
     "DynamicQuantizeMatMul": _integers,
+    "MatMulInteger": _integers,
     "MatMulIntegerToFloat": _integers,
     "QLinearMatMul": _integers,
 }
