@@ -1,4 +1,4 @@
-"""`qeval compare` with ONNX Runtime, through the command line: what is scored and kept, and what is refused and how."""
+"""`qeval compare` with ONNX Runtime, through the command line: what is scored and kept, which backends are refused."""
 
 import json
 import shutil
@@ -11,18 +11,14 @@ pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("onnxscript")
 
 import onnx_ir as ir
-import torch
-from safetensors.torch import load_file
 
 from qeval.backends.onnx import packages
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend
-from qeval.backends.onnx.providers import choose
 from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run
 from qeval.store.rows import RowStore
-from qeval.types import Request
-from tests.fixtures.bench import CONTEXT, Bench
-from tests.fixtures.onnx import SPECIAL, checkpoint, float_folder
+from tests.fixtures.bench import CONTEXT, Bench, refusing
+from tests.fixtures.onnx import SPECIAL
 from tests.fixtures.tiny import save_tiny
 
 BOTH = ("--backend", "torch,ort", "--accuracy-level", "1,4", "--quiet")
@@ -158,6 +154,7 @@ def test_a_folder_made_elsewhere_is_scored_and_described(place):
     assert 4 < found["bits_per_weight"] < 6
     assert found["quantized_weights"] > 0
     assert found["details"]["made by"].startswith("onnxruntime-genai")
+    assert found["details"]["compared"] == "12 of its 12 matrices with the baseline's weights"
     kl = mean(row["kl_nats"] for row in rows(place.out, "tokens", "theirs"))
     assert 1e-3 < kl < 1
     assert len(rows(place.out, "items", "theirs")) == 8
@@ -188,6 +185,11 @@ def test_ort_alone_has_the_plain_names(place, tmp_path, opened):
     assert [name for name, key in opened if name == "torch" and key is not None] == []
 
 
+@pytest.fixture
+def copy(place, tmp_path):
+    return shutil.copytree(place.folder / "int4", tmp_path / "copy")
+
+
 @pytest.mark.parametrize("changed", ["data", "config"])
 def test_a_folder_made_elsewhere_is_scored_anew_when_it_changed(place, copy, tmp_path, opened, changed):
     """Wherever its weights lie, and though its configuration alone changed: it says how the session multiplies."""
@@ -213,135 +215,7 @@ def test_a_folder_made_elsewhere_is_scored_anew_when_it_changed(place, copy, tmp
 @pytest.fixture
 def refused(place, tmp_path, capfd):
     """Runs `compare`, which must refuse; returns the sentence."""
-
-    def check(*more, code=2, late=False, **changed):
-        out = tmp_path / "out"
-        capfd.readouterr()
-        assert place.compare(*more, "--quiet", **({"out": str(out), "methods": "rtn:g32"} | changed)) == code
-        heard = capfd.readouterr()
-        assert "Traceback" not in heard.err
-        assert late or not out.exists()
-        assert heard.err.startswith("error: ")
-        assert heard.err.count("\n") == 1
-        return heard.err.removeprefix("error: ").rstrip("\n")
-
-    return check
-
-
-@pytest.fixture
-def copy(place, tmp_path):
-    return shutil.copytree(place.folder / "int4", tmp_path / "copy")
-
-
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def no_tokenizer(folder):
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
-def cut_short(folder):
-    data = folder / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1000])
-
-
-def torn(folder):
-    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:700])
-
-
-def edited(edit):
-    def change(folder):
-        model = ir.load(folder / "model.onnx")
-        edit(model.graph)
-        ir.save(model, folder / "model.onnx")
-
-    return change
-
-
-def last_only(graph):
-    head = next(node for node in graph if node.outputs[0].name == "logits")
-    index = ir.Value(name="last", const_value=ir.tensor([-1], dtype=ir.DataType.INT64, name="last"))
-    graph.register_initializer(index)
-    cut = ir.node("Gather", [head.inputs[0], index], {"axis": 1}, name="cut")
-    graph.insert_before(head, cut)
-    head.replace_input_with(0, cut.outputs[0])
-
-
-def odd_past(graph):
-    next(value for value in graph.inputs if value.name == "past_key_values.0.key").shape = ir.Shape([1, "a", 3])
-
-
-def unknown_input(graph):
-    graph.inputs.append(
-        ir.Value(name="pixels", shape=ir.Shape([1, 3]), type=ir.TensorType(ir.DataType.FLOAT)),
-    )
-
-
-def other_ids(folder):
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = content["model"]["vocab"]
-    vocabulary["e"], vocabulary["i"] = vocabulary["i"], vocabulary["e"]
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def fine_tuned(graph):
-    gains = [value for value in graph.initializers.values() if "norm" in value.name and value.shape == (64,)]
-    for number, value in enumerate(gains):
-        value.const_value = ir.tensor(value.const_value.numpy() + 0.003 * number + 0.003, name=value.name)
-
-
-FOLDERS = {
-    "no model": (remove("model.onnx"), "lacks model.onnx, the model that its genai_config.json names: copy it there."),
-    "no config": (remove("genai_config.json"), "has neither genai_config.json nor config.json: copy the one"),
-    "no tokenizer": (no_tokenizer, "has no tokenizer (tokenizer.json): copy the one of the model it was made from."),
-    "no data": (remove("model.onnx.data"), "model.onnx.data is missing, which holds weights of model.onnx: copy it"),
-    "data cut short": (cut_short, "model.onnx.data is cut short: model.onnx needs", "copy it again."),
-    "a torn model": (torn, "model.onnx is no ONNX model, or is cut short"),
-    "the last position only": (edited(last_only), "computes logits of the last position only; scoring needs all"),
-    "a past of another shape": (
-        edited(odd_past), "the shape or type of 'past_key_values.0.key' (FLOAT, [1, 'a', 3]) is none that qeval knows"
-    ),
-    "an input that nobody knows": (edited(unknown_input), "takes an input 'pixels' [1, 3] that qeval doesn't know"),
-    "another model": (
-        edited(fine_tuned), "vectors of 64 numbers differs from the baseline's model.norm.weight by 0.3 %, which no"
-    ),
-    "other token ids": (other_ids, "has other token ids than the baseline for the same text (the first at token"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", FOLDERS)
-def test_a_folder_that_cannot_be_compared_is_refused(refused, copy, what):
-    spoil, *sentences = FOLDERS[what]
-    spoil(copy)
-    told = refused("--variant", f"theirs={copy}")
-    for sentence in sentences:
-        assert sentence in told
-
-
-def test_a_smaller_vocabulary_is_refused(refused, copy):
-    told = refused("--variant", f"theirs={copy}", model=str(checkpoint("qwen2")))
-    assert "gives logits of 256 ids, the baseline of 264: it has no probability for ids 256 to 263" in told
-
-
-def test_ids_beyond_the_baselines_are_left_out_and_said(place, tmp_path):
-    wider = shutil.copytree(float_folder("qwen2"), tmp_path / "wider")
-    gain = load_file(place.model / "model.safetensors")["model.norm.weight"]
-
-    def last_gain(graph):
-        graph.initializers["model.layers.2.final_norm_layernorm.weight"].const_value = ir.tensor(gain.float().numpy())
-
-    edited(last_gain)(wider)
-    out, flags = tmp_path / "out", ("--variant", f"theirs={wider}", "--quiet")
-    assert place.compare(*flags, methods=None, tasks="kl", out=str(out)) == 0
-    assert records(out)["theirs"]["details"]["padding"].startswith("its head has the ids 256 to 263 beyond")
-    with FolderBackend(float_folder("qwen2"), choose("cpu"), 1, ids=256).open(None) as session:
-        states = session.states([Request((5, 6, 7), (0, 2))])[0]
-        kept = session.logits(states)
-        session.leave_out_padding(264)
-        assert (session.vocab_size, kept.shape) == (264, (2, 256))
-        assert torch.equal(kept, session.logits(states)[:, :256])
+    return refusing(place, tmp_path / "out", capfd)
 
 
 @pytest.mark.parametrize("what", ["ours", "theirs"])
