@@ -6,7 +6,7 @@ multiplies the input of each product by: its norm's gain, a Mul in front of it. 
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qeval.backends.onnx.inspection import Parsed
 from qeval.backends.onnx.matrices import Stored
-from qeval.backends.onnx.pairing import Pairing, Piece, pair
+from qeval.backends.onnx.pairing import NOT_ALIKE, OTHER_SHAPE, Pairing, Piece, pair
 from qeval.backends.onnx.reading import input_gain, read, why_unread
 from qeval.backends.onnx.tensors import vectors_of
 from qeval.errors import UsageError
@@ -81,14 +81,32 @@ def check_weights(parsed: Parsed, baseline: Baseline) -> str:
     left = {place: why for place in places if (why := why_unread(stored[place]))}
     reader = _Reader(stored)
     pairing = pair(stored, [place for place in places if place not in left], baseline, reader.peek)
+    _check_whole(pairing.pieces, [*left.values(), *pairing.left.values()], baseline)
     scales = _scales(reader, pairing.pieces, baseline)
     unjudged = {**dict(_odd(parsed.graph, pairing, baseline, reader)), **scales.unknown}
     left |= {**pairing.left, **{piece.stored: why for name, why in unjudged.items() for piece in pairing.pieces[name]}}
     found = _Found(reader, {n: each for n, each in pairing.pieces.items() if n not in unjudged}, scales.norms)
-    check_resemblance(found, scales.inputs, baseline, loose=found.floats)
-    for name in _vocabulary(baseline) & found.floats:
+    for name in found.untouched:
         check_same(name, values_of(found.matrix(name)), baseline.parameters[name])
-    return _told(len(places), left, found, baseline)
+    check_resemblance(found, scales.inputs, baseline, loose=found.floats)
+    return _told(len(places), left)
+
+
+def _check_whole(found: Collection[str], left: Collection[str], baseline: Baseline) -> None:
+    """Refuse a graph without a place for linears of the baseline, though all of its own, or none, are the baseline's.
+
+    Raises:
+        UsageError: it names them.
+    """
+    linears = [name for group in baseline.description.groups for name in group.names]
+    missing = [name for name in linears if name not in found]
+    if missing == linears and all(why in (OTHER_SHAPE, NOT_ALIKE) for why in left):
+        raise UsageError(
+            f"none of its {len(left)} matrices has the shape and the values of a linear of the baseline: it is another "
+            "model's."
+        )
+    if missing and not left:
+        raise UsageError(f"it lacks {listed(missing)}, which the baseline has: it is another model's.")
 
 
 class _Reader:
@@ -122,18 +140,22 @@ class _Found(Mapping[str, Matrix | Tensor]):
         matrices = {name: [reader.stored[piece.stored].matrix for piece in each] for name, each in pieces.items()}
         self.floats = {name for name, each in matrices.items() if not any(one.quantization for one in each)}
         """The matrices that the graph holds as floats."""
+        self.untouched = {name for name in self.floats if matrices[name][0].role != "body"}
+        """The head and the embedding among them: no quantizer changes these, so likeness is not enough."""
 
     def __getitem__(self, name: str) -> Matrix | Tensor:
+        if name not in self:
+            raise KeyError(name)
         return self._norms[name] if name in self._norms else self.matrix(name)
 
     def __iter__(self) -> Iterator[str]:
-        return chain(self._pieces, self._norms)
+        return (name for name in chain(self._pieces, self._norms) if name not in self.untouched)
 
     def __len__(self) -> int:
-        return len(self._pieces) + len(self._norms)
+        return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._pieces or name in self._norms
+        return (name in self._pieces or name in self._norms) and name not in self.untouched
 
     def matrix(self, name: str) -> Matrix:
         """One of the matrices."""
@@ -233,16 +255,8 @@ def _distinct(stored: Sequence[Stored], *, tied: bool) -> list[int]:
     return sorted(found.values())
 
 
-def _vocabulary(baseline: Baseline) -> set[str]:
-    return {baseline.description.embedding, baseline.description.head}
-
-
-def _told(count: int, left: Mapping[int, str], found: _Found, baseline: Baseline) -> str:
-    """How many matrices lie beside the baseline's, the others by reason, and what the graph has no matrix for."""
+def _told(count: int, left: Mapping[int, str]) -> str:
+    """How many matrices lie beside the baseline's, and the others by reason."""
     told = [f"{count - len(left)} of its {count} matrices with the baseline's weights"]
     told += [f"{number} not ({why})" for why, number in Counter(left.values()).most_common()]
-    linears = [name for group in baseline.description.groups for name in group.names]
-    missing = [name for name in linears if name not in found]
-    if missing and not left:
-        told.append(f"it has none for {listed(missing)}")
     return "; ".join(told)

@@ -5,6 +5,7 @@ quantizer changes (embedding, last norm) must be the baseline's, and every matri
 (`formats/resemble.py`), AWQ's folded scales taken back through the groups that `models/graph.py` found.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -225,8 +226,9 @@ def check_finite(name: str, read: Matrix | Tensor) -> None:
     Raises:
         UsageError: it names the matrix and how many such scales or values it has.
     """
-    parts = [read.scales] if isinstance(read, QWeight) else [read.values if isinstance(read, Values) else read]
-    bad = sum(int((~torch.isfinite(part.float())).sum()) for part in parts)
-    if bad:
+    part = read.scales if isinstance(read, QWeight) else read.values if isinstance(read, Values) else read
+    if math.isfinite(float(part.float().sum())):  # a tenth of the time of looking at each
+        return
+    if bad := int((~torch.isfinite(part.float())).sum()):
         what = "scales" if isinstance(read, QWeight) else "values"
         raise UsageError(f"its {name} has {bad} {what} that are not finite.")

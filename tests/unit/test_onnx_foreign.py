@@ -118,7 +118,7 @@ FOLDERS = {
     "an input that nobody knows": (edited(unknown_input), "takes an input 'pixels' [1, 3] that qeval doesn't know"),
     "swapped nibbles": (
         edited(swapped), "model.layers.1.mlp.down_proj.weight is not the baseline's: the relative error is 1.",
-        "its nibbles are swapped along the columns (nothing else of its 20 parameters is wrong).",
+        "its nibbles are swapped along the columns (nothing else of its 19 parameters is wrong).",
     ),
     "another model": (
         edited(fine_tuned), "vectors of 64 numbers differs from the baseline's model.norm.weight by 0.3 %, which no"

@@ -115,16 +115,16 @@ def other_rows(graph):
     put(graph, QKV + "Q4", codes)
 
 
-ONE = "(nothing else of its 20 parameters is wrong)"
+ONE = "(nothing else of its 19 parameters is wrong)"
 BROKEN = {
     "swapped nibbles": ("int4", nibbles(DOWN + "Q4"), "1.mlp.down_proj.weight is not the baseline's: the relative",
                         ": its nibbles are swapped along the columns " + ONE),
     "a zero point too high": ("zeros", one_too_high, "1.mlp.down_proj.weight is not", "zero points are one too high"),
     "a zero point too low": ("int4", one_too_low, "1.mlp.down_proj.weight is not", "zero points are one too low"),
     "exchanged layers": ("int4", other_layers, "0.mlp.gate_proj.weight is not the baseline's: the relative error is 1.",
-                         ": it is the baseline's model.layers.1.mlp.gate_proj.weight (as in 1 more of its 20 param"),
+                         ": it is the baseline's model.layers.1.mlp.gate_proj.weight (as in 1 more of its 19 param"),
     "exchanged scales": ("int4", other_scales, "0.mlp.gate_proj.weight is not the baseline's: the relative error is 1.",
-                         ": its scales are those of other blocks (as in 1 more of its 20 parameters)."),
+                         ": its scales are those of other blocks (as in 1 more of its 19 parameters)."),
     "scales of twice the size": ("int4", scaled(QKV + "scales", 2), "layers.1.self_attn.q_proj.weight is not the",
                                  ": its scales are 2.02 times what its codes need (as in 2 more"),
     "scales that are no numbers": ("int4", not_finite, "1.mlp.down_proj.weight has 4 scales that are not finite."),
@@ -146,7 +146,9 @@ def test_what_is_broken_is_named(baselines, tmp_path, what):
         assert each in str(caught.value)
 
 
-@pytest.mark.parametrize("spoil", [other_layers, nibbles(DOWN + "Q4")], ids=["exchanged layers", "swapped nibbles"])
+@pytest.mark.parametrize(
+    "spoil", [other_layers, nibbles(DOWN + "Q4"), nibbles(QKV + "Q4")], ids=["layers", "one", "three"]
+)
 def test_what_is_broken_is_found_without_names(baselines, tmp_path, spoil):
     """By the order of the layers, and as the last of its shape that is left."""
     folder = shutil.copytree(built("int4"), tmp_path / "copy")
@@ -208,7 +210,29 @@ def test_what_cannot_be_compared_is_counted_with_its_reason(baselines, tmp_path)
     )
 
 
-def test_the_weights_of_another_model_are_refused():
-    other = beside(SimpleNamespace(model=tiny_llama(seed=9)))
-    with pytest.raises(UsageError, match=r"the relative error is 1\.\d* where its bits .* \(as in \d+ more of its"):
-        checked(built("int4"), other)
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({}, r"the relative error is 1\.\d* where its bits .* \(as in \d+ more of its"),
+        (
+            {"num_hidden_layers": 3},
+            "none of its 10 matrices has the shape and the values of a linear of the baseline: it",
+        ),
+    ],
+)
+def test_the_weights_of_another_model_are_refused(other, words):
+    baseline = beside(SimpleNamespace(model=tiny_llama(seed=9, **other)))
+    with pytest.raises(UsageError, match=words):
+        checked(built("shared"), baseline)
+
+
+def test_a_graph_that_lacks_a_layer_is_refused(baselines, tmp_path):
+    folder = shutil.copytree(built("int4"), tmp_path / "copy")
+
+    def without(graph):
+        for node in [node for node in graph if "layers.1/mlp" in node.name]:
+            node.op_type = "Identity"
+
+    edit(folder, without)
+    with pytest.raises(UsageError, match=r"it lacks model.layers.1.mlp.gate_proj.weight, .*, which the baseline has"):
+        checked(folder, baselines("uneven"))

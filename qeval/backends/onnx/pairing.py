@@ -24,6 +24,8 @@ from qeval.models.matrices import is_expert
 Peek = Callable[[int, int, int], Tensor]
 """Some rows (from, to) of a stored matrix (its place among all), fp32."""
 
+NOT_ALIKE = "not told apart from others of their shape"
+OTHER_SHAPE = "of a shape that no linear of the baseline has"
 _LAYER = re.compile(r"(?:^|[./_])(?:layers?|blocks?|h)[./_](\d+)(?=[./_])")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _SAMPLE_ROWS = 16
@@ -124,8 +126,7 @@ class _Search:
         """As many as are left of a shape (in a layer, where names tell layers) are in order what is left of it."""
         last: dict[tuple[_Candidate, ...], list[int]] = defaultdict(list)
         for place in self._open(body):
-            whole = [each for each in self._options(place) if len(each.parts) == 1 and each.sure]
-            last[tuple(whole)].append(place)
+            last[tuple(each for each in self._options(place) if each.sure)].append(place)
         for options, places in last.items():
             if len(options) == len(places):
                 self.claims |= dict(zip(places, sorted(options, key=lambda each: each.layer), strict=True))
@@ -153,8 +154,8 @@ class _Search:
             return "rows of a matrix whose others were not found"
         matrix = self.stored[place].matrix
         if any(_shape_of(each, self.baseline) == (matrix.rows, matrix.columns) for each in self._candidates):
-            return "not told apart from others of their shape"
-        return "of a shape that no linear of the baseline has"
+            return NOT_ALIKE
+        return OTHER_SHAPE
 
     def _open(self, body: Sequence[int]) -> Iterator[int]:
         return (place for place in body if place not in self.claims)
