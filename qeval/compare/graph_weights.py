@@ -89,7 +89,7 @@ def check_weights(parsed: Parsed, baseline: Baseline) -> str:
     for name in found.untouched:
         check_same(name, values_of(found.matrix(name)), baseline.parameters[name])
     check_resemblance(found, scales.inputs, baseline, loose=found.floats)
-    return _told(len(places), left)
+    return _told(len(places), left, _unfound(pairing, baseline.description))
 
 
 def _check_whole(found: Collection[str], left: Collection[str], baseline: Baseline) -> None:
@@ -255,8 +255,14 @@ def _distinct(stored: Sequence[Stored], *, tied: bool) -> list[int]:
     return sorted(found.values())
 
 
-def _told(count: int, left: Mapping[int, str]) -> str:
-    """How many matrices lie beside the baseline's, and the others by reason."""
+def _unfound(pairing: Pairing, about: Description) -> list[str]:
+    """The head and the embedding, where the graph has no matrix that could be one; one serves for both that are tied."""
+    missing = [name for name in (about.head, about.embedding) if name not in pairing.pieces]
+    return [] if about.tied and len(missing) == 1 else missing
+
+
+def _told(count: int, left: Mapping[int, str], unfound: Sequence[str]) -> str:
+    """How many matrices lie beside the baseline's, the others by reason, and what was not found."""
     told = [f"{count - len(left)} of its {count} matrices with the baseline's weights"]
     told += [f"{number} not ({why})" for why, number in Counter(left.values()).most_common()]
-    return "; ".join(told)
+    return "; ".join([*told, *(f"none was found to be {name}" for name in unfound)])

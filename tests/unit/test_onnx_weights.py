@@ -11,6 +11,8 @@ pytest.importorskip("onnxscript")
 
 import numpy as np
 import onnx_ir as ir
+from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from qeval.backends.onnx.inspection import parse_folder
 from qeval.compare.graph_weights import check_weights
@@ -208,6 +210,22 @@ def test_what_cannot_be_compared_is_counted_with_its_reason(baselines, tmp_path)
         "9 of its 14 matrices with the baseline's weights; 2 not (their norms were not found); 1 not (MatMulBnb4 is "
         "not read); 1 not (of a shape that no linear of the baseline has); 1 not (after linears that are not compared)"
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_onnxruntimes_quantizers_make_is_compared(baselines, tmp_path):
+    """Integer products whose inputs are rounded while running, an embedding that is looked up as codes."""
+    for name in ("int4", "fp32"):
+        shutil.copytree(built("fp32"), tmp_path / name, ignore=shutil.ignore_patterns("*.onnx*"))
+    quantizer = MatMulNBitsQuantizer(
+        str(built("fp32") / "model.onnx"), algo_config=HQQWeightOnlyQuantConfig(block_size=32)
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(tmp_path / "int4" / "model.onnx"))
+    assert checked(tmp_path / "int4", baselines("uneven")) == all_of(12)
+    quantize_dynamic(built("fp32") / "model.onnx", tmp_path / "fp32" / "model.onnx", per_channel=True)
+    told = f"{all_of(11)}; none was found to be model.embed_tokens.weight"
+    assert checked(tmp_path / "fp32", baselines("uneven")) == told
 
 
 @pytest.mark.parametrize(

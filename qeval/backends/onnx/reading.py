@@ -24,7 +24,7 @@ _GAINS = {
     "SkipSimplifiedLayerNormalization": 2, "SkipLayerNormalization": 2,
 }  # fmt: skip
 """Norms, and which of their inputs is the gain."""
-_UNCHANGED = frozenset({"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"})
+_UNCHANGED = frozenset({"Cast", "DequantizeLinear", "DynamicQuantizeLinear", "Identity", "QuantizeLinear"})
 """What changes the scale of no channel."""
 
 
