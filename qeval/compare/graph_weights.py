@@ -256,7 +256,7 @@ def _distinct(stored: Sequence[Stored], *, tied: bool) -> list[int]:
 
 
 def _unfound(pairing: Pairing, about: Description) -> list[str]:
-    """The head and the embedding, where the graph has no matrix that could be one; one serves for both that are tied."""
+    """The head and the embedding, where no matrix could be one; where they are tied, one serves for both."""
     missing = [name for name in (about.head, about.embedding) if name not in pairing.pieces]
     return [] if about.tied and len(missing) == 1 else missing
 
