@@ -8,7 +8,7 @@ from qeval.backends.onnx.packages import require_onnx
 from qeval.backends.onnx.providers import choose, require_provider
 from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
-from qeval.compare.elsewhere import Asked, imported, is_made_elsewhere
+from qeval.compare.elsewhere import Asked, baseline_of, imported, is_made_elsewhere
 from qeval.compare.local import Place
 from qeval.compare.variants import Entry, FitsKernel, Loaded, given_entry, is_variant
 from qeval.models.info import LoadedModel
@@ -44,8 +44,8 @@ def given_folders(
     from qeval.compare.onnx import foreign  # noqa: PLC0415 - an extra
 
     require_provider(choose(ep))
-    vocabulary = int(source.head.weight.shape[0])
-    return tuple(foreign(each, loaded, source.description, vocabulary, asked) for each in found)
+    baseline = baseline_of(loaded, source)
+    return tuple(foreign(each, loaded, baseline, asked) for each in found)
 
 
 def _is_onnx(folder: Path) -> bool:

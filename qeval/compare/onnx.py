@@ -4,25 +4,23 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qeval.backends.onnx.backend import FolderBackend, OrtBackend, Ran
-from qeval.backends.onnx.decoder import read_decoder
+from qeval.backends.onnx.decoder import scorable
 from qeval.backends.onnx.export import Exporter, Target
-from qeval.backends.onnx.files import content_files
-from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
+from qeval.backends.onnx.inspection import OnnxFacts, parse_folder
 from qeval.backends.onnx.matrices import Matrix
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
-from qeval.backends.onnx.vectors import vectors_of
 from qeval.compare.elsewhere import Asked, check_tokens, padding_told
+from qeval.compare.graph_weights import check_same_model, check_weights
 from qeval.compare.local import Place
 from qeval.compare.settings import BackendChoice
 from qeval.errors import UsageError
-from qeval.formats.beside import SAME, apart
+from qeval.formats.beside import Baseline
 from qeval.identity import digest_file
 from qeval.models.graph import Description
 from qeval.models.hashes import remembered
@@ -108,62 +106,34 @@ class Foreign:
         )
 
 
-def foreign(place: Place, loaded: LoadedModel, description: Description, vocabulary: int, asked: Asked) -> Foreign:
+def foreign(place: Place, loaded: LoadedModel, baseline: Baseline, asked: Asked) -> Foreign:
     """The ONNX folder of `--variant`, checked before anything is scored.
 
-    `vocabulary` is the width of the baseline's logits; the tokens of what is `asked` must be the baseline's.
+    The tokens of what is `asked` must be the baseline's.
 
     Raises:
-        UsageError: files are missing or cut short, the graph can't be scored, it is another model's, or it speaks of
-            other tokens.
+        UsageError: files are missing or cut short, the graph can't be scored, it is another model's or has matrices
+            that are not the baseline's, or it speaks of other tokens.
     """
-    facts = inspect_folder(place.path)
-    decoder = read_decoder(facts)
-    if decoder.vocab_size < vocabulary:
+    parsed = parse_folder(place.path)
+    facts, theirs = parsed.facts, scorable(parsed.facts, parsed.graph).vocab
+    ours = len(baseline.parameters[baseline.description.head])
+    if theirs < ours:
         raise UsageError(
-            f"{place.flag} gives logits of {decoder.vocab_size} ids, the baseline of {vocabulary}: "
-            f"it has no probability for ids {decoder.vocab_size} to {vocabulary - 1}, so the two cannot be compared."
+            f"{place.flag} gives logits of {theirs} ids, the baseline of {ours}: it has no probability for ids "
+            f"{theirs} to {ours - 1}, so the two cannot be compared."
         )
-    check_same_model(place.flag, facts, loaded.model, description)
-    told = {"from": place.origin, **check_tokens(place.flag, place.path, loaded.tokenizer, asked)}
-    if decoder.vocab_size > vocabulary:
-        told = {**told, "padding": padding_told("head", range(vocabulary, decoder.vocab_size))}
-    files = content_files(facts.files)
+    try:
+        check_same_model(parsed.graph, loaded.model, baseline.description)
+        compared = check_weights(parsed, baseline)
+    except UsageError as error:
+        raise UsageError(f"{place.flag}: {error}") from error
+    told = {"from": place.origin, "compared": compared, **check_tokens(place.flag, place.path, loaded.tokenizer, asked)}
+    if theirs > ours:
+        told["padding"] = padding_told("head", range(ours, theirs))
+    files = list(facts.contents)
     sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
-    return Foreign(place.name, place.path, facts, sha256, vocabulary, told)
-
-
-def check_same_model(what: str, facts: OnnxFacts, model: Any, description: Description) -> None:
-    """Refuse the graph of another model: none of its vectors is the gain of the baseline's last norm.
-
-    Quantizers leave that gain alone, but a graph may hold it with the 1 that Gemma adds. A model without one, and a
-    graph without a vector of its length, tell nothing.
-
-    Raises:
-        UsageError: the graph has vectors of that length, and none is the gain.
-    """
-    if (last := last_norm(model, description)) is None:
-        return
-    name, gain = last
-    vectors = [torch.from_numpy(vector) for vector in vectors_of(facts.files, len(gain))]
-    nearest = min((apart(vector, own) for vector in vectors for own in (gain, gain + 1)), default=0.0)
-    if nearest > SAME:
-        raise UsageError(
-            f"{what}: the nearest of its {len(vectors)} vectors of {len(gain)} numbers differs from the baseline's "
-            f"{name} by {100 * nearest:.2g} %, which no quantizer changes: it was made from another model (a "
-            "fine-tuned one, or one whose weights were rotated)."
-        )
-
-
-def last_norm(model: Any, description: Description) -> tuple[str, torch.Tensor] | None:
-    """The name and the gain [d_model], fp32, of the norm before the head; None where it has none."""
-    inside = tuple(f"{layer}." for layer in description.layers)
-    outside = [
-        (name, parameter.detach().float().cpu())
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 1 and name.endswith("weight") and not name.startswith(inside)
-    ]
-    return outside[-1] if outside else None
+    return Foreign(place.name, place.path, facts, sha256, ours, told)
 
 
 def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level: int | None) -> RuntimeRecord:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeval.backends.onnx.decoder import PastInput
-from qeval.backends.onnx.files import content_files
 from qeval.backends.onnx.inspection import OnnxFacts, inspect_folder
 from qeval.backends.onnx.packages import first_line, import_runtime, require_runtime, runtime_errors, says_no_memory
 from qeval.backends.onnx.providers import choose, open_session
@@ -271,7 +270,7 @@ def facts_of(folder: Path) -> OnnxFacts:
 
 def disk_bytes(facts: OnnxFacts) -> int:
     """The graph and its weights."""
-    return sum(file.stat().st_size for file in content_files(facts.files) if file != facts.files.config)
+    return sum(file.stat().st_size for file in facts.contents if file != facts.files.config)
 
 
 def weights_told(facts: OnnxFacts) -> str:

@@ -4,8 +4,9 @@ AWQ's folded scales are taken back through the groups that `models/graph.py` fou
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +14,16 @@ from torch import Tensor
 from qeval.errors import UsageError
 from qeval.formats.base import Matrix, Values
 from qeval.formats.names import Names
-from qeval.formats.resemble import Resemblance, relative, resemblance, values_of
+from qeval.formats.resemble import Resemblance, relative, resemblance, rows_of, values_of
 from qeval.models.graph import Description, Group
+from qeval.quant.grid import PerTensor
 from qeval.quant.qweight import QWeight
 
 SAME = 2e-4
 """Up to here two float tensors are one, once they have been through the same types."""
+_OWN, _SAMPLE_ROWS = 0.8, 64
+"""The least cosine with another of the baseline's matrices, by their first rows, that says that it is that one."""
+_NUMBERS = 1 << 23
 _BIAS = 0.5
 """A bias that lies further from the baseline's is missing, another's, or in another order."""
 _NEARER, _OTHER = 0.8, 0.02
@@ -56,6 +61,19 @@ def apart(theirs: Tensor, ours: Tensor) -> float:
     return found
 
 
+def check_same(name: str, theirs: Tensor, ours: Tensor) -> None:
+    """Refuse other floats than the baseline's where no quantizer changes them.
+
+    Raises:
+        UsageError: they differ by more than a type rounds.
+    """
+    if (far := apart(theirs, ours.cpu())) > SAME:
+        raise UsageError(
+            f"its {name} differs from the baseline's by {100 * far:.2g} %, which no quantizer changes: it was "
+            "made from another model (a fine-tuned one, or one whose weights were rotated)."
+        )
+
+
 def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
     """Refuse a float head of its own in a model whose head is its embedding.
 
@@ -73,28 +91,46 @@ def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Base
 
 
 def check_resemblance(
-    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline, *, exact: bool
+    found: Mapping[str, Matrix | Tensor],
+    inputs: Mapping[str, Tensor],
+    baseline: Baseline,
+    *,
+    loose: Collection[str] = (),
 ) -> None:
     """Refuse matrices and biases that are not the baseline's, with the misreading that explains them where one does.
 
-    `inputs`: by what a linear's input is multiplied while running [columns], and its matrix was divided. `exact`:
-    whether the bits of each matrix are known; where not (floats of someone's simulation) only unrelated matrices are
-    refused.
+    `found`: those of the baseline's parameters that there are, each asked for when it is looked at. `inputs`: by what a
+    linear's input is multiplied while running [columns], and its matrix was divided. `loose`: matrices whose bits are
+    not known (floats of someone's simulation), of which only unrelated ones are refused.
 
     Raises:
         UsageError: it names the first such matrix, how many there are, and the cause.
     """
     every = _Beside(found, inputs, baseline).every()
-    wrong = {name: each for name, each in every if not (each.ok or _excused(each, exact))}
+    wrong = {name: each for name, each in every if not (each.ok or _excused(each, name in loose))}
     if not wrong:
         return
     name, first = next(iter(wrong.items()))
-    raise UsageError(f"its {name} is not the baseline's: {first.words} ({_others([*wrong.values()], len(found))}).")
+    words = replace(first, cause=first.cause or _whose(name, found[name], baseline)).words
+    raise UsageError(f"its {name} is not the baseline's: {words} ({_others([*wrong.values()], len(found))}).")
+
+
+def _whose(name: str, read: Matrix | Tensor, baseline: Baseline) -> str | None:
+    """Which of the baseline's matrices another is instead, by its first rows."""
+    few = values_of(rows_of(as_matrix(read), 0, _SAMPLE_ROWS)).flatten()
+    ours = baseline.parameters
+    alike = {
+        other: float(torch.cosine_similarity(few, base[:_SAMPLE_ROWS].float().cpu().flatten(), dim=0))
+        for other, base in ours.items()
+        if other != name and base.shape == ours[name].shape and base.dim() == 2
+    }
+    nearest = max(alike, key=lambda other: alike[other], default=None)
+    return f"it is the baseline's {nearest}" if nearest and alike[nearest] > _OWN else None
 
 
 def _others(wrong: Sequence[Resemblance], every: int) -> str:
     """What is known of the other parameters, once the first of the wrong ones is told."""
-    more, alike = len(wrong) - 1, sum(each.cause == wrong[0].cause for each in wrong[1:])
+    more, alike = len(wrong) - 1, sum(_kind(each) == _kind(wrong[0]) for each in wrong[1:])
     if not more:
         return f"nothing else of its {every} parameters is wrong"
     if alike == more:
@@ -102,8 +138,13 @@ def _others(wrong: Sequence[Resemblance], every: int) -> str:
     return f"{more} more of its {every} parameters are wrong, {alike or 'none'} of them alike"
 
 
-def _excused(each: Resemblance, exact: bool) -> bool:
-    return not exact and each.cause is None and each.error < 1.0
+def _kind(each: Resemblance) -> str | None:
+    """Its cause, whatever the numbers in it."""
+    return each.cause and re.sub(r"\d[\d.e+-]*", "", each.cause)
+
+
+def _excused(each: Resemblance, loose: bool) -> bool:
+    return loose and each.cause is None and each.error < 1.0
 
 
 class _Beside:
@@ -123,13 +164,13 @@ class _Beside:
     def every(self) -> Iterator[tuple[str, Resemblance]]:
         """Every matrix, then the biases that are wrong; a producer in its place where that is what is wrong."""
         for group in self.baseline.description.groups:
-            folded = self._input_scales(group)
-            for name in group.names:
+            names = [name for name in group.names if name in self.found]
+            folded = self._input_scales(group) if names else torch.ones(0)
+            for name in names:
                 yield self._judged(group, name, folded / self.inputs[name] if name in self.inputs else folded)
         for name in (self.baseline.description.embedding, self.baseline.description.head):
             if isinstance(own := self.found.get(name), QWeight | Values):
-                base = self._base(name)
-                yield name, resemblance(own, base, torch.ones(base.shape[1]))
+                yield name, _in_parts(own, self.baseline.parameters[name])
         yield from self._biases()
 
     def _judged(self, group: Group, name: str, scales: Tensor) -> tuple[str, Resemblance]:
@@ -199,6 +240,18 @@ class _Beside:
 
     def _base(self, name: str) -> Tensor:
         return self.baseline.parameters[name].float().cpu()
+
+
+def _in_parts(read: Matrix, base: Tensor) -> Resemblance:
+    """A vocabulary's matrix, so many rows at a time that they take little memory; the first part that is wrong."""
+    whole = isinstance(read, QWeight) and isinstance(read.grid.granularity, PerTensor)
+    rows = len(base) if whole else max(_SAMPLE_ROWS, _NUMBERS // base.shape[1])
+    for start in range(0, len(base), rows):
+        part = base[start : start + rows].float().cpu()
+        seen = resemblance(rows_of(read, start, start + rows), part, torch.ones(base.shape[1]))
+        if not seen.ok:
+            return replace(seen, strays=tuple(start + row for row in seen.strays))
+    return seen
 
 
 def _row_factors(values: Tensor, base: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ _HALVED = 0.5
 _RESCALED = 0.6
 """Other scales for the same codes leave more than this of the error where they were rounded to nearest, at 2 to 8 bits
 (0.87 at least), searched by AWQ (0.90), or made by GPTQ (0.71)."""
+_SPREAD = 2.0
+"""One factor for all that leaves more than so many times what a factor a block leaves is none for all."""
 _NOTHING = 1e-3
 """Errors below this are rounding of scales to half precision."""
 _RELATED = 0.8
@@ -76,7 +78,7 @@ def resemblance(read: Matrix, base: Tensor, scales: Tensor, head_dim: int | None
     cause = None
     if error > _NOTHING:
         rows = max(_SAMPLE_ROWS, head_dim or 0)
-        few = _few(read, rows), scaled[:rows]
+        few = rows_of(read, 0, rows), scaled[:rows]
         now = relative(values_of(few[0]), few[1])
         found = [(relative(each, target), name) for name, each, target in _misreadings(*few, head_dim)]
         if read_error := min(found, default=None):
@@ -102,7 +104,7 @@ def _other_scales(values: Tensor, base: Tensor, error: float, block: int) -> str
     if (left := relative(better, base)) > _RESCALED * error or left > _RELATED:
         return None
     times = 1 / max(float(factors.median()), 1e-30)
-    if abs(times - 1) < _ADDED:
+    if abs(times - 1) < _ADDED or relative(values / times, base) > _SPREAD * max(left, _ADDED):
         return "its scales are those of other blocks"
     return f"its scales are {times:.3g} times what its codes need"
 
@@ -154,13 +156,16 @@ def _grid_of(read: Matrix, base: Tensor) -> Grid:
     return Grid(max(2, min(8, bits)), PerBlock(min(64, base.shape[1])), symmetric=False)
 
 
-def _few(read: Matrix, rows: int) -> Matrix:
+def rows_of(read: Matrix, start: int, stop: int) -> Matrix:
+    """Some rows of a matrix, as a matrix."""
+    few = slice(start, stop)
     if isinstance(read, Values):
-        return replace(read, values=read.values[:rows])
+        values = read.values[few]
+        return replace(read, values=values, size_bits=read.size_bits * len(values) // max(1, len(read.values)))
     if len(read.scales) == 1 < len(read.codes):
-        return replace(read, codes=read.codes[:rows])
-    zeros = None if read.zeros is None else read.zeros[:rows]
-    return replace(read, codes=read.codes[:rows], scales=read.scales[:rows], zeros=zeros)
+        return replace(read, codes=read.codes[few])
+    zeros = None if read.zeros is None else read.zeros[few]
+    return replace(read, codes=read.codes[few], scales=read.scales[few], zeros=zeros)
 
 
 def _misreadings(few: Matrix, base: Tensor, head_dim: int | None) -> Iterator[tuple[str, Tensor, Tensor]]:

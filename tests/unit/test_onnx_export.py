@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -17,17 +18,28 @@ import onnx_ir as ir
 
 from qeval.backends.onnx import export
 from qeval.backends.onnx.folder import opened
-from qeval.backends.onnx.inspection import inspect_folder
+from qeval.backends.onnx.inspection import inspect_folder, parse_folder
 from qeval.backends.onnx.nbits import container_bits, kernel_block
 from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.reference import round_activations
 from qeval.backends.onnx.settings import QDQ_LEVEL, session_entries
 from qeval.backends.onnx.swap import Style
+from qeval.compare.graph_weights import check_weights
 from qeval.errors import QevalError, UsageError
 from qeval.metrics.tokens import near_kl
 from qeval.quant.qweight import QWeight
 from qeval.types import Request
-from tests.fixtures.onnx import MODELS, exporter, exporter_of, float_folder, loaded, made, shared_home, torch_backend
+from tests.fixtures.onnx import (
+    MODELS,
+    beside,
+    exporter,
+    exporter_of,
+    float_folder,
+    loaded,
+    made,
+    shared_home,
+    torch_backend,
+)  # fmt: skip
 
 METHODS = (
     "rtn:g32",
@@ -74,11 +86,18 @@ def distance(name, variant, folder):
     return float(kl.mean()), float(worst)
 
 
+def compared(name, folder):
+    """Whether all matrices of a graph were found to be the baseline's, as those of a graph made elsewhere are."""
+    told = check_weights(parse_folder(folder), beside(loaded(name)))
+    return re.fullmatch(r"(\d+) of its \1 matrices with the baseline's weights", told)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_float_graph_is_the_model(name):
     kl, worst = distance(name, None, float_folder(name))
     assert kl <= 1e-8
     assert worst <= 1e-3
+    assert compared(name, float_folder(name))
 
 
 @pytest.mark.parametrize(("name", "method", "form"), CASES, ids=str)
@@ -89,6 +108,7 @@ def test_the_folder_answers_as_the_fake_quantized_model(name, method, form, tmp_
     assert kl <= 1e-8
     assert worst <= 1e-3
     assert distance(name, None, out)[0] > 1e-4, "the test could tell"
+    assert compared(name, out), "scales that were folded are taken back"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

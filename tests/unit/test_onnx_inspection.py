@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -23,19 +21,10 @@ if find_spec("onnxruntime_genai") is None:
 from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.matrices import Quantization
 from qeval.backends.onnx.providers import choose, open_session, recorded_assignment
+from tests.fixtures.foreign import build
 
 SHAPES = [(128, 64), (64, 64), (112, 64), (112, 64), (64, 112)] * 2 + [(256, 64)]
 """[rows, columns] of the tiny model's matrices with q, k and v as one, the head last."""
-
-BUILDER = """
-import json, sys
-import onnxruntime_genai.models  # puts the builder's folder on the path
-import builder
-for job in json.loads(sys.argv[1]):
-    source, out, precision, settings = job
-    extra = builder.parse_extra_options(None, source, out, precision, "cpu", out, settings)
-    builder.create_model(None, source, out, precision, "cpu", out, **extra)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +47,7 @@ def built(tmp_path_factory):
         (str(untied), str(root / "headless"), "fp32", ["exclude_lm_head=true"]),
         (str(untied), str(root / "no_ids"), "fp32", ["exclude_embeds=true"]),
     ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", BUILDER, json.dumps(jobs)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    build(jobs)
     return root
 
 

@@ -204,14 +204,16 @@ def test_an_embedding_of_dequantized_rows(sketch):
     assert (matrix.role, matrix.rows, matrix.columns, matrix.quantization.bits) == ("embedding", VOCAB, WIDTH, 8)
 
 
-@pytest.mark.parametrize(("dtype", "packed"), [(None, 2), (ir.DataType.UINT4, 1)])
-def test_an_embedding_in_blocks(sketch, dtype, packed):
+@pytest.mark.parametrize(
+    ("dtype", "packed", "symmetric"), [(None, 2, True), (ir.DataType.INT4, 1, True), (ir.DataType.UINT4, 1, False)]
+)
+def test_an_embedding_in_blocks(sketch, dtype, packed, symmetric):
     array = np.zeros((VOCAB, WIDTH // packed), np.uint8)
     codes = sketch.const("q", array, dtype)
     inputs = [codes, sketch.ids, sketch.const("s", zeros(VOCAB, 3))]
     output = sketch.node("GatherBlockQuantized", inputs, domain=MS, bits=4, block_size=16, quantize_axis=1)
     (matrix,) = sketch.matrices(output)
-    assert matrix.quantization == Quantization(4, "block", 16, True, None)
+    assert matrix.quantization == Quantization(4, "block", 16, symmetric, None)
     assert (matrix.role, matrix.rows, matrix.columns) == ("embedding", VOCAB, WIDTH)
     assert matrix.size_bytes == VOCAB * (WIDTH // 2 + 12)
 

@@ -15,7 +15,6 @@ import numpy as np
 import onnxruntime as ort
 
 from qeval.backends.onnx.decoder import COUNT, Decoder, PastInput
-from qeval.backends.onnx.files import content_files
 from qeval.backends.onnx.folder import opened
 from qeval.backends.onnx.inspection import inspect_folder
 from qeval.backends.onnx.providers import choose
@@ -85,7 +84,7 @@ def test_a_folder_of_the_hubs_cache_answers_like_its_files(sessions, tmp_path, o
     facts = inspect_folder(folder, needs_tokenizer=False)
     assert facts.data_folder == tmp_path / "blobs"
     assert facts.weights == inspect_folder(float_folder("olmo2"), needs_tokenizer=False).weights
-    assert [file.name for file in content_files(facts.files)][-1] == "model.onnx.data"
+    assert [file.name for file in facts.contents][-1] == "model.onnx.data"
     assert OrtEngine(folder).max_length == facts.context_length
 
 

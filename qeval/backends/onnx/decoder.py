@@ -6,6 +6,7 @@ states at a time as its caller likes. Both are cut from the same file, so the ke
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -48,6 +49,13 @@ class Decoder:
     head: bytes
 
 
+class Widths(NamedTuple):
+    """The vocabulary's rows, and the numbers of a state."""
+
+    vocab: int
+    hidden: int
+
+
 def read_decoder(facts: OnnxFacts) -> Decoder:
     """The decoder of an ONNX folder whose logits cover every position.
 
@@ -55,15 +63,8 @@ def read_decoder(facts: OnnxFacts) -> Decoder:
         UsageError: the graph isn't one that qeval can feed or cut; the sentence says why.
     """
     path, ports = facts.files.model, facts.ports
-    refuse_other_inputs(facts)
-    if facts.gives_last_position_only:
-        raise UsageError(_last_only(path))
-    graph = load_graph(path).graph
+    vocab, hidden = scorable(facts, load_graph(path).graph)
     logits = ports.logits.name
-    product = head_product(graph, logits, path)
-    if takes_last_position(product):
-        raise UsageError(_last_only(path))
-    vocab, hidden = widths(graph, product, logits, path)
     return Decoder(
         ids=ports.ids.name,
         mask=ports.mask.name if ports.mask else None,
@@ -74,6 +75,21 @@ def read_decoder(facts: OnnxFacts) -> Decoder:
         body=_body(path, logits, hidden, unwindow=bool(facts.windowed_caches)),
         head=_head(path, logits, hidden),
     )
+
+
+def scorable(facts: OnnxFacts, graph: ir.Graph) -> Widths:
+    """The widths of a graph that can be fed and cut, and whose logits cover every position.
+
+    Raises:
+        UsageError: it isn't one; the sentence says why.
+    """
+    path, logits = facts.files.model, facts.ports.logits.name
+    refuse_other_inputs(facts)
+    past_inputs(facts)
+    product = None if facts.gives_last_position_only else head_product(graph, logits, path)
+    if product is None or takes_last_position(product):
+        raise UsageError(_last_only(path))
+    return widths(graph, product, logits, path)
 
 
 def refuse_other_inputs(facts: OnnxFacts) -> None:
@@ -158,14 +174,14 @@ def takes_last_position(product: ir.Node) -> bool:
     return False
 
 
-def widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> tuple[int, int]:
-    """The vocabulary's rows, and the width of a state.
+def widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> Widths:
+    """The widths on both sides of the head's product.
 
     Raises:
         UsageError: the head's weight doesn't tell.
     """
     if product.op_type == "MatMulNBits":
-        return product.attributes["N"].as_int(), product.attributes["K"].as_int()
+        return Widths(product.attributes["N"].as_int(), product.attributes["K"].as_int())
     shape = _output(graph, name).shape
     sides = _matrix_shape(product.inputs[1])
     vocab = shape[-1] if shape is not None else None
@@ -173,7 +189,7 @@ def widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> tuple[in
         vocab = max(sides, default=0)
     if len(sides) != 2 or vocab not in sides:
         raise UsageError(f"{path}: the head's shape can't be read off its weight; qeval can't cut the graph there.")
-    return vocab, sides[0] if sides[1] == vocab else sides[1]
+    return Widths(vocab, sides[0] if sides[1] == vocab else sides[1])
 
 
 def _matrix_shape(value: ir.Value | None) -> list[int]:

@@ -13,6 +13,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from qeval.errors import UsageError
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
+_DATA = "qeval.data"
+"""Under what a graph keeps, in memory, which files of its folder hold its external data."""
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
@@ -65,6 +67,7 @@ def load_graph(model_file: Path) -> ir.Model:
     if not len(model.graph):
         raise UsageError(f"{model_file} holds no graph: copy or export it again.")
     _check_external(model_file, model)
+    model.meta[_DATA] = sorted({model_file.parent / str(tensor.location) for tensor in _external(model)})
     _follow_links(model_file, model)
     return model
 
@@ -74,10 +77,9 @@ def data_folder(model_file: Path, model: ir.Model) -> Path:
     return next((Path(tensor.base_dir) for tensor in _external(model)), model_file.parent)
 
 
-def content_files(files: Files) -> list[Path]:
+def content_files(files: Files, model: ir.Model) -> tuple[Path, ...]:
     """All files that decide what a folder's model computes: configuration, graph, and the graph's external data."""
-    held = {files.model.parent / str(tensor.location) for tensor in _external(ir.load(files.model))}
-    return [files.config, files.model, *sorted(held)]
+    return files.config, files.model, *model.meta[_DATA]
 
 
 def _config(folder: Path) -> tuple[Path, dict[str, Any]]:

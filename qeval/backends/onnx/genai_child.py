@@ -25,10 +25,15 @@ OPTIONS = ("fuse_qkv=false", "windowed_kv_cache=false", "hf_remote=false")
 def main() -> None:
     """Build the graph of the folder argv[1] in the folder argv[2] for the builder's provider argv[3]."""
     source, out, ep, precision = sys.argv[1:5]
-    _mend_gemma()
-    _mend_long_rope()
+    mend()
     extra = builder.parse_extra_options(None, source, out, precision, ep, f"{out}/cache", list(OPTIONS))
     builder.create_model(None, source, out, precision, ep, f"{out}/cache", **extra)
+
+
+def mend() -> None:
+    """Set the builder's habits right, in this process."""
+    _mend_gemma()
+    _mend_long_rope()
 
 
 def _mend_gemma() -> None:

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
-from qeval.backends.onnx.files import Files, data_folder, find_files, load_graph
-from qeval.backends.onnx.matrices import Matrix, Quantization, matrices_of, quantized_activations
+from qeval.backends.onnx.files import Files, content_files, data_folder, find_files, load_graph
+from qeval.backends.onnx.matrices import Matrix, Quantization, Stored, quantized_activations, stored_in
 from qeval.errors import UsageError
 
 _ATTENTION = (
@@ -62,6 +62,8 @@ class OnnxFacts:
     """What an ONNX folder holds."""
 
     files: Files
+    contents: tuple[Path, ...]
+    """All files that decide what it computes: configuration, graph, external data."""
     data_folder: Path
     """The folder that holds what the graph's file doesn't: its own, or where links lead (the hub's `blobs`)."""
     producer: str
@@ -133,28 +135,47 @@ class OnnxFacts:
         return list(_sentences(self))
 
 
+class Parsed(NamedTuple):
+    """A folder whose graph is in memory: what it holds, its graph, and where the numbers of its matrices are."""
+
+    facts: OnnxFacts
+    graph: ir.Graph
+    stored: tuple[Stored, ...]
+
+
 def inspect_folder(folder: Path, *, needs_tokenizer: bool = True) -> OnnxFacts:
     """What a decoder's folder holds; the graph is read and its external data only measured.
 
     Raises:
         UsageError: as `find_files` and `load_graph`; or the graph is no decoder of token ids.
     """
+    return parse_folder(folder, needs_tokenizer=needs_tokenizer).facts
+
+
+def parse_folder(folder: Path, *, needs_tokenizer: bool = True) -> Parsed:
+    """What a decoder's folder holds, with its graph.
+
+    Raises:
+        UsageError: as `inspect_folder`.
+    """
     files = find_files(folder, needs_tokenizer=needs_tokenizer)
     model = load_graph(files.model)
     try:
-        return _facts(files, model)
+        ports = _ports(files, model.graph)
+        stored = stored_in(model.graph, ports.ids.name, ports.logits.name)
+        return Parsed(_facts(files, model, ports, stored), model.graph, stored)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{files.model} breaks the rules of its operators ({error}): export it again.") from error
 
 
-def _facts(files: Files, model: ir.Model) -> OnnxFacts:
+def _facts(files: Files, model: ir.Model, ports: Ports, stored: Iterable[Stored]) -> OnnxFacts:
     settings, decoder = files.settings, files.decoder
-    ports = _ports(files, model.graph)
     attending = [node for node in model.graph.all_nodes() if node.op_type in _ATTENTION]
     grouped = [node.attributes for node in attending if node.op_type == "GroupQueryAttention"]
     windows = Counter(size for each in grouped if (size := _number(each, "local_window_size", -1)) > 0)
     return OnnxFacts(
         files=files,
+        contents=content_files(files, model),
         data_folder=data_folder(files.model, model),
         producer=" ".join(part for part in (model.producer_name, model.producer_version) if part) or "unknown",
         model_type=settings.get("type", settings.get("model_type")),
@@ -162,7 +183,7 @@ def _facts(files: Files, model: ir.Model) -> OnnxFacts:
         context_length=next((settings[name] for name in _CONTEXT if name in settings), None),
         head_size=decoder.get("head_size") or _head_size(settings),
         ports=ports,
-        matrices=matrices_of(model.graph, ports.ids.name, ports.logits.name),
+        matrices=tuple(each.matrix for each in stored),
         attention=_attention(attending),
         windows=dict(sorted(windows.items())),
         windowed_caches=sum(_number(each, "sliding_window_cache", 0) for each in grouped),

@@ -1,4 +1,4 @@
-"""The matrices that a graph multiplies by or looks up in, and how each is stored; weights are never loaded.
+"""The matrices that a graph multiplies by or looks up in, and how each is stored; of weights, zero points are read.
 
 Read from the operators themselves: com.microsoft's MatMulNBits, MatMulBnb4, GatherBlockQuantized and (Q)MoE, the
 integer products, and DequantizeLinear (TensorRT's of the same use too) before a MatMul, Gemm or Gather. What is counted
@@ -6,11 +6,13 @@ as stored is what the file holds: codes with their padding, scales in their own 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+
+from qeval.backends.onnx.tensors import array_of
 
 Granularity = Literal["block", "channel", "tensor"]
 Role = Literal["body", "head", "embedding"]
@@ -68,7 +70,41 @@ class Matrix:
         return self.rows * self.columns
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The tensors that a matrix is stored in, none of them read, and how they lie."""
+
+    node: ir.Node
+    """Multiplies by the matrix, or looks up in it."""
+    values: Any
+    """Codes or floats."""
+    scales: Any = None
+    zeros: Any = None
+    dequantizer: ir.Node | None = None
+    turned: bool = False
+    """Stored as [columns, rows]."""
+    plain: bool = True
+    """The stored tensor has the shape and order that its dequantizer, or else its product, is given."""
+
+    @property
+    def size_bytes(self) -> int:
+        """As stored."""
+        return sum(int(part.nbytes) for part in (self.values, self.scales, self.zeros) if part is not None)
+
+
+class Stored(NamedTuple):
+    """A matrix and where its numbers are."""
+
+    matrix: Matrix
+    parts: Parts
+
+
 def matrices_of(graph: ir.Graph, ids: str, logits: str) -> tuple[Matrix, ...]:
+    """What `stored_in` finds, without the tensors."""
+    return tuple(each.matrix for each in stored_in(graph, ids, logits))
+
+
+def stored_in(graph: ir.Graph, ids: str, logits: str) -> tuple[Stored, ...]:
     """Every matrix of a decoder graph in its order; `ids` and `logits` are the names of its input and output."""
     nodes = list(graph.all_nodes())
     head = _head_of(next((value for value in graph.outputs if value.name == logits), None))
@@ -79,12 +115,24 @@ def matrices_of(graph: ir.Graph, ids: str, logits: str) -> tuple[Matrix, ...]:
         return "head" if node is head else "body"
 
     return tuple(
-        Matrix(
-            node.name or "", read.op, read.weight, read.rows, read.columns, read.dtype, read.size_bytes,
-            role(node, read), read.quantization,
-        )
+        Stored(_matrix(read, role(read.parts.node, read)), read.parts)
         for node in nodes for read in _read(node) if read.indices is None or _root(read.indices).name == ids
     )  # fmt: skip
+
+
+def _matrix(read: "_Read", role: Role) -> Matrix:
+    parts = read.parts
+    return Matrix(
+        node=parts.node.name or "",
+        op=read.op,
+        weight=read.weight,
+        rows=read.rows,
+        columns=read.columns,
+        dtype=parts.values.dtype.name,
+        size_bytes=parts.size_bytes,
+        role=role,
+        quantization=read.quantization,
+    )
 
 
 def quantized_activations(graph: ir.Graph) -> int:
@@ -102,9 +150,8 @@ class _Read:
     weight: str
     rows: int
     columns: int
-    dtype: str
-    size_bytes: int
     quantization: Quantization | None
+    parts: Parts
     indices: ir.Value | None = None
     """What is looked up, for an embedding."""
 
@@ -117,6 +164,7 @@ class _Trace:
     name: str
     dequantizer: ir.Node | None
     transposed: bool
+    plain: bool = True
 
 
 def _read(node: ir.Node) -> Iterable[_Read]:
@@ -132,8 +180,7 @@ def _nbits(node: ir.Node) -> Iterator[_Read]:
     rows, columns = _integer(node, "N", 0), _integer(node, "K", 0)
     level = _integer(node, "accuracy_level", 0)
     how = Quantization(bits, "block", block, _is_middle(zeros, bits, -(-columns // block)), level)
-    size = _bytes(codes, scales, zeros)
-    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, codes.dtype.name, size, how)
+    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, Parts(node, codes, scales, zeros))
 
 
 def _bnb4(node: ir.Node) -> Iterator[_Read]:
@@ -142,8 +189,7 @@ def _bnb4(node: ir.Node) -> Iterator[_Read]:
         return
     how = Quantization(4, "block", _integer(node, "block_size", 0), True, None)
     rows, columns = _integer(node, "N", 0), _integer(node, "K", 0)
-    size = _bytes(codes, scales)
-    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, codes.dtype.name, size, how)
+    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, Parts(node, codes, scales))
 
 
 def _gather_blocks(node: ir.Node) -> Iterator[_Read]:
@@ -154,11 +200,13 @@ def _gather_blocks(node: ir.Node) -> Iterator[_Read]:
     rows = int(scales.shape[0])
     columns = codes.nbytes * 8 // bits // rows
     block = _integer(node, "block_size", 128)
-    symmetric = _is_middle(zeros, bits, -(-columns // block))
-    size = _bytes(codes, scales, zeros)
+    if zeros is None and codes.dtype == ir.DataType.UINT4:
+        symmetric = False  # the kernel takes 0 then
+    else:
+        symmetric = _is_middle(zeros, bits, -(-columns // block))
     how = Quantization(bits, "block", block, symmetric, None)
-    indices = _input(node, 1)
-    yield _Read(node.op_type, _weight_name(node, 0), rows, columns, codes.dtype.name, size, how, indices)
+    parts = Parts(node, codes, scales, zeros)
+    yield _Read(node.op_type, _weight_name(node, 0), rows, columns, how, parts, _input(node, 1))
 
 
 def _experts(node: ir.Node) -> Iterator[_Read]:
@@ -174,8 +222,8 @@ def _experts(node: ir.Node) -> Iterator[_Read]:
         symmetric = _is_middle(zeros, bits, -(-columns // block) if block else 1)
         level = _integer(node, "accuracy_level", 0)
         how = Quantization(bits, "block" if block else "channel", block, symmetric, level)
-        size = _bytes(codes, scales, zeros)
-        yield _Read(node.op_type, _weight_name(node, weight), rows, columns, codes.dtype.name, size, how)
+        parts = Parts(node, codes, scales, zeros)
+        yield _Read(node.op_type, _weight_name(node, weight), rows, columns, how, parts)
 
 
 def _float_experts(node: ir.Node) -> Iterator[_Read]:
@@ -183,7 +231,7 @@ def _float_experts(node: ir.Node) -> Iterator[_Read]:
         stack = _constant(node, index)
         if stack is not None:
             rows, columns = int(stack.shape[0] * stack.shape[1]), int(stack.shape[2])
-            yield _Read("MoE", _weight_name(node, index), rows, columns, stack.dtype.name, stack.nbytes, None)
+            yield _Read("MoE", _weight_name(node, index), rows, columns, None, Parts(node, stack))
 
 
 _INTEGER_INPUTS = {
@@ -193,21 +241,36 @@ _INTEGER_INPUTS = {
     "QLinearMatMul": (3, 4, 5),
 }
 """Of operators that multiply integers: the inputs of the codes [columns, rows], their scales and zero points.
-MatMulInteger's scales follow it in a Mul and aren't counted."""
+MatMulInteger's scales follow it."""
 
 
 def _integers(node: ir.Node) -> Iterator[_Read]:
     place, scale, zero = _INTEGER_INPUTS[node.op_type]
     codes, zeros = _constant(node, place), _constant(node, zero)
-    scales = None if scale is None else _constant(node, scale)
+    scales = _scales_after(node) if scale is None else _constant(node, scale)
     if codes is None or len(codes.shape) != 2:
         return
     coarse = scales if scales is not None else zeros
     granularity: Granularity = "channel" if coarse is not None and coarse.size > 1 else "tensor"
     how = Quantization(codes.dtype.bitwidth, granularity, None, _is_centred(codes, zeros), None)
     columns, rows = (int(size) for size in codes.shape)
-    size = _bytes(codes, scales, zeros)
-    yield _Read(node.op_type, _weight_name(node, place), rows, columns, codes.dtype.name, size, how)
+    parts = Parts(node, codes, scales, zeros, turned=True)
+    yield _Read(node.op_type, _weight_name(node, place), rows, columns, how, parts)
+
+
+def _scales_after(node: ir.Node) -> Any:
+    """The scales of the codes of a MatMulInteger: times those of its input, they are what its result is multiplied by.
+
+    None where it is used otherwise (source: onnxruntime/quantization/operators/matmul.py, 1.31).
+    """
+    for use, _ in node.outputs[0].uses():
+        if use.op_type == "Cast":
+            return _scales_after(use)
+        factors = [value.producer() for value in use.inputs if value is not None and use.op_type == "Mul"]
+        for factor in factors:
+            if factor is not None and factor.op_type == "Mul":
+                return next((found for place in (0, 1) if (found := _constant(factor, place)) is not None), None)
+    return None
 
 
 def _dense(node: ir.Node) -> Iterator[_Read]:
@@ -223,21 +286,24 @@ def _dense(node: ir.Node) -> Iterator[_Read]:
     by_rows = is_lookup or bool(_integer(node, "transB", 0))
     rows, columns = (first, second) if by_rows != trace.transposed else (second, first)
     indices = _input(node, 1) if is_lookup else None
-    op, size, how = node.op_type, int(trace.tensor.nbytes), None
-    if trace.dequantizer is not None:
-        op, size, how = "DequantizeLinear", *_dequantized(trace.dequantizer, trace.tensor)
-    yield _Read(op, trace.name, rows, columns, trace.tensor.dtype.name, size, how, indices)
+    parts = Parts(node, trace.tensor, turned=by_rows == trace.transposed, plain=trace.plain)
+    op, how = node.op_type, None
+    if (dequantizer := trace.dequantizer) is not None:
+        scales, zeros = _constant(dequantizer, 1), _constant(dequantizer, 2)
+        parts = replace(parts, scales=scales, zeros=zeros, dequantizer=dequantizer)
+        op, how = "DequantizeLinear", _dequantized(parts, dequantizer)
+    yield _Read(op, trace.name, rows, columns, how, parts, indices)
 
 
-def _dequantized(node: ir.Node, codes: Any) -> tuple[int, Quantization]:
-    """What a DequantizeLinear's matrix takes in bytes, and how it is read."""
-    scales, zeros = _constant(node, 1), _constant(node, 2)
+def _dequantized(parts: Parts, node: ir.Node) -> Quantization:
+    """How a DequantizeLinear's matrix is read."""
+    codes, scales, zeros = parts.values, parts.scales, parts.zeros
     block = _integer(node, "block_size", 0) or None
     coarse: Granularity = "tensor" if scales is None or scales.size == 1 else "channel"
     stored = zeros if codes.dtype.is_floating_point() and codes.dtype.bitwidth > 8 else codes  # rounded in the graph
     bits = stored.dtype.bitwidth if stored is not None else 8
     symmetric = _is_centred(stored, zeros) if stored is not None else False
-    return _bytes(codes, scales, zeros), Quantization(bits, "block" if block else coarse, block, symmetric, None)
+    return Quantization(bits, "block" if block else coarse, block, symmetric, None)
 
 
 _READERS: Mapping[str, Callable[[ir.Node], Iterator[_Read]]] = {
@@ -255,7 +321,7 @@ _READERS: Mapping[str, Callable[[ir.Node], Iterator[_Read]]] = {
 
 def _traced(value: ir.Value) -> _Trace:
     """The constant behind a value; `tensor` is None if it depends on the inputs."""
-    dequantizer, transposed = None, False
+    dequantizer, transposed, plain = None, False, True
     while (tensor := ir.convenience.get_const_tensor(value)) is None:
         node = value.producer()
         source = _input(node, 0) if node is not None else None
@@ -264,8 +330,9 @@ def _traced(value: ir.Value) -> _Trace:
         if node.op_type in _DEQUANTIZERS:
             dequantizer = dequantizer or node
         transposed ^= node.op_type == "Transpose"
+        plain &= node.op_type != "Reshape" and not (node.op_type == "Transpose" and dequantizer is not None)
         value = source
-    return _Trace(tensor, value.name or "", dequantizer, transposed)
+    return _Trace(tensor, value.name or "", dequantizer, transposed, plain)
 
 
 def _head_of(logits: ir.Value | None) -> ir.Node | None:
@@ -311,15 +378,11 @@ def _integer(node: ir.Node, name: str, default: int) -> int:
     return default if attribute is None else attribute.as_int()
 
 
-def _bytes(*tensors: Any) -> int:
-    return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
-
-
 def _is_middle(zeros: Any, bits: int, count: int) -> bool:
     """Whether zero points, packed or not, `count` a row, are all in the middle of the range; so are absent ones."""
     if zeros is None:
         return True
-    values = np.asarray(zeros.numpy())
+    values = array_of(zeros)
     if zeros.dtype.is_floating_point() or zeros.dtype.bitwidth < 8 or bits == 8:
         middle = 0 if zeros.dtype.is_signed() and not zeros.dtype.is_floating_point() else 1 << (bits - 1)
         return bool((values.astype(np.float32) == middle).all())
@@ -332,5 +395,5 @@ def _is_centred(codes: Any, zeros: Any) -> bool:
     """Whether the zero points of unpacked codes (0 where absent) are in the middle of the codes' range."""
     is_unsigned = not codes.dtype.is_floating_point() and not codes.dtype.is_signed()
     middle = 1 << (codes.dtype.bitwidth - 1) if is_unsigned else 0
-    values = np.zeros(1, np.float32) if zeros is None else np.asarray(zeros.numpy()).astype(np.float32)
+    values = np.zeros(1, np.float32) if zeros is None else array_of(zeros).astype(np.float32)
     return bool((values == middle).all())

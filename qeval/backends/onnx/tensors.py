@@ -1,0 +1,38 @@
+"""The numbers of a graph's tensors, read when they are asked for and kept by nobody else."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def array_of(tensor: Any) -> NDArray[Any]:
+    """A tensor's values. Those of external data are read anew: a graph would keep what it unpacked of each."""
+    if isinstance(tensor, ir.ExternalTensor):
+        shape, name = ir.Shape(tensor.shape), tensor.name or ""
+        tensor = ir.ExternalTensor(tensor.path, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=name)
+    return np.asarray(tensor.numpy())
+
+
+def floats_of(tensor: Any) -> Tensor:
+    """The values of a tensor of floats, in its own type where torch has that, else in fp32."""
+    array = array_of(tensor)
+    if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE):
+        return torch.from_numpy(array.copy())
+    values = torch.from_numpy(array.astype(np.float32))
+    return values.bfloat16() if tensor.dtype == ir.DataType.BFLOAT16 else values
+
+
+def vectors_of(graph: ir.Graph, length: int) -> Iterator[Tensor]:
+    """Every float initializer of so many numbers (gains of norms, biases), fp32 [length]; nothing else is read."""
+    for value in graph.initializers.values():
+        held = value.const_value
+        if held is not None and held.dtype in _FLOATS and math.prod(held.shape.numpy()) == length:
+            yield floats_of(held).float().reshape(-1)

@@ -1,0 +1,166 @@
+"""ONNX folders that others made, given to `qeval compare`: what is refused, and what is left out and said."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("onnxruntime_genai")
+pytest.importorskip("onnxscript")
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qeval.backends.onnx.backend import FolderBackend
+from qeval.backends.onnx.providers import choose
+from qeval.types import Request
+from tests.fixtures.bench import Bench, refusing
+from tests.fixtures.foreign import built, edit, numbers, put, uneven
+from tests.fixtures.onnx import checkpoint
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A bench whose model is that of the foreign folders. Tests only read it."""
+    bench = Bench(tmp_path_factory.mktemp("foreign"))
+    shutil.rmtree(bench.model)
+    shutil.copytree(uneven(), bench.model)
+    return bench
+
+
+@pytest.fixture(autouse=True)
+def home(place, monkeypatch):
+    monkeypatch.setenv("QEVAL_HOME", str(place.folder / "home"))
+
+
+@pytest.fixture
+def refused(place, tmp_path, capfd):
+    """Runs `compare`, which must refuse; returns the sentence."""
+    return refusing(place, tmp_path / "out", capfd)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(built("int4"), tmp_path / "copy")
+
+
+def edited(change):
+    return lambda folder: edit(folder, change)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def cut_short(folder):
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1000])
+
+
+def torn(folder):
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:700])
+
+
+def last_only(graph):
+    head = next(node for node in graph if node.outputs[0].name == "logits")
+    index = ir.Value(name="last", const_value=ir.tensor([-1], dtype=ir.DataType.INT64, name="last"))
+    graph.register_initializer(index)
+    cut = ir.node("Gather", [head.inputs[0], index], {"axis": 1}, name="cut")
+    graph.insert_before(head, cut)
+    head.replace_input_with(0, cut.outputs[0])
+
+
+def odd_past(graph):
+    next(value for value in graph.inputs if value.name == "past_key_values.0.key").shape = ir.Shape([1, "a", 3])
+
+
+def unknown_input(graph):
+    graph.inputs.append(
+        ir.Value(name="pixels", shape=ir.Shape([1, 3]), type=ir.TensorType(ir.DataType.FLOAT)),
+    )
+
+
+def other_ids(folder):
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["i"] = vocabulary["i"], vocabulary["e"]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def swapped(graph):
+    codes = numbers(graph, "model.layers.1.mlp.down_proj.MatMul.weight_Q4")
+    put(graph, "model.layers.1.mlp.down_proj.MatMul.weight_Q4", (codes >> 4) | (codes << 4))
+
+
+def fine_tuned(graph):
+    gains = [value for value in graph.initializers.values() if "norm" in value.name and value.shape == (64,)]
+    for value in gains:
+        put(graph, value.name, numbers(graph, value.name) * np.float32(1.003))
+
+
+FOLDERS = {
+    "no model": (remove("model.onnx"), "lacks model.onnx, the model that its genai_config.json names: copy it there."),
+    "no config": (remove("genai_config.json"), "has neither genai_config.json nor config.json: copy the one"),
+    "no tokenizer": (no_tokenizer, "has no tokenizer (tokenizer.json): copy the one of the model it was made from."),
+    "no data": (remove("model.onnx.data"), "model.onnx.data is missing, which holds weights of model.onnx: copy it"),
+    "data cut short": (cut_short, "model.onnx.data is cut short: model.onnx needs", "copy it again."),
+    "a torn model": (torn, "model.onnx is no ONNX model, or is cut short"),
+    "the last position only": (edited(last_only), "computes logits of the last position only; scoring needs all"),
+    "a past of another shape": (
+        edited(odd_past), "the shape or type of 'past_key_values.0.key' (FLOAT, [1, 'a', 3]) is none that qeval knows"
+    ),
+    "an input that nobody knows": (edited(unknown_input), "takes an input 'pixels' [1, 3] that qeval doesn't know"),
+    "swapped nibbles": (
+        edited(swapped), "model.layers.1.mlp.down_proj.weight is not the baseline's: the relative error is 1.",
+        "its nibbles are swapped along the columns (nothing else of its 19 parameters is wrong).",
+    ),
+    "another model": (
+        edited(fine_tuned), "vectors of 64 numbers differs from the baseline's model.norm.weight by 0.3 %, which no"
+    ),
+    "other token ids": (other_ids, "has other token ids than the baseline for the same text (the first at token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_a_folder_that_cannot_be_compared_is_refused(refused, copy, what):
+    spoil, *sentences = FOLDERS[what]
+    spoil(copy)
+    told = refused("--variant", f"theirs={copy}")
+    for sentence in sentences:
+        assert sentence in told
+
+
+def test_a_smaller_vocabulary_is_refused(refused, copy):
+    told = refused("--variant", f"theirs={copy}", model=str(checkpoint("qwen2")))
+    assert "gives logits of 256 ids, the baseline of 264: it has no probability for ids 256 to 263" in told
+
+
+def wider(graph):
+    """Eight more ids than the tokenizer has, as where a vocabulary is padded."""
+    head = next(node for node in graph if node.outputs[0].name == "logits")
+    for value in head.inputs[1:3]:
+        rows = numbers(graph, value.name)
+        put(graph, value.name, np.concatenate([rows, rows[:8]]))
+    head.attributes["N"] = ir.AttrInt64("N", 264)
+    graph.outputs[0].shape = ir.Shape([*graph.outputs[0].shape[:2], 264])
+
+
+def test_ids_beyond_the_baselines_are_left_out_and_said(place, copy, tmp_path):
+    edit(copy, wider)
+    out, flags = tmp_path / "out", ("--variant", f"theirs={copy}", "--quiet")
+    assert place.compare(*flags, methods=None, tasks="kl", out=str(out)) == 0
+    (theirs,) = json.loads((out / "run.json").read_text())["variants"]
+    assert theirs["details"]["padding"].startswith("its head has the ids 256 to 263 beyond")
+    assert theirs["details"]["compared"] == "12 of its 12 matrices with the baseline's weights"
+    with FolderBackend(copy, choose("cpu"), 1, ids=256).open(None) as session:
+        states = session.states([Request((5, 6, 7), (0, 2))])[0]
+        kept = session.logits(states)
+        session.leave_out_padding(264)
+        assert (session.vocab_size, kept.shape) == (264, (2, 256))
+        assert torch.equal(kept, session.logits(states)[:, :256])
