@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -273,3 +274,9 @@ def test_an_embedding_with_its_models_multiplier_in_it_is_left_out(baselines, tm
         "11 of its 12 matrices with the baseline's weights; 1 not (8 times the baseline's, which is the root of its "
         "width: the multiplier is in it)"
     )
+
+
+def test_a_streamed_baseline_is_told_to_hold_no_weights(baselines):
+    held = baselines("uneven")
+    streamed = replace(held, parameters={name: each.to("meta") for name, each in held.parameters.items()})
+    assert checked(built("int4"), streamed) == "no matrix of it: --stream does not hold the baseline's weights"
