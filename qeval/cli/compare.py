@@ -38,11 +38,16 @@ def compare(
         typer.Option(
             "--variant",
             help="NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file; or, fetched "
-            "from the hub, NAME=ORG/REPO[@REVISION].",
+            "from the hub, NAME=ORG/REPO[@REVISION][:WHAT], WHAT: a folder there, or a file or its type (Q4_K_M).",
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", help="torch (fake-quantized weights), ort (ONNX Runtime's kernels), or both.")
+        str,
+        typer.Option(
+            "--backend",
+            help="torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files); "
+            "or several, comma-separated.",
+        ),
     ] = "torch",
     accuracy_level: Annotated[
         str, typer.Option("--accuracy-level", help="ONNX Runtime's: 1, fp32 activations; 4, int8 activations; 1,4.")

@@ -41,7 +41,10 @@ def models(
         typer.echo(json.dumps([{"alias": a, "model": m, "line": line} for a, m, line in list_models()], indent=1))
         return 0
     show("alias", ((name, f"{hub_id}: {line}") for name, hub_id, line in list_models()))
-    say("--model also takes a hub id such as org/name, a local folder, or a .gguf file.")
+    say(
+        "--model also takes a hub id such as org/name (org/name@revision; org/name:F16 or org/name:folder/file.gguf of "
+        "GGUF files), a local folder, or a .gguf file."
+    )
     return 0
 
 

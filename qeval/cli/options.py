@@ -16,7 +16,10 @@ _THREADS_A_CORE = 16
 
 Model = Annotated[
     str,
-    typer.Option("--model", help="An alias (see `qeval models`), a hub id, a local folder, or a .gguf file."),
+    typer.Option(
+        "--model",
+        help="An alias (see `qeval models`), a hub id (of GGUF files ORG/REPO:TYPE), a local folder, or a .gguf file.",
+    ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]

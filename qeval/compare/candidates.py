@@ -3,23 +3,23 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
 
 from qeval.backends.base import Session
+from qeval.compare.llamacpp import Llama
 from qeval.compare.prepare import Plan, open_exact
 from qeval.compare.record import failed_record, variant_record
 from qeval.compare.scoring import Candidate, Kept, Scorer
-from qeval.compare.settings import BACKENDS
 from qeval.compare.variants import Entry
 from qeval.config import BASELINE
 from qeval.errors import BrokenRecordError, QevalError
 from qeval.identity import digest
 from qeval.paths import home
 from qeval.progress import Progress
-from qeval.quant.variant import Variant
 from qeval.store.atomic import write_text
 from qeval.store.run import RuntimeRecord, VariantRecord
 from qeval.store.states import StateStore
@@ -61,45 +61,47 @@ def baseline_of(plan: Plan, progress: Progress) -> Kept:
 
 def contenders(plan: Plan, entries: list[Entry], baseline: Kept, progress: Progress) -> Iterator[Contender]:
     """The models to score, in the order of the report: the noise floor, the variants, folders made elsewhere."""
-    labels = _labels(plan)
     broken = _export(plan, progress)
-    if plan.runtime is not None:
-        yield _floor(plan, plan.runtime, baseline, broken)
-    if plan.rounds_on_cpu:
-        yield _compute_floor(plan)
+    yield from _floors(plan, baseline, broken)
     for entry in entries:
-        torch_model: _Torch | None = None
-        for backend, name in ((backend, label(entry.name)) for backend, label in labels):
-            if entry.folder is None:
-                yield _unmade(entry, name, _name(backend))
-            elif backend is None:
-                torch_model = _torch(plan, entry, name, progress, kept=plan.runtime is not None)
-                yield torch_model.contender
-            else:
-                yield _ort(plan, entry, name, backend, torch_model, broken)
+        yield from _entry(plan, entry, progress, broken)
     for each in plan.foreign:
         yield _foreign(plan, each)
 
 
-Label = Callable[[str], str]
+def _floors(plan: Plan, baseline: Kept, broken: str | None) -> Iterator[Contender]:
+    """The baseline itself, in other arithmetic: the least that a run can see."""
+    if plan.runtime is not None:
+        yield _floor(plan, plan.runtime, baseline, broken)
+    if plan.llama is not None and plan.llama.unwritten is None:
+        yield _llama_floor(plan, plan.llama, baseline)
+    if plan.rounds_on_cpu:
+        yield _compute_floor(plan)
 
 
-def _labels(plan: Plan) -> list[tuple["OrtBackend | None", Label]]:
-    """The backends (None: torch, which comes first), and how each names a variant: as typed, then with `@backend`."""
-    ort = plan.runtime.backends if plan.runtime else ()
-    found: list[OrtBackend | None] = []
-    for name in BACKENDS:
-        if name in plan.settings.backends.names:
-            found += [None] if name == "torch" else ort
+def _entry(plan: Plan, entry: Entry, progress: Progress, broken: str | None) -> Iterator[Contender]:
+    """A variant on every backend: on the first by the name that was typed, then by that with `@backend`."""
+    twin: _Torch | None = None
+    for place, (backend, contender) in enumerate(_backends(plan, progress, broken)):
+        name = f"{entry.name}@{backend}" if place else entry.name
+        if entry.folder is None:
+            yield _unmade(entry, name, backend)
+            continue
+        found = contender(entry, name, twin)
+        twin = found if isinstance(found, _Torch) else twin
+        yield found.contender if isinstance(found, _Torch) else found
 
-    def label(place: int, backend: "OrtBackend | None") -> Label:
-        return (lambda name: name) if not place else (lambda name: f"{name}@{_name(backend)}")
 
-    return [(backend, label(place, backend)) for place, backend in enumerate(found)]
-
-
-def _name(backend: "OrtBackend | None") -> str:
-    return "torch" if backend is None else backend.name
+def _backends(plan: Plan, progress: Progress, broken: str | None) -> list[tuple[str, "_Makes"]]:
+    """The backends by name, torch first, and what makes a contender of an entry on each."""
+    found: list[tuple[str, _Makes]] = []
+    if plan.settings.backends.uses_torch:
+        found.append(("torch", lambda entry, name, twin: _torch(plan, entry, name, progress)))
+    if plan.runtime is not None:
+        found += [(each.name, partial(_ort, plan, each, broken)) for each in plan.runtime.backends]
+    if plan.llama is not None:
+        found.append((plan.llama.backend.name, partial(_llama, plan, plan.llama)))
+    return found
 
 
 def _export(plan: Plan, progress: Progress) -> str | None:
@@ -127,17 +129,23 @@ def _unmade(entry: Entry, name: str, backend: str) -> Contender:
 
 
 class _Torch(NamedTuple):
+    """A variant in torch; `states` are kept where another backend is compared with it."""
+
     contender: Contender
     states: Kept | None
 
 
-def _torch(plan: Plan, entry: Entry, name: str, progress: Progress, *, kept: bool) -> _Torch:
+_Makes = Callable[[Entry, str, "_Torch | None"], Contender | _Torch]
+"""Of an entry, the name that it has there, and its twin in torch."""
+
+
+def _torch(plan: Plan, entry: Entry, name: str, progress: Progress) -> _Torch:
     folder = _folder(entry)
     manifest = read_manifest(folder)
     key = {"weights": plan.baseline_key, "variant": manifest.key}
     candidate = Candidate(name, "torch", key, lambda: plan.backend.open_saved(folder))
     states = None
-    if kept:
+    if plan.runtime is not None or plan.llama is not None:
         store = StateStore(states_folder(plan.settings.out), progress.warn)
         states = Kept(candidate, store, lambda: plan.backend.head_for(load_variant(folder)).logits)
 
@@ -154,20 +162,45 @@ def states_folder(out: Path) -> Path:
 
 
 def _ort(
-    plan: Plan, entry: Entry, name: str, backend: "OrtBackend", twin: _Torch | None, broken: str | None
+    plan: Plan, backend: "OrtBackend", broken: str | None, entry: Entry, name: str, twin: _Torch | None
 ) -> Contender:
     folder = _folder(entry)
-    manifest = read_manifest(folder)
-    key = {"weights": plan.baseline_key, "variant": manifest.key, "backend": backend.identity}
-    runtime = _Remembered(plan, backend, key, plan.runtime)
-    candidate = Candidate(name, backend.name, key, runtime.opener(lambda: load_variant(folder)))
-    states = twin.states if twin else None
+    key = {"weights": plan.baseline_key, "variant": read_manifest(folder).key, "backend": backend.identity}
+    remembered = _Remembered(
+        plan, key, lambda: backend.open(load_variant(folder)), lambda: _ort_record(plan, backend, plan.runtime)
+    )
+    return _beside_torch(entry, Candidate(name, backend.name, key, remembered.open), remembered, twin, broken)
+
+
+def _llama(plan: Plan, llama: Llama, entry: Entry, name: str, twin: _Torch | None) -> Contender:
+    folder, own = _folder(entry), entry.name
+    key = {
+        "weights": plan.baseline_key, "variant": read_manifest(folder).key, "backend": llama.backend.identity,
+        "file": llama.made(own),
+    }  # fmt: skip
+    remembered = _Remembered(
+        plan,
+        key,
+        lambda: llama.open(own, load_variant(folder)),
+        lambda: llama.record(own, load_variant(folder)),
+    )
+    return _beside_torch(entry, Candidate(name, llama.backend.name, key, remembered.open), remembered, twin)
+
+
+def _beside_torch(
+    entry: Entry, candidate: Candidate, remembered: "_Remembered", twin: _Torch | None, broken: str | None = None
+) -> Contender:
+    """A variant on another backend, compared with itself in torch too where that is scored."""
+    manifest, states = read_manifest(_folder(entry)), twin.states if twin else None
 
     def record(seconds: float) -> VariantRecord:
-        made = variant_record(name, backend.name, manifest, seconds, entry)
-        return made.model_copy(update={"runtime": runtime.record(), "twin": twin.contender.name if twin else None})
+        made = variant_record(candidate.name, candidate.backend, manifest, seconds, entry)
+        details = {key: told for key, told in made.details.items() if key != "computed"}  # that is said of torch
+        name = twin.contender.name if twin else None
+        return made.model_copy(update={"runtime": remembered.record(), "twin": name, "details": details})
 
-    return Contender(name, backend.name, entry.method, lambda: Scorer(candidate, twin=states), record, broken)
+    scorer = partial(Scorer, candidate, twin=states)
+    return Contender(candidate.name, candidate.backend, entry.method, scorer, record, broken)
 
 
 def _floor(plan: Plan, runtime: "Runtime", baseline: Kept, broken: str | None) -> Contender:
@@ -175,15 +208,29 @@ def _floor(plan: Plan, runtime: "Runtime", baseline: Kept, broken: str | None) -
     backend = runtime.backends[0]
     identity = {name: value for name, value in backend.identity.items() if name not in ("format", "accuracy_level")}
     key = {"weights": plan.baseline_key, "backend": identity}
-    remembered = _Remembered(plan, backend, key, runtime)
-    name = f"{BASELINE}@ort"
-    candidate = Candidate(name, "ort", key, remembered.opener(lambda: None))
+    remembered = _Remembered(plan, key, lambda: backend.open(None), lambda: _plain(_ort_record(plan, backend, runtime)))
+    return _other_floor(plan, Candidate(f"{BASELINE}@ort", "ort", key, remembered.open), remembered, baseline, broken)
+
+
+def _llama_floor(plan: Plan, llama: Llama, baseline: Kept) -> Contender:
+    """The float model in llama.cpp, in fp32."""
+    key = {"weights": plan.baseline_key, "backend": llama.backend.identity, "file": llama.made(BASELINE)}
+    remembered = _Remembered(plan, key, lambda: llama.open(BASELINE, None), lambda: llama.record(BASELINE, None))
+    backend = llama.backend.name
+    return _other_floor(plan, Candidate(f"{BASELINE}@{backend}", backend, key, remembered.open), remembered, baseline)
+
+
+def _other_floor(
+    plan: Plan, candidate: Candidate, remembered: "_Remembered", baseline: Kept, broken: str | None = None
+) -> Contender:
+    """The baseline on another backend, compared with itself in torch."""
 
     def record(seconds: float) -> VariantRecord:
         made = _floor_record(plan, candidate, seconds)
-        return made.model_copy(update={"runtime": _plain(remembered.record()), "twin": BASELINE})
+        return made.model_copy(update={"runtime": remembered.record(), "twin": BASELINE})
 
-    return Contender(name, "ort", "float", lambda: Scorer(candidate, twin=baseline), record, broken)
+    scorer = partial(Scorer, candidate, twin=baseline)
+    return Contender(candidate.name, candidate.backend, "float", scorer, record, broken)
 
 
 def _compute_floor(plan: Plan) -> Contender:
@@ -208,16 +255,16 @@ def _floor_record(plan: Plan, candidate: Candidate, seconds: float) -> VariantRe
     )  # fmt: skip
 
 
-def _plain(runtime: RuntimeRecord | None) -> RuntimeRecord | None:
+def _plain(runtime: RuntimeRecord) -> RuntimeRecord:
     """How the float graph ran: nothing in it has a format or an accuracy level."""
-    return runtime and runtime.model_copy(update={"format": None, "accuracy_level": None})
+    return runtime.model_copy(update={"format": None, "accuracy_level": None})
 
 
 def _foreign(plan: Plan, foreign: "Foreign") -> Contender:
     backend = foreign.backend(plan.settings.backends)
     key = {"weights": foreign.sha256, "backend": backend.identity, "baseline": plan.baseline_key}
-    remembered = _Remembered(plan, backend, key, None)
-    candidate = Candidate(foreign.name, "ort", key, remembered.opener(lambda: None))
+    remembered = _Remembered(plan, key, lambda: backend.open(None), lambda: _ort_record(plan, backend, None))
+    candidate = Candidate(foreign.name, "ort", key, remembered.open)
 
     def record(seconds: float) -> VariantRecord:
         return foreign.record("ort", remembered.record(), seconds)
@@ -230,40 +277,45 @@ def _folder(entry: Entry) -> Path:
     return entry.folder
 
 
-class _OpensAndTells(Protocol):
+class _Tells(Protocol):
     @property
     def ran(self) -> "Ran | None": ...
 
-    def open(self, variant: Variant | None) -> AbstractContextManager[Session]: ...
+
+def _ort_record(plan: Plan, backend: _Tells, runtime: "Runtime | None") -> RuntimeRecord:
+    """How a model ran on ONNX Runtime, once it was opened; no `runtime` for a folder made elsewhere."""
+    from qeval.compare.onnx import runtime_record  # noqa: PLC0415 - an extra
+
+    assert backend.ran is not None
+    style = getattr(backend, "style", None)
+    return runtime_record(
+        backend.ran,
+        plan.settings.backends,
+        route=runtime.exporter.route if runtime else None,
+        level=style.accuracy_level if style else None,
+    )
 
 
 class _Remembered:
     """How a model ran, told when it is opened and kept beside the rows for runs that find them finished."""
 
-    def __init__(self, plan: Plan, backend: _OpensAndTells, key: dict[str, Any], runtime: "Runtime | None") -> None:
-        self._plan, self._backend, self._runtime = plan, backend, runtime
+    def __init__(
+        self,
+        plan: Plan,
+        key: dict[str, Any],
+        opened: Callable[[], AbstractContextManager[Session]],
+        told: Callable[[], RuntimeRecord],
+    ) -> None:
+        """`told` is asked once the model is open."""
+        self._opened, self._told = opened, told
         self._path = plan.settings.out / "runtimes" / f"{digest(key)}.json"
 
-    def opener(self, variant: Callable[[], Variant | None]) -> Callable[[], AbstractContextManager[Session]]:
-        """What opens the model and writes down how it runs."""
-
-        @contextmanager
-        def opened() -> Iterator[Session]:
-            with self._backend.open(variant()) as session:
-                self._write()
-                yield session
-
-        return opened
-
-    def _write(self) -> None:
-        from qeval.compare.onnx import runtime_record  # noqa: PLC0415 - an extra
-
-        assert self._backend.ran is not None
-        route = self._runtime.exporter.route if self._runtime else None
-        style = getattr(self._backend, "style", None)
-        level = None if style is None else style.accuracy_level
-        record = runtime_record(self._backend.ran, self._plan.settings.backends, route=route, level=level)
-        write_text(self._path, record.model_dump_json(indent=1) + "\n")
+    @contextmanager
+    def open(self) -> Iterator[Session]:
+        """Open the model and write down how it runs."""
+        with self._opened() as session:
+            write_text(self._path, self._told().model_dump_json(indent=1) + "\n")
+            yield session
 
     def record(self) -> RuntimeRecord | None:
         """How the model ran; None where it never did, since there was nothing to score."""

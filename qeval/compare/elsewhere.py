@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from qeval.backends.base import Session
 from qeval.backends.torch import TorchBackend
-from qeval.compare.places import Place
+from qeval.compare.local import Place
 from qeval.compare.variants import Entry, FitsKernel, Loaded
 from qeval.compare.witness import has_tokenizer, notes_on, read_tokenizer, same_tokenizer, why_other
 from qeval.errors import BrokenRecordError, UsageError

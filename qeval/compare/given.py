@@ -9,7 +9,7 @@ from qeval.backends.onnx.providers import choose, require_provider
 from qeval.backends.stream.backend import StreamBackend
 from qeval.backends.torch import TorchBackend
 from qeval.compare.elsewhere import Asked, baseline_of, imported, is_made_elsewhere
-from qeval.compare.places import Place
+from qeval.compare.local import Place
 from qeval.compare.variants import Entry, FitsKernel, Loaded, given_entry, is_variant
 from qeval.models.info import LoadedModel
 

@@ -17,7 +17,7 @@ from qeval.backends.onnx.providers import choose
 from qeval.backends.onnx.swap import Style
 from qeval.compare.elsewhere import Asked, check_tokens, padding_told
 from qeval.compare.graph_weights import check_same_model, check_weights
-from qeval.compare.places import Place
+from qeval.compare.local import Place
 from qeval.compare.settings import BackendChoice
 from qeval.errors import UsageError
 from qeval.formats.beside import Baseline
@@ -66,7 +66,7 @@ class Foreign:
     ids: int
     """The baseline's vocabulary; what the folder has beyond it is left out."""
     told: Mapping[str, str]
-    """What a reader must know of its tokenizer and vocabulary."""
+    """Where it is from, and what a reader must know of its tokenizer and vocabulary."""
 
     def backend(self, choice: BackendChoice) -> FolderBackend:
         """What runs it."""
@@ -96,7 +96,7 @@ class Foreign:
             quantized_parameters=quantized,
             kept=kept,
             input_scales=[],
-            details={"made by": facts.producer, "folder": self.folder.name, **self.told},
+            details={"made by": facts.producer, **self.told},
             importance=None,
             budget_bits_per_weight=None,
             groups=[],
@@ -128,7 +128,7 @@ def foreign(place: Place, loaded: LoadedModel, baseline: Baseline, asked: Asked)
         compared = check_weights(parsed, baseline)
     except UsageError as error:
         raise UsageError(f"{place.flag}: {error}") from error
-    told = {"compared": compared, **check_tokens(place.flag, place.path, loaded.tokenizer, asked)}
+    told = {"from": place.origin, "compared": compared, **check_tokens(place.flag, place.path, loaded.tokenizer, asked)}
     if theirs > ours:
         told["padding"] = padding_told("head", range(ours, theirs))
     files = list(facts.contents)

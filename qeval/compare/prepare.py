@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qeval.backends.base import Session
+from qeval.backends.llamacpp.backend import require_llama_cpp
 from qeval.backends.memory import require_bf16
 from qeval.backends.onnx.nbits import kernel_block
 from qeval.backends.onnx.packages import require_onnx
@@ -18,8 +19,9 @@ from qeval.calibrate.build import quantizable
 from qeval.compare.elsewhere import Asked
 from qeval.compare.estimate import Shape
 from qeval.compare.given import given_folders, given_variants
+from qeval.compare.llamacpp import Llama, llama_of
+from qeval.compare.local import Place, local_places
 from qeval.compare.overlap import overlap_of, with_overlap
-from qeval.compare.places import Place, places_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice, Settings
 from qeval.compare.stream import StreamWorkshop, room_beside, streamed_model
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
@@ -76,6 +78,7 @@ class Plan:
     given: tuple[Entry, ...]
     foreign: "tuple[Foreign, ...]"
     runtime: "Runtime | None"
+    llama: Llama | None
     calibration: Callable[[], Calibration]
     overlap: Callable[[], OverlapRecord]
     """What the calibration text shares with what is scored."""
@@ -89,6 +92,8 @@ class Plan:
     def warnings(self) -> list[str]:
         """What must be known of the numbers before any is made."""
         told = [*self.loaded.warnings, *(warning for place in self.places for warning in place.warnings)]
+        if self.llama and self.llama.unwritten:
+            told.append(f"There is no noise floor of llama.cpp, the baseline in it: {self.llama.unwritten}")
         return [*told, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
 
     @property
@@ -125,9 +130,11 @@ class Plan:
     @property
     def models(self) -> int:
         """How many models are scored: the baseline, and every variant on every backend."""
-        floor, ort = (1, len(self.runtime.backends)) if self.runtime else (0, 0)
+        floor, others = (1, len(self.runtime.backends)) if self.runtime else (0, 0)
+        if self.llama:
+            floor, others = floor + (self.llama.unwritten is None), others + 1
         floor += self.rounds_on_cpu
-        backends = self.settings.backends.uses_torch + ort
+        backends = self.settings.backends.uses_torch + others
         return 1 + floor + len(self.foreign) + backends * (len(self.settings.recipes) + len(self.given))
 
 
@@ -141,8 +148,11 @@ def prepare(settings: Settings) -> Plan:
         require_ray()
     if settings.threads or settings.workers > 1:
         torch.set_num_threads(share_of_threads(settings))
+    if settings.backends.uses_llama:
+        require_llama_cpp()
     if settings.model.device == "cpu" and settings.model.compute == "bfloat16":
         require_bf16()
+    places = local_places(settings.variants)  # what the hub lacks is told before a model is loaded
     loaded, source, backend = loaded_model(settings.model, folds=any(recipe.uses_awq for recipe in settings.recipes))
     fits = [kernel_block] if settings.backends.uses_ort else []
     check_recipes(settings.recipes, source, settings.calibration.samples, *fits)
@@ -151,7 +161,6 @@ def prepare(settings: Settings) -> Plan:
     drift, parts = _drift(settings, loaded) if settings.continues else (None, ())
     if isinstance(backend, StreamBackend):
         backend.reserve(max((shard.tokens for shard in shards), default=0))
-    places = places_of(settings.variants)
     asked = _asked(settings, loaded, witness_of(shards, suites, protocol, drift), suites)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
@@ -178,6 +187,7 @@ def prepare(settings: Settings) -> Plan:
         ),
         foreign=given_folders(places, settings.backends.ep, loaded, source, asked),
         runtime=_runtime(settings.backends, loaded, source) if settings.backends.uses_ort else None,
+        llama=_llama(settings, loaded, source, places) if settings.backends.uses_llama else None,
         calibration=calibration,
         overlap=overlap,
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
@@ -264,6 +274,18 @@ def _runtime(choice: BackendChoice, loaded: LoadedModel, source: Loaded) -> "Run
     from qeval.compare.onnx import runtime_of  # noqa: PLC0415 - an extra
 
     return runtime_of(choice, loaded, source.description)
+
+
+def _llama(settings: Settings, loaded: LoadedModel, source: Loaded, places: Sequence[Place]) -> Llama:
+    given = {each.name: each.path for each in places if each.path.suffix.lower() == ".gguf"}
+    return llama_of(
+        loaded,
+        given,
+        writes=bool(settings.recipes) or len(given) < len(places),
+        ids=int(source.head.weight.shape[0]),
+        threads=torch.get_num_threads(),
+        device=settings.model.device,
+    )
 
 
 def _asked(settings: Settings, loaded: LoadedModel, ours: str, suites: Sequence[Suite]) -> Asked:

@@ -18,7 +18,7 @@ Bos = Literal["auto", "always", "never"]
 Format = Literal["nbits", "qdq"]
 Precision = Literal["fp32", "fp16"]
 Executor = Literal["local", "ray"]
-BACKENDS = ("torch", "ort")
+BACKENDS = ("torch", "ort", "llama.cpp")
 EXPORTERS = ("auto", "genai", "dynamo")
 FORMATS = ("nbits", "qdq")
 TOKEN_METRICS = ("kl", "ppl")
@@ -130,6 +130,11 @@ class BackendChoice:
         """Whether ONNX Runtime scores the variants."""
         return "ort" in self.names
 
+    @property
+    def uses_llama(self) -> bool:
+        """Whether llama.cpp scores the variants."""
+        return "llama.cpp" in self.names
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -195,8 +200,11 @@ class Settings:
 
     def _check_stream(self) -> None:
         """Refuse what needs the whole model in memory."""
-        if self.backends.uses_ort:
-            raise UsageError("--stream runs in torch; ONNX export needs the whole model: leave out --backend ort.")
+        if set(self.backends.names) - {"torch"}:
+            raise UsageError(
+                "--stream runs in torch; files for other backends are written of the whole model: leave out "
+                f"--backend {','.join(self.backends.names)}."
+            )
         if self.workers > 1 or self.executor == "ray":
             raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
         if self.continues:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval import __version__
-from qeval.engines.opening import Opening
+from qeval.engines.opening import Opening, Precision
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest
 from qeval.models.cache import build_once
@@ -47,16 +47,24 @@ def prepare(opening: Opening) -> Path:
     """
     if opening.variant is not None and opening.variant.suffix == ".gguf":
         return opening.variant
-    loaded = load(opening.model)
-    check_family(loaded)
     variant = None if opening.variant is None else load_variant(opening.variant)
+    return written(load(opening.model), variant, opening.precision)
+
+
+def written(loaded: LoadedModel, variant: Variant | None, precision: Precision) -> Path:
+    """The GGUF file of a variant, or of the float model: written once and kept in the cache.
+
+    Raises:
+        UsageError: the model is of another family, or the variant is one that a GGUF can't hold.
+        QevalError: the cache can't be written.
+    """
+    check_family(loaded)
     made_from = {
         "gguf": GGUF_VERSION, "weights": loaded.info.weights_sha256, "variant": variant.key if variant else None,
-        "precision": opening.precision,
+        "precision": precision,
     }  # fmt: skip
-    name = f"gguf-variant-{digest(made_from)[:16]}"
-    file = "model.gguf"
-    return build_once(name, (), lambda folder: write(loaded, variant, opening.precision, folder / file)) / file
+    name, file = f"gguf-variant-{digest(made_from)[:16]}", "model.gguf"
+    return build_once(name, (), lambda folder: write(loaded, variant, precision, folder / file)) / file
 
 
 def check_family(loaded: LoadedModel) -> None:
@@ -78,7 +86,7 @@ def check_family(loaded: LoadedModel) -> None:
         raise UsageError(f"qeval writes no GGUF file of a model with rotary positions of type '{kind}'.")
 
 
-def write(loaded: LoadedModel, variant: Variant | None, precision: str, out: Path) -> None:
+def write(loaded: LoadedModel, variant: Variant | None, precision: Precision, out: Path) -> None:
     """Write the file `out`; what is left in float is of type `precision`, norms in fp32.
 
     Raises:

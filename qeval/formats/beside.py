@@ -15,12 +15,14 @@ from qeval.errors import UsageError
 from qeval.formats.base import Matrix, Values
 from qeval.formats.names import Names
 from qeval.formats.resemble import Resemblance, relative, resemblance, rows_of, values_of
-from qeval.models.graph import Description, Fold, Group
+from qeval.models.graph import Description, Group
 from qeval.quant.grid import PerTensor
 from qeval.quant.qweight import QWeight
 
 SAME = 2e-4
 """Up to here two float tensors are one, once they have been through the same types."""
+_BIAS = 0.5
+"""A bias that lies further from the baseline's is missing, another's, or in another order."""
 _OWN, _SAMPLE_ROWS = 0.8, 64
 """The least cosine with another of the baseline's matrices, by their first rows, that says that it is that one."""
 _NUMBERS = 1 << 23
@@ -95,7 +97,7 @@ def check_resemblance(
     *,
     loose: Collection[str] = (),
 ) -> None:
-    """Refuse matrices that are not the baseline's, with the misreading that explains them where one does.
+    """Refuse matrices and biases that are not the baseline's, with the misreading that explains them where one does.
 
     `found`: those of the baseline's parameters that there are, each asked for when it is looked at. `inputs`: by what a
     linear's input is multiplied while running [columns], and its matrix was divided. `loose`: matrices whose bits are
@@ -104,7 +106,7 @@ def check_resemblance(
     Raises:
         UsageError: it names the first such matrix, how many there are, and the cause.
     """
-    every = _resemblances(found, inputs, baseline)
+    every = _Beside(found, inputs, baseline).every()
     wrong = {name: each for name, each in every if not (each.ok or _excused(each, name in loose))}
     if not wrong:
         return
@@ -145,41 +147,99 @@ def _excused(each: Resemblance, loose: bool) -> bool:
     return loose and each.cause is None and each.error < 1.0
 
 
-def _resemblances(
-    found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline
-) -> Iterator[tuple[str, Resemblance]]:
-    """Every matrix beside the baseline's, group after group, so that what was folded into one is known in the next."""
-    rows: dict[str, Tensor] = {}
-    unfolded: dict[str, Resemblance] = {}
-    producers = {name for group in baseline.description.groups if group.fold for name in group.fold.parameters}
-    for group in baseline.description.groups:
-        names = [name for name in group.names if name in found]
-        folded_scales = _input_scales(group, found, baseline, rows) if names else torch.ones(0)
-        for name in names:
-            scales = folded_scales / inputs[name] if name in inputs else folded_scales
-            base = baseline.parameters[name].float().cpu()
-            read = as_matrix(found[name])
-            values = values_of(read)
-            rows[name] = _row_factors(values, base * scales)
-            seen = resemblance(read, base, scales, _turned(group, name, baseline))
-            if not seen.ok and name in producers:
-                unfolded[name] = seen
-                folded = resemblance(read, base * rows[name].clamp(1e-3, 1e3).unsqueeze(1), scales)
-                seen = folded if folded.ok else seen
-            if not seen.ok:  # what follows is not to be judged by it
-                rows[name] = torch.ones(len(base))
-            if group.fold and not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
-                before = group.fold.parameters[0]  # a clip alone makes its rows smaller: nothing is wrong then
-                clipped = before in rows and before not in unfolded
-                yield (name, alone) if clipped else _culprit(group.fold, found, baseline, unfolded)
-            elif group.fold and group.fold.parameters[0] not in rows and relative(values, base) < _NEARER * seen.error:
-                name_of_norm, norm = _culprit(group.fold, found, baseline, unfolded)
-                yield (name_of_norm, norm) if norm.error > _OTHER else (name, seen)
-            else:
-                yield name, seen
-    for name in (baseline.description.embedding, baseline.description.head):
-        if isinstance(own := found.get(name), QWeight | Values):
-            yield name, _in_parts(own, baseline.parameters[name])
+class _Beside:
+    """A checkpoint's parameters beside the baseline's, group after group: what was folded in one is known in the next.
+
+    `rows`: by what each row of a matrix was multiplied; `unfolded`: producers that are not the baseline's as they are,
+    whatever scales were folded into them.
+    """
+
+    def __init__(self, found: Mapping[str, Matrix | Tensor], inputs: Mapping[str, Tensor], baseline: Baseline) -> None:
+        self.found, self.inputs, self.baseline = found, inputs, baseline
+        self.rows: dict[str, Tensor] = {}
+        self.unfolded: dict[str, Resemblance] = {}
+        self.folds = [group.fold for group in baseline.description.groups if group.fold]
+        self.producers = {name for fold in self.folds for name in fold.parameters}
+
+    def every(self) -> Iterator[tuple[str, Resemblance]]:
+        """Every matrix, then the biases that are wrong; a producer in its place where that is what is wrong."""
+        for group in self.baseline.description.groups:
+            names = [name for name in group.names if name in self.found]
+            folded = self._input_scales(group) if names else torch.ones(0)
+            for name in names:
+                yield self._judged(group, name, folded / self.inputs[name] if name in self.inputs else folded)
+        for name in (self.baseline.description.embedding, self.baseline.description.head):
+            if isinstance(own := self.found.get(name), QWeight | Values):
+                yield name, _in_parts(own, self.baseline.parameters[name])
+        yield from self._biases()
+
+    def _judged(self, group: Group, name: str, scales: Tensor) -> tuple[str, Resemblance]:
+        """A matrix whose columns were multiplied by `scales`; or what stands before it, if that alone is wrong."""
+        base, read = self._base(name), as_matrix(self.found[name])
+        seen = self._resemblance(group, name, scales)
+        if group.fold is None:
+            return name, seen
+        before = group.fold.parameters[0]
+        if not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
+            clipped = before in self.rows and before not in self.unfolded  # that makes rows smaller: nothing is wrong
+            return (name, alone) if clipped else self._producer(before)
+        if before not in self.rows and relative(values_of(read), base) < _NEARER * seen.error:
+            norm = self._producer(before)
+            return norm if norm[1].error > _OTHER else (name, seen)
+        return name, seen
+
+    def _resemblance(self, group: Group, name: str, scales: Tensor) -> Resemblance:
+        base, read = self._base(name), as_matrix(self.found[name])
+        rows = self.rows[name] = _row_factors(values_of(read), base * scales)
+        seen = resemblance(read, base, scales, self._turned(name))
+        if not seen.ok and name in self.producers:
+            self.unfolded[name] = seen
+            folded = resemblance(read, base * rows.clamp(1e-3, 1e3).unsqueeze(1), scales)
+            seen = folded if folded.ok else seen
+        if not seen.ok:  # what follows is not to be judged by it
+            self.rows[name] = torch.ones(len(base))
+        return seen
+
+    def _producer(self, name: str) -> tuple[str, Resemblance]:
+        """One that does not have the baseline's values, though what follows it has."""
+        if name in self.unfolded:
+            return name, self.unfolded[name]
+        far = apart(as_floats(self.found[name]), self._base(name))
+        return name, Resemblance(far, SAME, "no matrix after it makes good for it")
+
+    def _biases(self) -> Iterator[tuple[str, Resemblance]]:
+        """Those of another size or order: a quantizer folds scales into a bias, or corrects it a little."""
+        factors = {name: fold for fold in self.folds for name in fold.parameters[1:]}
+        for name, ours in self.baseline.parameters.items():
+            if ours.dim() != 1 or not name.endswith("bias") or name not in self.found:
+                continue
+            fold = factors.get(name)
+            expected = ours.float().cpu() * (self._divisions(fold.parameters[0], fold.plus_one) if fold else 1.0)
+            if (far := relative(as_floats(self.found[name]), expected)) > _BIAS:
+                yield name, Resemblance(far, _BIAS, "quantizers leave a bias nearly as it is")
+
+    def _input_scales(self, group: Group) -> Tensor:
+        """By what the columns of a group's matrices were multiplied, as what precedes them was divided, [columns]."""
+        fold = group.fold
+        if fold is None:
+            return torch.ones(group.columns)
+        return fold.spread(1 / fold.carried(self._divisions(fold.parameters[0], fold.plus_one)))
+
+    def _divisions(self, name: str, plus_one: bool) -> Tensor:
+        """What is left of each row of a producer: 1 where nothing was folded into it."""
+        if name in self.rows:
+            left = self.rows[name]
+        else:
+            one = float(plus_one)
+            left = (as_floats(self.found[name]) + one) / (self._base(name) + one)
+        return torch.where(torch.isfinite(left) & (left > 0), left, torch.ones_like(left))
+
+    def _turned(self, name: str) -> int | None:
+        """The rows of a head where rotary positions turn a linear's output: the first projections of a layer."""
+        return self.baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
+
+    def _base(self, name: str) -> Tensor:
+        return self.baseline.parameters[name].float().cpu()
 
 
 def _in_parts(read: Matrix, base: Tensor) -> Resemblance:
@@ -194,49 +254,9 @@ def _in_parts(read: Matrix, base: Tensor) -> Resemblance:
     return seen
 
 
-def _culprit(
-    fold: Fold, found: Mapping[str, Matrix | Tensor], baseline: Baseline, unfolded: Mapping[str, Resemblance]
-) -> tuple[str, Resemblance]:
-    """A producer that does not have the baseline's values, though what follows it has."""
-    name = fold.parameters[0]
-    if name in unfolded:
-        return name, unfolded[name]
-    ours, theirs = baseline.parameters[name].float().cpu(), as_floats(found[name])
-    return name, Resemblance(apart(theirs, ours), SAME, "no matrix after it makes good for it")
-
-
-def _input_scales(
-    group: Group, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
-) -> Tensor:
-    """By what the columns of a group's matrices were multiplied, as what precedes them was divided by it, [columns]."""
-    fold = group.fold
-    if fold is None:
-        return torch.ones(group.columns)
-    name = fold.parameters[0]
-    return fold.spread(1 / fold.carried(_divisions(fold, name, found, baseline, rows)))
-
-
-def _divisions(
-    fold: Fold, name: str, found: Mapping[str, Matrix | Tensor], baseline: Baseline, rows: Mapping[str, Tensor]
-) -> Tensor:
-    """What is left of each row of a producer: 1 where nothing was folded into it."""
-    if name in rows:
-        left = rows[name]
-    else:
-        ours, theirs = baseline.parameters[name].float().cpu(), as_floats(found[name])
-        one = float(fold.plus_one)
-        left = (theirs + one) / (ours + one)
-    return torch.where(torch.isfinite(left) & (left > 0), left, torch.ones_like(left))
-
-
 def _row_factors(values: Tensor, base: Tensor) -> Tensor:
     """The factor of each row that brings `base` nearest to `values` (least squares), [rows]."""
     return (values * base).sum(1) / base.square().sum(1).clamp(min=1e-30)
-
-
-def _turned(group: Group, name: str, baseline: Baseline) -> int | None:
-    """The rows of a head where rotary positions turn a linear's output: the first projections of a layer."""
-    return baseline.head_dim if ".q_proj." in name or ".k_proj." in name else None
 
 
 def fitting(name: str, theirs: Tensor, ours: Tensor) -> Tensor:

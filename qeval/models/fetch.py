@@ -1,4 +1,4 @@
-"""A model's files from the hub: safetensors, configuration and tokenizer, never a pickle.
+"""A model's files from the hub: safetensors, GGUF or ONNX, configuration and tokenizer, never a pickle.
 
 The hub, its token and its cache are huggingface_hub's own: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE`.
 """
@@ -6,14 +6,15 @@ The hub, its token and its cache are huggingface_hub's own: `HF_ENDPOINT`, `HF_T
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -30,21 +31,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but
 
 from qeval.errors import QevalError, UsageError
 from qeval.models.aliases import aliases
-from qeval.models.weights import INDEX, PICKLE_SUFFIXES, SINGLE, pickle_refused
+from qeval.models.linked import linked
+from qeval.models.repository import Part, meant
+from qeval.models.weights import PICKLE_SUFFIXES
 
-_FILES = [
-    "config.json",
-    "hf_quant_config.json",  # where Model Optimizer alone may say that the weights are codes
-    "generation_config.json",
-    "model*.safetensors",  # not consolidated.safetensors or original/, which hold the same weights again
-    INDEX,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TransportError: type[Exception] = HfHubHTTPError.__mro__[1]
 """The HTTP client's own base error (huggingface_hub changed its client twice), which need not be an OSError."""
@@ -72,59 +62,112 @@ _REFUSED = [f"*{suffix}" for suffix in PICKLE_SUFFIXES] + ["*.py"]
 
 
 class Fetched(NamedTuple):
-    """The folder of a hub model's files, whose name is the commit, and what must be told of how it was had."""
+    """A part of a repository: where it lies now, its commit, and what must be told of how it was had."""
 
-    folder: Path
+    path: Path
+    """A folder or a GGUF file in the cache's copy of the commit; a graph's is a folder of links to what it needs."""
+    commit: str
+    part: Part
     warnings: tuple[str, ...]
 
 
-def fetch(hub_id: str, revision: str | None = None) -> Fetched:
+def fetch(hub_id: str, revision: str | None = None, inside: str | None = None, *, onnx: bool = False) -> Fetched:
     """A hub model's files, downloaded where they aren't cached; the cached ones where the hub does not answer.
 
+    `inside` names a GGUF file or type, or a folder, as `repository.meant`; `onnx`: whether one of that kind will do.
+
     Raises:
-        UsageError: no such model or revision, no access to it, no safetensors, or the hub can't be reached and the
-            model isn't cached.
+        UsageError: no such model, revision or part of it, no access to it, nothing that qeval takes, or the hub can't
+            be reached and it isn't cached.
         QevalError: the download failed.
     """
     silence: Exception | None = None
     try:
-        silence = _silence(hub_id, revision)
+        names, silence = _names(hub_id, revision)
+        part = _meant(hub_id, names, inside, silence, onnx=onnx)
         with _bars_on_terminals_only():
             found = snapshot_download(
                 hub_id,
                 revision=revision,
-                allow_patterns=_FILES,
+                allow_patterns=list(part.files),
                 ignore_patterns=_REFUSED,
                 local_files_only=silence is not None,
             )
-        folder = Path(found)
-        if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
-            raise UsageError(_no_weights(hub_id, folder.name))
     except (OSError, ValueError, RuntimeError, _TransportError) as error:  # RuntimeError: big files' transfer library
         answered = isinstance(error, LocalEntryNotFoundError) and isinstance(silence, HfHubHTTPError)
-        raise _told(silence if silence and answered else error, hub_id, revision) from error
-    return Fetched(folder, (_from_cache(hub_id, folder.name, silence),) if silence else ())
+        raise _told(silence if silence and answered else error, hub_id, revision, inside) from error
+    folder = Path(found)
+    warnings = (_from_cache(hub_id, folder.name, silence),) if silence and not _is_commit(revision) else ()
+    return Fetched(_lies(folder, part), folder.name, part, warnings)
 
 
-def _silence(hub_id: str, revision: str | None) -> Exception | None:
-    """Why the hub does not say which commit a revision is, if it doesn't; a commit needs no asking."""
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return None
+def _lies(copy: Path, part: Part) -> Path:
+    path = copy / part.path
+    return linked(copy, part.among(_files_in(copy))) if path.suffix == ".onnx" else path
+
+
+def _names(hub_id: str, revision: str | None) -> tuple[Sequence[str], Exception | None]:
+    """The files of a repository at a revision; those that the cache knows of where the hub does not answer, and why.
+
+    A commit that the cache knows needs no asking.
+    """
+    listed = _listed(hub_id, revision)
+    if listed and _is_commit(revision):
+        return listed, None
     try:
-        HfApi().model_info(hub_id, revision=revision, timeout=constants.DEFAULT_ETAG_TIMEOUT)
+        info = HfApi().model_info(hub_id, revision=revision, timeout=constants.DEFAULT_ETAG_TIMEOUT)
     except RevisionNotFoundError:
         raise
     except _UNREACHED as error:
-        return error
-    return None
+        if known := listed or _held(hub_id, revision):
+            return known, error
+        raise error if isinstance(error, HfHubHTTPError) else LocalEntryNotFoundError(str(error)) from error
+    return [sibling.rfilename for sibling in info.siblings or ()], None
+
+
+def _listed(hub_id: str, revision: str | None) -> list[str]:
+    """The files of a whole repository, as the cache has them listed since something of it was fetched."""
+    try:
+        return [file.path for file in get_cached_repo_tree(hub_id, revision=revision)]
+    except CachedRepoTreeNotFoundError:
+        return []
+
+
+def _held(hub_id: str, revision: str | None) -> list[str]:
+    """The files of a repository's copy that was cached without such a list, by other programs."""
+    try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=[], local_files_only=True)
+    except LocalEntryNotFoundError:
+        return []
+    return _files_in(Path(folder))
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def _meant(hub_id: str, names: Sequence[str], inside: str | None, silence: Exception | None, *, onnx: bool) -> Part:
+    try:
+        return meant(hub_id, names, inside, onnx=onnx)
+    except UsageError as error:
+        if silence is None:
+            raise
+        raise UsageError(f"The hub does not answer ({_why(silence)}), and of its copy in the cache: {error}") from error
 
 
 def _from_cache(hub_id: str, commit: str, why: Exception) -> str:
-    reason = "HF_HUB_OFFLINE is set" if isinstance(why, OfflineModeIsEnabled) else _first_line(why)
     return (
-        f"The hub does not answer for '{hub_id}' ({reason}); the cached copy of commit {commit} is used, "
+        f"The hub does not answer for '{hub_id}' ({_why(why)}); the cached copy of commit {commit} is used, "
         "which need not be the newest."
     )
+
+
+def _why(silence: Exception) -> str:
+    return "HF_HUB_OFFLINE is set" if isinstance(silence, OfflineModeIsEnabled) else _first_line(silence)
 
 
 @contextmanager
@@ -139,19 +182,9 @@ def _bars_on_terminals_only() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _no_weights(hub_id: str, commit: str) -> str:
-    names = HfApi().list_repo_files(hub_id, revision=commit)
-    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
-    if pickles:
-        return pickle_refused(hub_id, pickles)
-    if any(name.endswith(".gguf") for name in names):
-        return f"'{hub_id}' holds GGUF files only; download one and give its path."
-    return f"'{hub_id}' has no weights: neither {SINGLE} nor {INDEX} is in it."
-
-
-def _told(error: Exception, hub_id: str, revision: str | None) -> QevalError:
+def _told(error: Exception, hub_id: str, revision: str | None, inside: str | None) -> QevalError:
     """What went wrong between us and the hub, as a sentence."""
-    model = f"'{hub_id}'" + (f" at revision '{revision}'" if revision else "")
+    model = f"'{hub_id}{f':{inside}' if inside else ''}'" + (f" at revision '{revision}'" if revision else "")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         if error.response.status_code == 401 and get_token() and not isinstance(error, GatedRepoError):
             return UsageError(_BAD_TOKEN.format(model=model))

@@ -6,17 +6,18 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, Keys
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.cache import build_once
 from qeval.models.quiet import quiet
-from qeval.models.weights import check_complete, file_sha256
+from qeval.models.weights import check_complete, file_sha256, split_refused
 
 CONVERSION_VERSION = 1
 """Raise it when the same file converts to other weights."""
@@ -56,14 +57,17 @@ def read_contents(path: Path) -> Contents:
     """The quantization types of a GGUF file's matrices, the commonest first.
 
     Raises:
-        UsageError: the file is torn or not GGUF.
+        UsageError: the file is torn, not GGUF, or one of those that a model is split into.
     """
     try:
-        tensors = GGUFReader(path).tensors
+        reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'{path}' is torn or not a GGUF file ({error}).") from error
+    split = reader.get_field(Keys.Split.LLM_KV_SPLIT_COUNT)
+    if split is not None and (files := int(split.contents())) > 1:
+        raise UsageError(split_refused(f"'{path}'", path.name, files))
     counts: Counter[str] = Counter()
-    for tensor in tensors:
+    for tensor in reader.tensors:
         if len(tensor.shape) > 1:
             counts[tensor.tensor_type.name] += int(tensor.n_elements)
     if not counts:
@@ -95,18 +99,26 @@ def folder_name(prefix: str, sha256: str) -> str:
 
 
 def _make(path: Path, folder: Path, dtype: torch.dtype) -> None:
-    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    # transformers prefers a tokenizer that lies beside the file to the file's own, and the cache goes by the file
+    with TemporaryDirectory(prefix="qeval-gguf-") as alone:
+        link = Path(alone) / path.name
+        link.symlink_to(path.resolve())
+        _convert_alone(link, path, folder, dtype)
+
+
+def _convert_alone(link: Path, path: Path, folder: Path, dtype: torch.dtype) -> None:
+    where: dict[str, Any] = {"gguf_file": link.name, "local_files_only": True, "trust_remote_code": False}
     # The progress bars of a conversion do not ask transformers' own switch; nothing else is written there.
     with quiet(), redirect_stderr(StringIO()):
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                path.parent,
+                link.parent,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=dtype,
                 output_loading_info=True,
                 **where,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(link.parent, **where)
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UsageError(f"'{path}' can't be converted: {str(error).rstrip('.')}.") from error
         check_complete(report["missing_keys"], str(path))

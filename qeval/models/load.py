@@ -117,8 +117,11 @@ def checkpoint_of(source: ModelSource) -> Checkpoint:
     match source.kind:
         case "hub":
             assert source.hub_id is not None
-            folder, warnings = fetch(source.hub_id, source.revision)
-            return Checkpoint(folder, folder.name, (), warnings)
+            found = fetch(source.hub_id, source.revision, source.inside)
+            if found.part.form != "gguf":
+                return Checkpoint(found.path, found.commit, (), found.warnings)
+            folder = converted(found.path)
+            return Checkpoint(folder, found.commit, cache.read_notes(folder), found.warnings)
         case "folder":
             assert source.path is not None
             return Checkpoint(source.path, None, ())

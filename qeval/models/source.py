@@ -1,7 +1,7 @@
-"""What `--model` may say, and what it means: an alias, a hub id, a folder, or a GGUF file."""
+"""What `--model` may say, and what it means: an alias, a hub id, a folder, or a GGUF file, on the hub too."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -20,13 +20,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 class ModelSource:
     """Where a model comes from. `name` is as the user typed it, or the alias that it spells.
 
-    Of `hub_id` and `path` the kind has one or neither.
+    Of `hub_id` and `path` the kind has one or neither. `inside` names a part of the repository, as
+    `repository.meant` takes it; None is what its name alone means.
     """
 
     name: str
     kind: Kind
     hub_id: str | None = None
     revision: str | None = None
+    inside: str | None = None
     path: Path | None = None
 
 
@@ -41,19 +43,14 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
     table = aliases()
     if name in table:
         return _aliased(name, table[name], revision)
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return _local(ModelSource(name, "folder", path=path), revision)
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"The GGUF file '{name}' does not exist.")
-        return _local(ModelSource(name, "gguf", path=path), revision)
-    if path.is_file():
-        raise UsageError(_not_a_model_file(name, path))
-    if name.startswith((".", "~")) or path.is_absolute():
+    if (local := _on_disk(name)) is not None:
+        return _off_hub(local, revision)
+    if (named := on_the_hub(name)) is not None:
+        return _at(named, revision)
+    if name.lower().endswith(".gguf"):
+        raise UsageError(f"The GGUF file '{name}' does not exist.")
+    if name.startswith((".", "~")) or Path(name).is_absolute():
         raise UsageError(f"The model folder '{name}' does not exist.")
-    if _HUB_ID.fullmatch(name):
-        return ModelSource(name, "hub", hub_id=name, revision=revision)
     spelled = {spelling: alias for alias, entry in table.items() for spelling in spellings(alias, entry)}
     if name.casefold() in spelled:
         alias = spelled[name.casefold()]
@@ -62,22 +59,38 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
     hint = f"; nearest: {', '.join(list(dict.fromkeys(near))[:_NEAREST])}" if near else ""
     raise UsageError(
         f"Unknown model '{name}'{hint}. `qeval models` lists the {len(table)} that have short names; or give a hub id "
-        "'org/name', a folder, or a .gguf file."
+        "'org/name' (of GGUF files 'org/name:Q8_0'), a folder, or a .gguf file."
     )
 
 
-def on_the_hub(spelled: str) -> ModelSource | None:
-    """What `ORG/REPO` or `ORG/REPO@REVISION` names on the hub; None for a path: one that exists, or is spelled as none.
+def _on_disk(name: str) -> ModelSource | None:
+    """The folder or GGUF file of that path, if there is one."""
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return ModelSource(name, "folder", path=path)
+    if not path.is_file():
+        return None
+    if path.suffix.lower() != ".gguf":
+        raise UsageError(_not_a_model_file(name, path))
+    return ModelSource(name, "gguf", path=path)
 
-    >>> on_the_hub("org/theirs@v1").revision
-    'v1'
+
+def on_the_hub(spelled: str) -> ModelSource | None:
+    """What `ORG/REPO[@REVISION][:INSIDE]` names on the hub; None for a path: one that exists, or is spelled as none.
+
+    >>> on_the_hub("org/theirs@v1:Q4_K_M")
+    ModelSource(name='org/theirs@v1:Q4_K_M', kind='hub', hub_id='org/theirs', revision='v1', inside='Q4_K_M', path=None)
     """
-    hub_id, marked, revision = spelled.partition("@")
-    if Path(spelled).exists() or spelled.lower().endswith(".gguf") or not _HUB_ID.fullmatch(hub_id):
+    where, colon, inside = spelled.partition(":")
+    hub_id, marked, revision = where.partition("@")
+    if Path(spelled).exists() or where.lower().endswith(".gguf") or not _HUB_ID.fullmatch(hub_id):
         return None
     if marked and not revision:
         raise UsageError(f"'{spelled}' names no revision after its @; give a branch, a tag or a full commit.")
-    return ModelSource(spelled, "hub", hub_id=hub_id, revision=revision or None)
+    inside = inside.strip("/")
+    if colon and not inside:
+        raise UsageError(f"'{spelled}' names nothing after its colon; give a GGUF file or type (Q4_K_M), or a folder.")
+    return ModelSource(spelled, "hub", hub_id=hub_id, revision=revision or None, inside=inside or None)
 
 
 def spellings(alias: str, entry: Alias) -> tuple[str, str]:
@@ -87,11 +100,17 @@ def spellings(alias: str, entry: Alias) -> tuple[str, str]:
 
 def _aliased(name: str, alias: Alias, revision: str | None) -> ModelSource:
     if alias.hub_id is None:
-        return _local(ModelSource(name, "demo"), revision)
+        return _off_hub(ModelSource(name, "demo"), revision)
     return ModelSource(name, "hub", hub_id=alias.hub_id, revision=revision or alias.revision)
 
 
-def _local(source: ModelSource, revision: str | None) -> ModelSource:
+def _at(source: ModelSource, revision: str | None) -> ModelSource:
+    if revision is not None and source.revision is not None:
+        raise UsageError(f"'{source.name}' and --revision {revision} both name a revision; leave one of them out.")
+    return replace(source, revision=revision or source.revision)
+
+
+def _off_hub(source: ModelSource, revision: str | None) -> ModelSource:
     if revision is not None:
         raise UsageError(f"--revision {revision} needs a model on the hub; '{source.name}' is not one. Leave it out.")
     return source

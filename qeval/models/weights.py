@@ -65,6 +65,15 @@ def pickle_refused(where: str, pickles: Sequence[str]) -> str:
     )
 
 
+def split_refused(where: str, name: str, count: int) -> str:
+    """Why a GGUF model in several files, one of which is `name`, is not read, and what to do."""
+    return (
+        f"{where} is one of the {count} files that a model is split into, and the gguf package reads whole ones: get "
+        f"them all, join them with llama.cpp's `llama-gguf-split --merge {name} whole.gguf`, which takes the first's "
+        "name, and give whole.gguf."
+    )
+
+
 def check_complete(missing: Iterable[str], where: str) -> None:
     """Refuse a checkpoint that lacks tensors: transformers would fill them with random numbers, and go on.
 

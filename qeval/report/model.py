@@ -203,7 +203,7 @@ class Variant(_Part):
     quantize_seconds: float
     score_seconds: float
     twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with
-    runtime: RuntimeRecord | None = None  # how ONNX Runtime ran it; None on torch
+    runtime: RuntimeRecord | None = None  # how ONNX Runtime or llama.cpp ran it; None on torch
     void: str | None = None  # why its figures say nothing: it was calibrated on what it was scored on
 
     @property

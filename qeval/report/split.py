@@ -1,4 +1,4 @@
-"""The loss of a variant on ONNX Runtime, split: what the export, the quantizer and the kernel each cost."""
+"""The loss of a variant on another runtime, split: what the export, the quantizer and the kernel each cost."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ from qeval.report.page import NOTHING, Cell, Plot, Section, Table, metric_cell
 _SHARES = ("Export", "Quantizer", "Kernel")
 _ROW = 0.34  # inches a bar takes
 _NOTE = (
-    "Export: KL of the float graph from the baseline. Quantizer: KL of the integers, computed in torch, from the "
-    "baseline. Kernel: KL of ONNX Runtime's answers from the same integers' in torch. All: KL of its answers from the "
-    "baseline, which is about, but not exactly, the sum. All on the same tokens."
+    "Export: KL of the float model there from the baseline. Quantizer: KL of the variant's weights, computed in torch, "
+    "from the baseline. Kernel: KL of the runtime's answers from the same weights' in torch. All: KL of its answers "
+    "from the baseline, which is about, but not exactly, the sum. All on the same tokens."
 )
 
 
 class Split(NamedTuple):
-    """One variant on ONNX Runtime; a share is None where the model that it needs was not scored."""
+    """One variant on another runtime than torch; a share is None where the model that it needs was not scored."""
 
     variant: Variant
     export: Metric | None
@@ -31,10 +31,13 @@ class Split(NamedTuple):
 
 
 def splits(report: Report) -> list[Split]:
-    """The variants that ONNX Runtime ran, each with its shares."""
+    """The variants that another runtime ran, each with its shares."""
     by_name = {variant.name: variant for variant in report.variants}
-    floors = [variant for variant in report.variants if variant.role == "floor" and variant.runtime is not None]
-    export = floors[0].metrics.get("kernel_kl_nats") if floors else None
+    exports = {
+        words.runtime(variant.runtime.runtime): variant.metrics.get("kernel_kl_nats")
+        for variant in report.variants
+        if variant.role == "floor" and variant.runtime is not None
+    }
     found = []
     for variant in report.variants:
         whole = variant.metrics.get("kl_nats")
@@ -42,8 +45,8 @@ def splits(report: Report) -> list[Split]:
             twin = by_name.get(variant.twin or "")
             quantizer = twin.metrics.get("kl_nats") if twin else None
             own = variant.runtime.exporter is not None
-            kernel = variant.metrics.get("kernel_kl_nats")
-            found.append(Split(variant, export if own else None, quantizer, kernel, whole))
+            export = exports.get(words.runtime(variant.runtime.runtime)) if own else None
+            found.append(Split(variant, export, quantizer, variant.metrics.get("kernel_kl_nats"), whole))
     return found
 
 
@@ -52,8 +55,8 @@ def section(report: Report, plot: Plot | None) -> Section:
     found = splits(report)
     ran = [variant for variant in report.variants if variant.runtime is not None]
     return Section(
-        id="onnx",
-        title="ONNX Runtime",
+        id="runtimes",
+        title=words.listed([*dict.fromkeys(words.runtime(each.runtime.runtime) for each in ran if each.runtime)]),
         sentences=tuple(_sentences(found)),
         plots=(plot,) if plot else (),
         tables=(*((_table(found),) if found else ()), _runtimes(ran), _contents(ran)),
@@ -85,18 +88,31 @@ def bars(report: Report) -> Plot | None:
     return Plot("onnx-split", "Where the loss comes from", f"Stacked shares of KL in nats. {told}.", svg, png)
 
 
+_KERNELS = {
+    ("ONNX Runtime", 1): "At accuracy level 1 (fp32 activations) the kernel adds",
+    ("ONNX Runtime", 4): "At accuracy level 4 (activations rounded to int8 by the kernel) the kernel adds",
+    ("llama.cpp", None): "llama.cpp's kernels, which round activations to 8 bits, add",
+}
+
+
 def _sentences(found: list[Split]) -> list[str]:
     ours = [split for split in found if split.kernel is not None and split.quantizer is not None]
     sentences = []
-    for level, told in ((1, "fp32 activations"), (4, "activations rounded to int8 by the kernel")):
-        at = [split for split in ours if split.variant.runtime and split.variant.runtime.accuracy_level == level]
+    for kind, told in _KERNELS.items():
+        at = [split for split in ours if _kind(split.variant) == kind]
         if at:
             worst = max(at, key=lambda split: _value(split.kernel))
             sentences.append(
-                f"At accuracy level {level} ({told}) the kernel adds at most {_text(worst.kernel)} nats "
-                f"({worst.variant.name}), where the quantizer costs {_text(worst.quantizer)}."
+                f"{told} at most {_text(worst.kernel)} nats ({worst.variant.name}), where the quantizer costs "
+                f"{_text(worst.quantizer)}."
             )
     return sentences
+
+
+def _kind(variant: Variant) -> tuple[str, int | None] | None:
+    """Which runtime, at which accuracy level."""
+    ran = variant.runtime
+    return (words.runtime(ran.runtime), ran.accuracy_level) if ran else None
 
 
 def _table(found: list[Split]) -> Table:
@@ -119,14 +135,16 @@ def _runtimes(ran: list[Variant]) -> Table:
         assert runtime is not None
         nodes = ", ".join(f"{provider} {count}" for provider, count in runtime.nodes.items())
         made = ", ".join(word for word in (runtime.exporter or "elsewhere", runtime.format) if word)
-        rows.append((Cell(variant.name), Cell(made), Cell(_level(variant)), Cell(runtime.runtime), Cell(nodes)))
+        rows.append(
+            (Cell(variant.name), Cell(made), Cell(_level(variant)), Cell(runtime.runtime), Cell(nodes or NOTHING.text))
+        )
     columns = ("Model", "Made by", "Accuracy level", "Runtime", "Nodes by provider")
     return Table("How each model ran", columns, tuple(rows))
 
 
 def _contents(ran: list[Variant]) -> Table:
     rows = tuple((Cell(v.name), Cell(" ".join(v.runtime.facts))) for v in ran if v.runtime is not None)
-    return Table("What each ONNX folder holds", ("Model", "Contents"), rows, folded=True)
+    return Table("What the files of each model hold", ("Model", "Contents"), rows, folded=True)
 
 
 def _told(split: Split) -> str:

@@ -26,7 +26,8 @@ _TROUBLE = {"failed": "failed and was not scored", "broken": "is broken and was 
 def _scope(report: Report) -> str:
     base = report.baseline
     count = sum(v.ranked for v in report.variants)
-    again = sum(v.role == "variant" and not v.ranked for v in report.variants)
+    again = [v for v in report.variants if v.role == "variant" and not v.ranked]
+    runtimes = [*dict.fromkeys(words.runtime(v.runtime.runtime) for v in again if v.runtime)]
     p = report.protocol
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
@@ -34,7 +35,7 @@ def _scope(report: Report) -> str:
     return (
         f"{count} quantized {'variant' if count == 1 else 'variants'} of {report.model.name} against its "
         f"{baseline_name(report)} ({base.label}; {words.size(base.size_bytes)}), paired on {words.listed(on)}."
-        + (f" ONNX Runtime scored them too ({again} more rows below)." if again else "")
+        + (f" {words.listed(runtimes)} scored them too ({len(again)} more rows below)." if runtimes else "")
     )
 
 
@@ -86,7 +87,11 @@ def _floor(report: Report) -> list[str]:
         return []
     floor, name = max(floors, key=lambda pair: pair[0].value or 0.0)
     under = [v.name for v in report.variants if (loss := quality(v)) is not None and loss <= (floor.value or 0.0)]
-    told = f"; {words.listed(under)} lie no higher: inconclusive, not better" if under else ""
+    told = (
+        f"; {words.listed(under)} {'lies' if len(under) == 1 else 'lie'} no higher: inconclusive, not better"
+        if under
+        else ""
+    )
     return [f"The noise floor ({name}: the baseline against itself) is a KL of {words.metric_text(floor)} nats{told}."]
 
 

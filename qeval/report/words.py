@@ -174,6 +174,15 @@ def bos(protocol: ProtocolRecord) -> str:
     return f"{protocol.bos_token or 'BOS'} {_BOS[protocol.bos_placement]}{asked}"
 
 
+def runtime(told: str) -> str:
+    """The name of what ran a model, by what a record says.
+
+    >>> runtime("llama-cpp-python 0.3.36"), runtime("onnxruntime-gpu 1.31.1")
+    ('llama.cpp', 'ONNX Runtime')
+    """
+    return "llama.cpp" if told.startswith("llama-cpp-python") else "ONNX Runtime"
+
+
 def listed(names: list[str]) -> str:
     """Names as a sentence lists them.
 

@@ -121,14 +121,14 @@ class KeptRecord(_Record):
 
 
 class RuntimeRecord(_Record):
-    """How ONNX Runtime ran a model."""
+    """How ONNX Runtime or llama.cpp ran a model."""
 
-    runtime: str  # "onnxruntime 1.31.1"
-    provider: str  # "CPUExecutionProvider"
-    nodes: dict[str, int]  # how many nodes each provider was given
-    exporter: str | None  # "genai" or "dynamo"; None for a folder made elsewhere
+    runtime: str  # "onnxruntime 1.31.1", "llama-cpp-python 0.3.36"
+    provider: str  # "CPUExecutionProvider"; llama.cpp's "CPU" or "GPU"
+    nodes: dict[str, int]  # how many nodes each provider was given; llama.cpp tells of none
+    exporter: str | None  # "genai" or "dynamo", "qeval" for a GGUF file; None for what was made elsewhere
     format: str | None  # "nbits" or "qdq"
-    accuracy_level: int | None  # 1: fp32 activations; 4: int8 activations; None for a folder made elsewhere
+    accuracy_level: int | None  # 1: fp32 activations; 4: int8 activations; None elsewhere
     shares_prefixes: str  # "batch": several questions continue one at once; "one": one at a time; "none"
     facts: list[str]  # what the folder holds, in sentences
 

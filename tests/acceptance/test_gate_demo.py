@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     except QevalError as error:
         pytest.skip(f"the demo model cannot be had: {error}")
     out = tmp_path_factory.mktemp("demo")
-    flags = ["--methods", "rtn,rtn:int8-channel", "--max-windows", "8", "--out", str(out), "--quiet"]
+    flags = ["--methods", "rtn,rtn:int8-channel", "--max-windows", "6", "--limit", "10", "--out", str(out), "--quiet"]
     assert run(["compare", "--model", "demo", *flags]) == 0
     return out
 

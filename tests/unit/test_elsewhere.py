@@ -6,13 +6,12 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qeval.compare.elsewhere import Made, check_answers
-from qeval.compare.places import Place
+from qeval.compare.local import Place
 from qeval.compare.witness import witness_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
@@ -22,12 +21,10 @@ from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize
 from qeval.report import build
 from qeval.score.corpus import Shard
-from qeval.store.rows import RowStore
 from qeval.tasks.windows import Window
 from tests.fixtures import packers
-from tests.fixtures.bench import CONTEXT, Bench
-from tests.fixtures.ggufs import write_gguf
-from tests.fixtures.tiny import BYTES, save_tiny, tiny_llama, tiny_tokenizer
+from tests.fixtures.bench import CONTEXT, Bench, kl, records
+from tests.fixtures.tiny import BYTES, save_tiny, tiny_tokenizer
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
@@ -74,15 +71,6 @@ def refused(bench, tmp_path, capsys):
         return " ".join(capsys.readouterr().err.split())
 
     return told
-
-
-def records(out):
-    return {each["name"]: each for each in json.loads((out / "run.json").read_text())["variants"]}
-
-
-def kl(out, name):
-    values = [row["kl_nats"] for row in RowStore(out).read("tokens").to_pylist() if row["variant"] == name]
-    return sum(value for value in values if value is not None) / len(values)
 
 
 def test_a_checkpoint_is_scored_as_the_variant_that_it_was_packed_from(bench, made, tmp_path):
@@ -361,57 +349,6 @@ def test_a_torn_copy_in_the_cache_is_read_again(bench, made, tmp_path):
     (folder / "weights.safetensors").write_bytes(b"torn")
     assert bench.compare(*QUIET, *given, methods=None, out=str(tmp_path / "two")) == 0
     assert kl(tmp_path / "one", "theirs") == kl(tmp_path / "two", "theirs")
-
-
-@pytest.fixture(scope="module")
-def ggufs(tmp_path_factory):
-    """A tiny Llama as GGUF files of several types."""
-    folder = tmp_path_factory.mktemp("ggufs")
-    model = tiny_llama(seed=5, intermediate_size=128, vocab_size=258)
-    kinds = {"f32": None, "q8": gguf.GGMLQuantizationType.Q8_0, "q4": gguf.GGMLQuantizationType.Q4_0}
-    return {name: write_gguf(folder / f"{name}.gguf", model, quantize=kind) for name, kind in kinds.items()}
-
-
-def test_gguf_files_are_read_by_their_types(bench, ggufs, tmp_path):
-    out = tmp_path / "out"
-    given = [flag for name in ("f32", "q8", "q4") for flag in ("--variant", f"{name}={ggufs[name]}")]
-    assert bench.compare(*QUIET, *given, methods=None, model=str(ggufs["f32"]), out=str(out)) == 0
-    found = records(out)
-    assert (found["q8"]["method"], found["q8"]["grid"], found["q8"]["bits_per_weight"]) == ("gguf", "Q8_0", 8.5)
-    assert (found["q4"]["grid"], found["q4"]["bits_per_weight"]) == ("Q4_0", 4.5)
-    assert kl(out, "f32") == 0
-    assert 0 < kl(out, "q8") < 0.01 < kl(out, "q4")
-
-
-def test_a_file_of_the_baseline_itself_loses_nothing_and_has_its_report(bench, ggufs, tmp_path):
-    out = tmp_path / "out"
-    given = ("--variant", f"same={ggufs['q4']}")
-    assert bench.compare(*QUIET, *given, methods=None, model=str(ggufs["q4"]), out=str(out)) == 0
-    assert kl(out, "same") == 0
-    assert records(out)["same"]["grid"] == "Q4_0"
-    assert (out / "report.html").exists()
-
-
-def test_a_gguf_of_rows_in_the_other_rotary_order_is_named(bench, ggufs, tmp_path, capsys):
-    """What a converter that forgets llama.cpp's order of q and k writes."""
-    model = tiny_llama(seed=5, intermediate_size=128, vocab_size=258)
-    path = write_gguf(tmp_path / "m.gguf", model, quantize=gguf.GGMLQuantizationType.Q8_0, permute=False)
-    assert bench.compare(*QUIET, "--variant", f"theirs={path}", methods=None, model=str(ggufs["f32"])) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "q_proj.weight is not the baseline's" in told
-    assert "its rows are in the other order of rotary positions" in told
-
-
-def test_a_gguf_type_that_nothing_dequantizes_is_named(bench, ggufs, capsys, monkeypatch):
-    def unknown(data, kind):
-        raise NotImplementedError(kind)
-
-    monkeypatch.setattr(gguf, "dequantize", unknown)
-    flags = ("--variant", f"theirs={ggufs['q4']}")
-    assert bench.compare(*QUIET, *flags, methods=None, model=str(ggufs["f32"])) == 2
-    assert "which the gguf package can't dequantize; quantize it otherwise." in " ".join(
-        capsys.readouterr().err.split()
-    )
 
 
 STACKED = {"Mixtral": r".*(\.experts\..*|_proj)\.weight", "GPT2": r".*\.c_(attn|proj|fc)\.weight"}

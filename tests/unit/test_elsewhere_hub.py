@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from qeval.compare.places import places_of
+from qeval.compare.local import local_places
 from qeval.errors import UsageError
 from qeval.models.load import load
 from qeval.models.source import on_the_hub, resolve
@@ -69,13 +69,13 @@ def test_a_checkpoint_on_the_hub_is_read_as_its_local_copy_and_fetched_once(benc
     given = ("--variant", f"theirs={local}", "--quiet")
     assert bench.compare(*given, out=str(tmp_path / "local"), **QUIET) == 0
     assert scored(tmp_path / "local")["key"] == record["key"] and not hub.requests
-    (again,) = places_of([("theirs", Path(f"{THEIRS}@{TAG}"))])
+    (again,) = local_places([("theirs", Path(f"{THEIRS}@{TAG}"))])
     assert (again.path / "model.safetensors").read_bytes() == (local / "model.safetensors").read_bytes()
     assert not any(path.endswith(".safetensors") for path in hub.requests)
 
 
 def test_a_hub_that_is_down_leaves_the_cached_copy_and_its_warning(bench, hub, monkeypatch, tmp_path):
-    (place,) = places_of([("theirs", Path(THEIRS))])
+    (place,) = local_places([("theirs", Path(THEIRS))])
     assert place.warnings == ()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     given = ("--variant", f"theirs={THEIRS}", "--quiet")
@@ -97,7 +97,7 @@ def test_a_hub_that_is_down_leaves_the_cached_copy_and_its_warning(bench, hub, m
 )
 def test_what_the_hub_does_not_give_is_a_sentence(hub, spelled, says):
     with pytest.raises(UsageError) as error:
-        places_of([("x", Path(spelled))])
+        local_places([("x", Path(spelled))])
     assert says in str(error.value)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qeval.backends.llamacpp.library import weights_told
 from qeval.backends.torch import TorchSession
 from qeval.engines import gguf_file
 from qeval.engines.base import greedy
 from qeval.engines.gguf_file import to_gguf, write
-from qeval.engines.llamacpp import LlamaCppEngine, weights_told
+from qeval.engines.llamacpp import LlamaCppEngine
 from qeval.engines.opening import Opening
 from qeval.errors import UsageError
 from qeval.models.load import load

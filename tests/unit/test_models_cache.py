@@ -107,6 +107,15 @@ def test_a_quantized_gguf_is_dequantized_and_says_so(tmp_path, model):
     assert "quantized GGUF file m.gguf (Q4_1 100 % of the parameters)" in read_notes(folder)[0]
 
 
+def test_one_file_of_a_split_model_is_refused_with_what_joins_them(tmp_path, model):
+    path = write_gguf(tmp_path / "m-00001-of-00003.gguf", model, files=3)
+    with pytest.raises(
+        UsageError, match=r"is one of the 3 files .* --merge m-00001-of-00003\.gguf whole\.gguf`, which"
+    ):
+        converted(path)
+    assert converted(write_gguf(tmp_path / "m-00001-of-00001.gguf", model, files=1)).is_dir()
+
+
 def test_a_conversion_is_named_by_content_and_done_once(tmp_path, model, capfd):
     first = converted(write_gguf(tmp_path / "a.gguf", model))
     stamp = (first / "model.safetensors").stat().st_mtime_ns

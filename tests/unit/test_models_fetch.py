@@ -33,7 +33,7 @@ def files(tmp_path_factory):
 @pytest.fixture
 def hub(files, tmp_path, monkeypatch):
     fake = FakeHub({MODEL: files, "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
-                    "org/gated": files, "org/ggufs": {"m.Q4_0.gguf": b"GGUF"}, "org/empty": {"README.md": b"-"}},
+                    "org/gated": files, "org/empty": {"README.md": b"-"}},
                    gated=frozenset({"org/gated"}))  # fmt: skip
     monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
     with reached(fake, monkeypatch, tmp_path / "cache"):
@@ -41,8 +41,9 @@ def hub(files, tmp_path, monkeypatch):
 
 
 def test_only_safetensors_config_and_tokenizer_are_fetched(hub, files):
-    folder, warnings = fetch(MODEL)
-    assert (folder.name, warnings) == (COMMIT, ())
+    found = fetch(MODEL)
+    folder = found.path
+    assert (folder.name, found.commit, found.warnings) == (COMMIT, COMMIT, ())
     fetched = {path.name for path in folder.iterdir()}
     assert fetched == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                        "tokenizer_config.json"}  # fmt: skip
@@ -59,7 +60,7 @@ def test_a_hub_model_loads_and_knows_its_commit(hub):
 @pytest.mark.parametrize("revision", [None, TAG, COMMIT])
 @pytest.mark.parametrize("silence", ["offline", "down", "private"])
 def test_a_fetched_model_needs_no_hub_and_says_which_commit_it_is(hub, monkeypatch, revision, silence):
-    folder = fetch(MODEL, revision).folder
+    folder = fetch(MODEL, revision).path
     if silence == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if silence == "down":
@@ -67,19 +68,19 @@ def test_a_fetched_model_needs_no_hub_and_says_which_commit_it_is(hub, monkeypat
     if silence == "private":
         hub.repositories = {}
     before = len(hub.requests)
-    again, warnings = fetch(MODEL, revision)
-    assert again == folder
+    again = fetch(MODEL, revision)
+    assert again.path == folder
     if revision == COMMIT:
-        assert (warnings, len(hub.requests)) == ((), before)
+        assert (again.warnings, len(hub.requests)) == ((), before)
     else:
-        (warning,) = warnings
+        (warning,) = again.warnings
         assert f"the cached copy of commit {COMMIT} is used" in warning
 
 
 def test_a_download_that_was_cut_goes_on_where_it_was(hub, files, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
     hub.breaks_after = len(files["model.safetensors"]) // 2
-    folder = fetch(MODEL).folder
+    folder = fetch(MODEL).path
     assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
     assert hub.ranges[f"/{MODEL}/resolve/{COMMIT}/model.safetensors"] > 0
 
@@ -92,7 +93,6 @@ def test_a_download_that_was_cut_goes_on_where_it_was(hub, files, monkeypatch):
         (MODEL, "v9", r"'org/tiny' has no revision 'v9'; give a branch"),
         ("org/gated", None, r"restricted: accept its licence at http://.*/org/gated, then log in .*`hf auth login`"),
         ("org/pickled", None, r"'org/pickled' has its weights as pickles only \(pytorch_model\.bin\), which can run"),
-        ("org/ggufs", None, r"holds GGUF files only"),
         ("org/empty", None, r"'org/empty' has no weights"),
         ("org/" + "x" * 120, None, r"is no hub id"),
     ],
@@ -140,7 +140,7 @@ def test_a_download_that_breaks_is_a_failure_not_wrong_use(monkeypatch, error, s
     def snapshot_download(*_, **__):
         raise error
 
-    monkeypatch.setattr(fetch_module, "_silence", lambda *_: None)
+    monkeypatch.setattr(fetch_module, "_names", lambda *_: (["model.safetensors"], None))
     monkeypatch.setattr(fetch_module, "snapshot_download", snapshot_download)
     with pytest.raises(QevalError, match=says) as caught:
         fetch(MODEL)

@@ -4,7 +4,7 @@ import pytest
 
 from qeval.errors import UsageError
 from qeval.models.aliases import aliases, list_models, read_aliases
-from qeval.models.source import ModelSource, resolve, spellings
+from qeval.models.source import ModelSource, on_the_hub, resolve, spellings
 
 PROMISED = {
     "llama-2-7b",
@@ -92,6 +92,8 @@ def test_hub_ids_folders_and_files_are_told_apart(tmp_path, monkeypatch):
         ("./none", r"The model folder './none' does not exist"),
         ("/none/of/it", "does not exist"),
         ("x/none.gguf", "GGUF file 'x/none.gguf' does not exist"),
+        ("C:/models/m.gguf", "GGUF file 'C:/models/m.gguf' does not exist"),
+        ("org/m:", "names nothing after its colon; give a GGUF file"),
         ("a/b/c", "Unknown model 'a/b/c'"),
         ("", "Unknown model ''"),
         ("pytorch_model.bin", "is a pickle, which can run any code"),
@@ -104,6 +106,34 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch, name, says):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UsageError, match=says):
         resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "revision", "inside"),
+    [
+        ("org/m:Q8_0", None, None, "Q8_0"),
+        ("org/m:Q8_0", "v2", "v2", "Q8_0"),
+        ("org/m@v1", None, "v1", None),
+        ("org/m@refs/pr/1:sub/m-F16.gguf", None, "refs/pr/1", "sub/m-F16.gguf"),
+        ("org/m:cpu/a@b:c/", None, None, "cpu/a@b:c"),
+    ],
+)
+def test_a_hub_id_may_say_its_revision_and_what_is_meant_inside(name, flag, revision, inside):
+    assert resolve(name, flag) == ModelSource(name, "hub", hub_id="org/m", revision=revision, inside=inside)
+
+
+def test_two_revisions_contradict_each_other():
+    with pytest.raises(UsageError, match="'org/m@v1:Q8_0' and --revision v2 both name a revision; leave one"):
+        resolve("org/m@v1:Q8_0", "v2")
+
+
+@pytest.mark.parametrize("name", ["org/m:Q8_0", "org/m@v1", "org/m@v1:sub/m.gguf", "C:m.gguf"])
+def test_a_path_that_exists_comes_before_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"GGUF") if name.endswith(".gguf") else (tmp_path / name).mkdir()
+    assert resolve(name).kind == ("gguf" if name.endswith(".gguf") else "folder")
+    assert on_the_hub(name) is None
 
 
 def test_a_revision_needs_the_hub(tmp_path):

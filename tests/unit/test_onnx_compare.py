@@ -17,7 +17,8 @@ from qeval.backends.onnx.backend import FolderBackend, OrtBackend
 from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run
 from qeval.store.rows import RowStore
-from tests.fixtures.bench import CONTEXT, Bench, refusing
+from tests.fixtures.bench import CONTEXT, Bench, records, refusing
+from tests.fixtures.hub import COMMIT, FakeHub, reached
 from tests.fixtures.onnx import SPECIAL
 from tests.fixtures.tiny import save_tiny
 
@@ -71,10 +72,6 @@ def opened(monkeypatch):
     return found
 
 
-def records(out):
-    return {variant["name"]: variant for variant in json.loads((out / "run.json").read_text())["variants"]}
-
-
 def rows(out, kind, variant):
     found = [row for row in RowStore(out).read(kind).to_pylist() if row["variant"] == variant]
     return sorted(found, key=lambda row: tuple(row.get(name, 0) for name in ("subject", "item", "window", "position")))
@@ -83,6 +80,24 @@ def rows(out, kind, variant):
 def mean(values):
     values = list(values)
     return sum(values) / len(values)
+
+
+def test_a_model_inside_a_hub_repository_is_scored_as_its_local_copy(place, tmp_path, monkeypatch):
+    """In a folder as Microsoft keeps them, and as transformers.js does: graphs in one, the rest in the root."""
+    local = {path.name: path.read_bytes() for path in (place.folder / "int4").iterdir()}
+    files = {f"cpu/int4/{name}": data for name, data in local.items()} | {"onnx/model_q4.onnx": b"-"}
+    files |= {f"onnx/{name}" if "onnx" in name else name: data for name, data in local.items() if "genai" not in name}
+    files["config.json"] = (place.model / "config.json").read_bytes()
+    given = {"cpu": "cpu/int4", "js": "onnx/model.onnx"}
+    flags = [f"--variant={name}=org/onnx:{what}" for name, what in given.items()]
+    with reached(FakeHub({"org/onnx": files}), monkeypatch, tmp_path / "cache"):
+        assert place.compare("--quiet", *flags, methods=None, tasks="kl,ppl", out=str(tmp_path / "out")) == 0
+    found = records(tmp_path / "out")
+    assert found["cpu"]["details"]["from"] == f"cpu/int4 of org/onnx at commit {COMMIT}"
+    assert found["js"]["details"]["from"] == f"onnx/model.onnx of org/onnx at commit {COMMIT}"
+    for name in given:
+        ours, theirs = rows(tmp_path / "out", "tokens", name), rows(place.out, "tokens", "theirs")
+        assert [row | {"variant": ""} for row in ours] == [row | {"variant": ""} for row in theirs]
 
 
 def test_every_model_has_its_record(place):

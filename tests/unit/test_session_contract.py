@@ -7,6 +7,7 @@ from qeval.backends.replay import ReplaySession
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError
 from qeval.types import Request
+from tests.fixtures.engines_llamacpp import STAND_IN, llama_session
 from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import tiny_llama
 
@@ -50,6 +51,7 @@ SESSIONS["torch-longrope"] = long_rope
 ONNX = ("llama", "gemma3", "phi3", "olmo2")
 """Grouped queries in one operator, alone and with a window; with LongRoPE; standard operators, which take batches."""
 SESSIONS |= {f"ort-{name}": lambda name=name: on_onnx(name) for name in ONNX}
+SESSIONS |= {f"llama.cpp-{module}": lambda module=module: llama_session(module) for module in ("llama_cpp", STAND_IN)}
 """Makers of sessions; two calls of one give sessions that answer alike."""
 
 
@@ -58,6 +60,8 @@ def make(request):
     if request.param.startswith("ort-"):
         pytest.importorskip("onnxruntime_genai")
         pytest.importorskip("onnxscript")
+    if request.param == "llama.cpp-llama_cpp":
+        pytest.importorskip("llama_cpp")
     return SESSIONS[request.param]
 
 

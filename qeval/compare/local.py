@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qeval.errors import QevalError
-from qeval.models.load import checkpoint_of
+from qeval.models.fetch import Fetched, fetch
 from qeval.models.source import on_the_hub
 
 
@@ -33,7 +33,7 @@ class Place:
         return self.hub or self.path.name
 
 
-def places_of(variants: Iterable[tuple[str, Path]]) -> tuple[Place, ...]:
+def local_places(variants: Iterable[tuple[str, Path]]) -> tuple[Place, ...]:
     """The places of all of --variant, in their order.
 
     Raises:
@@ -47,10 +47,15 @@ def _place(name: str, path: Path) -> Place:
     source = on_the_hub(spelled)
     if source is None:
         return Place(name, spelled, path)
+    assert source.hub_id is not None
     try:
-        checkpoint = checkpoint_of(source)
+        found = fetch(source.hub_id, source.revision, source.inside, onnx=True)
     except QevalError as error:
         raise type(error)(f"--variant {name}={spelled} is no path here, and on the hub: {error}") from error
-    return Place(
-        name, spelled, checkpoint.folder, f"{source.hub_id} at commit {checkpoint.revision}", checkpoint.warnings
-    )
+    return Place(name, spelled, found.path, _had(source.hub_id, found), found.warnings)
+
+
+def _had(hub_id: str, found: Fetched) -> str:
+    """What was fetched, in words: `q/m-Q4_0.gguf of org/repo at commit 0123…`."""
+    part = f"{found.part.path} of " if found.part.path else ""
+    return f"{part}{hub_id} at commit {found.commit}"
