@@ -81,32 +81,36 @@ def check_weights(parsed: Parsed, baseline: Baseline) -> str:
     left = {place: why for place in places if (why := why_unread(stored[place]))}
     reader = _Reader(stored)
     pairing = pair(stored, [place for place in places if place not in left], baseline, reader.peek)
-    _check_whole(pairing.pieces, [*left.values(), *pairing.left.values()], baseline)
-    scales = _scales(reader, pairing.pieces, baseline)
-    unjudged = {**dict(_odd(parsed.graph, pairing, baseline, reader)), **scales.unknown}
-    left |= {**pairing.left, **{piece.stored: why for name, why in unjudged.items() for piece in pairing.pieces[name]}}
-    found = _Found(reader, {n: each for n, each in pairing.pieces.items() if n not in unjudged}, scales.norms)
+    left |= pairing.left
+    missing = _missing(pairing.pieces, left, len(parsed.facts.ports.present), baseline.description)
+    scales = _scales(reader, pairing.pieces, baseline, dict(_odd(parsed.graph, pairing, baseline, reader)))
+    left |= {piece.stored: why for name, why in scales.unknown.items() for piece in pairing.pieces[name]}
+    found = _Found(reader, {n: each for n, each in pairing.pieces.items() if n not in scales.unknown}, scales.norms)
     for name in found.untouched:
         check_same(name, values_of(found.matrix(name)), baseline.parameters[name])
     check_resemblance(found, scales.inputs, baseline, loose=found.floats)
-    return _told(len(places), left, _unfound(pairing, baseline.description))
+    return _told(len(places), left, missing)
 
 
-def _check_whole(found: Collection[str], left: Collection[str], baseline: Baseline) -> None:
-    """Refuse a graph without a place for linears of the baseline, though all of its own, or none, are the baseline's.
+def _missing(found: Collection[str], left: Mapping[int, str], caches: int, about: Description) -> list[str]:
+    """The baseline's matrices that the graph, with keys and values of `caches` layers, has no place for.
+
+    Of linears only where all matrices were told apart: operators that qeval doesn't know may hold these.
 
     Raises:
-        UsageError: it names them.
+        UsageError: no matrix is one of the baseline's, or whole layers are not there.
     """
-    linears = [name for group in baseline.description.groups for name in group.names]
-    missing = [name for name in linears if name not in found]
-    if missing == linears and all(why in (OTHER_SHAPE, NOT_ALIKE) for why in left):
+    missing = [name for group in about.groups for name in group.names if name not in found]
+    layers = {group.layer for group in about.groups if any(name in found for name in group.names)}
+    if left and not layers and all(why in (OTHER_SHAPE, NOT_ALIKE) for why in left.values()):
         raise UsageError(
             f"none of its {len(left)} matrices has the shape and the values of a linear of the baseline: it is another "
             "model's."
         )
-    if missing and not left:
+    if missing and not left and len(layers) == caches < len(about.layers):
         raise UsageError(f"it lacks {listed(missing)}, which the baseline has: it is another model's.")
+    ends = [name for name in (about.head, about.embedding) if name not in found]
+    return [*([] if about.tied and len(ends) == 1 else ends), *([] if left else missing)]
 
 
 class _Reader:
@@ -168,7 +172,7 @@ class _Found(Mapping[str, Matrix | Tensor]):
 class _Scales(NamedTuple):
     """What a graph's products are given: gains of norms [columns] by name, numbers of a product's own [columns].
 
-    `unknown`: the matrices whose input's scales are not known, with the reason.
+    `unknown`: the matrices that are not judged, with the reason.
     """
 
     norms: dict[str, Tensor]
@@ -176,9 +180,11 @@ class _Scales(NamedTuple):
     unknown: dict[str, str]
 
 
-def _scales(reader: _Reader, pieces: Mapping[str, Sequence[Piece]], baseline: Baseline) -> _Scales:
-    """By what the graph multiplies the input of each matrix that was found, group by group."""
-    scales = _Scales({}, {}, {})
+def _scales(
+    reader: _Reader, pieces: Mapping[str, Sequence[Piece]], baseline: Baseline, odd: Mapping[str, str]
+) -> _Scales:
+    """By what the graph multiplies the input of each matrix that was found, group by group; `odd` are not judged."""
+    scales = _Scales({}, {}, dict(odd))
     for group in baseline.description.groups:
         nodes = {name: reader.stored[pieces[name][0].stored].parts.node for name in group.names if name in pieces}
         gains = {name: input_gain(node, group.columns) for name, node in nodes.items()}
@@ -189,10 +195,12 @@ def _scales(reader: _Reader, pieces: Mapping[str, Sequence[Piece]], baseline: Ba
             scales.unknown.update(dict.fromkeys(gains, "after linears that are not compared"))
         else:
             for name, gain in gains.items():
-                likely = gain if producer or gain is None else _likely(name, gain, pieces, baseline, reader)
-                if likely is not None:
+                if gain is None:
+                    continue
+                likely = gain if producer else _likely(name, gain, pieces, baseline, reader)
+                if likely is not None and bool(likely.all()):
                     scales.inputs[name] = likely
-                elif gain is not None:
+                else:
                     scales.unknown[name] = "their inputs are scaled, and by what is not known"
     return scales
 
@@ -213,7 +221,8 @@ def _after_norm(scales: _Scales, fold: Fold, gains: Mapping[str, Tensor | None])
     if known:
         first = next(iter(known.values()))
         scales.norms[fold.parameters[0]] = first - float(fold.plus_one)
-        scales.inputs.update({name: gain / first for name, gain in known.items() if not torch.equal(gain, first)})
+        own = {name: torch.where(first == 0, 1.0, gain / first) for name, gain in known.items()}
+        scales.inputs.update({name: times for name, times in own.items() if bool((times != 1).any())})
 
 
 def _alike(name: str, piece: Piece, baseline: Baseline, reader: _Reader, scales: Tensor | float = 1.0) -> float:
@@ -255,14 +264,8 @@ def _distinct(stored: Sequence[Stored], *, tied: bool) -> list[int]:
     return sorted(found.values())
 
 
-def _unfound(pairing: Pairing, about: Description) -> list[str]:
-    """The head and the embedding, where no matrix could be one; where they are tied, one serves for both."""
-    missing = [name for name in (about.head, about.embedding) if name not in pairing.pieces]
-    return [] if about.tied and len(missing) == 1 else missing
-
-
-def _told(count: int, left: Mapping[int, str], unfound: Sequence[str]) -> str:
+def _told(count: int, left: Mapping[int, str], missing: Sequence[str]) -> str:
     """How many matrices lie beside the baseline's, the others by reason, and what was not found."""
     told = [f"{count - len(left)} of its {count} matrices with the baseline's weights"]
     told += [f"{number} not ({why})" for why, number in Counter(left.values()).most_common()]
-    return "; ".join([*told, *(f"none was found to be {name}" for name in unfound)])
+    return "; ".join([*told, *([f"none was found to be {listed(missing)}"] if missing else [])])

@@ -21,11 +21,11 @@ from qeval.quant.qweight import QWeight
 
 SAME = 2e-4
 """Up to here two float tensors are one, once they have been through the same types."""
+_BIAS = 0.5
+"""A bias that lies further from the baseline's is missing, another's, or in another order."""
 _OWN, _SAMPLE_ROWS = 0.8, 64
 """The least cosine with another of the baseline's matrices, by their first rows, that says that it is that one."""
 _NUMBERS = 1 << 23
-_BIAS = 0.5
-"""A bias that lies further from the baseline's is missing, another's, or in another order."""
 _NEARER, _OTHER = 0.8, 0.02
 """A norm that differs by more than the second is another's where matrices after it are this much nearer without it."""
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -244,13 +245,38 @@ def test_the_weights_of_another_model_are_refused(other, words):
         checked(built("shared"), baseline)
 
 
-def test_a_graph_that_lacks_a_layer_is_refused(baselines, tmp_path):
+def test_a_graph_that_lacks_a_layer_is_refused(baselines):
+    longer = tiny_llama(num_hidden_layers=3)
+    longer.load_state_dict(dict(baselines("uneven").parameters), strict=False)
+    with pytest.raises(
+        UsageError, match=r"it lacks model.layers.2.self_attn.q_proj.weight, .*, which the baseline has"
+    ):
+        checked(built("int4"), beside(SimpleNamespace(model=longer)))
+
+
+def test_linears_in_operators_that_nobody_knows_are_told(baselines, tmp_path):
     folder = shutil.copytree(built("int4"), tmp_path / "copy")
 
-    def without(graph):
-        for node in [node for node in graph if "layers.1/mlp" in node.name]:
-            node.op_type = "Identity"
+    def unknown(graph):
+        for node in [node for node in graph if "layers.1/mlp/gate" in node.name]:
+            node.op_type = "MatMulOfTomorrow"
 
-    edit(folder, without)
-    with pytest.raises(UsageError, match=r"it lacks model.layers.1.mlp.gate_proj.weight, .*, which the baseline has"):
-        checked(folder, baselines("uneven"))
+    edit(folder, unknown)
+    told = f"{all_of(11)}; none was found to be model.layers.1.mlp.gate_proj.weight"
+    assert checked(folder, baselines("uneven")) == told
+
+
+def test_an_embedding_with_its_models_multiplier_in_it_is_left_out(baselines, tmp_path):
+    folder = shutil.copytree(built("int8"), tmp_path / "copy")
+    edit(folder, scaled("model.embed_tokens.weight", 8))
+    told = checked(folder, baselines("uneven"))
+    assert told == (
+        "11 of its 12 matrices with the baseline's weights; 1 not (8 times the baseline's, which is the root of its "
+        "width: the multiplier is in it)"
+    )
+
+
+def test_a_streamed_baseline_is_told_to_hold_no_weights(baselines):
+    held = baselines("uneven")
+    streamed = replace(held, parameters={name: each.to("meta") for name, each in held.parameters.items()})
+    assert checked(built("int4"), streamed) == "no matrix of it: --stream does not hold the baseline's weights"
