@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qeval.backends.llamacpp.backend import LlamaCppBackend
+from qeval.backends.llamacpp.library import version
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, UsageError
 from qeval.types import Request
@@ -151,6 +152,14 @@ def test_without_the_package_the_sentence_says_what_installs_it(bench, monkeypat
     monkeypatch.setattr("qeval.backends.llamacpp.backend.MODULE", "no_such_llama_cpp")
     assert bench.compare(*QUIET, "--backend", "llama.cpp") == 2
     assert "pip install 'qeval[llamacpp]'" in capsys.readouterr().err
+
+
+def test_a_package_without_its_libraries_is_told(monkeypatch, tmp_path):
+    (tmp_path / "half_llama_cpp.py").write_text("raise FileNotFoundError('Shared library not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("qeval.backends.llamacpp.library.MODULE", "half_llama_cpp")
+    with pytest.raises(UsageError, match=r"can't be loaded .*library not found.*install it anew: pip"):
+        version()
 
 
 def test_a_streamed_model_has_no_file(bench, capsys):

@@ -50,9 +50,9 @@ class Model:
         """`device` is torch's name: on `cuda` all layers go to the GPU, on `cpu` none.
 
         Raises:
-            UsageError: the file is no GGUF that llama.cpp runs, or this build has no GPU.
+            UsageError: the file is no GGUF that llama.cpp runs, this build has no GPU, or it can't be loaded.
         """
-        self.library = import_module(MODULE)
+        self.library = _loaded()
         on_gpu = device != "cpu"
         if on_gpu and not self.library.llama_supports_gpu_offload():
             raise UsageError(f"This llama-cpp-python is built for the CPU and {device} was asked for; build it for it.")
@@ -164,8 +164,12 @@ class Context:
 
 
 def version() -> str:
-    """Of the binding, which holds llama.cpp: `llama-cpp-python 0.3.36`."""
-    return f"llama-cpp-python {import_module(MODULE).__version__}"
+    """Of the binding, which holds llama.cpp: `llama-cpp-python 0.3.36`.
+
+    Raises:
+        UsageError: it can't be loaded.
+    """
+    return f"llama-cpp-python {_loaded().__version__}"
 
 
 def weights_told(file: Path) -> str:
@@ -182,6 +186,13 @@ def weights_told(file: Path) -> str:
     return "; ".join(
         f"{count} x {kind}" + ("" if kind in _FLOATS else ", scales in fp16") for kind, count in kinds.most_common()
     )
+
+
+def _loaded() -> Any:
+    try:
+        return import_module(MODULE)
+    except (ImportError, OSError, RuntimeError) as error:  # its libraries were not built, or for another machine
+        raise UsageError(f"llama-cpp-python can't be loaded ({error}); install it anew: {INSTALL}.") from error
 
 
 def _parts(tokens: Sequence[Token], most_wanted: int) -> Iterator[Sequence[Token]]:
