@@ -245,5 +245,6 @@ def test_graphs_are_not_written_in_bf16(monkeypatch):
 
 
 def test_what_is_measured_holds_no_torch():
-    code = "import sys, qeval.engines.onnxruntime, qeval.engines.genai; sys.exit('torch' in sys.modules)"
+    engines = "qeval.engines.onnxruntime, qeval.engines.genai, qeval.engines.llamacpp"
+    code = f"import sys, {engines}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Which files an ONNX folder holds, and that none is missing or cut short; the weights aren't read."""
+"""Which files an ONNX folder holds, and that none is missing or cut short; numbers are read only when asked for."""
 
 import json
 import os
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from qeval.errors import UsageError
 
@@ -183,3 +185,11 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
         attributes = (each for node in graph for each in node.attributes.values() if isinstance(each, ir.Attr))
         held += [each.as_tensor() for each in attributes if each.type == ir.AttributeType.TENSOR]
         yield from (tensor for tensor in held if isinstance(tensor, ir.ExternalTensor))
+
+
+def array_of(tensor: Any) -> NDArray[Any]:
+    """A tensor's values. Those of external data are read anew: a graph would keep what it unpacked of each."""
+    if isinstance(tensor, ir.ExternalTensor):
+        shape, name = ir.Shape(tensor.shape), tensor.name or ""
+        tensor = ir.ExternalTensor(tensor.path, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=name)
+    return np.asarray(tensor.numpy())

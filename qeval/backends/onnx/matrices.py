@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from qeval.backends.onnx.tensors import array_of
+from qeval.backends.onnx.files import array_of
 
 Granularity = Literal["block", "channel", "tensor"]
 Role = Literal["body", "head", "embedding"]

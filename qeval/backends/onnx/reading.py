@@ -15,8 +15,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qeval.backends.onnx.files import array_of
 from qeval.backends.onnx.matrices import Stored
-from qeval.backends.onnx.tensors import array_of, floats_of
+from qeval.backends.onnx.tensors import floats_of
 from qeval.formats.base import Matrix, Values, on_grid, read_bits
 
 _GAINS = {

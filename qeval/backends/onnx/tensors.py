@@ -1,4 +1,4 @@
-"""The numbers of a graph's tensors, read when they are asked for and kept by nobody else."""
+"""The floats of a graph's tensors, as torch has them."""
 
 import math
 from collections.abc import Iterator
@@ -7,18 +7,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from qeval.backends.onnx.files import array_of
+
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-def array_of(tensor: Any) -> NDArray[Any]:
-    """A tensor's values. Those of external data are read anew: a graph would keep what it unpacked of each."""
-    if isinstance(tensor, ir.ExternalTensor):
-        shape, name = ir.Shape(tensor.shape), tensor.name or ""
-        tensor = ir.ExternalTensor(tensor.path, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=name)
-    return np.asarray(tensor.numpy())
 
 
 def floats_of(tensor: Any) -> Tensor:
