@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -63,8 +63,9 @@ def contenders(plan: Plan, entries: list[Entry], baseline: Kept, progress: Progr
     """The models to score, in the order of the report: the noise floor, the variants, folders made elsewhere."""
     broken = _export(plan, progress)
     yield from _floors(plan, baseline, broken)
+    backends = _backends(plan, progress, broken)
     for entry in entries:
-        yield from _entry(plan, entry, progress, broken)
+        yield from _entry(entry, backends)
     for each in plan.foreign:
         yield _foreign(plan, each)
 
@@ -79,10 +80,10 @@ def _floors(plan: Plan, baseline: Kept, broken: str | None) -> Iterator[Contende
         yield _compute_floor(plan)
 
 
-def _entry(plan: Plan, entry: Entry, progress: Progress, broken: str | None) -> Iterator[Contender]:
+def _entry(entry: Entry, backends: list[tuple[str, "_Makes"]]) -> Iterator[Contender]:
     """A variant on every backend: on the first by the name that was typed, then by that with `@backend`."""
     twin: _Torch | None = None
-    for place, (backend, contender) in enumerate(_backends(plan, progress, broken)):
+    for place, (backend, contender) in enumerate(backends):
         name = f"{entry.name}@{backend}" if place else entry.name
         if entry.folder is None:
             yield _unmade(entry, name, backend)
@@ -167,7 +168,7 @@ def _ort(
     folder = _folder(entry)
     key = {"weights": plan.baseline_key, "variant": read_manifest(folder).key, "backend": backend.identity}
     remembered = _Remembered(
-        plan, key, lambda: backend.open(load_variant(folder)), lambda: _ort_record(plan, backend, plan.runtime)
+        plan, key, lambda: backend.open(load_variant(folder)), lambda _: _ort_record(plan, backend, plan.runtime)
     )
     return _beside_torch(entry, Candidate(name, backend.name, key, remembered.open), remembered, twin, broken)
 
@@ -179,10 +180,7 @@ def _llama(plan: Plan, llama: Llama, entry: Entry, name: str, twin: _Torch | Non
         "file": llama.made(own),
     }  # fmt: skip
     remembered = _Remembered(
-        plan,
-        key,
-        lambda: llama.open(own, load_variant(folder)),
-        lambda: llama.record(own, load_variant(folder)),
+        plan, key, lambda: llama.open(own, lambda: load_variant(folder)), partial(llama.record, own)
     )
     return _beside_torch(entry, Candidate(name, llama.backend.name, key, remembered.open), remembered, twin)
 
@@ -208,14 +206,16 @@ def _floor(plan: Plan, runtime: "Runtime", baseline: Kept, broken: str | None) -
     backend = runtime.backends[0]
     identity = {name: value for name, value in backend.identity.items() if name not in ("format", "accuracy_level")}
     key = {"weights": plan.baseline_key, "backend": identity}
-    remembered = _Remembered(plan, key, lambda: backend.open(None), lambda: _plain(_ort_record(plan, backend, runtime)))
+    remembered = _Remembered(
+        plan, key, lambda: backend.open(None), lambda _: _plain(_ort_record(plan, backend, runtime))
+    )
     return _other_floor(plan, Candidate(f"{BASELINE}@ort", "ort", key, remembered.open), remembered, baseline, broken)
 
 
 def _llama_floor(plan: Plan, llama: Llama, baseline: Kept) -> Contender:
     """The float model in llama.cpp, in fp32."""
     key = {"weights": plan.baseline_key, "backend": llama.backend.identity, "file": llama.made(BASELINE)}
-    remembered = _Remembered(plan, key, lambda: llama.open(BASELINE, None), lambda: llama.record(BASELINE, None))
+    remembered = _Remembered(plan, key, lambda: llama.open(BASELINE, lambda: None), partial(llama.record, BASELINE))
     backend = llama.backend.name
     return _other_floor(plan, Candidate(f"{BASELINE}@{backend}", backend, key, remembered.open), remembered, baseline)
 
@@ -263,7 +263,7 @@ def _plain(runtime: RuntimeRecord) -> RuntimeRecord:
 def _foreign(plan: Plan, foreign: "Foreign") -> Contender:
     backend = foreign.backend(plan.settings.backends)
     key = {"weights": foreign.sha256, "backend": backend.identity, "baseline": plan.baseline_key}
-    remembered = _Remembered(plan, key, lambda: backend.open(None), lambda: _ort_record(plan, backend, None))
+    remembered = _Remembered(plan, key, lambda: backend.open(None), lambda _: _ort_record(plan, backend, None))
     candidate = Candidate(foreign.name, "ort", key, remembered.open)
 
     def record(seconds: float) -> VariantRecord:
@@ -296,6 +296,9 @@ def _ort_record(plan: Plan, backend: _Tells, runtime: "Runtime | None") -> Runti
     )
 
 
+_Opened = TypeVar("_Opened", bound=Session)
+
+
 class _Remembered:
     """How a model ran, told when it is opened and kept beside the rows for runs that find them finished."""
 
@@ -303,18 +306,19 @@ class _Remembered:
         self,
         plan: Plan,
         key: dict[str, Any],
-        opened: Callable[[], AbstractContextManager[Session]],
-        told: Callable[[], RuntimeRecord],
+        opened: Callable[[], AbstractContextManager[_Opened]],
+        told: Callable[[_Opened], RuntimeRecord],
     ) -> None:
-        """`told` is asked once the model is open."""
-        self._opened, self._told = opened, told
+        """`told` is handed the open session."""
+        self._opened: Callable[[], AbstractContextManager[Any]] = opened
+        self._told: Callable[[Any], RuntimeRecord] = told
         self._path = plan.settings.out / "runtimes" / f"{digest(key)}.json"
 
     @contextmanager
     def open(self) -> Iterator[Session]:
         """Open the model and write down how it runs."""
         with self._opened() as session:
-            write_text(self._path, self._told().model_dump_json(indent=1) + "\n")
+            write_text(self._path, self._told(session).model_dump_json(indent=1) + "\n")
             yield session
 
     def record(self) -> RuntimeRecord | None:

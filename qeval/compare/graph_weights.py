@@ -22,7 +22,7 @@ from qeval.backends.onnx.tensors import vectors_of
 from qeval.errors import UsageError
 from qeval.formats.assemble import check_finite
 from qeval.formats.base import Matrix
-from qeval.formats.beside import SAME, Baseline, apart, check_resemblance, check_same
+from qeval.formats.beside import OTHER_MODEL, SAME, Baseline, apart, check_resemblance, check_same
 from qeval.formats.join import joined
 from qeval.formats.resemble import rows_of, values_of
 from qeval.models.graph import Description, Fold
@@ -53,8 +53,7 @@ def check_same_model(graph: ir.Graph, model: Any, description: Description) -> N
     if nearest > SAME:
         raise UsageError(
             f"the nearest of its {len(vectors)} vectors of {len(gain)} numbers differs from the baseline's "
-            f"{name} by {100 * nearest:.2g} %, which no quantizer changes: it was made from another model (a "
-            "fine-tuned one, or one whose weights were rotated)."
+            f"{name} by {100 * nearest:.2g} %, {OTHER_MODEL}"
         )
 
 

@@ -1,12 +1,12 @@
 """What `compare` needs of llama.cpp: which GGUF file each variant is, given or written, and how it ran."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qeval.backends.llamacpp.backend import LlamaCppBackend, LlamaSession
-from qeval.backends.llamacpp.library import NAME, weights_told
+from qeval.backends.llamacpp.library import NAME
 from qeval.engines.gguf_file import GGUF_VERSION, check_family, written
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
@@ -30,21 +30,17 @@ class Llama:
         """How a variant's file came to be, where that changes numbers."""
         return "given" if name in self.given else f"written {GGUF_VERSION}"
 
-    @contextmanager
-    def open(self, name: str, variant: Variant | None) -> Iterator[LlamaSession]:
-        """A session of the file of a name; of `variant`, or of the float model with None, where none was given.
+    def open(self, name: str, variant: Callable[[], Variant | None]) -> AbstractContextManager[LlamaSession]:
+        """A session of the file of a name, else of one written of `variant()` (None: of the float model).
+
+        What is left in float in a file that is written is of fp32, as the other backends compute it.
 
         Raises:
             UsageError: a GGUF can't hold the variant, or llama.cpp can't open it.
         """
-        with self.backend.open(self.file(name, variant)) as session:
-            yield session
+        return self.backend.open(self.given.get(name) or written(self.loaded, variant(), "fp32"))
 
-    def file(self, name: str, variant: Variant | None) -> Path:
-        """The file; what is left in float in one that is written is of fp32, as the other backends compute it."""
-        return self.given.get(name) or written(self.loaded, variant, "fp32")
-
-    def record(self, name: str, variant: Variant | None) -> RuntimeRecord:
+    def record(self, name: str, session: LlamaSession) -> RuntimeRecord:
         """How it ran, in the words of a run's record."""
         return RuntimeRecord(
             runtime=self.backend.runtime,
@@ -55,7 +51,7 @@ class Llama:
             accuracy_level=None,
             shares_prefixes="one",
             facts=[
-                f"{weights_told(self.file(name, variant))}.",
+                f"{session.weights}.",
                 "Products by quantized weights round activations to 8 bits; keys and values are fp16, "
                 "attention is not flash attention.",
             ],

@@ -60,7 +60,6 @@ class LlamaCppEngine:
             )
         self._context.forget()
         self._room, self._length = (batch, capacity), 0
-        self._logits = np.empty((batch, self._model.vocab_size), np.float32)
 
     def prefill(self, prompts: Tokens) -> Tokens:
         """Run the prompts [batch, prompt]."""

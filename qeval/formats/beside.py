@@ -19,6 +19,9 @@ from qeval.models.graph import Description, Group
 from qeval.quant.grid import PerTensor
 from qeval.quant.qweight import QWeight
 
+OTHER_MODEL = (
+    "which no quantizer changes: it was made from another model (a fine-tuned one, or one whose weights were rotated)."
+)
 SAME = 2e-4
 """Up to here two float tensors are one, once they have been through the same types."""
 _BIAS = 0.5
@@ -68,10 +71,7 @@ def check_same(name: str, theirs: Tensor, ours: Tensor) -> None:
         UsageError: they differ by more than a type rounds.
     """
     if (far := apart(theirs, ours.cpu())) > SAME:
-        raise UsageError(
-            f"its {name} differs from the baseline's by {100 * far:.2g} %, which no quantizer changes: it was "
-            "made from another model (a fine-tuned one, or one whose weights were rotated)."
-        )
+        raise UsageError(f"its {name} differs from the baseline's by {100 * far:.2g} %, {OTHER_MODEL}")
 
 
 def check_tie(names: Names, found: Mapping[str, Matrix | Tensor], baseline: Baseline) -> None:
@@ -176,21 +176,22 @@ class _Beside:
     def _judged(self, group: Group, name: str, scales: Tensor) -> tuple[str, Resemblance]:
         """A matrix whose columns were multiplied by `scales`; or what stands before it, if that alone is wrong."""
         base, read = self._base(name), as_matrix(self.found[name])
-        seen = self._resemblance(group, name, scales)
+        values = values_of(read)
+        seen = self._resemblance(name, read, values, base, scales)
         if group.fold is None:
             return name, seen
         before = group.fold.parameters[0]
         if not seen.ok and (alone := resemblance(read, base, torch.ones_like(scales))).ok:
             clipped = before in self.rows and before not in self.unfolded  # that makes rows smaller: nothing is wrong
             return (name, alone) if clipped else self._producer(before)
-        if before not in self.rows and relative(values_of(read), base) < _NEARER * seen.error:
+        if before not in self.rows and relative(values, base) < _NEARER * seen.error:
             norm = self._producer(before)
             return norm if norm[1].error > _OTHER else (name, seen)
         return name, seen
 
-    def _resemblance(self, group: Group, name: str, scales: Tensor) -> Resemblance:
-        base, read = self._base(name), as_matrix(self.found[name])
-        rows = self.rows[name] = _row_factors(values_of(read), base * scales)
+    def _resemblance(self, name: str, read: Matrix, values: Tensor, base: Tensor, scales: Tensor) -> Resemblance:
+        """A matrix, of these values, as it is or with what was folded into its rows; `rows` says what that was."""
+        rows = self.rows[name] = _row_factors(values, base * scales)
         seen = resemblance(read, base, scales, self._turned(name))
         if not seen.ok and name in self.producers:
             self.unfolded[name] = seen

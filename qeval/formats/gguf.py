@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
-from gguf import GGUFReader, ReaderTensor
+from gguf import ReaderTensor
 
 from qeval.errors import UsageError
 from qeval.models.gguf import read_contents
+from qeval.models.gguf_reader import open_gguf
 
 _PLAIN = ("F32", "F16", "BF16", "F64")
 
@@ -19,7 +20,7 @@ def forms_of(path: Path, names: Iterable[str], layers: int) -> dict[str, tuple[s
         UsageError: the file is torn, or holds a type that the gguf package can't dequantize.
     """
     read_contents(path)
-    reader = GGUFReader(path)
+    reader = open_gguf(path)
     held = {tensor.name: tensor for tensor in reader.tensors}
     for tensor in {tensor.tensor_type: tensor for tensor in held.values()}.values():
         _check_readable(path, tensor)

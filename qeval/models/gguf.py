@@ -10,12 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gguf import GGUFReader, Keys
+from gguf import Keys
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.cache import build_once
+from qeval.models.gguf_reader import open_gguf
 from qeval.models.quiet import quiet
 from qeval.models.weights import check_complete, file_sha256, split_refused
 
@@ -59,10 +60,7 @@ def read_contents(path: Path) -> Contents:
     Raises:
         UsageError: the file is torn, not GGUF, or one of those that a model is split into.
     """
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is torn or not a GGUF file ({error}).") from error
+    reader = open_gguf(path)
     split = reader.get_field(Keys.Split.LLM_KV_SPLIT_COUNT)
     if split is not None and (files := int(split.contents())) > 1:
         raise UsageError(split_refused(f"'{path}'", path.name, files))

@@ -4,7 +4,7 @@ import gguf
 import pytest
 
 from tests.fixtures.bench import Bench, kl, records
-from tests.fixtures.ggufs import write_gguf
+from tests.fixtures.ggufs import write_gguf, write_ggufs
 from tests.fixtures.tiny import tiny_llama
 
 QUIET = ("--quiet", "--tasks", "kl,ppl")
@@ -24,10 +24,7 @@ def home(bench, monkeypatch):
 @pytest.fixture(scope="module")
 def ggufs(tmp_path_factory):
     """A tiny Llama as GGUF files of several types."""
-    folder = tmp_path_factory.mktemp("ggufs")
-    model = tiny_llama(seed=5, intermediate_size=128, vocab_size=258)
-    kinds = {"f32": None, "q8": gguf.GGMLQuantizationType.Q8_0, "q4": gguf.GGMLQuantizationType.Q4_0}
-    return {name: write_gguf(folder / f"{name}.gguf", model, quantize=kind) for name, kind in kinds.items()}
+    return write_ggufs(tmp_path_factory.mktemp("ggufs"), "f32", "q8", "q4")
 
 
 def test_gguf_files_are_read_by_their_types(bench, ggufs, tmp_path):

@@ -3,7 +3,6 @@
 By llama.cpp itself where llama-cpp-python is installed, and everywhere by a stand-in that computes in torch.
 """
 
-import gguf
 import pytest
 import torch
 
@@ -14,8 +13,7 @@ from qeval.errors import QevalError, UsageError
 from qeval.types import Request
 from tests.fixtures.bench import CONTEXT, Bench
 from tests.fixtures.engines_llamacpp import STAND_IN, float_file, tiny
-from tests.fixtures.ggufs import write_gguf
-from tests.fixtures.tiny import tiny_llama
+from tests.fixtures.ggufs import write_ggufs
 
 QUIET = ("--quiet",)
 PREFIX = tuple(range(3, 40))
@@ -110,10 +108,7 @@ def home(bench, monkeypatch):
 
 @pytest.fixture(scope="module")
 def ggufs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ggufs")
-    model = tiny_llama(seed=5, intermediate_size=128, vocab_size=258, max_position_embeddings=CONTEXT)
-    kinds = {"f32": None, "q8": gguf.GGMLQuantizationType.Q8_0}
-    return {name: write_gguf(folder / f"{name}.gguf", model, quantize=kind) for name, kind in kinds.items()}
+    return write_ggufs(tmp_path_factory.mktemp("ggufs"), "f32", "q8", max_position_embeddings=CONTEXT)
 
 
 def test_a_run_lays_files_given_and_written_beside_torch(library, bench, ggufs, tmp_path, monkeypatch):

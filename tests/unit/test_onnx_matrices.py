@@ -6,7 +6,7 @@ import pytest
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnx")
 
-from qeval.backends.onnx.matrices import Quantization, matrices_of, quantized_activations
+from qeval.backends.onnx.matrices import Quantization, quantized_activations, stored_in
 
 WIDTH, ROWS, VOCAB = 48, 8, 10
 MS = "com.microsoft"
@@ -41,7 +41,11 @@ class Sketch:
         )
 
     def matrices(self, output):
-        return matrices_of(self.graph(output), "input_ids", "logits")
+        return matrices_of(self.graph(output))
+
+
+def matrices_of(graph):
+    return tuple(each.matrix for each in stored_in(graph, "input_ids", "logits"))
 
 
 def _typed(array, dtype, name):
@@ -223,7 +227,7 @@ def test_dynamically_quantized_products(sketch):
     codes, zero = sketch.const("q", np.zeros((WIDTH, ROWS), np.int8)), sketch.const("z", np.zeros((), np.int8))
     output = sketch.node("MatMulInteger", [rounded, codes, None, zero])
     graph = sketch.graph(output)
-    (matrix,) = matrices_of(graph, "input_ids", "logits")
+    (matrix,) = matrices_of(graph)
     assert matrix.quantization == Quantization(8, "tensor", None, True, None)
     assert (matrix.rows, matrix.columns, matrix.size_bytes) == (ROWS, WIDTH, ROWS * WIDTH + 1)
     assert quantized_activations(graph) == 1
@@ -233,7 +237,7 @@ def test_a_fused_dynamically_quantized_product_by_channel(sketch):
     codes = sketch.const("q", np.zeros((WIDTH, ROWS), np.uint8))
     inputs = [sketch.x, codes, sketch.const("s", zeros(ROWS)), sketch.const("z", np.full(ROWS, 128, np.uint8))]
     graph = sketch.graph(sketch.node("DynamicQuantizeMatMul", inputs, domain=MS))
-    (matrix,) = matrices_of(graph, "input_ids", "logits")
+    (matrix,) = matrices_of(graph)
     assert matrix.quantization == Quantization(8, "channel", None, True, None)
     assert quantized_activations(graph) == 1
 

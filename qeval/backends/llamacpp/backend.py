@@ -74,6 +74,11 @@ class LlamaSession:
         return self._width
 
     @property
+    def weights(self) -> str:
+        """How the file's matrices are held, as `library.weights_told`."""
+        return self._model.weights
+
+    @property
     def block_rows(self) -> int:
         """The positions whose logits are compared at a time."""
         return block_rows(self.vocab_size)
@@ -187,11 +192,12 @@ class LlamaCppBackend:
         Raises:
             UsageError: llama.cpp can't open it, or it has no logits for all of the baseline's ids.
         """
-        session = LlamaSession(Model(file, self.device), threads=self.threads, ids=self.ids)
+        model = Model(file, self.device)
+        session = LlamaSession(model, threads=self.threads, ids=self.ids)
         try:
-            if session._model.vocab_size < self.ids:
+            if model.vocab_size < self.ids:
                 raise UsageError(
-                    f"'{file}' gives logits of {session._model.vocab_size} ids, the baseline of {self.ids}: the two "
+                    f"'{file}' gives logits of {model.vocab_size} ids, the baseline of {self.ids}: the two "
                     "cannot be compared."
                 )
             yield session

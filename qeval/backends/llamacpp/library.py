@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from qeval.errors import QevalError, UsageError
+from qeval.models.gguf_reader import open_gguf
 
 NAME = "llama.cpp"
 MODULE = "llama_cpp"
@@ -178,11 +178,7 @@ def weights_told(file: Path) -> str:
     Raises:
         UsageError: it is torn or no GGUF.
     """
-    try:
-        tensors = GGUFReader(file).tensors
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{file}' is torn or not a GGUF file ({error}).") from error
-    kinds = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
+    kinds = Counter(tensor.tensor_type.name for tensor in open_gguf(file).tensors if len(tensor.shape) > 1)
     return "; ".join(
         f"{count} x {kind}" + ("" if kind in _FLOATS else ", scales in fp16") for kind, count in kinds.most_common()
     )

@@ -17,6 +17,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qeval.backends.onnx.matrices import integer
+
 Floats = NDArray[np.float32]
 Spelled = dict[str, list[list[Any]]]
 """Places by parameter name: initializer, first row, row after the last, transposed, offset."""
@@ -235,14 +237,9 @@ def _multiplied(initializer: ir.Value, rows: slice, transposed: bool) -> Iterato
         if node.op_type == "Transpose":
             yield from _multiplied(node.outputs[0], rows, not transposed)
         elif (node.op_type == "MatMul" and index == 1 and transposed) or (
-            node.op_type == "Gemm" and index == 1 and bool(_integer(node, "transB")) != transposed
+            node.op_type == "Gemm" and index == 1 and bool(integer(node, "transB", 0)) != transposed
         ):
             yield Matrix(node, rows)
-
-
-def _integer(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return 0 if attribute is None else attribute.as_int()
 
 
 def _words(name: str) -> set[str]:

@@ -99,11 +99,6 @@ class Stored(NamedTuple):
     parts: Parts
 
 
-def matrices_of(graph: ir.Graph, ids: str, logits: str) -> tuple[Matrix, ...]:
-    """What `stored_in` finds, without the tensors."""
-    return tuple(each.matrix for each in stored_in(graph, ids, logits))
-
-
 def stored_in(graph: ir.Graph, ids: str, logits: str) -> tuple[Stored, ...]:
     """Every matrix of a decoder graph in its order; `ids` and `logits` are the names of its input and output."""
     nodes = list(graph.all_nodes())
@@ -176,9 +171,9 @@ def _nbits(node: ir.Node) -> Iterator[_Read]:
     codes, scales, zeros = (_constant(node, index) for index in (1, 2, 3))
     if codes is None:
         return
-    bits, block = _integer(node, "bits", 4), _integer(node, "block_size", 0)
-    rows, columns = _integer(node, "N", 0), _integer(node, "K", 0)
-    level = _integer(node, "accuracy_level", 0)
+    bits, block = integer(node, "bits", 4), integer(node, "block_size", 0)
+    rows, columns = integer(node, "N", 0), integer(node, "K", 0)
+    level = integer(node, "accuracy_level", 0)
     how = Quantization(bits, "block", block, _is_middle(zeros, bits, -(-columns // block)), level)
     yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, Parts(node, codes, scales, zeros))
 
@@ -187,8 +182,8 @@ def _bnb4(node: ir.Node) -> Iterator[_Read]:
     codes, scales = _constant(node, 1), _constant(node, 2)
     if codes is None:
         return
-    how = Quantization(4, "block", _integer(node, "block_size", 0), True, None)
-    rows, columns = _integer(node, "N", 0), _integer(node, "K", 0)
+    how = Quantization(4, "block", integer(node, "block_size", 0), True, None)
+    rows, columns = integer(node, "N", 0), integer(node, "K", 0)
     yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, Parts(node, codes, scales))
 
 
@@ -196,10 +191,10 @@ def _gather_blocks(node: ir.Node) -> Iterator[_Read]:
     codes, scales, zeros = (_constant(node, index) for index in (0, 2, 3))
     if codes is None or scales is None:
         return
-    bits = codes.dtype.bitwidth if codes.dtype.bitwidth < 8 else _integer(node, "bits", 4)
+    bits = codes.dtype.bitwidth if codes.dtype.bitwidth < 8 else integer(node, "bits", 4)
     rows = int(scales.shape[0])
     columns = codes.nbytes * 8 // bits // rows
-    block = _integer(node, "block_size", 128)
+    block = integer(node, "block_size", 128)
     if zeros is None and codes.dtype == ir.DataType.UINT4:
         symmetric = False  # the kernel takes 0 then
     else:
@@ -215,12 +210,12 @@ def _experts(node: ir.Node) -> Iterator[_Read]:
         codes, scales, zeros = (_constant(node, index) for index in (weight, weight + 1, zero))
         if codes is None:
             continue
-        bits = _integer(node, f"fc{part}_expert_weight_bits", _integer(node, "expert_weight_bits", 4))
+        bits = integer(node, f"fc{part}_expert_weight_bits", integer(node, "expert_weight_bits", 4))
         rows = int(np.prod([int(size) for size in codes.shape[:-1]]))
         columns = codes.nbytes * 8 // bits // rows
-        block = _integer(node, "block_size", 0) or None
+        block = integer(node, "block_size", 0) or None
         symmetric = _is_middle(zeros, bits, -(-columns // block) if block else 1)
-        level = _integer(node, "accuracy_level", 0)
+        level = integer(node, "accuracy_level", 0)
         how = Quantization(bits, "block" if block else "channel", block, symmetric, level)
         parts = Parts(node, codes, scales, zeros)
         yield _Read(node.op_type, _weight_name(node, weight), rows, columns, how, parts)
@@ -283,7 +278,7 @@ def _dense(node: ir.Node) -> Iterator[_Read]:
     if trace.dequantizer is None and not trace.tensor.dtype.is_floating_point():
         return
     first, second = (int(size) for size in trace.tensor.shape)
-    by_rows = is_lookup or bool(_integer(node, "transB", 0))
+    by_rows = is_lookup or bool(integer(node, "transB", 0))
     rows, columns = (first, second) if by_rows != trace.transposed else (second, first)
     indices = _input(node, 1) if is_lookup else None
     parts = Parts(node, trace.tensor, turned=by_rows == trace.transposed, plain=trace.plain)
@@ -298,7 +293,7 @@ def _dense(node: ir.Node) -> Iterator[_Read]:
 def _dequantized(parts: Parts, node: ir.Node) -> Quantization:
     """How a DequantizeLinear's matrix is read."""
     codes, scales, zeros = parts.values, parts.scales, parts.zeros
-    block = _integer(node, "block_size", 0) or None
+    block = integer(node, "block_size", 0) or None
     coarse: Granularity = "tensor" if scales is None or scales.size == 1 else "channel"
     stored = zeros if codes.dtype.is_floating_point() and codes.dtype.bitwidth > 8 else codes  # rounded in the graph
     bits = stored.dtype.bitwidth if stored is not None else 8
@@ -373,8 +368,9 @@ def _weight_name(node: ir.Node, index: int) -> str:
     return "" if value is None else _traced(value).name
 
 
-def _integer(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
+def integer(node: ir.Node | None, name: str, default: int) -> int:
+    """An attribute of a node, or what it is where it, or the node, is left out."""
+    attribute = None if node is None else node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qeval.backends.onnx.files import array_of
-from qeval.backends.onnx.matrices import Stored
+from qeval.backends.onnx.matrices import Stored, integer
 from qeval.backends.onnx.tensors import floats_of
 from qeval.formats.base import Matrix, Values, on_grid, read_bits
 
@@ -40,7 +40,7 @@ def why_unread(stored: Stored) -> str | None:
         return "reshaped after it was stored"
     if matrix.op == "MatMulNBits" and len(parts.node.inputs) > 4 and parts.node.inputs[4] is not None:
         return "in groups by g_idx"
-    if matrix.op == "GatherBlockQuantized" and (_integer(parts.node, "quantize_axis", 1), matrix.role) != (
+    if matrix.op == "GatherBlockQuantized" and (integer(parts.node, "quantize_axis", 1), matrix.role) != (
         1, "embedding",
     ):  # fmt: skip
         return "in blocks across its rows"
@@ -124,8 +124,12 @@ def _unpacked(tensor: Any, bits: int, rows: int, count: int) -> Tensor:
 
 
 def _unsigned(array: Any, dtype: ir.DataType) -> Tensor:
-    middle = 1 << (dtype.bitwidth - 1) if dtype.is_signed() else 0
-    return torch.from_numpy((array.astype(np.int16) + middle).astype(np.uint8))
+    return torch.from_numpy((array.astype(np.int16) + _middle(dtype)).astype(np.uint8))
+
+
+def _middle(dtype: ir.DataType) -> int:
+    """By how much the codes of a type are moved up."""
+    return 1 << (dtype.bitwidth - 1) if dtype.is_signed() else 0
 
 
 def _spread(codes: Tensor, zeros: Tensor, scales: Tensor, block: int) -> Tensor:
@@ -150,10 +154,9 @@ def _dequantized(stored: Stored) -> Matrix:
     zeros = torch.zeros(scales.shape) if parts.zeros is None else _along(stored, _numbers(parts.zeros))
     if not whole or (scales.numel() > 1 and len(scales) != matrix.rows):
         return _values(stored, _by_repeating(_turned(stored, _numbers(parts.values)), zeros, scales))
-    middle = 1 << (kind.bitwidth - 1) if kind.is_signed() else 0
     codes = _unsigned(_turned(stored, array_of(parts.values)), kind).contiguous()
-    block = _integer(parts.dequantizer, "block_size", 0) or -(-matrix.columns // scales.shape[1])
-    return on_grid(codes, scales, zeros + middle, kind.bitwidth, block)
+    block = integer(parts.dequantizer, "block_size", 0) or -(-matrix.columns // scales.shape[1])
+    return on_grid(codes, scales, zeros + _middle(kind), kind.bitwidth, block)
 
 
 def _integers(stored: Stored) -> Matrix:
@@ -163,8 +166,7 @@ def _integers(stored: Stored) -> Matrix:
     codes = _unsigned(array_of(parts.values).T, kind).contiguous()
     scales = floats_of(parts.scales).float().reshape(-1, 1)
     zeros = torch.zeros(1, 1) if parts.zeros is None else _numbers(parts.zeros).reshape(-1, 1)
-    middle = 1 << (kind.bitwidth - 1) if kind.is_signed() else 0
-    return on_grid(codes, scales, (zeros + middle).expand_as(scales), kind.bitwidth, matrix.columns)
+    return on_grid(codes, scales, (zeros + _middle(kind)).expand_as(scales), kind.bitwidth, matrix.columns)
 
 
 def _along(stored: Stored, tensor: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ def _along(stored: Stored, tensor: Tensor) -> Tensor:
         return tensor.reshape(1, 1)
     parts = stored.parts
     if tensor.dim() == 1:
-        axis = _integer(parts.dequantizer, "axis", 1) % 2
+        axis = integer(parts.dequantizer, "axis", 1) % 2
         tensor = tensor.reshape(-1, 1) if axis == 0 else tensor.reshape(1, -1)
     return tensor.T.contiguous() if parts.turned else tensor
 
@@ -200,11 +202,6 @@ def _turned(stored: Stored, values: Any) -> Any:
 def _values(stored: Stored, values: Tensor, how: str = "") -> Values:
     form = f"{stored.matrix.dtype.lower()} {how}".rstrip()
     return Values(values.contiguous(), form, 8 * stored.matrix.size_bytes)
-
-
-def _integer(node: ir.Node | None, name: str, default: int) -> int:
-    attribute = None if node is None else node.attributes.get(name)
-    return default if attribute is None else attribute.as_int()
 
 
 _READERS: Mapping[str, Callable[[Stored], Matrix]] = {
