@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qeval.backends.torch import installed
-from qeval.calibrate.build import build, source_of
-from qeval.calibrate.stream import collect
-from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.backends.install import installed
+from qeval.compare.loading import source_of_model
+from qeval.compare.plan import calibration_of
 from qeval.compare.settings import CalibrationChoice, ModelChoice
-from qeval.compare.variants import Loaded
+from qeval.compare.variants import BaselineModel
 from qeval.config import parse_method
 from qeval.metrics.tokens import mean_kl
+from qeval.quantize.build import build_variant, source_of
+from qeval.quantize.statistics import collect
 from qeval.tasks.corpus import encode, load_corpus
 
 RECIPES = ("awq:int4-g128-noclip", "awq:int4-g128")
@@ -55,16 +56,16 @@ class Side:
     kl_nats: float
 
 
-def run_qeval(recipe: str, source: Loaded, samples: Samples) -> Callable[[], Any]:
+def run_qeval(recipe: str, source: BaselineModel, samples: Samples) -> Callable[[], Any]:
     """Calibrate and choose; what opens the model with the result in place."""
     statistics = collect(source.model, source.description, samples, 0, _nobody)
     made = source_of(source.model, source.description, source.head, samples, statistics)
-    variant = build(made, parse_method(recipe), "benchmark", _nobody)
+    variant = build_variant(made, parse_method(recipe), "benchmark", _nobody)
     skip, dtype = source.description.head, torch.float32
     return lambda: _lent(source.model, installed(source.model, variant, skip=skip, keep_dtype=dtype))
 
 
-def run_modelopt(source: Loaded, samples: Samples) -> Callable[[], Any]:
+def run_modelopt(source: BaselineModel, samples: Samples) -> Callable[[], Any]:
     """The same by `awq_lite`, on a copy of the model, in Model Optimizer's own configuration of that name."""
     mtq = importlib.import_module(PEER)
     model = copy.deepcopy(source.model)

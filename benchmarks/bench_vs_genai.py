@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime_genai as og
 
-from qeval.engines.genai import GenaiEngine
+from qeval.bench.engines.genai import GenaiEngine
 
 _TOLERANCE = 0.05
 

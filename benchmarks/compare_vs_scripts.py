@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qeval.backends.torch import installed
-from qeval.cli.app import run
-from qeval.models.load import load
+from qeval.backends.install import installed
+from qeval.cli.app import run_program
+from qeval.models.load import load_model
 from qeval.models.source import resolve
 from qeval.paths import home, shipped
 from qeval.store.variants import load_variant, read_manifest
 from qeval.tasks.corpus import bos_token, encode, load_corpus
 from qeval.tasks.harness import SAMPLE, load_suite
-from qeval.tasks.protocols import choose
+from qeval.tasks.protocols import choose_protocol
 
 METHODS = "rtn,rtn:g32,rtn:int4-g64,rtn:int4-channel,rtn:int8-channel,rtn:int8-g128"
 
@@ -41,10 +41,10 @@ def qeval_side(arguments: argparse.Namespace) -> dict[str, Any]:
     out = arguments.folder / "out"
     flags = ["--model", arguments.model, "--methods", METHODS, "--tasks", "kl,ppl,mmlu", "--protocol", "pydoc-1024"]
     flags += ["--max-windows", str(arguments.windows), "--limit", str(arguments.limit), "--out", str(out), "--quiet"]
-    flags += ["--mmlu-dir", str(arguments.mmlu_dir), "--threads", str(arguments.threads)]
+    flags += ["--mmlu-dir", str(arguments.mmlu_dir), "--threads", str(arguments.threads), "--device", "cpu"]
     flags += ["--subjects", arguments.subjects] if arguments.subjects else []
     start = time.perf_counter()
-    if code := run(["compare", *flags]):
+    if code := run_program(["compare", *flags]):
         raise SystemExit(code)
     seconds = time.perf_counter() - start
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -57,9 +57,9 @@ def script_side(arguments: argparse.Namespace) -> dict[str, Any]:
     """The harness once a model, and logits kept from one model to the next."""
     torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
-    loaded = load(resolve(arguments.model))
+    loaded = load_model(resolve(arguments.model))
     ids, bos = encode(loaded.tokenizer, load_corpus("pydoc").text), bos_token(loaded.tokenizer, "auto")
-    made = choose(name="pydoc-1024").windows(ids, bos=bos, max_windows=arguments.windows)
+    made = choose_protocol(name="pydoc-1024").windows(ids, bos=bos, max_windows=arguments.windows)
     windows = [torch.tensor([window.tokens]) for window in made.windows]
     reference = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1)
     base = _logits(loaded.model, windows)

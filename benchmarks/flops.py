@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from qeval.backends.torch import TorchSession
-from qeval.metrics.tokens import own_numbers
+from qeval.metrics.tokens import model_numbers
 from qeval.models.info import LoadedModel
-from qeval.models.load import load
+from qeval.models.load import load_model
 from qeval.models.source import resolve
 from qeval.types import Request
 
@@ -63,7 +63,7 @@ def score(session: TorchSession, requests: list[Request]) -> None:
     """What a baseline's corpus job computes: states of every position, logits, log-softmax, entropy."""
     states = torch.cat(session.states(requests))
     targets = torch.tensor([token for request in requests for token in request.tokens])
-    own_numbers(session.logits, states, targets, session.block_rows)
+    model_numbers(session.logits, states, targets, session.block_rows)
 
 
 def peak() -> float:
@@ -91,7 +91,7 @@ def parts(loaded: LoadedModel, session: TorchSession, requests: list[Request]) -
         session.logits(states[first : first + session.block_rows])
     spent["head product"] = time.perf_counter() - start
     start = time.perf_counter()
-    own_numbers(session.logits, states, targets, session.block_rows)
+    model_numbers(session.logits, states, targets, session.block_rows)
     spent["log-softmax, entropy"] = max(0.0, time.perf_counter() - start - spent["head product"])
     spent["rotary, residuals, masks, Python"] = forward - inside
     return dict(spent)
@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--target", type=float, default=0.75)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    loaded = load(resolve(arguments.model))
+    loaded = load_model(resolve(arguments.model))
     session = TorchSession(loaded.model)
     ids = torch.randint(loaded.info.vocab_size, (arguments.sequences, arguments.window)).tolist()
     requests = [Request(tuple(row), tuple(range(arguments.window))) for row in ids]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from qeval.backends.torch import TorchSession
-from qeval.models.load import load
+from qeval.models.load import load_model
 from qeval.models.source import resolve
 from qeval.score.corpus import baseline_columns, shards_of, variant_columns, window_states
 from qeval.tasks.corpus import load_corpus
@@ -99,7 +99,7 @@ class Qeval:
 
     def baseline(self, gguf: Path) -> Scored:
         """Score the float model and keep its final states."""
-        loaded = load(resolve(str(gguf)))
+        loaded = load_model(resolve(str(gguf)))
         ids = loaded.tokenizer(load_corpus(str(self._corpus)).text, add_special_tokens=False)["input_ids"]
         made = PROTOCOLS["llamacpp-512"].windows(ids, bos=_bos(loaded.tokenizer), max_windows=self._arguments.chunks)
         self._shards, self._session = shards_of(made.windows), TorchSession(loaded.model)
@@ -110,7 +110,7 @@ class Qeval:
 
     def variant(self, gguf: Path) -> Scored:
         """Compare a quantized model with the states that were kept."""
-        session = TorchSession(load(resolve(str(gguf))).model)
+        session = TorchSession(load_model(resolve(str(gguf))).model)
         assert self._session is not None
         start = time.perf_counter()
         rows = [

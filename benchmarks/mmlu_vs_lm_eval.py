@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 
 from qeval.backends.torch import TorchSession
 from qeval.models.info import LoadedModel
-from qeval.models.load import load
+from qeval.models.load import load_model
 from qeval.models.source import resolve
 from qeval.paths import shipped
 from qeval.score.choices import score_questions
@@ -102,7 +102,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    loaded = load(resolve(arguments.model), device=arguments.device)
+    loaded = load_model(resolve(arguments.model), device=arguments.device)
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=arguments.lm_eval_batch)
     folder = arguments.mmlu_dir or shipped(SAMPLE)
     found = sorted(path.name.removesuffix("_test.csv") for path in folder.glob("test/*_test.csv"))

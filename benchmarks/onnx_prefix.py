@@ -18,7 +18,7 @@ from onnx_vs_lm_eval import Side, exported, parser_of, report, subjects_of, suit
 from transformers import AutoTokenizer
 
 from qeval.backends.onnx.folder import opened
-from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.providers import choose_provider
 from qeval.backends.onnx.session import OrtSession
 from qeval.score.choices import score_questions
 from qeval.tasks.harness import Question
@@ -37,7 +37,7 @@ def main() -> int:
     arguments = parser_of(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     pairs = []
-    with exported(arguments) as folder, opened(folder, choose("cpu"), threads=arguments.threads) as found:
+    with exported(arguments) as folder, opened(folder, choose_provider("cpu"), threads=arguments.threads) as found:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         session = found.session
         for subject in subjects_of(arguments):

@@ -27,11 +27,11 @@ from lm_eval.models.onnxruntime_genai import ONNXRuntimeGenAILM
 from transformers import AutoTokenizer
 
 from qeval.backends.onnx.folder import opened
-from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.providers import choose_provider
 from qeval.backends.onnx.session import OrtSession
-from qeval.compare.export import export
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.config import parse_method
+from qeval.jobs.export import export_variant
 from qeval.paths import shipped
 from qeval.progress import Silent
 from qeval.score.choices import score_questions
@@ -122,7 +122,7 @@ def exported(arguments: argparse.Namespace) -> Iterator[Path]:
         out = Path(temporary) / "model"
         model, choice = ModelChoice(arguments.model), BackendChoice(("ort",))
         calibration = CalibrationChoice()
-        export(model, recipe, calibration, choice, out, threads=arguments.threads, seed=0, progress=Silent())
+        export_variant(model, recipe, calibration, choice, out, threads=arguments.threads, seed=0, progress=Silent())
         yield out
 
 
@@ -158,7 +158,7 @@ def main() -> int:
     arguments = parser_of(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     pairs = []
-    with exported(arguments) as folder, opened(folder, choose("cpu"), threads=arguments.threads) as found:
+    with exported(arguments) as folder, opened(folder, choose_provider("cpu"), threads=arguments.threads) as found:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = Harness(folder, arguments.threads)
         if tokenizer("A").input_ids != tokenizer("A", add_special_tokens=False).input_ids:

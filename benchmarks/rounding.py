@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from qeval.quant.grid import parse
-from qeval.quant.rtn import quantize
+from qeval.quant.rtn import quantize_rtn
 
 GRIDS = ("int4-g128", "int4-g32", "int4-g128-asym", "int8-channel", "int8-tensor")
 
@@ -41,7 +41,7 @@ def main() -> None:
     gigabytes = weight.numel() * weight.element_size() / 1e9
     for name in GRIDS:
         grid = parse(name)
-        works = weight.clone, lambda: old.copy_(weight), lambda grid=grid: quantize(weight, grid)
+        works = weight.clone, lambda: old.copy_(weight), lambda grid=grid: quantize_rtn(weight, grid)
         times = [[seconds(work) for work in works] for _ in range(arguments.repeats)]
         new, over, rounding = (min(column) for column in zip(*times, strict=True))
         copies = f"copies: new {gigabytes / new:.2f}, over an old one {gigabytes / over:.2f} GB/s"

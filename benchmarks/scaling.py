@@ -162,7 +162,7 @@ def _compare(folder: Path, point: Point, windows: int) -> Took:
     flags = {
         "model": folder / f"model-{point.layers}", "methods": ",".join(_METHODS[: point.variants]), "tasks": "kl,ppl",
         "corpus": folder / "corpus.txt", "window": _WINDOW, "stride": _WINDOW, "max-windows": windows, "out": out,
-        "threads": point.workers, "workers": point.workers,
+        "threads": point.workers, "workers": point.workers, "device": "cpu",
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-c", "from qeval.cli.app import main; main()", "compare", *words, "--quiet"]

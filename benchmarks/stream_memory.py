@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from qeval.cli.app import run
+from qeval.cli.app import run_program
 from qeval.store.rows import concat
 from tests.fixtures.bench import save_mmlu, text
 from tests.fixtures.tiny import save_tiny, tiny_tokenizer
@@ -67,15 +67,15 @@ def child(arguments: argparse.Namespace) -> None:
     ]
     flags += ["--stride", "128", "--max-windows", str(arguments.windows), "--mmlu-dir", str(folder / "mmlu")]
     flags += ["--calibration", str(folder / "corpus.txt"), "--calibration-samples", "8", "--calibration-length", "128"]
-    flags += ["--shots", "2", "--threads", str(arguments.threads), "--quiet"]
+    flags += ["--shots", "2", "--threads", str(arguments.threads), "--device", "cpu", "--quiet"]
     more = ["--stream", "--max-memory"] if arguments.child == "streamed" else []
     tiny = [*flags, *more, *(["1GiB"] if more else []), "--model", str(folder / "tiny"), "--out", str(folder / "warm")]
-    if code := run(["compare", *tiny]):
+    if code := run_program(["compare", *tiny]):
         raise SystemExit(code)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before, start = _status("VmRSS"), time.perf_counter()
     real = [*flags, *more, *([str(arguments.limit)] if more else []), "--model", str(folder / "model")]
-    code = run(["compare", *real, "--out", str(folder / arguments.child)])
+    code = run_program(["compare", *real, "--out", str(folder / arguments.child)])
     print(json.dumps({"seconds": time.perf_counter() - start, "bytes": _status("VmHWM") - before, "program": before}))
     raise SystemExit(code)
 

@@ -1,61 +1,32 @@
-"""Recipes: a method and the grid of every weight, from a name that a user types or from a YAML file.
+"""Recipes: a method, the grid of every weight, and a scheme, from a name that a user types.
 
-Config stops here: below this module functions take explicit arguments.
+`recipe_files.py` reads them from YAML. Config stops here: below this module functions take explicit arguments.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from qeval.errors import UsageError, unknown
+from qeval.methods import METHODS, QuantMethod
+from qeval.quant.grid import FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, SymmetricRange, WeightGrid, names_float, parse
+from qeval.quant.scheme import W8A8, PartName, Scheme, parse_parts, scheme_of, split_w8a8
 
-METHODS = {
-    "rtn": "round to nearest",
-    "awq": "activation-aware scales, then a clip search for every block (calibrated)",
-    "gptq": "a clip search, then column after column, each one's error made good by the next (calibrated)",
-    "mixed": "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
-    "mixed-rtn": "the same on rtn",
-    "modelopt": "NVIDIA Model Optimizer's awq_lite (calibrated; needs nvidia-modelopt)",
-    "torchao": "torchao's int4wo or int8wo (needs torchao)",
-    "hqq": "HQQ, half-quadratic search of zero points (needs hqq)",
-    "gptqmodel": "GPTQ by GPTQModel (calibrated; needs gptqmodel)",
-    "autoround": "AutoRound, rounding learned by signed gradients (calibrated; needs auto-round)",
-    "ort": "ONNX Runtime's rtn or k_quant (needs onnxruntime)",
-}
-
-
-@dataclass(frozen=True)
-class ToolMethods:
-    """What the name of another tool's method may say: its algorithms with the grid that each means by itself.
-
-    The first algorithm is meant where none is named; a tool of one has the empty name.
-    """
-
-    algorithms: Mapping[str, str]
-    calibrated: bool = False
-
-
-TOOLS: dict[str, ToolMethods] = {
-    "modelopt": ToolMethods({"awq_lite": "int4-g128"}, calibrated=True),
-    "torchao": ToolMethods({"int4wo": "int4-g64", "int8wo": "int8-channel"}),
-    "hqq": ToolMethods({"": "int4-g64"}),
-    "gptqmodel": ToolMethods({"": "int4-g128"}, calibrated=True),
-    "autoround": ToolMethods({"": "int4-g128"}, calibrated=True),
-    "ort": ToolMethods({"rtn": "int4-g32", "k_quant": "int4-g32-asym"}),
-}
-"""Other tools as quantizers; their adapters are in `calibrate/tools`."""
 Importance = Literal["measured", "fisher", "positional"]
 """How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
+FORMAT_FIELDS = get_args(PartName)
+"""The fields of a recipe that hold formats of a scheme."""
 BASELINE = "baseline"
 """The name of the unquantized model in every row; no variant may take it."""
 
 _DEFAULT_GRID = "int4-g128"
 _DEFAULT_DAMPING = 0.01
+_DEFAULT_ALPHA = 0.5
+_HIGH_BITS = 8
+_SPANS = frozenset(get_args(SymmetricRange))
 _OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"clip": True},
     "noclip": {"clip": False},
@@ -66,12 +37,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "fisher": {"importance": "fisher"},
     "positional": {"importance": "positional"},
 }
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
-_DAMPING = re.compile(r"damp(\d+(?:\.\d+)?)")
+_UNQUANTIZED = ("fp16", "bf16")
+"""Other names of the method `none`: the weights stay what they are."""
+_PRESETS = {"int8-w8a8": "rtn:int8-w8a8"}
+_NUMBERS = {"budget": "{}bpw", "damping": "damp{}", "alpha": "alpha{}"}
+"""The fields that a word gives a number, and the word."""
 
 
 @dataclass(frozen=True)
-class Rule:
+class GridRule:
     """For weights whose name matches `match` (a shell pattern): a grid's name, or `float` to leave them."""
 
     match: str
@@ -80,11 +54,28 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make one variant. `grid` and `high` are grid names; `high` and `budget` belong to mixed methods.
+    """A way to make one variant: a method with the grid of every weight.
 
-    `clip` None means the method's own default: a clip search for awq and gptq, none for rtn. `budget` None means the
-    size that the positional rule would take, in bits per weight. `damping` (a share of the mean second moment; None:
-    0.01) and `act_order` (None: yes) belong to gptq. `algorithm` is the word of another tool for what it does.
+    Grids are stored as they were written, since a recipe's identity is part of stored keys; `low_grid` and `high_grid`
+    are what the names mean.
+
+    Attributes:
+        name: What the variant is called.
+        method: A key of `METHODS`.
+        grid: The name of the grid of all weights without another one.
+        high: In a mix, the name of the grid of the weights that matter most; None for the low one with 8 bits.
+        clip: Whether the range of each block is searched; None for the method's default.
+        budget: In a mix, the size in bits per weight; None for the size of the positional rule.
+        importance: In a mix, how groups are ranked.
+        quantize_head: Whether the head is quantized too.
+        rules: Grids by the names of weights; the first that matches counts.
+        damping: Of gptq, as a share of the mean second moment; None for 0.01.
+        act_order: Of gptq, whether the largest moments go first; None for yes.
+        algorithm: Another tool's word for what it does.
+        alpha: Of smoothquant, the share of activations' outliers that the weights take; None for 0.5.
+        activations: The format of the inputs of quantized linears; None leaves them as they are.
+        keys: The format of keys, after the rotary embedding; None leaves them as they are.
+        values: The format of values; None leaves them as they are.
     """
 
     name: str
@@ -95,10 +86,14 @@ class Recipe:
     budget: float | None = None
     importance: Importance = "measured"
     quantize_head: bool = False
-    rules: tuple[Rule, ...] = field(default=())
+    rules: tuple[GridRule, ...] = field(default=())
     damping: float | None = None
     act_order: bool | None = None
     algorithm: str | None = None
+    alpha: float | None = None
+    activations: str | None = None
+    keys: str | None = None
+    values: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no variant can be made from."""
@@ -106,80 +101,140 @@ class Recipe:
             raise unknown("method", self.method, METHODS)
         if self.name == BASELINE or not self.name:
             raise UsageError(f"A variant cannot be named '{self.name}'; that name is the unquantized model's.")
-        if not self.mixed and (self.budget is not None or self.high is not None):
+        method = self.quant_method
+        if not method.mixes and (self.budget is not None or self.high is not None):
             raise UsageError(f"'{self.name}': a budget or a high grid belongs to mixed methods, not to {self.method}.")
-        if not self.uses_gptq and (self.damping is not None or self.act_order is not None):
+        if method.rounding != "sequential" and (self.damping is not None or self.act_order is not None):
             raise UsageError(f"'{self.name}': damping and act-order belong to gptq, not to {self.method}.")
-        if self.algorithm is not None and self.algorithm not in (TOOLS[self.method].algorithms if self.tool else ()):
+        if self.algorithm is not None and self.algorithm not in method.algorithms:
             raise UsageError(f"'{self.name}': {self.method} has no algorithm '{self.algorithm}'.")
-        if self.tool and (self.clip is not None or self.quantize_head):
+        if method.rounding == "external" and (self.clip is not None or self.quantize_head):
             raise UsageError(f"'{self.name}': clip, noclip and the head belong to qeval's own methods.")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise UsageError(f"'{self.name}': damping is a share above 0 and at most 1, not {self.damping:g}.")
+        self._check_scheme()
+        if method.rounding == "smoothed" and self.clip:
+            raise UsageError(f"'{self.name}': {self.method} searches no clip range.")
+        if self.alpha is not None and (method.rounding != "smoothed" or not 0 <= self.alpha <= 1):
+            raise UsageError(f"'{self.name}': alpha belongs to smoothquant, and lies between 0 and 1.")
+        self._check_grids()
+
+    def _check_scheme(self) -> None:
+        """Refuse formats that mean nothing, and a recipe that rounds nothing."""
+        scheme = self.scheme
+        if self.quant_method.rounding != "none":
+            return
+        if not scheme:
+            raise UsageError(f"'{self.name}' rounds nothing; name what it rounds, for example {self.method}+kv-int8.")
+        if scheme.activations or self.quantize_head or self.rules:
+            raise UsageError(f"'{self.name}': activations, rules and the head go with quantized weights.")
+
+    def _check_grids(self) -> None:
+        """Refuse grids that the method can't take."""
+        method = self.quant_method
+        for text in (self.grid, self.high or "", *(rule.grid for rule in self.rules)):
+            if not set(FLOAT_WORDS).isdisjoint(text.split("-")) and (method.mixes or method.rounding == "external"):
+                does = "mixes widths of integers" if method.mixes else "is asked for integers alone"
+                raise UsageError(
+                    f"'{self.name}': {self.method} {does}, not {text}; take rtn, awq or gptq, such as awq:nvfp4."
+                )
+            if method.rounding == "external" and not _SPANS.isdisjoint(text.split("-")):
+                raise UsageError(
+                    f"'{self.name}': {self.method} spans its range in a way of its own; leave {text} out, "
+                    "or take rtn, awq, gptq or mixed."
+                )
 
     @property
-    def mixed(self) -> bool:
-        """Whether two bit widths are chosen between."""
-        return self.method.startswith("mixed")
+    def quant_method(self) -> QuantMethod:
+        """The row of the method in `METHODS`."""
+        return METHODS[self.method]
 
     @property
-    def tool(self) -> bool:
-        """Whether another tool quantizes."""
-        return self.method in TOOLS
+    def scheme(self) -> Scheme:
+        """The formats of activations, keys and values."""
+        return scheme_of({part: getattr(self, part) for part in FORMAT_FIELDS})
+
+    @property
+    def weights_alone(self) -> "Recipe":
+        """The same recipe for the weights, without a scheme; of a recipe that leaves them in float there is none."""
+        return replace(self, name=self.name.partition("+")[0], activations=None, keys=None, values=None)
 
     @property
     def calibrated(self) -> bool:
-        """Whether making the variant needs calibration text."""
-        if self.tool:
-            return TOOLS[self.method].calibrated
-        return self.uses_awq or self.uses_gptq or (self.mixed and self.importance != "positional")
+        """Return whether making the variant needs calibration text; a mix by position alone does not."""
+        mixes = self.quant_method.mixes and self.importance != "positional"
+        return self.quant_method.calibrated or mixes or self.scheme.is_static
 
     @property
-    def uses_statistics(self) -> bool:
-        """Whether the statistics of all layer inputs are needed, not just the text."""
-        return self.uses_awq or (self.calibrated and self.clips and not self.uses_gptq and not self.tool)
+    def needs_statistics(self) -> bool:
+        """Return whether the statistics of all layer inputs are needed, not just the text."""
+        method = self.quant_method
+        return method.scales_inputs or (self.calibrated and self.clips and method.rounding == "nearest")
 
     @property
-    def uses_awq(self) -> bool:
-        """Whether input scales are searched."""
-        return self.method in ("awq", "mixed")
+    def low_grid(self) -> WeightGrid:
+        """The grid of every weight that neither a mix nor a rule gives another one."""
+        return parse(self.grid)
 
     @property
-    def uses_gptq(self) -> bool:
-        """Whether columns are rounded in turn, layer after layer."""
-        return self.method == "gptq"
+    def high_grid(self) -> WeightGrid:
+        """The grid of the weights that matter most in a mix: the low one with 8 bits, unless `high` names another."""
+        low = self.low_grid
+        if self.high is None and not isinstance(low, FloatGrid):
+            return replace(low, bits=_HIGH_BITS)
+        return parse(self.high or "", low)
 
     @property
     def damping_share(self) -> float:
-        """What gptq adds to every second moment, as a share of their mean; 1 % as in its paper."""
+        """The share of the mean second moment that gptq adds to every one; 1 % as in its paper."""
         return _DEFAULT_DAMPING if self.damping is None else float(self.damping)
 
     @property
+    def smoothing(self) -> float:
+        """The share of activations' outliers that smoothquant moves into the weights; a half, as in its paper."""
+        return _DEFAULT_ALPHA if self.alpha is None else float(self.alpha)
+
+    @property
     def orders_by_moment(self) -> bool:
-        """Whether gptq takes the columns with the largest second moments first."""
+        """Return whether gptq takes the columns with the largest second moments first."""
         return self.act_order is not False
 
     @property
     def clips(self) -> bool:
-        """Whether each block's range is searched."""
-        return self.uses_awq or self.uses_gptq if self.clip is None else self.clip
+        """Return whether each block's range is searched."""
+        return self.quant_method.clips if self.clip is None else self.clip
 
     def rule_for(self, name: str) -> str | None:
-        """What the first rule that matches a weight's name says, or None."""
+        """Return the grid of the first rule that matches a weight's name, or None."""
         return next((rule.grid for rule in self.rules if fnmatchcase(name, rule.match)), None)
 
     def identity(self) -> dict[str, Any]:
-        """Everything but the name: what changes the variant's numbers."""
-        own: dict[str, Any] = {"clip": self.clips}
-        if self.uses_gptq:
-            own |= {"damping": self.damping_share, "act_order": self.orders_by_moment}
-        left = ("name",) if self.tool else ("name", "algorithm")
-        return {key: value for key, value in asdict(self).items() if key not in left} | own
+        """Return all but the name: what changes the numbers. It is part of stored keys, so its form never changes."""
+        rounding = self.quant_method.rounding
+        fields = asdict(self)
+        del fields["name"]
+        if rounding != "external":
+            del fields["algorithm"]
+        if names_float(self.grid):
+            fields["grid"] = str(self.low_grid)
+
+        # what is not used is not named, so that keys from before schemes hold
+        for part in ("alpha", *FORMAT_FIELDS):
+            del fields[part]
+        fields |= self.scheme.names()
+
+        # what a method does by default is written out, so that its default form has one identity
+        fields |= {"clip": self.clips}
+        if rounding == "sequential":
+            fields |= {"damping": self.damping_share, "act_order": self.orders_by_moment}
+        if rounding == "smoothed":
+            fields |= {"alpha": self.smoothing}
+        return fields
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What flags say for every recipe that doesn't say it itself."""
+    """Settings by flags, for every recipe that has none of its own."""
 
     budget: float | None = None
     importance: Importance = "measured"
@@ -187,51 +242,98 @@ class Defaults:
 
 
 def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
-    """The recipe that a name such as `awq:int4-g128`, `rtn:int8-channel` or `mixed-rtn:4.8bpw` means.
+    """Return the recipe that a name such as `awq:int4-g128`, `mixed-rtn:4.8bpw` or `nvfp4` means.
+
+    A grid of floats without a method means `rtn`.
+
+    What follows a `+` says how activations, keys and values are rounded: `awq+kv-int8`, `fp16+kv-q4_0`.
 
     Raises:
-        UsageError: an unknown method (the nearest are listed) or a word that it doesn't take.
+        UsageError: The method is unknown (the nearest are listed), or does not take a word of the name.
     """
-    method, _, words = text.strip().partition(":")
+    return recipe_from(text.strip(), defaults, {})
+
+
+def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a name; formats of activations, keys and values in `fields` stand above the name's."""
+    weights, *parts = name.split("+")
+    scheme: dict[str, Any] = {**parse_parts(parts), **fields}
+    method, colon, words = _PRESETS.get(weights, weights).partition(":")
+    if method in _UNQUANTIZED:
+        method = "none"
+    if not colon and names_float(method):
+        method, words = "rtn", method
     if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    grid: list[str] = []
-    if method in TOOLS:
-        return _parse_tool(text.strip(), method, words)
-    options: dict[str, Any] = {"quantize_head": defaults.quantize_head}
-    if method.startswith("mixed"):
+        if names_float(method):
+            raise UsageError(f"'{name}': {method} is a format, not a method; say {method} alone, or rtn:{method}.")
+        raise _unknown_method(method)
+    rounding = METHODS[method].rounding
+    if rounding == "external":
+        return replace(_parse_tool(name, method, words), **scheme)
+    if rounding == "none" and words:
+        raise UsageError(f"'{name}': {weights.partition(':')[0]} leaves the weights in float and takes no words.")
+
+    options: dict[str, Any] = {"quantize_head": defaults.quantize_head and rounding != "none"}
+    if METHODS[method].mixes:
         options |= {"budget": defaults.budget, "importance": defaults.importance}
+
+    named_options, grid = _read_words(words)
+    options |= named_options
+    grid = grid or METHODS[method].words.split("-")
+    if W8A8 in grid:
+        grid, formats = split_w8a8(name, grid)
+        scheme = {**formats, **scheme}
+    named = "-".join(grid) or _DEFAULT_GRID
+    named = str(parse(named)) if names_float(named) else named  # with what a short name leaves out
+    return Recipe(name=name, method=method, grid=named, **options, **scheme)
+
+
+def _read_words(words: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a recipe that words give, and the words that are left, which name a grid."""
+    options: dict[str, Any] = {}
+    grid: list[str] = []
     for word in filter(None, words.split("-")):
-        if word in _OPTIONS:
-            options |= _OPTIONS[word]
-        elif match := _BUDGET.fullmatch(word):
-            options["budget"] = float(match[1])
-        elif match := _DAMPING.fullmatch(word):
-            options["damping"] = float(match[1])
+        if fields := _OPTIONS.get(word) or _number_of(word):
+            options |= fields
         else:
             grid.append(word)
-    return Recipe(name=text.strip(), method=method, grid="-".join(grid) or _DEFAULT_GRID, **options)
+    return options, grid
+
+
+def _number_of(word: str) -> dict[str, float]:
+    """Return the field and the number that a word such as `damp0.05` gives; empty where it gives none."""
+    matches = {name: re.fullmatch(form.format(r"(\d+(?:\.\d+)?)"), word) for name, form in _NUMBERS.items()}
+    return {name: float(match[1]) for name, match in matches.items() if match}
+
+
+def _unknown_method(name: str) -> UsageError:
+    """Return the error for a word that is neither a method nor a format; the nearest of the kind that is nearer."""
+    nearest = get_close_matches(name.partition("-")[0].lower(), [*METHODS, *FLOAT_WORDS], n=1)
+    if nearest and nearest[0] in FLOAT_WORDS:
+        return unknown("method or format", name, [*METHODS, *FLOAT_WORDS, *FLOAT_GRIDS])
+    return unknown("method", name, METHODS)
 
 
 def _parse_tool(name: str, method: str, words: str) -> Recipe:
-    """The recipe of another tool's method: `torchao:int4wo`, `hqq:int4-g64`, `ort:k_quant-g128`."""
-    known = TOOLS[method].algorithms
-    said = words.split("-") if words else []
-    named = next((word for word in said if word in known), next(iter(known)))
-    grid = "-".join(word for word in said if word != named)
-    own = known[named].split("-")
-    merged = "-".join([*(word for word in own if not _replaces(grid.split("-"), word)), *([grid] if grid else [])])
-    return Recipe(name=name, method=method, grid=merged, algorithm=named or None)
+    """Return the recipe of another tool's method: `torchao:int4wo`, `hqq:int4-g64`, `ort:k_quant-g128`."""
+    algorithms = METHODS[method].algorithms
+    parts = words.split("-") if words else []
+    algorithm = next((word for word in parts if word in algorithms), next(iter(algorithms)))
+
+    # the user's words for the grid take the place of the algorithm's for the same part
+    grid = [word for word in parts if word != algorithm]
+    defaults = [word for word in algorithms[algorithm].split("-") if not _replaces(grid, word)]
+    return Recipe(name=name, method=method, grid="-".join([*defaults, *grid]), algorithm=algorithm or None)
 
 
-def _replaces(words: Sequence[str], word: str) -> bool:
-    """Whether a user's words say the same part of a grid as one of a tool's own: bits, blocks, symmetry."""
+def _replaces(words: Sequence[str], default: str) -> bool:
+    """Return whether words of a grid's name say the same part as a default: bits, blocks or symmetry."""
     parts = (r"int\d+", r"g\d+|channel|tensor", r"a?sym")
-    return any(re.fullmatch(part, word) and any(re.fullmatch(part, each) for each in words) for part in parts)
+    return any(re.fullmatch(part, default) and any(re.fullmatch(part, word) for word in words) for part in parts)
 
 
 def parse_methods(text: str, defaults: Defaults = Defaults()) -> list[Recipe]:
-    """The recipes of a comma-separated list of method names."""
+    """Return the recipes of a comma-separated list of method names."""
     names = [name for name in (part.strip() for part in text.split(",")) if name]
     if not names:
         raise UsageError("--methods names no method; say for example --methods rtn,awq,mixed.")
@@ -239,7 +341,7 @@ def parse_methods(text: str, defaults: Defaults = Defaults()) -> list[Recipe]:
 
 
 def parse_budget(text: str, where: str = "--budget") -> float:
-    """The bits per weight of `4.8bpw` (or `4.8`); `where` is what an error names.
+    """Return the bits per weight of `4.8bpw` (or `4.8`); `where` is what an error names.
 
     >>> parse_budget("4.8bpw")
     4.8
@@ -250,86 +352,10 @@ def parse_budget(text: str, where: str = "--budget") -> float:
     return float(match[1])
 
 
-def load_recipes(path: Path, defaults: Defaults = Defaults()) -> list[Recipe]:
-    """The recipes of a YAML file: a list `variants` of mappings with the fields of `Recipe`.
-
-    Raises:
-        UsageError: the file is missing, is no YAML, or has a key that no recipe has (the nearest are listed).
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"Cannot read the config {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(data, Mapping):
-        raise UsageError(f"{path} must hold a mapping with a list 'variants'.")
-    _known(data, ("variants",), f"key in {path}")
-    entries = data.get("variants")
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        raise UsageError(f"{path}: 'variants' must be a list with at least one recipe.")
-    return [_recipe(entry, f"{path}, variant {index}", defaults) for index, entry in enumerate(entries, 1)]
-
-
 def check_distinct(recipes: Iterable[Recipe]) -> None:
     """Refuse two variants of one name."""
-    seen: set[str] = set()
+    names: set[str] = set()
     for recipe in recipes:
-        if recipe.name in seen:
+        if recipe.name in names:
             raise UsageError(f"Two variants are named '{recipe.name}'; names must be distinct.")
-        seen.add(recipe.name)
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "method": (str,),
-    "grid": (str,),
-    "high": (str,),
-    "clip": (bool,),
-    "budget": (str, int, float),
-    "importance": (str,),
-    "quantize_head": (bool,),
-    "rules": (list,),
-    "damping": (int, float),
-    "act_order": (bool,),
-    "algorithm": (str,),
-}
-
-
-def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
-    if isinstance(entry, str):
-        return parse_method(entry, defaults)
-    if not isinstance(entry, Mapping):
-        raise UsageError(f"{where} must be a mapping or a method's name.")
-    _known(entry, _TYPES, f"key in {where}")
-    for key, value in entry.items():
-        if not isinstance(value, _TYPES[key]) or (isinstance(value, bool) and bool not in _TYPES[key]):
-            expected = " or ".join(kind.__name__ for kind in _TYPES[key])
-            raise UsageError(f"{where}: '{key}' must be {expected}, not {value!r}.")
-    if "method" not in entry:
-        raise UsageError(f"{where} names no method.")
-    recipe = parse_method(str(entry["method"]), defaults)
-    fields = {key: value for key, value in entry.items() if key != "method"}
-    if "importance" in fields and fields["importance"] not in get_args(Importance):
-        raise unknown(f"importance in {where}", fields["importance"], get_args(Importance))
-    if "budget" in fields:
-        fields["budget"] = parse_budget(str(fields["budget"]), f"{where}: 'budget'")
-    if "rules" in fields:
-        fields["rules"] = tuple(_rule(rule, where) for rule in fields["rules"])
-    return replace(recipe, **fields)
-
-
-def _rule(entry: object, where: str) -> Rule:
-    if not isinstance(entry, Mapping):
-        raise UsageError(f"{where}: a rule must be a mapping with 'match' and 'grid'.")
-    _known(entry, ("match", "grid"), f"key in a rule of {where}")
-    if set(entry) != {"match", "grid"}:
-        raise UsageError(f"{where}: a rule needs both 'match' and 'grid'.")
-    return Rule(str(entry["match"]), str(entry["grid"]))
-
-
-def _known(entry: Mapping[Any, Any], known: Iterable[str], kind: str) -> None:
-    choices = list(known)
-    for key in entry:
-        if key not in choices:
-            raise unknown(kind, str(key), choices)
+        names.add(recipe.name)

@@ -13,7 +13,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def digest(value: Mapping[str, Any]) -> str:
-    """The 32 hex digits that name `value` (plain JSON values; the order of keys does not matter).
+    """Return the 32 hex digits that name `value` (plain JSON values; the order of keys does not matter).
 
     >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     True
@@ -23,7 +23,7 @@ def digest(value: Mapping[str, Any]) -> str:
 
 
 def digest_bytes(chunks: Iterable[bytes | memoryview]) -> str:
-    """The sha256 of a stream of bytes, in hex."""
+    """Return the sha256 of a stream of bytes, in hex."""
     sha = hashlib.sha256()
     for chunk in chunks:
         sha.update(chunk)
@@ -31,6 +31,6 @@ def digest_bytes(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
+    """Return the sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return digest_bytes(iter(lambda: file.read(_CHUNK_BYTES), b""))

@@ -1,16 +1,21 @@
-"""How long work tells where it is: phases with a number of units, told by whoever does the work."""
+"""Progress of work: phases with a number of units, reported by whoever does the work."""
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from qeval.escape import terminal
+
 Advance = Callable[[int], None]
 """Called with the number of units just done."""
+Notify = Callable[[str], None]
+"""Called with a sentence for the user, such as a warning."""
 
 
 def in_parts(advance: Advance, units: int, parts: int) -> Callable[[], None]:
-    """What is called once after each of `parts` equal parts of `units`: all of these have been told after the last.
+    """Return what to call after each of `parts` equal parts of `units`, so that in the end all were counted.
 
     >>> told = []
     >>> done = in_parts(told.append, 10, 4)
@@ -29,12 +34,12 @@ def in_parts(advance: Advance, units: int, parts: int) -> Callable[[], None]:
 
 
 class Progress(Protocol):
-    """Shows phases and warnings to a person, or to nobody; `warnings` keeps the latter for the report."""
+    """A display of phases and warnings, for a person or for nobody; `warnings` keeps the latter for the report."""
 
     warnings: list[str]
 
     def phase(self, label: str, units: int) -> AbstractContextManager[Advance]:
-        """A phase of `units`; the block is given the function to call as they get done."""
+        """Open a phase of `units`; the block gets the function to call as they get done."""
         ...
 
     def warn(self, message: str) -> None:
@@ -47,7 +52,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing and remembers the warnings."""
+    """Progress that shows nothing and remembers the warnings."""
 
     def __init__(self) -> None:
         """No warnings yet."""
@@ -65,3 +70,18 @@ class Silent:
 
     def tell(self, message: str) -> None:
         """Say nothing."""
+
+
+class Logged(Silent):
+    """Progress that remembers warnings and logs them to `qeval`, which Python by default writes to stderr."""
+
+    _logger = logging.getLogger("qeval")
+
+    def warn(self, message: str) -> None:
+        """Remember the message and log it as a warning."""
+        super().warn(message)
+        self._logger.warning("%s", terminal(message))
+
+    def tell(self, message: str) -> None:
+        """Log the message as information."""
+        self._logger.info("%s", terminal(message))

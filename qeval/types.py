@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["lower", "higher", "neither"]
+FloatType = Literal["fp32", "fp16", "bf16"]
+OnnxFormat = Literal["nbits", "qdq"]
+"""The forms of quantized weights in a graph: MatMulNBits, or DequantizeLinear before a MatMul."""
+OnnxPrecision = Literal["fp32", "fp16"]
+"""The type that a graph computes in."""
+TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Request:
             raise ValueError("A position lies outside its tokens.")
 
     def after(self, prefix: tuple[int, ...]) -> "Request":
-        """The request for the whole sequence, where `prefix` stands before its tokens."""
+        """Return the request for the whole sequence, where `prefix` stands before its tokens."""
         return Request(prefix + self.tokens, tuple(position + len(prefix) for position in self.positions))
 
 

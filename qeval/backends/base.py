@@ -1,18 +1,22 @@
-"""What every backend offers: a `Session`, a model that answers token ids with final states.
+"""The Protocols of backends: a `Backend` opens models as `Session`s, which answer token ids with final states.
 
 A *state* is what is kept of a scored position: the final hidden state before the head, [d_model], where the
 backend can give it (then `logits` is the head's matrix product), or the logits themselves, [vocab] (then
 `logits` returns them as they are).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from qeval.errors import QevalError
+from qeval.progress import Progress
 from qeval.quant.variant import Variant
+from qeval.store.run import RuntimeRecord
 from qeval.types import Call, Request
 
 
@@ -21,13 +25,17 @@ class Prefix(Protocol):
 
     @property
     def length(self) -> int:
-        """How many tokens the prefix holds."""
+        """The prefix's length in tokens."""
         ...
 
 
+@runtime_checkable
 class Session(Protocol):
-    """A model that answers. Results depend neither on how requests are batched nor on whether a prefix is shared
-    (within 1e-4 nats in fp32); a sequence longer than `max_length` and a forward that fails raise."""
+    """A model that answers token ids.
+
+    Results depend neither on how requests are batched nor on whether a prefix is shared (within 1e-4 nats in fp32).
+    A sequence longer than `max_length` and a forward that fails raise.
+    """
 
     @property
     def max_length(self) -> int:
@@ -41,7 +49,7 @@ class Session(Protocol):
 
     @property
     def packs(self) -> bool:
-        """Whether the requests of a batch may be of any lengths, none being filled up to the longest."""
+        """Return whether the requests of a batch may be of any lengths, none being filled up to the longest."""
         ...
 
     @property
@@ -57,7 +65,7 @@ class Session(Protocol):
         ...
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
-        """The final states at each request's positions, [positions, width] fp32 each, in the requests' order.
+        """Return the final states at each request's positions, [positions, width] fp32 each, in the requests' order.
 
         With `prefix`, every request continues it: `tokens` then hold only what follows the prefix, and
         positions count from the first token after it. The requests of one call are run as one batch.
@@ -65,40 +73,130 @@ class Session(Protocol):
         ...
 
     def logits(self, states: Tensor) -> Tensor:
-        """The fp32 logits [n, vocab] of states [n, width]; soft caps and logit scales applied."""
+        """Return the fp32 logits [n, vocab] of states [n, width]; soft caps and logit scales applied."""
         ...
 
+    def expect(self, calls: Iterable[Call]) -> None:
+        """Note the calls to come, in their order. Others may come, and some of these may not.
 
-@runtime_checkable
-class LooksAhead(Protocol):
-    """A session that runs more at a time when it is told what it will be asked for."""
-
-    def expect(self, calls: Sequence[Call]) -> None:
-        """The calls to come, in their order. Others may come, and some of these may not."""
+        A session that gains nothing by running calls together looks at none of them (`SessionDefaults`), so that a lazy
+        iterable costs nothing there.
+        """
         ...
-
-
-@runtime_checkable
-class Continues(Protocol):
-    """A session that generates: what the baseline's needs, and no other."""
 
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
-        """The `count` tokens [prompts, count] that prompts of one length go on with, each the most likely one."""
+        """Return the `count` tokens [prompts, count] that prompts of one length go on with, the likeliest each.
+
+        Raises:
+            QevalError: The session scores and doesn't generate (`SessionDefaults`).
+        """
         ...
 
 
-class Backend(Protocol):
-    """Where variants run. One weight set is held; a variant is installed for the length of a `with` block."""
+class SessionDefaults:
+    """A session's methods where it runs each call when it comes, and scores without generating."""
+
+    def expect(self, calls: Iterable[Call]) -> None:
+        """Do nothing: each call is run when it comes."""
+
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
+        """Refuse to generate.
+
+        Raises:
+            QevalError: Always.
+        """
+        raise QevalError("This backend can't generate the baseline's continuations; leave drift out of --tasks.")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model on disk: a variant's folder, or an ONNX folder that another tool made.
+
+    `gguf` is the GGUF file that the variant was read from, where it was.
+    """
+
+    folder: Path
+    gguf: Path | None = None
+
+
+Target = Variant | Saved | None
+"""What a backend opens: a variant in memory, a model on disk, or the baseline (None)."""
+
+S = TypeVar("S", bound=Session)
+
+
+class Backend(Protocol[S]):
+    """A runner of models of one kind. Every backend of a run satisfies it; `compare/backends.py` holds their table."""
 
     @property
     def name(self) -> str:
-        """The name that rows carry: `torch`."""
+        """The name that rows carry: `torch`, `ort`, `ort-acc4`, `llama.cpp`."""
         ...
 
-    def open(self, variant: Variant | None) -> AbstractContextManager[Session]:
-        """A session of `variant`, or of the baseline; the baseline is restored bit for bit when the block ends."""
+    @property
+    def fake_quantizes(self) -> bool:
+        """Return whether dequantized weights are multiplied in floating point, and no kernel for quantized ones."""
         ...
 
-    def open_saved(self, folder: Path) -> AbstractContextManager[Session]:
-        """A session of the variant that lies in `folder`."""
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Sentences on what must be known of its numbers before a run."""
+        ...
+
+    def identity(self, target: Target) -> dict[str, Any]:
+        """Return what of a prepared backend changes a target's numbers, as entries of the key of its rows."""
+        ...
+
+    def prepare(self, progress: Progress) -> str | None:
+        """Do once what all models on this backend need; return why it can't be done, if it can't."""
+        ...
+
+    def open(self, target: Target) -> AbstractContextManager[S]:
+        """Open a model for the length of a `with` block; afterwards everything is as it was before.
+
+        Raises:
+            QevalError, UsageError: The backend can't open the target, or not while another model is open.
+        """
+        ...
+
+    def describe(self, session: S, target: Target) -> RuntimeRecord | None:
+        """Return how an open target is run; None where the run's own record says all of it (torch)."""
+        ...
+
+
+class HasLogits(Protocol):
+    """A head: the last step from final states to logits."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
+        ...
+
+
+class BaselineBackend(Backend[S], Protocol[S]):
+    """A backend that runs the baseline itself, from the checkpoint's weights: torch, in memory or streamed."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens a batch that suit the device and its free memory."""
+        ...
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that weights, activations and logits may take; None where the whole model is in memory."""
+        ...
+
+    def head_for(self, target: Target) -> HasLogits:
+        """Return the head that a target's stored states go through."""
+        ...
+
+    def reserve(self, positions: int) -> None:
+        """Count the final states of a job of so many positions among what memory holds.
+
+        Raises:
+            UsageError: Too little is left.
+        """
+        ...
+
+    def change_weights(self, change: Callable[[str, Tensor], None]) -> None:
+        """Change the baseline's weights in place and for good: `change` is called with each one's name and tensor."""
         ...

@@ -1,14 +1,14 @@
-"""How much memory a batch takes, how much there is, and what to do when it was not enough."""
+"""Memory of batches: how much one takes, how much there is, and what to do when it was not enough."""
 
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
-from qeval.errors import QevalError, UsageError
+from qeval.errors import QevalError, UsageError, is_out_of_memory
+from qeval.models.device import free_bytes, release_cached
 from qeval.types import Request
 
 _CPU_BATCH, _GPU_BATCH = 2048, 32768
@@ -34,22 +34,15 @@ def return_large_blocks() -> None:
         mallopt(_TRIM_THRESHOLD, _LARGE_BYTES)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; what other programs may take meanwhile is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
 def batch_tokens(config: Any, itemsize: int, device: torch.device) -> int:
-    """Tokens a batch that suit the device and fit in its free memory; a power of two, so that noise rarely shows."""
+    """Return the tokens a batch that suit the device and fit in its free memory: a power of two, which hides noise."""
     fits = free_bytes(device) // _SHARE // token_activations(config, itemsize)
     most = _GPU_BATCH if device.type == "cuda" else _CPU_BATCH
     return max(_LEAST_BATCH, min(most, 1 << max(fits.bit_length() - 1, 0)))
 
 
 def token_activations(config: Any, itemsize: int) -> int:
-    """Bytes that a token's activations take at most inside a decoder layer (an upper estimate).
+    """Return the bytes that a token's activations take at most inside a decoder layer (an upper estimate).
 
     The MLP's gate, up, product and activation; the normed, rotated, attended and residual states beside. In a mixture a
     token goes to several experts at once: each has its own.
@@ -64,7 +57,7 @@ def token_activations(config: Any, itemsize: int) -> int:
 
 
 def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices itself (AVX512-BF16, AMX, or Arm's BF16)."""
+    """Return whether this processor multiplies bf16 matrices itself (AVX512-BF16, AMX, or Arm's BF16)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _bf16_instructions()
 
 
@@ -88,35 +81,71 @@ def require_bf16() -> None:
         )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the CPU, where it says so in words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def reason_of(error: Exception, doing: str, device: torch.device) -> str:
+    """Say in a sentence why `doing` something failed; lack of memory with what was free and what helps."""
+    if not (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+        return str(error)
+    free = free_bytes(device) / 2**30
+    return (
+        f"{device} ran out of memory while {doing} ({free:.1f} GiB are free now); give a smaller --batch-tokens, close "
+        "what else uses it, or take --stream, which holds one layer at a time."
+    )
 
 
-def with_half_on_lack(run: Callable[[Sequence[Request]], list[_T]], requests: Sequence[Request]) -> list[_T]:
-    """`run(requests)`; where memory lacks, once more in two halves.
+class FittingBatches:
+    """Runs batches as large as memory holds; a size that it did not hold is not tried again."""
 
-    Raises:
-        QevalError: memory lacked for a half too.
-    """
-    found = _tried(run, requests)
-    if found is not None:
-        return found
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    middle = (len(requests) + 1) // 2
-    halves = [_tried(run, part) for part in (requests[:middle], requests[middle:]) if part]
-    if any(half is None for half in halves):
-        tokens = sum(len(request.tokens) for request in requests)
-        raise QevalError(
-            f"There is not enough memory for a batch of {tokens} tokens in {len(requests)} sequences, nor for half of "
-            "it; give a smaller --batch-tokens, or a smaller --window."
-        )
-    return [each for half in halves for each in half or ()]
+    def __init__(self) -> None:
+        """Start without a limit."""
+        self.limit: int | None = None
+        """The most tokens of a batch, each sequence counted as long as the longest; None where all have fitted."""
+
+    def run(self, run: Callable[[Sequence[Request]], list[_T]], requests: Sequence[Request]) -> list[_T]:
+        """Return `run(requests)`, in as many parts as memory makes necessary.
+
+        Raises:
+            QevalError: Memory lacks for a single sequence.
+        """
+        waiting, results = self._parts(requests), list[_T]()
+        while waiting:
+            part = waiting.pop(0)
+            of_part = _tried(run, part)
+            if of_part is not None:
+                results += of_part
+                continue
+
+            # half of what did not fit is the limit from now on, for this call's other parts too
+            release_cached()
+            if len(part) == 1:
+                raise QevalError(
+                    f"There is not enough memory for a batch of one sequence of {len(part[0].tokens)} tokens; give a "
+                    "smaller --window, close what else uses the device, or take --stream."
+                )
+            self.limit = _padded_tokens(part) // 2
+            waiting = [half for each in (part, *waiting) for half in self._parts(each)]
+        return results
+
+    def _parts(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
+        """Cut requests, in their order, into batches within the limit; a longer sequence is a batch of its own."""
+        if self.limit is None:
+            return [requests]
+        parts: list[list[Request]] = []
+        longest = 0
+        for request in requests:
+            longest = max(longest, len(request.tokens))
+            if not parts or (len(parts[-1]) + 1) * longest > self.limit:
+                parts.append([])
+                longest = len(request.tokens)
+            parts[-1].append(request)
+        return list(parts)
+
+
+def _padded_tokens(requests: Sequence[Request]) -> int:
+    return len(requests) * max(len(request.tokens) for request in requests)
 
 
 def _tried(run: Callable[[Sequence[Request]], list[_T]], requests: Sequence[Request]) -> list[_T] | None:
-    """None where memory lacked: the error is let go of, and with it what its frames hold."""
+    """Return None where memory lacked: the error is let go of, and with it what its frames hold."""
     try:
         return run(requests)
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qeval.backends.shared import Lent, tagged
+from qeval.models.structure.kv_cache import KvChange
 
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -17,10 +18,18 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
 
-    def __init__(self, outer: "PrefixLayer | None" = None, *, apart: bool = False) -> None:
-        """`outer`: this layer of the prefix that is continued. `apart`: continuations attend to it by `shared`."""
+    def __init__(
+        self, outer: "PrefixLayer | None" = None, *, apart: bool = False, change: KvChange | None = None
+    ) -> None:
+        """Begin with what the prefix continues.
+
+        Args:
+            outer: This layer of the prefix that is continued.
+            apart: Whether continuations attend to it by `shared`.
+            change: What rounds new keys and values, the prefix's and those of continuations, before they are kept.
+        """
         super().__init__()
-        self._outer, self._apart = outer, apart
+        self._outer, self._apart, self._change = outer, apart, change
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Keep the prefix: keys and values of shape [1, heads, tokens, head size]."""
@@ -28,9 +37,13 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         self._outer = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The keys and values that attention sees: the prefix's own, or the prefix before each continuation's."""
+        """Return the keys and values that attention sees: the prefix's, or the prefix before each continuation's."""
+        if self._change is not None:
+            key_states, value_states = self._change(key_states, value_states)
         if self.is_initialized and self._apart:
             return tagged(key_states, Lent(self.keys, self.values)), value_states
+        # In half precision keys come out of the rotary embedding in fp32; attention rounds them to the values' type.
+        key_states = key_states.to(value_states.dtype)
         before = self if self.is_initialized else self._outer
         found = (key_states, value_states) if before is None else before.then(key_states, value_states)
         if not self.is_initialized:
@@ -38,26 +51,26 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         return found
 
     def then(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The prefix's keys and values in front of those of a batch."""
+        """Return the prefix's keys and values in front of those of a batch."""
         batch = key_states.shape[0]
         keys = torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2)
         return keys, torch.cat([self.values.expand(batch, -1, -1, -1), value_states], dim=-2)
 
     def get_seq_length(self) -> int:
-        """Tokens in the prefix."""
+        """Return the tokens in the prefix."""
         if self.is_initialized:
             return int(self.keys.shape[-2])
         return self._outer.get_seq_length() if self._outer else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The keys that a mask covers, from the first token on: sliding windows are masked, not dropped."""
+        """Return the keys that a mask covers, from the first token on: sliding windows are masked, not dropped."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return no maximum."""
         return -1
 
 
 def cache_of(layers: list[PrefixLayer]) -> Any:
-    """The cache of a model with these layers."""
+    """Return the cache of a model with these layers."""
     return Cache(layers=layers)

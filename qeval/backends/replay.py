@@ -8,14 +8,15 @@ Sums run in fp64 a sequence at a time, so neither batching nor a prefix changes 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Prefix
+from qeval.backends.base import Backend, Prefix, SessionDefaults, Target
 from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
-from qeval.quant.variant import Variant
+from qeval.progress import Progress
 from qeval.types import Request
 
 _DECAY = 0.9
@@ -33,7 +34,7 @@ class ReplayPrefix:
     total: Tensor
 
 
-class ReplaySession:
+class ReplaySession(SessionDefaults):
     """A causal language model of a few formulas; its states are final hidden states, [d_model] fp32 each."""
 
     def __init__(self, vocab_size: int, *, d_model: int = 16, max_length: int = 1024, seed: int = 0) -> None:
@@ -63,30 +64,30 @@ class ReplaySession:
 
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> ReplayPrefix:
         """Run a prefix once, after another if one is given."""
-        before = self._own(outer)
+        before = self._cast_prefix(outer)
         return ReplayPrefix(len(tokens) + (before.length if before else 0), self._totals(tokens, before)[-1])
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
-        """The states at each request's positions, [positions, d_model] fp32.
+        """Return the states at each request's positions, [positions, d_model] fp32.
 
         Raises:
             QevalError: a sequence is longer than `max_length`, or a token lies outside the vocabulary.
         """
-        kept = self._own(prefix)
+        kept = self._cast_prefix(prefix)
         return [torch.tanh(self._totals(request.tokens, kept)[list(request.positions)]).float() for request in requests]
 
     def logits(self, states: Tensor) -> Tensor:
-        """The fp32 logits [n, vocab] of states [n, d_model]."""
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
         return states @ self._head.T
 
     @staticmethod
-    def _own(prefix: Prefix | None) -> ReplayPrefix | None:
+    def _cast_prefix(prefix: Prefix | None) -> ReplayPrefix | None:
         if prefix is not None and not isinstance(prefix, ReplayPrefix):
             raise TypeError("A prefix belongs to the session that made it.")
         return prefix
 
     def _totals(self, tokens: Sequence[int], prefix: ReplayPrefix | None) -> Tensor:
-        """The running sum after each token, [tokens, d_model] fp64."""
+        """Return the running sum after each token, [tokens, d_model] fp64."""
         length = len(tokens) + (prefix.length if prefix else 0)
         if length > self._max_length:
             raise QevalError(f"A sequence of {length} tokens is longer than the context of {self._max_length}.")
@@ -101,17 +102,29 @@ class ReplaySession:
         return torch.stack(totals)
 
 
-class ReplayBackend:
+class ReplayBackend(Backend[ReplaySession]):
     """Opens replay sessions; every variant answers alike, and otherwise than the baseline."""
 
     name = "replay"
+    fake_quantizes = True
+    warnings = ()
 
     def __init__(self, vocab_size: int, *, max_length: int = 1024) -> None:
         """The sessions' vocabulary and context."""
         self._vocab_size, self._max_length = vocab_size, max_length
 
+    def identity(self, target: Target) -> dict[str, Any]:
+        """Return the formula's name."""
+        return {"backend": self.name}
+
+    def prepare(self, progress: Progress) -> None:
+        """Do nothing."""
+
+    def describe(self, session: ReplaySession, target: Target) -> None:
+        """Return None: nothing is to be said of a formula."""
+
     @contextmanager
-    def open(self, variant: Variant | None) -> Iterator[ReplaySession]:
-        """A session of the baseline with None, or of a variant."""
-        seed = 0 if variant is None else _VARIANT_SEED
+    def open(self, target: Target) -> Iterator[ReplaySession]:
+        """Open the baseline with None, or a variant."""
+        seed = 0 if target is None else _VARIANT_SEED
         yield ReplaySession(self._vocab_size, max_length=self._max_length, seed=seed)

@@ -1,28 +1,35 @@
 """Attention of a batch that continues one prefix, without a copy of the prefix's keys and values for every row.
 
-All rows' queries attend to the prefix at once, as if they were one sequence, and each row to its own tokens; the two
-parts are joined by the sums that their softmaxes were divided by. On a CPU this took half the time of expanding and
-masking (20 rows of 100 tokens after 700: 80 ms against 148, one core). Sequences of unequal length may be *packed*, one
-behind the other in a single row, so that no projection computes padding; attention alone then sees them apart. Only
-where attention is plainly causal: a sliding window would have to be cut out of either part.
+Sequences of unequal length may be *packed*, one behind the other in a single row, so that no projection computes
+padding; attention alone then sees them apart. Two ways keep one contract: the states are those of full forward passes.
+
+On a GPU a row's mask is compiled into one kernel (`row_attention.py`), sliding windows and soft caps with it.
+
+On a CPU all rows' queries attend to the prefix at once, as if they were one sequence, and each row to its own tokens;
+the two parts are joined by the sums that their softmaxes were divided by. This took half the time of expanding and
+masking (20 rows of 100 tokens after 700: 80 ms against 148, one core). Only where attention is plainly causal and in
+fp32: a sliding window would have to be cut out of either part.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from qeval.backends.row_attention import RowLayout, attend_row
 from qeval.errors import QevalError
-from qeval.models.trace import text_config
+from qeval.models.structure.trace import text_config
 
-NAME = "qeval_shared_prefix"
+SHARED_ATTENTION = "qeval_shared_prefix"
 _PLAIN = {"full_attention"}
+_WINDOWED = {"full_attention", "sliding_attention"}
 
 
 class Lent(NamedTuple):
@@ -33,52 +40,79 @@ class Lent(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """Where the tokens of sequences lie that were packed into one row: `index` [sequences, longest] tells each token's
-    place (0 where a sequence has ended), `kept` [tokens] which entries of `index`, flattened, are tokens."""
+class PackedRow:
+    """A row of sequences of `lengths` tokens, in order.
 
-    index: Tensor
-    kept: Tensor
+    Where each token lies is computed when the CPU's way asks for it: a GPU's takes the lengths alone, and would wait.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
 
     def apart(self, row: Tensor) -> Tensor:
         """[1, heads, tokens, size] as [sequences, heads, longest, size]; what follows a sequence's end is arbitrary."""
-        return row[0][:, self.index].transpose(0, 1)
+        return row[0][:, self._index].transpose(0, 1)
 
     def together(self, sequences: Tensor) -> Tensor:
         """[sequences, heads, longest, ...] as [1, heads, tokens, ...]."""
-        return sequences.transpose(1, 2).flatten(0, 1)[self.kept].transpose(0, 1).unsqueeze(0)
+        return sequences.transpose(1, 2).flatten(0, 1)[self._tokens].transpose(0, 1).unsqueeze(0)
+
+    @cached_property
+    def _is_token(self) -> Tensor:
+        """Return which places of [sequences, longest] a sequence reaches."""
+        return torch.arange(max(self.lengths), device=self.device) < self._column
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """Return each token's place in the row, [sequences, longest]; 0 where a sequence has ended."""
+        steps = torch.arange(max(self.lengths), device=self.device)
+        return (self._column.cumsum(0) - self._column + steps).masked_fill(~self._is_token, 0)
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """Return which entries of `_index`, flattened, are tokens, [tokens]."""
+        return self._is_token.flatten().nonzero().flatten()
+
+    @property
+    def _column(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.device).unsqueeze(1)
 
 
-def packing(lengths: Sequence[int], device: torch.device) -> Packed:
-    """How sequences of these lengths lie in one row, in order."""
-    own = torch.tensor(lengths, device=device).unsqueeze(1)
-    steps = torch.arange(int(own.max()), device=device)
-    is_token = steps < own
-    index = (own.cumsum(0) - own + steps).masked_fill(~is_token, 0)
-    return Packed(index, is_token.flatten().nonzero().flatten())
-
-
-_PACKED: ContextVar[Packed | None] = ContextVar("qeval_packed", default=None)
+_PACKED: ContextVar[PackedRow | None] = ContextVar("qeval_packed", default=None)
 """How the row that is being run is packed; transformers has no argument that reaches attention in every family."""
+
+_ROWS: ContextVar[dict[tuple[int, ...], RowLayout]] = ContextVar("qeval_rows")
+"""The row of the forward pass that is being run, by its sequences' lengths: its masks serve all layers."""
 
 _AWAITED: ContextVar[Lent | None] = ContextVar("qeval_awaited", default=None)
 """The prefix that the cache lent last, until attention has seen it."""
 
 
-def can_share(model: Any) -> bool:
-    """Whether a model's attention is plainly causal, computed by SDPA in fp32 on the CPU."""
+def can_share(model: Any, device: torch.device) -> bool:
+    """Return whether a model's attention is causal in a way that can be taken apart; `device`: where it runs.
+
+    On a GPU windows and soft caps may be, in any type; on the CPU neither, by SDPA in fp32. The weights of a streamed
+    model are on no device while it is asked.
+    """
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or _PLAIN)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return False  # keys are made out of what is cached
+    if runs_rows(device):
+        return config._attn_implementation in ("sdpa", "eager") and kinds <= _WINDOWED
     windows = getattr(config, "sliding_window", None) is not None
-    latents = getattr(config, "kv_lora_rank", None) is not None  # keys are made out of what is cached
-    plain = config._attn_implementation == "sdpa" and kinds <= _PLAIN and not windows and not latents
-    weight = model.get_output_embeddings().weight
-    return bool(plain and weight.dtype == torch.float32 and weight.device.type in ("cpu", "meta"))
+    plain = config._attn_implementation == "sdpa" and kinds <= _PLAIN and not windows
+    return bool(plain and model.get_output_embeddings().weight.dtype == torch.float32 and device.type == "cpu")
 
 
-def can_pack(model: Any) -> bool:
-    """Whether sequences may also be packed: the model is told every token's position."""
-    return can_share(model) and "position_ids" in inspect.signature(model.base_model.forward).parameters
+def runs_rows(device: torch.device) -> bool:
+    """Return whether a device attends to rows by a compiled mask."""
+    return device.type == "cuda"
+
+
+def can_pack(model: Any, device: torch.device) -> bool:
+    """Return whether sequences may also be packed: the model is told every token's position."""
+    return can_share(model, device) and "position_ids" in inspect.signature(model.base_model.forward).parameters
 
 
 def tagged(keys: Tensor, lent: Lent) -> Tensor:
@@ -89,29 +123,31 @@ def tagged(keys: Tensor, lent: Lent) -> Tensor:
 
 
 @contextmanager
-def shared_attention(model: Any, packed: Packed | None = None) -> Iterator[None]:
+def shared_attention(model: Any, packed: PackedRow | None = None) -> Iterator[None]:
     """Forward passes of `model` attend by parts; the sequences of one that runs a `packed` row don't see each other."""
     config = text_config(model)
     before = config._attn_implementation
-    token = _PACKED.set(packed)
-    config._attn_implementation = NAME
+    token, rows = _PACKED.set(packed), _ROWS.set({})
+    config._attn_implementation = SHARED_ATTENTION
     try:
         yield
     finally:
         config._attn_implementation = before
         _PACKED.reset(token)
+        _ROWS.reset(rows)
         _AWAITED.set(None)
 
 
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Of queries [batch, heads, tokens, size] to what is before them, and to the prefix that `key` is tagged with.
+    """Attend from queries [batch, heads, tokens, size] to what is before them and to the prefix that tags `key`.
 
     Returns [batch, tokens, heads, size], as transformers' own attention functions.
 
     Raises:
-        QevalError: the keys are not those that the cache gave, so the prefix would go unseen.
+        QevalError: the keys are not those that the cache gave, so the prefix would go unseen; or the layer's window is
+            another than the configuration's.
     """
     del attention_mask  # causal, and padding is on the right
     lent: Lent | None = getattr(key, "qeval_prefix", None)
@@ -122,6 +158,8 @@ def attend(
         )
     _AWAITED.set(None)
     scale = kwargs.get("scaling")
+    if runs_rows(query.device):
+        return _attend_by_row(module, query, key, value, lent, kwargs), None
     near, near_sum = _near(query, key, value, scale)
     if lent is None:
         return near.transpose(1, 2).contiguous(), None
@@ -133,8 +171,41 @@ def attend(
     return torch.lerp(near, far, share).transpose(1, 2).contiguous(), None
 
 
+def _attend_by_row(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, lent: Lent | None, kwargs: dict[str, Any]
+) -> Tensor:
+    batch, _, tokens, _ = query.shape
+    packed, rows = _PACKED.get(), _ROWS.get()
+    lengths = (tokens,) * batch if packed is None else packed.lengths
+    if lengths not in rows:
+        rows[lengths] = RowLayout(lengths, query.device)
+    query, key, value = (part.transpose(0, 1).flatten(1, 2).unsqueeze(0) for part in (query, key, value))
+    found = attend_row(
+        query, key, value, rows[lengths], lent,
+        scale=kwargs.get("scaling"), window=_window(module, kwargs), soft_cap=kwargs.get("softcap"),
+    )  # fmt: skip
+    return found.transpose(1, 2).reshape(batch, tokens, *found.shape[1::2])
+
+
+def _window(module: Any, kwargs: dict[str, Any]) -> int | None:
+    """Return a layer's window, which its configuration and what it hands to attention must agree on."""
+    config = module.config
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[module.layer_idx] == "sliding_attention" if kinds else True
+    stated: int | None = getattr(config, "sliding_window", None) if slides else None
+    handed = kwargs.get("sliding_window")
+    others = sorted(name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None)
+    if handed != stated or others:
+        raise QevalError(
+            f"{type(module).__name__} hands attention a window of {handed} where its configuration says {stated}"
+            + (f", and {', '.join(others)}" if others else "")
+            + ", so sequences of this model can't share a row."
+        )
+    return stated
+
+
 def _near(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Of each sequence to its own tokens, as `_part` gives it."""
+    """Attend from each sequence to its own tokens, as `_part` gives it."""
     packed = _PACKED.get()
     if packed is None:
         return _part(query, key, value, scale, causal=True)
@@ -143,7 +214,7 @@ def _near(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tup
 
 
 def _part(query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention and the logarithm of its softmax's sum, [batch, heads, tokens, size] and [batch, heads, tokens]."""
+    """Return attention [batch, heads, tokens, size] and the logarithm of its softmax's sum [batch, heads, tokens]."""
     repeat = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -153,8 +224,8 @@ def _part(query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, cau
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """None is needed."""
+    """Return None: no mask is needed."""
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(SHARED_ATTENTION, attend)
+AttentionMaskInterface.register(SHARED_ATTENTION, _no_mask)

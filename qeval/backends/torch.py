@@ -6,30 +6,36 @@ cannot see it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from qeval.backends.base import Prefix
-from qeval.backends.memory import batch_tokens, with_half_on_lack
+from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
+from qeval.backends.install import installed, variant_head, with_room
+from qeval.backends.memory import FittingBatches, batch_tokens
 from qeval.backends.prefix import PrefixLayer, cache_of
-from qeval.backends.shared import can_pack, can_share, packing, shared_attention
+from qeval.backends.schemes import kv_changes, rounded_inputs
+from qeval.backends.shared import PackedRow, shared_attention
+from qeval.backends.sharing import Sharing, sharing_of
 from qeval.errors import QevalError
+from qeval.metrics.sweep import sweep_warning
 from qeval.metrics.tokens import block_rows
-from qeval.models.graph import Description
-from qeval.models.head import Head, head_of
-from qeval.models.matrices import weights_of
-from qeval.models.trace import text_config
-from qeval.quant.variant import Variant
-from qeval.store.variants import load_variant
+from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.graph import Description
+from qeval.models.structure.head import Head, head_of
+from qeval.models.structure.kv_cache import KvChange, passing_cache
+from qeval.models.structure.supported import context_length
+from qeval.models.structure.trace import text_config
+from qeval.models.structure.weight_views import weights_of
+from qeval.progress import Progress
+from qeval.store.variants import load_variant, read_manifest
 from qeval.types import Request
 
 
@@ -42,25 +48,43 @@ class TorchPrefix:
 
     @property
     def length(self) -> int:
-        """How many tokens the prefix holds."""
+        """The tokens of the prefix."""
         return len(self.tokens)
 
 
-class TorchSession:
+class TorchSession(SessionDefaults):
     """A transformers causal language model that answers with final hidden states, [d_model] fp32 each."""
 
-    def __init__(self, model: Any, head: Head | None = None) -> None:
-        """`model` is in eval mode; `head` replaces its own (a quantized head does)."""
+    def __init__(
+        self,
+        model: Any,
+        head: Head | None = None,
+        sharing: Sharing | None = None,
+        kv_changes: Sequence[KvChange] = (),
+        batches: FittingBatches | None = None,
+    ) -> None:
+        """Answer with a model.
+
+        Args:
+            model: In eval mode.
+            head: Replaces its own; a quantized head does.
+            sharing: What sequences may share; proven by default.
+            kv_changes: What rounds each layer's keys and values; none where they stay as they are.
+            batches: What is known of the batches that memory holds, from sessions before this one.
+        """
+        self._batches = batches or FittingBatches()
         self._model = model
+        self._kv_changes = tuple(kv_changes)
         self._head = head_of(model) if head is None else head
         self._rope_limit = rope_limit(text_config(model))
-        self._shares = can_share(model)
-        self.packs = can_pack(model)
+        self._cache_arguments = cache_arguments(model.base_model.forward)
+        self.sharing = sharing or sharing_of(model, partial(TorchSession, model, self._head))
+        self._shares, self.packs = self.sharing.apart, self.sharing.packs
 
     @property
     def max_length(self) -> int:
         """The context length that the model's configuration states."""
-        return int(text_config(self._model).max_position_embeddings)
+        return context_length(text_config(self._model), type(self._model).__name__)
 
     @property
     def vocab_size(self) -> int:
@@ -79,41 +103,46 @@ class TorchSession:
         Raises:
             QevalError: it is longer than the model's context.
         """
-        before = _own(outer)
+        before = _cast_prefix(outer)
         whole = (*(before.tokens if before else ()), *tokens)
         check_length(len(whole), self.max_length)
         if before and before.length <= self._rope_limit < len(whole):
             before, tokens = None, whole  # the outer one's keys were turned otherwise
-        outers = before.cache.layers if before else [None] * text_config(self._model).num_hidden_layers
-        cache = cache_of([PrefixLayer(layer, apart=self._shares) for layer in outers])
+        outers = before.cache.layers if before and before.cache else [None] * text_config(self._model).num_hidden_layers
+        if not self.sharing.prefixes:
+            return TorchPrefix(whole, None)
+        changes = self._kv_changes or [None] * len(outers)
+        layers = zip(outers, changes, strict=True)
+        cache = cache_of([PrefixLayer(layer, apart=self._shares, change=change) for layer, change in layers])
         self._forward(self._ids([tokens]), cache)
         return TorchPrefix(whole, cache)
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
-        """The final hidden states at each request's positions, [positions, d_model] fp32.
+        """Return the final hidden states at each request's positions, [positions, d_model] fp32.
 
         Raises:
             QevalError: a sequence is longer than the model's context.
         """
-        kept = _own(prefix)
+        kept = _cast_prefix(prefix)
         skip = kept.length if kept else 0
         check_length(skip + max(len(request.tokens) for request in requests), self.max_length)
         found: dict[int, Tensor] = {}
-        for rows, shares in one_sided(requests, skip, self._rope_limit):
+        for rows, fits in one_sided(requests, skip, self._rope_limit):
+            shares = fits and self.sharing.prefixes
             part = [requests[row] if shares or kept is None else requests[row].after(kept.tokens) for row in rows]
             own = kept if shares else None
-            found.update(zip(rows, with_half_on_lack(partial(self._run, prefix=own), part), strict=True))
+            found.update(zip(rows, self._batches.run(partial(self._run, prefix=own), part), strict=True))
         return [found[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
-        """The fp32 logits [n, vocab] of states [n, d_model]."""
-        return self._head.logits(states.to(self._model.device))
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
+        return self._head.logits(states)
 
     @torch.inference_mode()
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
-        """The `count` tokens [prompts, count] that prompts of one length go on with, keys and values kept.
+        """Return the `count` tokens [prompts, count] that prompts of one length go on with, keys and values kept.
 
         Raises:
             QevalError: they would be longer than the model's context, or turned by two sets of rotary frequencies.
@@ -125,14 +154,17 @@ class TorchSession:
                 f"A continuation from {length} to {length + count} tokens crosses the model's rotary limit of "
                 f"{self._rope_limit:g}; generate fewer tokens."
             )
-        cache, fed, said = DynamicCache(config=self._model.config), self._ids(prompts), []
+        grows = self.sharing.prefixes and not self._kv_changes  # rounded ones are computed anew for each token
+        cache = DynamicCache(config=self._model.config) if grows else None
+        fed, said = self._ids(prompts), []
         for _ in range(count):
-            fed = self._head.logits(self._forward(fed, cache)[:, -1]).argmax(dim=-1, keepdim=True)
-            said.append(fed)
+            chosen = self._head.logits(self._forward(fed, cache)[:, -1]).argmax(dim=-1, keepdim=True)
+            fed = chosen if cache is not None else torch.cat([fed, chosen], dim=1)
+            said.append(chosen)
         return torch.cat(said, dim=1).cpu()
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
-        """The states of requests that lie on one side of the rotary limit, as one batch."""
+        """Return the states of requests that lie on one side of the rotary limit, as one batch."""
         if self.packs and len({len(request.tokens) for request in requests}) > 1:
             return self._run_packed(requests, prefix)
         longest = max(len(request.tokens) for request in requests)
@@ -142,12 +174,12 @@ class TorchSession:
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
     def _run_packed(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
-        """The same with one sequence behind the other, so that none is filled up."""
+        """Return the same with one sequence behind the other, so that none is filled up."""
         lengths = [len(request.tokens) for request in requests]
         skip = prefix.length if prefix else 0
         places = self._ids([[skip + place for length in lengths for place in range(length)]])
         ids = self._ids([[token for request in requests for token in request.tokens]])
-        with shared_attention(self._model, packing(lengths, ids.device)):
+        with shared_attention(self._model, PackedRow(tuple(lengths), ids.device)):
             hidden = self._forward(ids, prefix.cache if prefix else None, position_ids=places)[0]
         parts = zip(requests, torch.split(hidden, lengths), strict=True)
         return [part[list(request.positions)].float().clone() for request, part in parts]
@@ -156,12 +188,14 @@ class TorchSession:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)
 
     def _forward(self, ids: Tensor, cache: Any, **places: Tensor) -> Tensor:
-        output = self._model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **places)
+        if cache is None and self._kv_changes:
+            cache = passing_cache(self._kv_changes)
+        output = self._model.base_model(input_ids=ids, **self._cache_arguments(cache), **places)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
 
-def _own(prefix: Prefix | None) -> TorchPrefix | None:
+def _cast_prefix(prefix: Prefix | None) -> TorchPrefix | None:
     if prefix is not None and not isinstance(prefix, TorchPrefix):
         raise TypeError("A prefix belongs to the session that made it.")
     return prefix
@@ -178,7 +212,7 @@ def check_length(total: int, most: int) -> None:
 
 
 def one_sided(requests: Sequence[Request], skip: int, limit: float) -> Iterator[tuple[list[int], bool]]:
-    """The indices of the requests on either side of a rotary limit, and whether they can continue their prefix.
+    """Yield the indices of the requests on either side of a rotary limit, and whether they can continue their prefix.
 
     `skip` is the prefix's length in tokens. What crosses the limit can't: the prefix's keys were turned otherwise.
     """
@@ -189,7 +223,7 @@ def one_sided(requests: Sequence[Request], skip: int, limit: float) -> Iterator[
 
 
 def rope_limit(config: Any) -> float:
-    """The length beyond which a sequence is turned by other rotary frequencies from its first token on (LongRoPE).
+    """Return the length beyond which a whole sequence is turned by other rotary frequencies (LongRoPE).
 
     Ding et al., arXiv 2402.13753; Phi-3's and Phi-4's. Infinite for models of one set of frequencies.
     """
@@ -203,6 +237,8 @@ class TorchBackend:
     """Installs variants in a transformers model, one at a time."""
 
     name = "torch"
+    fake_quantizes = True
+    memory_limit = None
 
     def __init__(self, model: Any, description: Description, head: Head, weight_dtype: torch.dtype) -> None:
         """`weight_dtype` is the checkpoint's: originals are kept in it while a variant is installed, where exact."""
@@ -211,6 +247,13 @@ class TorchBackend:
         self._head = head
         self._weight_dtype = weight_dtype
         self._is_lent = False
+        self._batches = FittingBatches()
+        self.sharing = TorchSession(model, head).sharing
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on the trials that failed: of shared prefixes, of packed batches, of the sweep's kernel."""
+        return [each for each in (self.sharing.warning, sweep_warning(self._model.device)) if each]
 
     @property
     def batch_tokens(self) -> int:
@@ -223,141 +266,59 @@ class TorchBackend:
         """The baseline's own head."""
         return self._head
 
-    def head_for(self, variant: Variant) -> Head:
-        """The head that a variant's states go through: its own where it has one, or a tied embedding of its own."""
-        return _head_for(self._model, variant, self._head, self._head_name)
+    def head_for(self, target: Target) -> Head:
+        """Return the head that a target's states go through: a variant's own, or that of its tied embedding."""
+        variant = load_variant(target.folder) if isinstance(target, Saved) else target
+        return self._head if variant is None else variant_head(self._model, variant, self._head, self._head_name)
+
+    def reserve(self, positions: int) -> None:
+        """Do nothing: the whole model is in memory, and states lie in the host's."""
+
+    def change_weights(self, change: Callable[[str, Tensor], None]) -> None:
+        """Change each of the model's weights in place and for good."""
+        for name, weight in weights_of(self._model).items():
+            change(name, weight)
+
+    def identity(self, target: Target) -> dict[str, Any]:
+        """Return nothing: the baseline's key names the type and the device that torch computes with."""
+        return {}
+
+    def prepare(self, progress: Progress) -> None:
+        """Do nothing: the model is loaded."""
+
+    def describe(self, session: TorchSession, target: Target) -> None:
+        """Return None: the run's environment says how torch runs."""
 
     @contextmanager
-    def open(self, variant: Variant | None) -> Iterator[TorchSession]:
-        """A session of `variant`, or of the baseline with None; one variant at a time.
+    def open(self, target: Target) -> Iterator[TorchSession]:
+        """Open a variant, or the baseline with None; one variant at a time.
 
         Raises:
-            QevalError: a variant is installed already, so neither it nor the baseline could be told apart.
+            QevalError: A variant is installed already, so neither it nor the baseline could be told apart.
         """
         if self._is_lent:
             raise QevalError("The model's weights are those of another variant; close its session first.")
-        if variant is None:
-            yield TorchSession(self._model, self._head)
+        if target is None:
+            yield TorchSession(self._model, self._head, batches=self._batches)
             return
+        variant = target
+        if isinstance(variant, Saved):
+            variant = load_variant(variant.folder, self._place_of_codes(variant.folder))
         head = self.head_for(variant)
         weights = installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype)
-        del variant  # its integers need not lie in memory beside what they stand for
+        changes = kv_changes(self._model, variant)
+        rounded = rounded_inputs(self._model, variant.scheme.activations, variant.quantized_matrices, variant.ranges)
+        del variant, target  # its integers need not lie in memory beside what they stand for
         self._is_lent = True
         try:
-            with weights:
-                yield TorchSession(self._model, head)
+            with weights, rounded:
+                yield TorchSession(self._model, head, kv_changes=changes, batches=self._batches)
         finally:
             self._is_lent = False
 
-    @contextmanager
-    def open_saved(self, folder: Path) -> Iterator[TorchSession]:
-        """A session of the variant that lies in `folder`."""
-        with self.open(load_variant(folder)) as session:
-            yield session
-
-
-def _head_for(model: Any, variant: Variant, head: Head, name: str) -> Head:
-    """The baseline's `head`, called `name`, or the variant's; a tied embedding's owner may hold it as a float."""
-    owners = (owner for owner, tensor in model.named_parameters() if tensor is head.weight)
-    floats = (variant.floats[each] for each in (name, *owners) if each in variant.floats)
-    weight = variant.weights[name].dequantize() if name in variant.weights else next(floats, None)
-    return head if weight is None else replace(head, weight=weight.to(head.weight))
-
-
-@torch.inference_mode()
-def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head:
-    """Put the variant's weights in place of the model's own for good, which takes no copy of these; its head."""
-    parameters, own = weights_of(model), _head_for(model, variant, head, head_name)
-    aside = _aside(model, variant, parameters)
-    _put(parameters, variant, {head_name, *aside}, lambda _: None)
-    for name in aside:
-        _replace(model, name, variant.floats[name])
-    for name, scales in variant.input_scales.items():
-        _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
-    return own
-
-
-@contextmanager
-def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
-    """The model with the variant's weights in place of its own, restored bit for bit at the end."""
-    parameters = weights_of(model)
-    aside = _aside(model, variant, parameters)
-    saved: dict[str, Tensor] = {}
-
-    def keep(name: str) -> None:
-        if name not in saved:
-            saved[name] = _compact(parameters[name], keep_dtype)
-
-    with ExitStack() as stack, torch.inference_mode():
-        try:
-            _put(parameters, variant, {skip, *aside}, keep)
-            for name in aside:
-                stack.enter_context(_in_place_of(model, name, variant.floats[name]))
-            for name, scales in variant.input_scales.items():
-                module = model.get_submodule(name.removesuffix(".weight"))
-                stack.enter_context(scaled_input(module, scales.to(model.device)))
-            del variant
-            yield
-        finally:
-            for name, value in saved.items():
-                parameters[name].copy_(value)
-
-
-def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], keep: Callable[[str], None]) -> None:
-    """Write a variant's weights over the parameters, each of which `keep` is told before."""
-    for name, weight in variant.weights.items():
-        if name not in skip:
-            keep(name)
-            parameters[name].copy_(weight.dequantize())
-    for name, value in variant.floats.items():
-        if name not in skip:
-            keep(name)
-            parameters[name].copy_(value)
-
-
-def _aside(model: Any, variant: Variant, parameters: Mapping[str, Tensor]) -> list[str]:
-    """The variant's floats that stand for the head, tied or not: the baseline's logits are made with it meanwhile."""
-    head = model.get_output_embeddings().weight
-    return [name for name in variant.floats if parameters.get(name, head) is head]
-
-
-def _replace(model: Any, name: str, value: Tensor) -> nn.Parameter:
-    """Put another tensor under a parameter's name; the parameter that was there, left as it is."""
-    place, _, leaf = name.rpartition(".")
-    module = model.get_submodule(place)
-    own: nn.Parameter = module._parameters[leaf]
-    module._parameters[leaf] = nn.Parameter(value.to(own), requires_grad=False)
-    return own
-
-
-@contextmanager
-def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
-    own = _replace(model, name, value)
-    try:
-        yield
-    finally:
-        place, _, leaf = name.rpartition(".")
-        model.get_submodule(place)._parameters[leaf] = own
-
-
-def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in the checkpoint's type if that loses nothing, else in the parameter's own."""
-    copy = parameter.detach().to(dtype, copy=True)
-    return copy if torch.equal(copy.to(parameter.dtype), parameter) else parameter.detach().clone()
-
-
-@contextmanager
-def scaled_input(module: nn.Module, scales: Tensor) -> Iterator[None]:
-    """A linear whose input is multiplied by `scales` [columns]."""
-    handle = _scale_input(module, scales)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _scale_input(module: nn.Module, scales: Tensor) -> RemovableHandle:
-    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * scales.to(args[0].dtype), *args[1:])
-
-    return module.register_forward_pre_hook(multiply)
+    def _place_of_codes(self, folder: Path) -> torch.device:
+        """Return where a variant is unpacked, a byte a weight: on a CUDA GPU with room for it, else in host memory."""
+        device: torch.device = self._model.device
+        if device.type != "cuda":
+            return torch.device("cpu")
+        return with_room(device, sum(entry.rows * entry.columns for entry in read_manifest(folder).weights))

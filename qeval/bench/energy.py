@@ -1,4 +1,4 @@
-"""The energy that a GPU has used, as NVML counts it; no other device is asked, and without NVML nothing is told."""
+"""The energy that a GPU has used, as NVML counts it; no other device is read, and without NVML there is none."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -10,14 +10,14 @@ Joules = Callable[[], float]
 
 
 def energy_meter(device: str) -> Joules | None:
-    """Reads the joules that a CUDA device has used since its driver was loaded; None where NVML can't tell."""
+    """Return what reads the joules that a CUDA device has used since its driver was loaded; None where NVML can't."""
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return None
     try:
         nvml = import_module("pynvml")
     except ImportError:
-        return None  # of the extra `qeval[cuda]`; a benchmark without it tells no energy
+        return None  # of the extra `qeval[cuda]`; a benchmark without it has no energy
     return _meter(nvml, int(index or 0))
 
 

@@ -1,4 +1,4 @@
-"""From what was asked for to what is run: the model loaded, the variants made, the prompts cut, bad input found."""
+"""From the settings to what is run: the model loaded, the variants quantized, the prompts cut, bad input refused."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,14 +8,16 @@ from functools import cache
 import torch
 
 from qeval.backends.torch import TorchBackend
-from qeval.bench.book import Place
+from qeval.bench.engines.base import Tokens
+from qeval.bench.engines.engine_spec import EngineSpec
+from qeval.bench.prompts import passages
+from qeval.bench.results import EngineCell
 from qeval.bench.settings import BenchChoice
-from qeval.bench.texts import passages
 from qeval.compare.environment import describe_environment
-from qeval.compare.prepare import calibration_of, source_of_model, tell_warnings
-from qeval.compare.variants import Entry, Loaded, Workshop, check_recipes, given_entry, is_variant
-from qeval.engines.base import Tokens
-from qeval.engines.opening import Opening
+from qeval.compare.loading import source_of_model, tell_warnings
+from qeval.compare.plan import calibration_of
+from qeval.compare.schemes import refuse_schemes, schemes_of
+from qeval.compare.variants import BaselineModel, VariantEntry, Workshop, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.models.source import resolve
@@ -38,17 +40,17 @@ class Checks:
 
     @property
     def capacity(self) -> int:
-        """The longest sequence of the check."""
+        """Return the tokens of the longest sequence of the check."""
         return int(self.prompts.shape[1]) + self.tokens + self.rejoin
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class BenchPlan:
     """A benchmark that can start. `too_long` says of each cell beyond the context why it can't be run."""
 
     choice: BenchChoice
     loaded: LoadedModel
-    source: Loaded
+    source: BaselineModel
     backend: TorchBackend
     prompts: Mapping[tuple[int, int], Tokens]
     checks: Checks
@@ -56,41 +58,42 @@ class Plan:
     record: BenchRecord
 
     @property
-    def places(self) -> list[Place]:
-        """All cells of all systems, in the order of the tables."""
-        asked = self.choice
+    def places(self) -> list[EngineCell]:
+        """Return all cells of all systems, in the order of the tables."""
+        choice = self.choice
         return [
-            Place(engine, variant, batch, prompt)
-            for engine in asked.engines
-            for variant in asked.variant_names
-            for batch in asked.batches
-            for prompt in asked.prompts
+            EngineCell(engine, variant, batch, prompt)
+            for engine in choice.engines
+            for variant in choice.variant_names
+            for batch in choice.batches
+            for prompt in choice.prompts
         ]
 
     @property
-    def opening(self) -> Opening:
-        """What every engine is opened for but for its variant."""
-        asked = self.choice
-        on_cpu = asked.model.device == "cpu"
-        return Opening(
-            model=resolve(asked.model.name, asked.model.revision),
+    def spec(self) -> EngineSpec:
+        """Return what every engine is opened for, save its variant."""
+        choice = self.choice
+        on_cpu = choice.model.device == "cpu"
+        return EngineSpec(
+            model=resolve(choice.model.name, choice.model.revision),
             variant=None,
             precision="fp32" if on_cpu else "fp16",
-            device=asked.model.device,
-            provider=asked.provider,
+            device=choice.model.device,
+            provider=choice.provider,
             threads=self.record.settings.threads,
             batch=max((batch for batch, _ in self.prompts), default=1),
-            capacity=max([self.checks.capacity, *(prompt + asked.generate for _, prompt in self.prompts)]),
-            accuracy_level=asked.accuracy_level,
+            capacity=max([self.checks.capacity, *(prompt + choice.generate for _, prompt in self.prompts)]),
+            accuracy_level=choice.accuracy_level,
         )
 
 
-def planned(choice: BenchChoice) -> Plan:
-    """Load and check everything that `choice` names but the engines.
+def plan_benchmark(choice: BenchChoice) -> BenchPlan:
+    """Load and check everything that `choice` names, save the engines.
 
     Raises:
-        UsageError: it is not there, or does not fit.
+        UsageError: It is not there, or does not fit.
     """
+    refuse_schemes(schemes_of(choice.recipes, dict(choice.variants)), "qeval bench times")
     if choice.threads:
         torch.set_num_threads(choice.threads)
     loaded, source = source_of_model(choice.model)
@@ -104,7 +107,7 @@ def planned(choice: BenchChoice) -> Plan:
     ids, bos = encode(loaded.tokenizer, corpus.text), bos_token(loaded.tokenizer, "auto")
     too_long = _too_long(choice, loaded.info.context_length)
     fitting = [cell for cell in choice.cells if cell not in too_long]
-    return Plan(
+    return BenchPlan(
         choice=choice,
         loaded=loaded,
         source=source,
@@ -116,29 +119,27 @@ def planned(choice: BenchChoice) -> Plan:
     )
 
 
-def make_variants(plan: Plan, progress: Progress) -> list[Entry]:
-    """All variants in their order; the model itself has no folder, one that could not be made an error."""
+def make_variants(plan: BenchPlan, progress: Progress) -> list[VariantEntry]:
+    """Return all variants in their order; the model itself has no folder, one that could not be quantized an error."""
     tell_warnings(plan.loaded, progress)
-    asked = plan.choice
-    calibration = cache(lambda: calibration_of(asked.calibration, plan.loaded))
-    workshop = Workshop(plan.source, calibration, asked.seed, progress)
-    own = [Entry(precision, "float", None) for precision in asked.precisions]
-    made = [workshop.entry(recipe) for recipe in asked.recipes]
-    return [*own, *made, *(Entry(name, "given", folder) for name, folder in asked.variants)]
+    choice = plan.choice
+    calibration = cache(lambda: calibration_of(choice.calibration, plan.loaded))
+    workshop = Workshop(plan.source, calibration, choice.seed, progress)
+    unquantized = [VariantEntry(precision, "float", None) for precision in choice.precisions]
+    quantized = [workshop.entry(recipe) for recipe in choice.recipes]
+    return [*unquantized, *quantized, *(VariantEntry(name, "given", folder) for name, folder in choice.variants)]
 
 
 def _checks(ids: Sequence[int], bos: int | None, context: int) -> Checks:
-    """What fits a short context too."""
+    """Return prompts for the check that fit a short context too."""
     prompts = passages(ids, _CHECKS, max(2, min(_CHECK_PROMPT, context // 2)), bos)
     return Checks(prompts, max(1, min(_CHECK_TOKENS, context // 4)), max(1, min(_REJOIN_TOKENS, context // 8)))
 
 
 def _too_long(choice: BenchChoice, context: int) -> dict[tuple[int, int], str]:
+    reason = "{} tokens of prompt and {} generated don't fit the context of {}."
     return {
-        (
-            batch,
-            prompt,
-        ): f"{prompt} tokens of prompt and {choice.generate} generated don't fit the context of {context}."
+        (batch, prompt): reason.format(prompt, choice.generate, context)
         for batch, prompt in choice.cells
         if prompt + choice.generate > context
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from qeval.stats.median import median
-from qeval.store.timings import BenchRecord, Cell, Timing, read_timings
+from qeval.store.timings import BenchRecord, CellRecord, Timing, read_timings
 from qeval.types import Estimate
 
 _COLUMNS = ("engine", "variant", "batch", "prompt", "prompt, ms", "token, ms", "tokens/s", "peak, MB", "runs")
@@ -15,20 +15,20 @@ _NAMES = 2
 _MB = 1e6
 
 
-def summary_table(out: Path, record: BenchRecord) -> Table:
-    """Medians of the prompt's latency and of a generated token's, with their intervals; or why there are none."""
+def bench_summary_table(out: Path, record: BenchRecord) -> Table:
+    """Return the median latencies of a prompt and of a generated token with their intervals, or why there are none."""
     repeats: dict[tuple[str, str, int, int], list[Timing]] = defaultdict(list)
     for timing in read_timings(out, record.timings):
         repeats[timing.engine, timing.variant, timing.batch, timing.prompt].append(timing)
-    made = Table(caption="medians; brackets: 95 % intervals by order statistics; peak: of the process, generating")
+    table = Table(caption="medians; brackets: 95 % intervals by order statistics; peak: of the process, generating")
     for place, column in enumerate(_COLUMNS):
-        made.add_column(column, justify="left" if place < _NAMES else "right", overflow="fold")
+        table.add_column(column, justify="left" if place < _NAMES else "right", overflow="fold")
     for cell in record.cells:
-        made.add_row(*_row(cell, repeats[cell.engine, cell.variant, cell.batch, cell.prompt]))
-    return made
+        table.add_row(*_row(cell, repeats[cell.engine, cell.variant, cell.batch, cell.prompt]))
+    return table
 
 
-def _row(cell: Cell, repeats: Sequence[Timing]) -> list[str]:
+def _row(cell: CellRecord, repeats: Sequence[Timing]) -> list[str]:
     where = [cell.engine, cell.variant, str(cell.batch), str(cell.prompt)]
     if not repeats:
         return [*where, cell.outcome, "", "", "", "0"]

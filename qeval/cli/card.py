@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+import qeval
 from qeval.cli import options
+from qeval.cli.printing import print_line, stderr
 
 
 def card(
-    run: options.Run,
+    run: options.RunFolder,
     variant: Annotated[
         str | None, typer.Option("--variant", help="The variant that the metadata is about; default: all.")
     ] = None,
@@ -22,16 +23,13 @@ def card(
 ) -> None:
     """Write a model card's section, with metadata, tables and plots, from a finished run's folder alone."""
     del debug  # read by the program's own error handler
-    from qeval import card as cards  # noqa: PLC0415 - the statistics and plots take a second to import
-
-    done = cards.into(run, into, variant) if into else cards.write(run, variant)
-    console = Console(stderr=True)
-    if not done.metadata:
+    files = qeval.card(run, variant, into=into)
+    console = stderr()
+    if not files.metadata:
         console.print(
-            f"note: the front matter of {done.card} has no lines '# qeval:begin' and '# qeval:end', so no model-index "
+            f"note: the front matter of {files.card} has no lines '# qeval:begin' and '# qeval:end', so no model-index "
             "was put there.",
-            highlight=False,
             soft_wrap=True,
         )
-    for path in (done.card, *done.plots):
-        typer.echo(str(path))
+    for path in (files.card, *files.plots):
+        print_line(str(path))

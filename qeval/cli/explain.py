@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from qeval.cli import options
-from qeval.cli.printing import stdout
+from qeval.cli.printing import print_json, stdout
 
 _WIDTH = 180
 """Columns for tables whose cells hold text."""
 
 
 def explain(
-    run: options.Run,
+    run: options.RunFolder,
     variant: Annotated[str, typer.Argument(help="The variant's name, as the report spells it.", show_default=False)],
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rows of each table.")] = 20,
     as_json: options.Json = False,
@@ -21,18 +21,19 @@ def explain(
     """Show which rows make a variant's loss, from a finished run's folder alone."""
     del debug  # read by the program's own error handler
     from qeval.report.console import terminal_table  # noqa: PLC0415 - the statistics take a second to import
-    from qeval.report.explain import explain as explained  # noqa: PLC0415
+    from qeval.report.explain import build_explanation as explain_run  # noqa: PLC0415
     from qeval.report.explain import explanation_json  # noqa: PLC0415
     from qeval.report.explain.tables import explanation_tables, task_sentence, worst_sentence  # noqa: PLC0415
 
-    found = explained(run, variant)
+    explanation = explain_run(run, variant)
     if as_json:
-        typer.echo(explanation_json(found), nl=False)
+        print_json(explanation_json(explanation))
         return
     console = stdout(_WIDTH)
-    for table in explanation_tables(found, limit):
+    for table in explanation_tables(explanation, limit):
         console.print(terminal_table(table, table.note))
-    said = [f"note: {note}" for note in found.notes] + [task_sentence(task) for task in found.tasks]
-    said += [f"{found.variant}: {worst_sentence(found.tokens)}."] if found.tokens else []
-    for sentence in said:
-        console.print(sentence, highlight=False, markup=False)
+    sentences = [f"note: {note}" for note in explanation.notes] + [task_sentence(task) for task in explanation.tasks]
+    if explanation.tokens:
+        sentences.append(f"{explanation.variant}: {worst_sentence(explanation.tokens)}.")
+    for sentence in sentences:
+        console.print(sentence)

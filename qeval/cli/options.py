@@ -1,149 +1,101 @@
-"""The flags that several commands share, with one help text each."""
+"""Flags, made of the options of the settings: those of a whole function (`with_flags_of`), and one alone (`flag`)."""
 
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
-from qeval.config import Defaults, Recipe, parse_budget
-from qeval.config import Importance as ImportanceName
-from qeval.errors import UsageError, unknown
+from qeval.compare.defaults import HubChoice
+from qeval.compare.options import Option, options_by_keyword
+from qeval.compare.settings import Settings
 
-_THREADS_A_CORE = 16
-
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="An alias (see `qeval models`), a hub id (of GGUF files ORG/REPO:TYPE), a local folder, or a .gguf file.",
-    ),
-]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
-Compute = Annotated[
-    str | None,
-    typer.Option("--compute", "--dtype", help="fp32, bf16 or fp16; on the CPU fp32, elsewhere the checkpoint's."),
-]
-Calibration = Annotated[
-    str, typer.Option("--calibration", help="pydoc, wikitext2, pile-val, cnn_dailymail, or a text file.")
-]
-CalibrationSamples = Annotated[int, typer.Option("--calibration-samples", min=1, help="Calibration sequences.")]
-CalibrationLength = Annotated[int, typer.Option("--calibration-length", min=1, help="Tokens in each.")]
-Budget = Annotated[
-    str | None,
-    typer.Option("--budget", help="Size of mixed variants, such as 4.8bpw; else the positional rule's own."),
-]
-Importance = Annotated[
-    Literal["measured", "fisher", "positional"],
-    typer.Option("--importance", help="How mixed variants pick INT8 layers; fisher: predicted, then measured whole."),
-]
-QuantizeHead = Annotated[bool, typer.Option("--quantize-head", help="Quantize lm_head too (a tied embedding stays).")]
-Ep = Annotated[
-    str,
-    typer.Option("--ep", help="ONNX Runtime's provider: cpu, cuda, tensorrt, trt-rtx, dml, openvino, qnn, webgpu."),
-]
-Exporter = Annotated[
-    Literal["auto", "genai", "dynamo"],
-    typer.Option("--exporter", help="Who makes the ONNX graph; auto: the GenAI model builder, else torch's exporter."),
-]
-Format = Annotated[
-    Literal["nbits", "qdq"],
-    typer.Option("--format", help="nbits: MatMulNBits; qdq: DequantizeLinear + MatMul."),
-]
-Precision = Annotated[
-    Literal["fp32", "fp16"] | None,
-    typer.Option("--precision", help="Of an ONNX graph's activations and floats; fp32 on the CPU, elsewhere fp16."),
-]
+R = TypeVar("R")
 
 
-def _few_enough(threads: int | None) -> int | None:
-    """Refuse more threads than could ever help; OpenMP ends the program where it can't start them."""
-    cores = os.cpu_count() or 1
-    if threads is not None and threads > _THREADS_A_CORE * cores:
-        raise UsageError(f"--threads {threads} is more than {_THREADS_A_CORE} for each of {cores} cores; give fewer.")
-    return threads
+def flag(option: Option, *default: Any) -> Any:
+    """Return an option as typer takes it, an argument where its spelling is no flag.
 
-
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, callback=_few_enough, help="CPU threads; default: all cores.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides the calibration sketch and the bootstrap.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No plan, no progress; warnings and the result only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
-Run = Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.")]
-
-Stream = Annotated[
-    bool,
-    typer.Option("--stream", help="Read decoder layers one at a time: for a model that memory does not hold."),
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        help="With --stream: what weights, activations and logits may take beside the program itself, such as 2GiB; "
-        "default: half of the free memory.",
-    ),
-]
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-_COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
-_COMPUTE |= {"fp16": "float16", "float16": "float16"}
-
-
-def defaults(budget: str | None, importance: ImportanceName, quantize_head: bool) -> Defaults:
-    """What recipes take that name none of their own, as the flags say it."""
-    return Defaults(None if budget is None else parse_budget(budget), importance, quantize_head)
-
-
-def check_used(given: Defaults, recipes: Sequence[Recipe]) -> None:
-    """Refuse flags that no recipe takes.
-
-    Raises:
-        UsageError: a budget or a way to rank groups is given, and no recipe mixes widths.
+    Args:
+        option: The option of a setting.
+        *default: Its default, or `...` where there is none, if it stands in a default's place; else in an annotation.
     """
-    if any(recipe.mixed for recipe in recipes):
-        return
-    for flag, is_given in (("--budget", given.budget is not None), ("--importance", given.importance != "measured")):
-        if is_given:
-            named = ", ".join(recipe.name for recipe in recipes) or "what was asked for"
-            raise UsageError(f"{flag} is for mixed methods, and none is among {named}; add one, or leave {flag} out.")
+    if not option.flags[0].startswith("-"):
+        return typer.Argument(*default, help=option.help)
+    return typer.Option(*default, *option.flags, help=option.help, min=option.least if option.range_shown else None)
 
 
-def accuracy_levels(text: str) -> tuple[int, ...]:
-    """The accuracy levels of `1`, `4` or `1,4`, each once."""
-    words = dict.fromkeys(word.strip() for word in text.split(","))
-    return tuple(int(word) if word.isdigit() else 0 for word in words)
+_SHARED = options_by_keyword(Settings, HubChoice)
+Revision = Annotated[str | None, flag(_SHARED["revision"])]
+Device = Annotated[str, flag(_SHARED["device"])]
+Offline = Annotated[bool, flag(_SHARED["offline"])]
+Threads = Annotated[int | None, flag(_SHARED["threads"])]
+
+_JSON = Option("Print the result as JSON on stdout.", flags=("--json",))
+_QUIET = Option("No plan, no progress; warnings and the result only.", flags=("--quiet",))
+_DEBUG = Option("Show a traceback when something fails.", flags=("--debug",))
+Json = Annotated[bool, flag(_JSON)]
+Quiet = Annotated[bool, flag(_QUIET)]
+Debug = Annotated[bool, flag(_DEBUG)]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a finished run.", show_default=False)]
 
 
-def compute_type(text: str | None) -> str | None:
-    """The torch name of a compute type, or None for the device's default."""
-    if text is None or text in _COMPUTE:
-        return None if text is None else _COMPUTE[text]
-    raise unknown("compute type", text, ("fp32", "bf16", "fp16"))
+@dataclass(frozen=True)
+class CommandCall:
+    """A command as it was called: the keywords of its function, how the result is printed, and the whole line."""
+
+    values: dict[str, Any]
+    as_json: bool
+    quiet: bool
+    line: str
 
 
-def size_bytes(text: str | None) -> int | None:
-    """The bytes of `2GiB`, `500MB` or `1.5G` (GB: 10^9; GiB and G: 2^30).
+def with_flags_of(
+    *functions: Callable[..., Any], trees: Sequence[type], **changes: str | Option
+) -> Callable[[Callable[[CommandCall], R]], Callable[..., R]]:
+    """Make a command of what a call of it does: its flags are the keywords of functions, and --json, --quiet, --debug.
 
-    Raises:
-        UsageError: it is no size, or nothing.
+    Names, order and defaults are the functions'; help, type and range are those of the options with these keywords.
+    Keywords that have no option are no flags. What may be None and has no default needs no flag.
 
-    >>> size_bytes("2GiB"), size_bytes("500MB")
-    (2147483648, 500000000)
+    Args:
+        functions: Functions of `qeval.api`.
+        trees: Dataclasses with options: those of the settings.
+        **changes: By keyword, another help text, or an option that no tree has.
     """
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise UsageError(f"--max-memory takes a size such as 2GiB or 500MB, not '{text}'.")
-    unit = (match[2] or "").upper()
-    decimal = text.strip().upper().endswith("B") and not unit.endswith("I")
-    size = int(float(match[1]) * (1000 if decimal else 1024) ** " KMGT".index((unit or " ")[0]))
-    if size < 1:
-        raise UsageError(f"--max-memory {text} leaves nothing; give a size such as 2GiB.")
-    return size
+    options = options_by_keyword(*trees)
+    for keyword, change in changes.items():
+        known = options.get(keyword, Option("", type=str).of_field(keyword, str))
+        options[keyword] = replace(known, help=change) if isinstance(change, str) else change.of_field(keyword, str)
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += _parameters(functions, options)
+    for keyword, option in (("as_json", _JSON), ("quiet", _QUIET), ("debug", _DEBUG)):
+        parameters.append(Parameter(keyword, Parameter.KEYWORD_ONLY, default=flag(option, False), annotation=bool))
+
+    def decorate(do: Callable[[CommandCall], R]) -> Callable[..., R]:
+        def command(*, context: typer.Context, as_json: bool, quiet: bool, debug: bool, **values: Any) -> R:
+            del debug  # read by the program's own error handler
+            return do(CommandCall(values, as_json, quiet, str(context.obj)))
+
+        command.__name__, command.__doc__, command.__module__ = do.__name__, do.__doc__, do.__module__
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _parameters(functions: Sequence[Callable[..., Any]], options: Mapping[str, Option]) -> Iterator[Parameter]:
+    """Yield the functions' keywords that have an option, each once, with a flag in the place of their default."""
+    every: dict[str, Parameter] = {}
+    for function in functions:
+        for name, parameter in signature(function).parameters.items():
+            every.setdefault(name, parameter)
+    for name, parameter in every.items():
+        if option := options.get(name):
+            default = parameter.default
+            if default is Parameter.empty:
+                default = None if type(None) in get_args(option.type) else ...
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=flag(option, default), annotation=option.type)

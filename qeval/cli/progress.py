@@ -14,6 +14,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from qeval import escape
 from qeval.progress import Advance
 
 
@@ -21,22 +22,22 @@ class ConsoleProgress:
     """Phases as bars on stderr, so that stdout stays clean for results."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
-        """Bars are drawn on a terminal only; `quiet` drops the rest but warnings."""
+        """Draw bars on a terminal only; `quiet` drops everything but warnings."""
         self._console, self._quiet = console, quiet
         self.warnings: list[str] = []
 
     @contextmanager
     def phase(self, label: str, units: int) -> Iterator[Advance]:
-        """A bar that goes when its work is done, with its time left behind in a line."""
+        """Show a bar for the length of the block; the block calls what it gets with the units that are done."""
         if self._quiet or not self._console.is_terminal:
             yield lambda done: None
             return
         columns = (
-            TextColumn("{task.description:<32}"),
+            TextColumn("{task.description:<32}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("left", markup=False),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console) as bars:
@@ -47,9 +48,9 @@ class ConsoleProgress:
     def warn(self, message: str) -> None:
         """Show a warning at once and keep it for the report."""
         self.warnings.append(message)
-        self._console.print(Text.assemble(("warning:", "yellow"), " ", message), soft_wrap=True)
+        self._console.print(Text.assemble(("warning:", "yellow"), " ", escape.terminal(message)), soft_wrap=True)
 
     def tell(self, message: str) -> None:
-        """Say it, unless quiet."""
+        """Print a message, unless quiet."""
         if not self._quiet:
-            self._console.print(message, soft_wrap=True, highlight=False, markup=False)
+            self._console.print(message, soft_wrap=True)

@@ -1,30 +1,33 @@
 """`qeval sweep`: the same comparison of several models, and one page for all."""
 
-import os
+import functools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
-import typer.main
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
+import qeval
+from qeval.api.parallel import ComparisonProcess
+from qeval.api.sweeping import SweepListener
 from qeval.cli import options
-from qeval.cli.abreast import Comparison, Result, run_abreast
-from qeval.cli.compare import compare, slug
-from qeval.cli.grid import grid_methods, without_methods
-from qeval.cli.printing import stdout
+from qeval.cli.commands import parser_of
+from qeval.cli.compare import compare, print_plan, print_result
+from qeval.cli.printing import stderr, stdout
+from qeval.cli.progress import ConsoleProgress
+from qeval.compare.arguments import joined, names, slug
 from qeval.errors import QevalError, UsageError
-from qeval.paths import check_place
 
-INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
+if TYPE_CHECKING:
+    from qeval.compare.plan import Plan
+    from qeval.results import Run
 
-CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""All other flags are those of `compare`."""
+_NOT_SHARED = ("context", "model", "out", "as_json", "quiet", "debug")
 
 
 def sweep(
@@ -56,124 +59,112 @@ def sweep(
 
     A model that fails is told, and the others are done all the same; the same command goes on where it stopped.
     """
-    names = list(dict.fromkeys(name for name in (part.strip() for part in models.split(",")) if name))
-    folders = {name: out / slug(name) for name in names}
-    if not names:
-        raise UsageError("Nothing to sweep over: give --models, for example --models demo,llama-3.2-1b.")
-    if len(set(folders.values())) < len(names):
-        raise UsageError(f"Two of the models {', '.join(names)} would share a folder; sweep them apart.")
-    check_place(out, "the runs")
     if "--json" in context.args:
         raise UsageError(f"A sweep prints no JSON; it writes {out / 'sweep.json'}.")
-    command, common = _command(), list(context.args)
-    if bits or groups or budgets:
-        common, methods = without_methods(common)
-        common += ["--methods", ",".join(grid_methods(methods, bits, groups, budgets))]
-    given = {name: [*common, "--model", name, "--out", str(folder)] for name, folder in folders.items()}
-    asked = command.make_context("compare", list(given[names[0]])).params  # a wrong flag is told before any work
-    with _room(asked, models_at_once, len(given)) as (at_once, environment):
-        if not asked["quiet"]:
-            for line in _plan(asked, folders, at_once):
-                _console().print(line, highlight=False, markup=False, soft_wrap=True)
-        if at_once == 1:
-            results = [_compared_here(command, place, name, given, debug=debug) for place, name in enumerate(given, 1)]
-        else:
-            results = _compared_abreast(given, folders, at_once, asked, environment)
-    if all(result.error and result.code == UsageError.exit_code for result in results):
-        raise UsageError(f"No model could be compared: {results[0].error}")
-    _show([(name, folders[name], result.error) for name, result in zip(given, results, strict=True)], out)
-    return max(QevalError.exit_code if result.error else result.code for result in results)
+    words = list(context.args)
+    flags = _flags_of_compare(words) if names(models) else {}  # that there is no model is told first
+    console, quiet = stderr(), bool(flags.get("quiet"))
+    shared = {name: value for name, value in flags.items() if name not in _NOT_SHARED}
+    result = qeval.sweep(
+        models,
+        out=out,
+        bits=bits,
+        groups=groups,
+        budgets=budgets,
+        models_at_once=models_at_once,
+        progress=functools.partial(ConsoleProgress, console, quiet=quiet),
+        listener=_Shown(console, quiet=quiet, debug=debug),
+        commands={name: _command(name, out, words) for name in names(models)},
+        **shared,
+    )
+    from qeval.report.console import terminal_table  # noqa: PLC0415 - matplotlib, which `--help` need not wait for
+    from qeval.report.sweep import Ended, sweep_table  # noqa: PLC0415
+
+    stdout().print(terminal_table(sweep_table([Ended(each.name, each.folder, each.error) for each in result.models])))
+    console.print(f"report of all models: {result.page}", soft_wrap=True)
+    return result.exit_code
 
 
-@contextmanager
-def _room(asked: Mapping[str, Any], at_once: int | None, models: int) -> Iterator[tuple[int, dict[str, str]]]:
-    """How many models are compared at a time, and the environment of their processes: of one Ray cluster for all.
+def _flags_of_compare(words: Sequence[str]) -> dict[str, Any]:
+    """Return what `compare` would be called with for these words, by its own parser.
 
     Raises:
-        UsageError: Ray is asked for and isn't installed.
-        QevalError: the cluster can't be reached.
+        typer.TyperException: A flag is wrong.
     """
-    if asked["executor"] != "ray" or models == 1:
-        yield min(at_once or 1, models), dict(os.environ)
-        return
-    from qeval.executors.cluster import shared_cluster  # noqa: PLC0415 - an extra
 
-    with shared_cluster() as (address, cpus):
-        holds = max(1, cpus // max(asked["workers"], asked["threads"] or os.cpu_count() or 1))
-        yield min(at_once or holds, holds, models), os.environ | {"RAY_ADDRESS": address}
+    @functools.wraps(compare)
+    def parsed(**values: Any) -> dict[str, Any]:
+        return values
 
-
-def _plan(asked: Mapping[str, Any], folders: Mapping[str, Path], at_once: int) -> list[str]:
-    """What the sweep will do: every model with the same variants and tasks, and where each goes."""
-    variants = [asked["methods"] or "", str(asked["config"] or ""), *(asked["variant"] or [])]
-    where = "on one Ray cluster" if asked["executor"] == "ray" else "on this machine"
-    return [
-        f"models    {len(folders)}, {at_once} at a time {where}",
-        *(f"          {name} -> {folder}" for name, folder in folders.items()),
-        f"variants  {', '.join(filter(None, variants)) or 'those of compare'}",
-        f"tasks     {asked['tasks']}",
-    ]
+    command = parser_of(parsed, "compare")
+    values: dict[str, Any] = command.main(args=[*words, "--model", "model"], standalone_mode=False)
+    return values
 
 
-def _compared_here(
-    command: typer.core.TyperCommand, place: int, name: str, given: Mapping[str, Sequence[str]], *, debug: bool
-) -> Result:
-    _console().print(f"model {place} of {len(given)}: {name}", highlight=False)
-    return _compared(command, given[name], debug=debug)
+def _command(name: str, out: Path, words: Sequence[str]) -> str:
+    """Return the command that compares one model of the sweep alone."""
+    return shlex.join(["qeval", "compare", *words, "--model", name, "--out", str(out / slug(name))])
 
 
-def _compared_abreast(
-    given: Mapping[str, Sequence[str]],
-    folders: Mapping[str, Path],
-    at_once: int,
-    asked: Mapping[str, Any],
-    environment: Mapping[str, str],
-) -> list[Result]:
-    """Several at a time; on this machine they share the cores unless --threads says otherwise."""
-    more = []
-    if asked["threads"] is None and asked["executor"] == "local":
-        more = ["--threads", str(max(1, (os.cpu_count() or 1) // at_once))]
-    comparisons = [Comparison(name, [*words, *more], folders[name]) for name, words in given.items()]
-    return run_abreast(comparisons, at_once, environment, _console(), quiet=asked["quiet"])
+class _Shown(SweepListener):
+    """Prints how a sweep goes."""
 
+    def __init__(self, console: Console, *, quiet: bool, debug: bool) -> None:
+        """Print nothing yet."""
+        self._console, self._quiet, self._debug = console, quiet, debug
 
-def _show(models: Sequence[tuple[str, Path, str | None]], out: Path) -> None:
-    """Write the page of all models (name, folder, why it failed) and print its table."""
-    from qeval.report.console import terminal_table  # noqa: PLC0415 - matplotlib, which `--help` need not wait for
-    from qeval.report.sweep import Ended, overview, write_sweep  # noqa: PLC0415
+    def start(self, folders: Mapping[str, Path], at_once: int, options: Mapping[str, Any]) -> None:
+        """Print what the sweep will do: every model with the same variants and tasks, and where each goes."""
+        variants = [joined(options["methods"]), str(options["config"] or ""), *(options["variants"] or [])]
+        where = "on one Ray cluster" if options["executor"] == "ray" else "on this machine"
+        if not self._quiet:
+            self._print(
+                f"models    {len(folders)}, {at_once} at a time {where}",
+                *(f"          {name} -> {folder}" for name, folder in folders.items()),
+                f"variants  {', '.join(filter(None, variants)) or 'those of compare'}",
+                f"tasks     {options['tasks']}",
+            )
 
-    ended = [Ended(*model) for model in models]
-    failed = [run.error for run in ended if run.error is not None]
-    if len(failed) == len(ended):
-        raise QevalError(f"No model could be compared: {failed[0]}")
-    written = write_sweep(ended, out)
-    stdout().print(terminal_table(overview(ended)))
-    _console().print(f"report of all models: {written}", highlight=False, soft_wrap=True)
+    def start_model(self, place: int, count: int, name: str) -> None:
+        """Print which model begins."""
+        self._console.print(f"model {place} of {count}: {name}")
 
+    def plan(self, plan: "Plan") -> None:
+        """Print what is done with it."""
+        if not self._quiet:
+            print_plan(plan, self._console)
 
-def _compared(command: typer.core.TyperCommand, arguments: Sequence[str], *, debug: bool) -> Result:
-    """Compare one model: the exit code, and why there is no report, or None."""
-    try:
-        code = command.main(
-            args=list(arguments), standalone_mode=False, obj=shlex.join(["qeval", "compare", *arguments])
-        )
-    except QevalError as error:
-        if debug:
-            _console().print_exception()
-        _console().print(f"warning: {error}", highlight=False, soft_wrap=True)
-        return Result(error.exit_code, str(error))
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    return Result(int(code or 0), None)
+    def finish(self, run: "Run") -> None:
+        """Print its table."""
+        print_result(run, self._console, as_json=False)
 
+    def fail(self, name: str, error: QevalError) -> None:
+        """Print why it has no run, after the traceback if asked for."""
+        del name
+        if self._debug:
+            self._console.print_exception()
+        self._console.print(f"warning: {error}", soft_wrap=True)
 
-def _command() -> typer.core.TyperCommand:
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name="compare")(compare)
-    made = typer.main.get_command(alone)
-    assert isinstance(made, typer.core.TyperCommand)
-    return made
+    @contextmanager
+    def watch(self, comparisons: Sequence[ComparisonProcess]) -> Iterator[None]:
+        """Show a table of one line a model on a terminal."""
 
+        def table() -> Table:
+            rows = Table.grid(padding=(0, 2))
+            for each in comparisons:
+                rows.add_row(each.name, f"{each.seconds:.0f} s" if each.seconds else "", each.state())
+            return rows
 
-def _console() -> Console:
-    return Console(stderr=True)
+        shown = self._console.is_terminal and not self._quiet
+        with Live(get_renderable=table, console=self._console, refresh_per_second=2) if shown else nullcontext():
+            yield
+
+    def end(self, comparison: ComparisonProcess) -> None:
+        """Print what one of several warned of, and how it ended."""
+        self._print(*(f"{comparison.name}: {line}" for line in comparison.lines()))
+        if not self._quiet:
+            self._print(f"{comparison.name}: {comparison.state()} after {comparison.seconds:.0f} s")
+
+    def _print(self, *lines: str) -> None:
+        for line in lines:
+            self._console.print(line, soft_wrap=True)

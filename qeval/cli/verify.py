@@ -3,20 +3,20 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+import qeval
 from qeval.cli import options
-from qeval.cli.printing import stdout
+from qeval.cli.printing import print_json, stderr, stdout
 from qeval.cli.progress import ConsoleProgress
 
 if TYPE_CHECKING:
-    from qeval.compare.verify import Derived, Verification
+    from qeval.jobs.verify import Derived, Verification
 
 _WIDTH = 180
 
 
 def verify(
-    run: options.Run,
+    run: options.RunFolder,
     sample: Annotated[
         int, typer.Option("--sample", min=0, help="Shards of rows to compute again; 0: checksums alone.")
     ] = 4,
@@ -30,33 +30,31 @@ def verify(
     Exit codes: 0 verified, 1 something differs, 2 wrong use, 3 no rows could be computed.
     """
     del debug  # read by the program's own error handler
-    from qeval.compare.verify import verify_run  # noqa: PLC0415 - torch takes seconds to import
-
-    progress = ConsoleProgress(Console(stderr=True), quiet=quiet)
-    found = verify_run(run, sample=sample, seed=seed, progress=progress)
+    progress = ConsoleProgress(stderr(), quiet=quiet)
+    verification = qeval.verify(run, sample=sample, seed=seed, progress=progress)
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        print_json(verification.model_dump_json(indent=1))
     else:
-        _show(found)
-    return found.exit_code
+        _show(verification)
+    return verification.exit_code
 
 
-def _show(found: "Verification") -> None:
+def _show(verification: "Verification") -> None:
     console = stdout(_WIDTH)
-    lines = [f"checked: {what}" for what in found.looked_at]
-    lines += [f"derived: {_derived(each)}" for each in found.derived]
-    lines += [f"note: {note}" for note in found.notes]
-    lines += [f"differs: {problem}" for problem in found.problems]
-    lines += [f"not done: {found.undone}"] if found.undone else []
-    verdict = {0: "verified", 1: "something differs", 3: "no rows could be computed again"}[found.exit_code]
-    for line in [*lines, f"{found.run}: {verdict} (exit code {found.exit_code})"]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    lines = [f"checked: {what}" for what in verification.looked_at]
+    lines += [f"derived: {_derived(rows)}" for rows in verification.derived]
+    lines += [f"note: {note}" for note in verification.notes]
+    lines += [f"differs: {problem}" for problem in verification.problems]
+    lines += [f"not done: {verification.undone}"] if verification.undone else []
+    verdict = {0: "verified", 1: "something differs", 3: "no rows could be computed again"}[verification.exit_code]
+    for line in [*lines, f"{verification.run}: {verdict} (exit code {verification.exit_code})"]:
+        console.print(line, soft_wrap=True)
 
 
-def _derived(each: "Derived") -> str:
-    what = f"{each.rows:,} rows of {each.name} ({each.kind})"
-    if each.identical:
+def _derived(rows: "Derived") -> str:
+    what = f"{rows.rows:,} rows of {rows.name} ({rows.kind})"
+    if rows.identical:
         return f"{what}, the same bytes"
-    if each.largest_difference is None:
+    if rows.largest_difference is None:
         return f"{what}, not the run's"
-    return f"{what}, at most {each.largest_difference:.1e} away, {each.ties} comparisons of equals otherwise"
+    return f"{what}, at most {rows.largest_difference:.1e} away, {rows.ties} comparisons of equals otherwise"

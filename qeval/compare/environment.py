@@ -11,12 +11,15 @@ import psutil
 import torch
 
 from qeval import __version__
+from qeval.models import nvidia
 from qeval.store.run import EnvironmentRecord
 
 
 def describe_environment(device: str) -> EnvironmentRecord:
-    """What this process runs on."""
+    """Describe what this process runs on."""
     on_gpu = device.startswith("cuda")
+    count = torch.cuda.device_count() if on_gpu else None
+    driver = nvidia.read_driver() if on_gpu else None
     return EnvironmentRecord(
         qeval=__version__,
         python=platform.python_version(),
@@ -29,11 +32,15 @@ def describe_environment(device: str) -> EnvironmentRecord:
         threads=torch.get_num_threads(),
         memory_bytes=psutil.virtual_memory().total,
         device=torch.cuda.get_device_name(device) if on_gpu else device,
+        gpus=count,
+        cuda=torch.version.cuda if on_gpu else None,
+        driver=driver.version if driver else None,
+        peak_gpu_bytes=sum(torch.cuda.max_memory_allocated(index) for index in range(count)) if count else None,
     )
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
+    """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,4 +1,4 @@
-"""What `compare` and `export` need of ONNX Runtime; imported only when it is asked for."""
+"""ONNX Runtime for `compare` and `export`; imported only when it is asked for."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,81 +7,95 @@ from pathlib import Path
 
 import torch
 
-from qeval.backends.onnx.backend import FolderBackend, OrtBackend, Ran
+from qeval.backends.base import Saved
+from qeval.backends.onnx.backend import FolderBackend, OrtBackend
 from qeval.backends.onnx.decoder import scorable
-from qeval.backends.onnx.export import Exporter, Target
+from qeval.backends.onnx.export import ExportTarget, OnnxExporter
+from qeval.backends.onnx.insert_weights import Style
 from qeval.backends.onnx.inspection import OnnxFacts, parse_folder
-from qeval.backends.onnx.matrices import Matrix
-from qeval.backends.onnx.packages import require_runtime
-from qeval.backends.onnx.providers import choose
-from qeval.backends.onnx.swap import Style
-from qeval.compare.elsewhere import Asked, check_tokens, padding_told
-from qeval.compare.graph_weights import check_same_model, check_weights
-from qeval.compare.local import Place
+from qeval.backends.onnx.matrices import GraphMatrix
+from qeval.backends.onnx.providers import choose_provider
+from qeval.compare.external_checkpoints import TokenCheck, check_same_tokens, padding_note
+from qeval.compare.external_graphs import check_same_model, check_weights
+from qeval.compare.external_paths import VariantPath
 from qeval.compare.settings import BackendChoice
 from qeval.errors import UsageError
-from qeval.formats.beside import Baseline
+from qeval.files.hashes import cached_hash
+from qeval.formats.match_baseline import BaselineWeights
 from qeval.identity import digest_file
-from qeval.models.graph import Description
-from qeval.models.hashes import remembered
 from qeval.models.info import LoadedModel
+from qeval.models.structure.graph import Description
 from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor, describe
-from qeval.store.run import KeptRecord, RuntimeRecord, VariantRecord
+from qeval.store.run import KeptRecord, VariantRecord
+
+_ROUNDING_LEVEL = 4
+_NEVER_ROUNDING = ("cuda", "tensorrt")
+"""Providers whose MatMulNBits never rounds activations."""
 
 
-@dataclass(frozen=True, eq=False)
-class Runtime:
-    """ONNX Runtime for one model: who exports it, and a backend an accuracy level."""
-
-    exporter: Exporter
-    backends: tuple[OrtBackend, ...]
-
-
-def runtime_of(choice: BackendChoice, loaded: LoadedModel, description: Description) -> Runtime:
-    """The exporter and the backends that a run asks for.
+def ort_backends(choice: BackendChoice, loaded: LoadedModel, description: Description) -> dict[int, OrtBackend]:
+    """Make a backend of each accuracy level that a run asks for, and of level 1; one exporter serves them all.
 
     Raises:
-        UsageError: the provider is unknown, or packages are missing.
+        UsageError: The provider is unknown, packages are missing, or its kernels know no such level.
     """
-    provider, threads = choose(choice.ep), torch.get_num_threads()
+    check_accuracy_levels(choice)
+    provider, threads = choose_provider(choice.ep), torch.get_num_threads()
     names = [name for group in description.groups for name in group.names] + [description.head]
-    exporter = Exporter(loaded, names, choice.exporter, threads, target_of(choice))
-    styles = [Style(choice.format, level) for level in choice.accuracy_levels]
-    return Runtime(exporter, tuple(OrtBackend(exporter, style, provider, threads) for style in styles))
+    exporter = OnnxExporter(loaded, names, choice.exporter, threads, target_of(choice))
+    levels = {*choice.accuracy_levels, 1}
+    return {level: OrtBackend(exporter, Style(choice.format, level), provider, threads) for level in levels}
 
 
-def target_of(choice: BackendChoice) -> Target:
-    """What graphs are made for: fp32 on the CPU, and on other providers fp16, which their attention kernels take."""
-    return Target(choice.ep, choice.precision or ("fp32" if choice.ep == "cpu" else "fp16"))
+def check_accuracy_levels(choice: BackendChoice) -> None:
+    """Refuse level 4 where the kernels don't round activations.
+
+    CUDA's MatMulNBits multiplies dequantized weights by the activations as they are, whatever the attribute says
+    (onnxruntime, docs/contrib_ops/cuda/matmul_nbits.md), so both levels would have the same rows under two names.
+
+    Raises:
+        UsageError: It says where level 4 means something.
+    """
+    if _ROUNDING_LEVEL in choice.accuracy_levels and choice.ep in _NEVER_ROUNDING:
+        raise UsageError(
+            f"--accuracy-level {_ROUNDING_LEVEL} rounds activations to int8 in ONNX Runtime's CPU kernels; those of "
+            f"{choice.ep} compute with them as they are. Leave it out, or say --ep cpu."
+        )
+
+
+def target_of(choice: BackendChoice) -> ExportTarget:
+    """Return what graphs are made for: fp32 on the CPU, elsewhere fp16, which the attention kernels take."""
+    return ExportTarget(choice.ep, choice.precision or ("fp32" if choice.ep == "cpu" else "fp16"))
 
 
 @dataclass(frozen=True, eq=False)
-class Foreign:
+class OnnxVariant:
     """An ONNX folder that someone else made, found to answer the baseline's token ids."""
 
     name: str
     folder: Path
     facts: OnnxFacts
     sha256: str
-    ids: int
-    """The baseline's vocabulary; what the folder has beyond it is left out."""
-    told: Mapping[str, str]
+    backend: FolderBackend
+    notes: Mapping[str, str]
     """Where it is from, and what a reader must know of its tokenizer and vocabulary."""
+    method = "onnx"
 
-    def backend(self, choice: BackendChoice) -> FolderBackend:
-        """What runs it."""
-        return FolderBackend(self.folder, choose(choice.ep), torch.get_num_threads(), ids=self.ids)
+    @property
+    def target(self) -> Saved:
+        """The target that its backend opens."""
+        return Saved(self.folder)
 
-    def record(self, backend: str, runtime: RuntimeRecord | None, seconds: float) -> VariantRecord:
-        """What a run says of it."""
+    def record(self, name: str, backend: str, seconds: float) -> VariantRecord:
+        """Return what a run says of it, scored on a backend in so many seconds."""
         facts = self.facts
         grids = [grid for grid, _ in Counter(_grid(matrix) for matrix in facts.quantized).most_common()]
         kept = [KeptRecord(name=m.weight, parameters=m.parameters, reason=reason) for m, reason in facts.kept]
         quantized = sum(matrix.parameters for matrix in facts.quantized)
         total = quantized + sum(each.parameters for each in kept)
         return VariantRecord(
-            name=self.name,
-            method="onnx",
+            name=name,
+            method=self.method,
             backend=backend,
             status="done",
             error=None,
@@ -96,20 +110,26 @@ class Foreign:
             quantized_parameters=quantized,
             kept=kept,
             input_scales=[],
-            details={"made by": facts.producer, **self.told},
+            details={"made by": facts.producer, **self.notes},
             importance=None,
             budget_bits_per_weight=None,
             groups=[],
             quantize_seconds=0.0,
             score_seconds=seconds,
-            runtime=runtime,
         )
 
 
-def foreign(place: Place, loaded: LoadedModel, baseline: Baseline, asked: Asked) -> Foreign:
-    """The ONNX folder of `--variant`, checked before anything is scored.
+def read_onnx_folder(
+    place: VariantPath, loaded: LoadedModel, baseline: BaselineWeights, token_check: TokenCheck, backend: FolderBackend
+) -> OnnxVariant:
+    """Check the ONNX folder of `--variant` before anything is scored.
 
-    The tokens of what is `asked` must be the baseline's.
+    Args:
+        place: Where it lies, and the flag that named it.
+        loaded: The baseline's model.
+        baseline: The weights that its matrices are laid beside.
+        token_check: What both sides are asked; the folder's tokens must be the baseline's.
+        backend: What will run it.
 
     Raises:
         UsageError: files are missing or cut short, the graph can't be scored, it is another model's or has matrices
@@ -128,30 +148,19 @@ def foreign(place: Place, loaded: LoadedModel, baseline: Baseline, asked: Asked)
         compared = check_weights(parsed, baseline)
     except UsageError as error:
         raise UsageError(f"{place.flag}: {error}") from error
-    told = {"from": place.origin, "compared": compared, **check_tokens(place.flag, place.path, loaded.tokenizer, asked)}
+    notes = {
+        "from": place.origin,
+        "compared": compared,
+        **check_same_tokens(place.flag, place.path, loaded.tokenizer, token_check),
+    }
     if theirs > ours:
-        told["padding"] = padding_told("head", range(ours, theirs))
+        notes["padding"] = padding_note("head", range(ours, theirs))
     files = list(facts.contents)
-    sha256 = remembered("onnx", files, lambda: "".join(digest_file(file) for file in files))
-    return Foreign(place.name, place.path, facts, sha256, ours, told)
+    sha256 = cached_hash("onnx", files, lambda: "".join(digest_file(file) for file in files))
+    return OnnxVariant(place.name, place.path, facts, sha256, backend, notes)
 
 
-def runtime_record(ran: Ran, choice: BackendChoice, *, route: str | None, level: int | None) -> RuntimeRecord:
-    """How a model ran, in the words of a run's record; no route and level for a folder made elsewhere."""
-    versions = require_runtime()
-    return RuntimeRecord(
-        runtime=f"{versions.distribution} {versions.version}",
-        provider=ran.provider,
-        nodes=ran.nodes,
-        exporter=route,
-        format=choice.format if route else None,
-        accuracy_level=level,
-        shares_prefixes=ran.sharing,
-        facts=ran.facts,
-    )
-
-
-def _grid(matrix: Matrix) -> Grid:
+def _grid(matrix: GraphMatrix) -> Grid:
     how = matrix.quantization
     assert how is not None
     if how.block:

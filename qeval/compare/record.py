@@ -1,13 +1,48 @@
 """The run's record: what each variant is and what it was measured on, in the words that reports use."""
 
-from qeval.compare.variants import Entry
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from qeval.quant.grid import describe, parse
-from qeval.store.run import GroupRecord, KeptRecord, VariantRecord
+from qeval.store.run import GroupRecord, KeptRecord, OverlapRecord, VariantRecord
 from qeval.store.variants import Manifest
 
 
-def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: float, entry: Entry) -> VariantRecord:
-    """A finished variant, from its manifest and what else is known of it in this run."""
+@dataclass(frozen=True)
+class FloatModel:
+    """The baseline itself as a model of a run: scored in other arithmetic it is a noise floor."""
+
+    key: str
+    bits: float
+    """Of a weight in the checkpoint."""
+    size_bytes: int
+    method = "float"
+    target = None
+
+    def record(self, name: str, backend: str, seconds: float) -> VariantRecord:
+        """Return what the run says of a noise floor."""
+        return failed_record(name, self.method, backend, "").model_copy(
+            update={
+                "status": "done", "error": None, "role": "floor", "grid": "float", "granularity": "none",
+                "key": self.key, "bits_per_weight": self.bits, "bits_per_weight_model": self.bits,
+                "size_bytes": self.size_bytes, "score_seconds": seconds,
+            }
+        )  # fmt: skip
+
+
+def variant_record(
+    name: str, backend: str, manifest: Manifest, seconds: float, notes: Mapping[str, str], overlap: OverlapRecord | None
+) -> VariantRecord:
+    """Return the record of a finished variant.
+
+    Args:
+        name: As rows have it.
+        backend: What it was scored on.
+        manifest: The variant's.
+        seconds: How long scoring took.
+        notes: What a reader must know of it in this run, beside what its manifest says.
+        overlap: What its calibration text shares with what is scored.
+    """
     grids = _grids(manifest)
     forms = list(dict.fromkeys(entry.form for entry in manifest.stored))
     recipe = manifest.recipe
@@ -18,10 +53,11 @@ def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: f
         status="done",
         error=None,
         key=manifest.key,
-        grid=" + ".join([*grids, *forms]),
+        grid=" + ".join([*grids, *forms]) or "float",
         granularity=" + ".join(
             [*dict.fromkeys(describe(parse(grid)) for grid in grids), *(["its own"] if forms else [])]
-        ),
+        )
+        or "none",
         symmetric=all(parse(grid).symmetric for grid in grids),
         bits_per_weight=manifest.bits_per_weight,
         bits_per_weight_model=manifest.bits_per_weight_model,
@@ -30,19 +66,19 @@ def variant_record(name: str, backend: str, manifest: Manifest, score_seconds: f
         quantized_parameters=_on_grids(manifest) + sum(entry.parameters for entry in manifest.stored),
         kept=[KeptRecord(**entry.model_dump()) for entry in manifest.kept],
         input_scales=manifest.input_scales,
-        details={**manifest.details, **entry.told},
+        details={**manifest.details, **notes},
         importance=str(recipe["importance"]) if str(recipe["method"]).startswith("mixed") else None,
         budget_bits_per_weight=recipe.get("budget"),
         groups=[GroupRecord(**entry.model_dump()) for entry in manifest.choices],
         quantize_seconds=manifest.seconds,
-        score_seconds=score_seconds,
+        score_seconds=seconds,
         calibration_sha256=(manifest.calibration or {}).get("tokens_sha256"),
-        overlap=entry.overlap,
+        overlap=overlap,
     )
 
 
 def failed_record(name: str, method: str, backend: str, error: str) -> VariantRecord:
-    """A variant that could not be made or scored."""
+    """Return the record of a variant that could not be made or scored."""
     return VariantRecord(
         name=name,
         method=method,
@@ -70,7 +106,7 @@ def failed_record(name: str, method: str, backend: str, error: str) -> VariantRe
 
 
 def _grids(manifest: Manifest) -> list[str]:
-    """The distinct grids, the one with the most weights first."""
+    """Return the distinct grids, the one with the most weights first."""
     weights: dict[str, int] = {}
     for entry in manifest.weights:
         weights[entry.grid] = weights.get(entry.grid, 0) + entry.rows * entry.columns

@@ -1,33 +1,47 @@
 """`compare`: make the variants, score the baseline and each of them on the same tokens, render the report."""
 
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import uuid4
 
-from qeval.backends.stream.backend import StreamBackend
-from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES
-from qeval.compare.candidates import baseline_of, contenders, states_folder
-from qeval.compare.crew import all_threads, helped, wait_for
+from qeval.compare.cost import PROGRAM_BYTES, Cost, cost, flops_per_second
 from qeval.compare.environment import describe_environment, peak_rss_bytes
-from qeval.compare.estimate import PROGRAM_BYTES, Cost, cost, flops_per_second
-from qeval.compare.prepare import Plan
-from qeval.compare.remake import identity_of, settings_json
-from qeval.compare.scoring import Scorer, Work
-from qeval.compare.standing import Model, Scored, score_all, work_of
-from qeval.compare.texts import keep_texts
-from qeval.compare.variants import Entry
-from qeval.compare.witness import witness_of
+from qeval.compare.plan import Plan
+from qeval.compare.scored_models import (
+    ScoredModel,
+    baseline_model,
+    score_all,
+    scored_models,
+    states_folder,
+    work_of,
+)
+from qeval.compare.settings_json import identity_of, settings_json
+from qeval.compare.variants import VariantEntry
+from qeval.compare.workers import all_threads, helped, wait_for
+from qeval.config import BASELINE
+from qeval.errors import QevalError
+from qeval.files.atomic import remove_abandoned
+from qeval.models.checkpoint.weights import read_entries, weight_files, weights_sha256
 from qeval.paths import home
 from qeval.progress import Progress
+from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES
+from qeval.report.align import TOKEN_COLUMNS, item_rows, select, token_rows
+from qeval.report.soundness import NO_BASELINE, impossible_answers, impossible_tokens
 from qeval.score.choices import shared_tokens
-from qeval.store.atomic import sweep, write_text
-from qeval.store.ledger import Ledger, joined
-from qeval.store.rows import KINDS
-from qeval.store.run import CalibrationRecord, RunRecord, VariantRecord
+from qeval.score.jobs import Work
+from qeval.score.texts import keep_texts
+from qeval.score.token_hash import witness_of
+from qeval.store.attempts import attempt, begin, finish, withdraw
+from qeval.store.chain import chain_of, copy_manifests
+from qeval.store.ledger import Ledger, join_ledger
+from qeval.store.out import remove_records
+from qeval.store.rows import ROW_KINDS, concat
+from qeval.store.run import RUN_VERSION, CalibrationRecord, RunRecord, VariantRecord, write_run
+from qeval.store.variants import MANIFEST, read_manifest
 
 _CACHES = ("variants", "states", "hashes", "onnx")
 """Folders of the cache that processes write into; the models' removes its own leftovers."""
@@ -42,13 +56,20 @@ def membership(plan: Plan, progress: Progress, *, shared: bool = True) -> Iterat
     """
     out = plan.settings.out
     for folder in (out, *(home() / name for name in _CACHES)):
-        sweep(folder)
-    settings = identity_of(plan.settings) if shared else uuid4().hex
-    with joined(out, settings, plan.settings.command, progress.warn, waiting=progress.tell) as ledger:
-        yield ledger
+        remove_abandoned(folder)
+    settings, command = identity_of(plan.settings) if shared else uuid4().hex, plan.settings.command
+    has_entered = False
+    try:
+        with attempt(out, command), join_ledger(out, settings, command, progress.warn, waiting=progress.tell) as ledger:
+            has_entered = True
+            begin(out, command)  # again: who was waited for may have taken the mark for one that was left behind
+            yield ledger
+    finally:
+        if not has_entered:
+            withdraw(out)
 
 
-def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
+def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     """Do what is planned and is not done yet; the record is written to OUT/run.json, the rows to OUT/rows.
 
     A variant that fails is told in its record; the others are scored all the same. What other processes of the run are
@@ -57,21 +78,26 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     started, clock = datetime.now(UTC), time.perf_counter()
     for warning in set(plan.warnings) - set(progress.warnings):
         progress.warn(warning)
-    _tell_overlap(plan, progress)
-    baseline = baseline_of(plan, progress)
+    _note_overlap(plan, progress)
+    baseline = baseline_model(plan, progress)
     work = work_of(plan, baseline, ledger, progress)
-    first = Scored(work, lambda: Scorer(baseline.candidate))
-    with helped(plan.settings, ledger.crew, progress) as helpers:
+    with helped(plan.settings, ledger.command_id, progress) as helpers:
         entries = _make(plan, progress)
         helpers.tell(entries)
-        models = [Model(work, each) for each in contenders(plan, entries, baseline, progress)]
-        wait_for(helpers, work, first, models)
-        first.score(wait=False)
-        score_all(first, models, work)
+        models = list(scored_models(plan, entries, baseline, progress))
+        wait_for(helpers, work, [baseline, *models])
+        baseline.score(work, wait=False)
+        is_scored = not baseline.is_open
+        if is_scored:
+            _check_baseline(plan, baseline)
+        score_all(baseline, models, work)
+    if not is_scored:  # another process finished it meanwhile
+        _check_baseline(plan, baseline)
+    _check_unchanged(plan)
     witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
     variants = [model.record().model_copy(update={"witness": witness}) for model in models]
     record = RunRecord(
-        run_version=1,
+        run_version=RUN_VERSION,
         command=plan.settings.command,
         started=started.isoformat(timespec="seconds"),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,9 +106,9 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         seed=plan.settings.seed,
         model=plan.model,
         baseline_label=_baseline_label(plan),
-        baseline_size_bytes=plan.shape.parameters * plan.source.float_bits // 8,
+        baseline_size_bytes=plan.baseline_size_bytes,
         baseline_bits_per_weight=float(plan.source.float_bits),
-        baseline_seconds=first.seconds,
+        baseline_seconds=baseline.seconds,
         protocol=plan.protocol,
         tasks=list(plan.tasks),
         calibration=_calibration(plan),
@@ -91,15 +117,14 @@ def run(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         metrics=list(plan.settings.tasks),
         warnings=list(progress.warnings),
         drift=plan.drift,
-        settings=None if plan.is_drawn else settings_json(plan.settings),
+        settings=None if plan.is_drawn or plan.memory else settings_json(plan.settings),
         witness=witness,
     )
-    _write(plan, work, [first, *(model.scored for model in models)], record)
-    return record
+    return _write(plan, work, [baseline, *models], record, _manifests(entries))
 
 
 def estimate(plan: Plan) -> Cost:
-    """What the whole run costs from nothing; what the cache and OUT hold already is not taken off."""
+    """Estimate what the whole run costs from nothing; what the cache and OUT hold already is not taken off."""
     shape, models = plan.shape, plan.models
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
     asked = sum(shared_tokens(part) for suite in plan.suites for part in suite.parts())
@@ -111,35 +136,87 @@ def estimate(plan: Plan) -> Cost:
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.units)
     for recipe in plan.settings.recipes:
-        if recipe.uses_gptq:
+        if recipe.quant_method.rounding == "sequential":
             flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
-        if recipe.mixed and recipe.importance == "measured":
-            tokens = SAMPLES * LENGTH
+        if recipe.quant_method.mixes and recipe.importance == "measured":
+            tokens = SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH
             flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)
-        if recipe.mixed and recipe.importance == "fisher":
-            flops += 9 * shape.forward_flops(SAMPLES * LENGTH, SAMPLES * LENGTH)
+        if recipe.quant_method.mixes and recipe.importance == "fisher":
+            flops += 9 * shape.forward_flops(
+                SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH
+            )
     dtype = next(plan.loaded.model.parameters()).dtype
-    found = cost(flops, flops_per_second(plan.settings.model.device, dtype), shape)
-    if isinstance(plan.backend, StreamBackend):
-        return replace(found, peak_bytes=plan.backend.budget.total + PROGRAM_BYTES)
+    device = plan.source.device
+    found = cost(flops, flops_per_second(str(device), dtype), shape, on_gpu=device.type == "cuda")
+    if limit := plan.backend.memory_limit:
+        return replace(found, peak_bytes=limit + PROGRAM_BYTES, gpu_bytes=limit if device.type == "cuda" else 0)
     return found
 
 
-def _make(plan: Plan, progress: Progress) -> list[Entry]:
-    """The variants in the order asked for; the calibration's statistics are let go when the last is made."""
+def _make(plan: Plan, progress: Progress) -> list[VariantEntry]:
+    """Return the variants in the order asked for; the calibration's statistics are let go when the last is made."""
     with all_threads(plan.settings), plan.workshop(progress) as workshop:
         return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
 
 
-def _write(plan: Plan, work: Work, scored: Sequence[Scored], record: RunRecord) -> None:
-    """The index of rows, the texts and the record, as one: others of the run write theirs before or after."""
+def _check_baseline(plan: Plan, baseline: ScoredModel) -> None:
+    """Refuse a baseline that can be no model: with it everything agrees.
+
+    Raises:
+        QevalError: it says why.
+    """
+    reasons = []
+    if tokens := baseline.paths("tokens"):
+        rows = token_rows(select(concat("tokens", tokens, TOKEN_COLUMNS), BASELINE, None), BASELINE)
+        reasons.append(impossible_tokens(rows, plan.model.vocab_size))
+    items = concat("items", baseline.paths("items"))
+    reasons += [impossible_answers(task, item_rows(items, task, BASELINE)) for task in plan.tasks if items.num_rows]
+    if reason := next(filter(None, reasons), None):
+        raise QevalError(f"{NO_BASELINE} {reason}")
+
+
+def _check_unchanged(plan: Plan) -> None:
+    """Refuse to write a record of weights that were replaced while they were scored.
+
+    Raises:
+        QevalError: they were.
+    """
+    if plan.memory is not None:
+        weights = plan.memory.weights_sha256()
+    else:
+        weights = weights_sha256(read_entries(weight_files(plan.loaded.folder)))
+    if weights != plan.model.weights_sha256 or plan.loaded.config_sha256 != plan.source.config_sha256:
+        raise QevalError(
+            f"The weights or the configuration of {plan.model.name} were changed while they were scored, so nothing of "
+            "this run holds; run the same command again."
+        )
+
+
+def _manifests(entries: Sequence[VariantEntry]) -> dict[str, Path]:
+    """Return the manifests of the variants that were made or named, by the variant's key."""
+    folders = [entry.folder for entry in entries if entry.folder is not None]
+    return {read_manifest(folder).key: folder / MANIFEST for folder in folders}
+
+
+def _write(
+    plan: Plan, work: Work, scored: Sequence[ScoredModel], record: RunRecord, manifests: Mapping[str, Path]
+) -> RunRecord:
+    """Write the manifests, the index of rows and the texts, then the record that names their digests, last and alone.
+
+    Others of the run write theirs before or after.
+    """
     out = plan.settings.out
     with work.ledger.alone("record"):
-        work.rows.keep_only({kind: [path for each in scored for path in each.paths(kind)] for kind in KINDS})
+        copy_manifests(out, manifests)
+        work.rows.keep_only({kind: [path for each in scored for path in each.paths(kind)] for kind in ROW_KINDS})
         keep_texts(out, plan.loaded.tokenizer, plan.shards, plan.suites)
-        write_text(out / "run.json", record.model_dump_json(indent=1) + "\n")
-    if not failed(record.variants) and not work.ledger.others:
-        shutil.rmtree(states_folder(out), ignore_errors=True)
+        record = record.model_copy(update={"chain": chain_of(out, manifests, record.settings)})
+        write_run(out, record)
+        if not plan.is_drawn:  # a gate that draws rows goes on from here
+            finish(out)
+    if not failed_names(record.variants) and not work.ledger.others:
+        remove_records(states_folder(out))
+    return record
 
 
 def _baseline_label(plan: Plan) -> str:
@@ -148,7 +225,7 @@ def _baseline_label(plan: Plan) -> str:
     return f"{names.get(weights, weights)} weights computed in {names.get(compute, compute).lower()}"
 
 
-def _tell_overlap(plan: Plan, progress: Progress) -> None:
+def _note_overlap(plan: Plan, progress: Progress) -> None:
     """Say before the work what will be void after it."""
     seen = _calibration(plan)
     if seen and seen.overlap and seen.overlap.shared_tokens:
@@ -170,6 +247,6 @@ def _calibration(plan: Plan) -> CalibrationRecord | None:
     return CalibrationRecord.model_validate({**plan.calibration().record, "overlap": plan.overlap()})
 
 
-def failed(variants: Sequence[VariantRecord]) -> list[str]:
-    """The names of the variants that failed."""
+def failed_names(variants: Sequence[VariantRecord]) -> list[str]:
+    """Return the names of the variants that failed."""
     return [variant.name for variant in variants if variant.status == "failed"]

@@ -1,170 +1,250 @@
-"""Everything that a run was asked for, checked once at the door."""
+"""The settings of one run, checked when they are built; each is described by its option."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from qeval.backends.onnx.providers import PROVIDERS
+from qeval.compare import arguments as read
+from qeval.compare.options import Checked, Option
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
+from qeval.types import OnnxFormat, OnnxPrecision
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 """How an address begins once it was read as a path: `s3://bucket` is `s3:/bucket` then."""
 
 Bos = Literal["auto", "always", "never"]
-Format = Literal["nbits", "qdq"]
-Precision = Literal["fp32", "fp16"]
+Exporter = Literal["auto", "genai", "dynamo"]
 Executor = Literal["local", "ray"]
+AUTO = "auto"
+"""Of a device or a provider: whatever serves this machine; `compare.machine` says which."""
 BACKENDS = ("torch", "ort", "llama.cpp")
-EXPORTERS = ("auto", "genai", "dynamo")
-FORMATS = ("nbits", "qdq")
 TOKEN_METRICS = ("kl", "ppl")
 """What one pass over a corpus gives."""
 DRIFT = "drift"
 """Greedy continuations; everything else in `tasks` is a task of questions."""
 
+EP = Option(
+    "ONNX Runtime's provider: auto, cpu, cuda, tensorrt, trt-rtx, dml, openvino, qnn, webgpu; auto: cuda where "
+    "--device is, else cpu.",
+    keyword="ep",
+)
+OUT = Option("Where the result goes.", type=Path | None)
+SEED = Option("Decides the calibration sketch and the bootstrap.", least=0)
+THREADS = Option("CPU threads; default: all cores.", parse=read.few_threads, least=1)
+
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """Which weights, where they run and in what type they compute."""
+class ModelChoice(Checked):
+    """The weights, the device that they run on and the type that they compute in."""
 
-    name: str
-    revision: str | None = None
-    device: str = "cpu"
-    compute: str | None = None
-    stream: bool = False
-    """Whether decoder layers are read one at a time, for a model that memory does not hold."""
-    max_memory: int | None = None
-    """Bytes that weights, activations and logits of a streamed model may take; None: half of what is free."""
+    name: Annotated[
+        str,
+        Option(
+            "An alias (see `qeval models`), a hub id (of GGUF files ORG/REPO:TYPE), a local folder, or a .gguf file.",
+            keyword="model",
+            parse=str,
+        ),
+    ]
+    revision: Annotated[str | None, Option("Branch, tag or commit of a hub model.")] = None
+    device: Annotated[str, Option("auto, cpu, cuda, cuda:1, mps; auto: a CUDA GPU, else Apple's, else the CPU.")] = (
+        "cpu"
+    )
+    compute: Annotated[
+        str | None,
+        Option(
+            "fp32, bf16 or fp16; on the CPU fp32, elsewhere the checkpoint's.",
+            flags=("--compute", "--dtype"),
+            parse=read.compute_type,
+        ),
+    ] = None
+    stream: Annotated[bool, Option("Read decoder layers one at a time: for a model that memory does not hold.")] = False
+    max_memory: Annotated[
+        int | None,
+        Option(
+            "With --stream: what weights, activations and logits may take beside the program itself, such as 2GiB; "
+            "default: half of the free memory.",
+            type=str | None,
+            parse=read.size_bytes,
+        ),
+    ] = None
+    """Bytes."""
 
     def __post_init__(self) -> None:
         """Refuse a limit that nothing keeps to.
 
         Raises:
-            UsageError: a limit without streaming.
+            UsageError: A limit without streaming.
         """
         if self.max_memory is not None and not self.stream:
             raise UsageError("--max-memory is the limit of a streamed model; add --stream.")
 
 
 @dataclass(frozen=True)
-class CorpusChoice:
-    """Which text and windows; `protocol` excludes `window`, `stride` and another `convention`."""
+class CorpusChoice(Checked):
+    """The text and its windows; `protocol` excludes `window`, `stride` and another `convention`."""
 
-    corpus: str | None = None
-    protocol: str | None = None
-    window: int | None = None
-    stride: int | None = None
-    max_windows: int | None = None
-    bos: Bos = "auto"
-    convention: str | None = None
-
-
-@dataclass(frozen=True)
-class TaskChoice:
-    """Which questions."""
-
-    mmlu_dir: Path | None = None
-    subjects: tuple[str, ...] = ()
-    limit: int | None = None
-    shots: int = 5
+    corpus: Annotated[
+        str | None,
+        Option(
+            "wikitext2 (the default), c4, pydoc, code, or a text file; several with commas.", parse=read.corpus_text
+        ),
+    ] = None
+    protocol: Annotated[str | None, Option("A named protocol; see `qeval tasks`.")] = None
+    window: Annotated[int | None, Option("Tokens a window.")] = None
+    stride: Annotated[int | None, Option("Tokens between windows; equal: no overlap.")] = None
+    max_windows: Annotated[int | None, Option("Only the first N windows.", least=1, range_shown=False)] = None
+    bos: Annotated[Bos, Option("BOS token; auto: as the tokenizer does.", kind="BOS policy")] = "auto"
+    convention: Annotated[str | None, Option("How perplexity is counted, and its windows; see `qeval tasks`.")] = None
 
 
 @dataclass(frozen=True)
-class DriftChoice:
-    """How many prompts are continued, how long they are, and by how many tokens."""
+class TaskChoice(Checked):
+    """The tasks of questions."""
 
-    prompts: int = 32
-    prompt_tokens: int = 64
-    tokens: int = 64
-
-
-@dataclass(frozen=True)
-class CalibrationChoice:
-    """What quantizers may see."""
-
-    source: str = "pydoc"
-    samples: int = 16
-    length: int = 512
+    mmlu_dir: Annotated[
+        Path | None,
+        Option("Folder with dev/ and test/ in MMLU's csv layout; default: from the hub.", parse=read.path_or_none),
+    ] = None
+    subjects: Annotated[
+        tuple[str, ...], Option("Comma-separated MMLU subjects.", type=str | None, parse=read.subject_names)
+    ] = ()
+    limit: Annotated[int | None, Option("Questions a subject.", least=1, range_shown=False)] = None
+    shots: Annotated[int, Option("Examples in a prompt.", least=0)] = 5
 
 
 @dataclass(frozen=True)
-class BackendChoice:
-    """Which backends score the variants; the rest says how ONNX Runtime does it."""
+class DriftChoice(Checked):
+    """The number of prompts that are continued, their length, and the tokens of a continuation."""
 
-    names: tuple[str, ...] = ("torch",)
-    accuracy_levels: tuple[int, ...] = (1,)
-    ep: str = "cpu"
-    exporter: str = "auto"
-    format: Format = "nbits"
-    precision: Precision | None = None
-    """Of a graph's activations and floats; None means fp32 for the CPU and fp16 for every other provider."""
+    prompts: Annotated[int, Option("With drift: prompts to continue.", keyword="drift_prompts", least=1)] = 32
+    prompt_tokens: Annotated[
+        int, Option("With drift: tokens of each prompt.", keyword="drift_prompt_tokens", least=1)
+    ] = 64
+    tokens: Annotated[int, Option("With drift: tokens that each is continued by.", keyword="drift_tokens", least=1)] = (
+        64
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationChoice(Checked):
+    """The calibration text of quantizers."""
+
+    source: Annotated[
+        str,
+        Option(
+            "pile-val, wikitext2, cnn_dailymail, pydoc, or a text file; default: pile-val (demo, --offline: pydoc).",
+            keyword="calibration",
+            type=str | None,
+            parse=read.text_or_none,
+        ),
+    ] = "pydoc"
+    samples: Annotated[
+        int,
+        Option(
+            "Calibration sequences; default: 128, of pydoc 16.",
+            keyword="calibration_samples",
+            type=int | None,
+            least=1,
+        ),
+    ] = 16
+    length: Annotated[int, Option("Tokens in each.", keyword="calibration_length", least=1)] = 512
+
+
+@dataclass(frozen=True)
+class BackendChoice(Checked):
+    """The backends that score the variants, and the settings of ONNX Runtime."""
+
+    names: Annotated[
+        tuple[str, ...],
+        Option(
+            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files); or "
+            "several, comma-separated.",
+            keyword="backend",
+            type=str,
+            parse=read.names,
+        ),
+    ] = ("torch",)
+    accuracy_levels: Annotated[
+        tuple[int, ...],
+        Option(
+            "ONNX Runtime's: 1, fp32 activations; 4, int8 activations; 1,4.",
+            keyword="accuracy_level",
+            type=str,
+            parse=read.accuracy_levels,
+        ),
+    ] = (1,)
+    ep: Annotated[str, EP] = "cpu"
+    exporter: Annotated[
+        Exporter, Option("Who makes the ONNX graph; auto: the GenAI model builder, else torch's exporter.")
+    ] = "auto"
+    format: Annotated[OnnxFormat, Option("nbits: MatMulNBits; qdq: DequantizeLinear + MatMul.")] = "nbits"
+    precision: Annotated[
+        OnnxPrecision | None, Option("Of an ONNX graph's activations and floats; fp32 on the CPU, elsewhere fp16.")
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse what no backend is.
 
         Raises:
-            UsageError: an unknown backend, exporter, format or accuracy level.
+            UsageError: An unknown backend, exporter, format or accuracy level.
         """
-        for kind, value, choices in (
-            *(("backend", name, BACKENDS) for name in self.names or ("",)),
-            ("exporter", self.exporter, EXPORTERS),
-            ("format", self.format, FORMATS),
-            ("execution provider", self.ep, PROVIDERS),
-        ):
-            if value not in choices:
-                raise unknown(kind, value, choices)
+        for name in self.names or ("",):
+            if name not in BACKENDS:
+                raise unknown("backend", name, BACKENDS)
+        super().__post_init__()
+        if self.ep not in (AUTO, *PROVIDERS):
+            raise unknown("execution provider", self.ep, (AUTO, *PROVIDERS))
         if not self.accuracy_levels or set(self.accuracy_levels) - {1, 4}:
             raise UsageError("--accuracy-level takes 1 (fp32 activations), 4 (int8 activations), or 1,4.")
 
-    @property
-    def uses_torch(self) -> bool:
-        """Whether fake-quantized weights are scored in torch."""
-        return "torch" in self.names
-
-    @property
-    def uses_ort(self) -> bool:
-        """Whether ONNX Runtime scores the variants."""
-        return "ort" in self.names
-
-    @property
-    def uses_llama(self) -> bool:
-        """Whether llama.cpp scores the variants."""
-        return "llama.cpp" in self.names
-
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """One run."""
 
     model: ModelChoice
     recipes: tuple[Recipe, ...]
-    variants: tuple[tuple[str, Path], ...]
-    tasks: tuple[str, ...]
+    variants: Annotated[
+        tuple[tuple[str, Path], ...],
+        Option(
+            "NAME=PATH: a variant made before, an ONNX folder, a quantized checkpoint, a GGUF file; or, fetched from "
+            "the hub, NAME=ORG/REPO[@REVISION][:WHAT], WHAT: a folder there, or a file or its type (Q4_K_M).",
+            flags=("--variant",),
+            type=list[str] | None,
+            parse=read.variant_paths,
+        ),
+    ]
+    tasks: Annotated[
+        tuple[str, ...],
+        Option("Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.", type=str, parse=read.names),
+    ]
     corpus: CorpusChoice
     questions: TaskChoice
     calibration: CalibrationChoice
-    out: Path
+    out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
-    batch_tokens: int | None = None
-    threads: int | None = None
-    seed: int = 0
-    workers: int = 1
-    """Processes that score; the threads are shared out among them."""
-    executor: Executor = "local"
-    worker_gpus: float | None = None
-    """GPUs that a Ray worker takes; None: one where the device is a GPU."""
+    batch_tokens: Annotated[int | None, Option("Tokens a batch.", least=1, range_shown=False)] = None
+    threads: Annotated[int | None, THREADS] = None
+    seed: Annotated[int, SEED] = 0
+    workers: Annotated[
+        int, Option("Processes that score, each with its share of the threads; 0: one on each GPU, else one.", least=0)
+    ] = 0
+    executor: Annotated[Executor, Option("Where workers run: this machine, or a Ray cluster.")] = "local"
+    worker_gpus: Annotated[float | None, Option("GPUs of a Ray worker; default: 1 on --device cuda, else 0.")] = None
     command: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a run that could not say anything.
 
         Raises:
-            UsageError: nothing to compare or to score, two variants of one name, numbers below one, a file as --out.
+            UsageError: Nothing to compare or to score, two variants of one name, numbers below one, a file as --out.
         """
         check_distinct((*self.recipes, *(Recipe(name, "rtn") for name, _ in self.variants)))
         if not self.recipes and not self.variants:
@@ -179,24 +259,11 @@ class Settings:
                 f"mount what {scheme[1]} names, on every node of a cluster, and give its path."
             )
         check_place(self.out, "the report")
-        for flag, value in {
-            "--limit": self.questions.limit,
-            "--max-windows": self.corpus.max_windows,
-            "--calibration-samples": self.calibration.samples,
-            "--calibration-length": self.calibration.length,
-            "--drift-prompts": self.drift.prompts,
-            "--drift-prompt-tokens": self.drift.prompt_tokens,
-            "--drift-tokens": self.drift.tokens,
-            "--batch-tokens": self.batch_tokens,
-            "--threads": self.threads,
-            "--workers": self.workers,
-        }.items():
-            if value is not None and value < 1:
-                raise UsageError(f"{flag} must be at least 1, not {value}.")
+        super().__post_init__()
         if self.worker_gpus is not None and self.executor != "ray":
             raise UsageError("--worker-gpus is for --executor ray.")
-        if self.worker_gpus is not None and self.worker_gpus < 0:
-            raise UsageError(f"--worker-gpus must not be below 0, as {self.worker_gpus} is.")
+        if self.worker_gpus is not None and not 0 <= self.worker_gpus < math.inf:
+            raise UsageError(f"--worker-gpus must not be below 0, nor endless, as {self.worker_gpus} is.")
 
     def _check_stream(self) -> None:
         """Refuse what needs the whole model in memory."""
@@ -205,7 +272,7 @@ class Settings:
                 "--stream runs in torch; files for other backends are written of the whole model: leave out "
                 f"--backend {','.join(self.backends.names)}."
             )
-        if self.workers > 1 or self.executor == "ray":
+        if self.worker_count > 1 or self.executor == "ray":
             raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
         if self.continues:
             raise UsageError(
@@ -215,18 +282,23 @@ class Settings:
         check_streamed(self.recipes)
 
     @property
+    def worker_count(self) -> int:
+        """The number of processes that score; one until `settings_here` has counted the GPUs."""
+        return max(self.workers, 1)
+
+    @property
     def scores_tokens(self) -> bool:
-        """Whether a corpus is run."""
+        """Return whether a corpus is run."""
         return any(task in TOKEN_METRICS for task in self.tasks)
 
     @property
     def question_tasks(self) -> tuple[str, ...]:
-        """The tasks of questions, in the order given."""
+        """Return the tasks of questions, in their order."""
         return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT))
 
     @property
     def continues(self) -> bool:
-        """Whether the baseline's greedy continuations are run."""
+        """Return whether the baseline's greedy continuations are run."""
         return DRIFT in self.tasks
 
 
@@ -234,9 +306,16 @@ def check_streamed(recipes: Sequence[Recipe]) -> None:
     """Refuse recipes that a streamed model can't be quantized by.
 
     Raises:
-        UsageError: another tool quantizes.
+        UsageError: Another tool quantizes, or more than weights is rounded.
     """
-    if tools := [recipe.name for recipe in recipes if recipe.tool]:
+    if schemes := [recipe.name for recipe in recipes if recipe.scheme]:
+        raise UsageError(
+            f"{', '.join(schemes)}: of a streamed model weights alone are quantized; leave the parts after the first + "
+            "or --stream out."
+        )
+    if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:
+        raise UsageError(f"{', '.join(smoothed)}: qeval smooths models that are in memory; leave it or --stream out.")
+    if tools := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "external"]:
         raise UsageError(
             f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
         )

@@ -9,45 +9,54 @@ from pathlib import Path
 
 import torch
 
-from qeval.backends.memory import free_bytes, return_large_blocks
+from qeval.backends.memory import return_large_blocks
 from qeval.backends.stream.backend import StreamBackend, inspect, streamed
 from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText
 from qeval.backends.stream.trials import StreamedTrials
-from qeval.calibrate.build import Made, gptq_details, gptq_options, quantize_alone, rounding_units_of, with_floats
-from qeval.calibrate.groups import Search
-from qeval.calibrate.in_order import Outcome, round_layer
-from qeval.calibrate.source import Source
 from qeval.compare.settings import ModelChoice
-from qeval.compare.variants import Calibration, Loaded, Workshop
+from qeval.compare.variants import BaselineModel, Calibration, Workshop
 from qeval.config import Recipe
 from qeval.errors import UsageError
-from qeval.models.graph import Group
+from qeval.models.checkpoint.safetensors_rows import StoredTensor
+from qeval.models.checkpoint.weights import read_entries, weight_files
+from qeval.models.device import check_device, free_bytes
 from qeval.models.info import LoadedModel
-from qeval.models.load import check_device, load
-from qeval.models.matrices import weights_of
-from qeval.models.reader import Stored
+from qeval.models.load import load_model
 from qeval.models.source import resolve
-from qeval.models.supported import notes_of
-from qeval.models.weights import read_entries, weight_files
+from qeval.models.structure.graph import Group
+from qeval.models.structure.precision import keep_sums_in_fp32, set_exact_sums
+from qeval.models.structure.supported import support_notes
+from qeval.models.structure.weight_views import weights_of
 from qeval.paths import home
 from qeval.progress import Advance, Progress
-from qeval.quant.grid import Grid
+from qeval.quant.grid import WeightGrid
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize_by_rows
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
-from qeval.store.spill import Spill, spilled
+from qeval.quantize.context import Source
+from qeval.quantize.quantizers import (
+    RoundedGroups,
+    gptq_details,
+    gptq_options,
+    quantize_alone,
+    rounding_units_of,
+    with_floats,
+)
+from qeval.quantize.scaling import Search
+from qeval.quantize.sequential import RoundedMatrix, round_layer
+from qeval.store.spill import Spill, open_spill
 from qeval.store.variants import Origin, save_variant_by_parts
 
-Parts = Iterator[tuple[str, QWeight]]
+WeightParts = Iterator[tuple[str, QWeight]]
 _SEARCH_BYTES = 16 << 20
 """What AWQ's searches take whatever the layer's size: candidates and their products, a few rows at a time."""
 _HEAD_BYTES = 16
 """What a weight of the head takes while it is quantized: in the type that is computed in, in fp32, as codes, packed."""
 
 
-def streamed_model(choice: ModelChoice, *, folds: bool) -> tuple[LoadedModel, Loaded, StreamBackend]:
-    """The model that a choice names, what variants are made from, and the backend that streams it.
+def streamed_model(choice: ModelChoice, *, folds: bool) -> tuple[LoadedModel, BaselineModel, StreamBackend]:
+    """Return the model that a choice names, what variants are made from, and the backend that streams it.
 
     `folds`: whether what takes inputs' scales is looked for, which variants of AWQ need.
 
@@ -55,14 +64,20 @@ def streamed_model(choice: ModelChoice, *, folds: bool) -> tuple[LoadedModel, Lo
         UsageError: it can't be streamed, or not within the memory allowed.
     """
     return_large_blocks()
-    loaded = load(resolve(choice.name, choice.revision), device=choice.device, dtype=choice.compute, weightless=True)
+    loaded = load_model(
+        resolve(choice.name, choice.revision), device=choice.device, dtype=choice.compute, weightless=True
+    )
     entries = read_entries(weight_files(loaded.folder))
     compute = loaded.info.compute_dtype
-    made = streamed(loaded.model, entries, check_device(choice.device), compute)
-    description, head = inspect(made, compute, folds=folds)
-    notes = (*loaded.info.notes, *notes_of(loaded.model, description))
+    device = check_device(choice.device)
+    set_exact_sums()
+    keep_sums_in_fp32(loaded.model, device)
+    stream = streamed(loaded.model, entries, device, compute)
+    description, head = inspect(stream, compute, folds=folds)
+    notes = (*loaded.info.notes, *support_notes(loaded.model, description))
     loaded = replace(loaded, info=replace(loaded.info, notes=notes))
-    source = Loaded(
+    backend = StreamBackend(stream, description, head, choice.max_memory or free_bytes(stream.device) // 2)
+    source = StreamedModel(
         model=loaded.model,
         description=description,
         head=head,
@@ -70,9 +85,30 @@ def streamed_model(choice: ModelChoice, *, folds: bool) -> tuple[LoadedModel, Lo
         config_sha256=loaded.config_sha256,
         name=choice.name,
         weight_dtype=getattr(torch, loaded.info.weight_dtype),
+        compute_dtype=getattr(torch, compute),
+        device=device,
+        backend=backend,
     )
-    allowed = choice.max_memory or free_bytes(made.device) // 2
-    return loaded, source, StreamBackend(made, description, head, allowed)
+    return loaded, source, backend
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedModel(BaselineModel):
+    """A model whose layers are read one at a time, and the backend that reads them."""
+
+    backend: StreamBackend
+
+    def workshop(self, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> "StreamWorkshop":
+        """Return what makes variants straight from the checkpoint."""
+        return StreamWorkshop(self, calibration, self.backend, seed, progress)
+
+    def check_room(self, recipe: Recipe, samples: Sequence[Sequence[int]]) -> None:
+        """Refuse a calibrated recipe for which memory does not hold even one layer at work.
+
+        Raises:
+            UsageError: It says how much memory would.
+        """
+        room_for_states(self.backend, self, recipe, samples)
 
 
 class StreamWorkshop(Workshop):
@@ -80,7 +116,7 @@ class StreamWorkshop(Workshop):
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: BaselineModel,
         calibration: Callable[[], Calibration],
         backend: StreamBackend,
         seed: int,
@@ -88,7 +124,7 @@ class StreamWorkshop(Workshop):
     ) -> None:
         """`backend` reads the model's tensors, within its limit on memory."""
         super().__init__(loaded, calibration, seed, progress)
-        self._made, self._backend = backend.made, backend
+        self._stream, self._backend = backend.stream, backend
         self._parameters = Live(loaded.model, loaded.description.head)
         self._open = ExitStack()
         self._statistics: LayerStatistics | None = None
@@ -100,7 +136,7 @@ class StreamWorkshop(Workshop):
 
     @torch.inference_mode()
     def write(self, recipe: Recipe, folder: Path) -> None:
-        """As the whole model's variant, a matrix or a layer at a time.
+        """Make the variant as the whole model's is made, a matrix or a layer at a time.
 
         Raises:
             UsageError: memory does not hold what it takes.
@@ -110,7 +146,7 @@ class StreamWorkshop(Workshop):
         grids, plan = self._outline(source, recipe)
         with self._quantizing(recipe, plan) as advance:
             job = _Job(source, passes, recipe, grids, plan, advance)
-            parts = self._in_order(job) if recipe.uses_gptq else self._alone(job)
+            parts = self._in_order(job) if recipe.quant_method.rounding == "sequential" else self._alone(job)
 
             def rest() -> tuple[Variant, Origin]:
                 return job.finished(), self.origin(recipe, time.perf_counter() - start)
@@ -118,53 +154,53 @@ class StreamWorkshop(Workshop):
             save_variant_by_parts(itertools.chain(parts, self._head(job)), rest, folder)
 
     def _source_of(self, recipe: Recipe) -> tuple[Source, Passes]:
-        """What a recipe is built from, and the passes over the layers that it takes."""
+        """Return what a recipe is built from, and the passes over the layers that it takes."""
         loaded, samples = self._loaded, self._calibration().samples if recipe.calibrated else ()
         left = 0
         if recipe.calibrated:
-            left = room_beside(self._backend, loaded, recipe, samples) // 2
-        statistics = self._collected(samples, left) if recipe.uses_statistics else None
+            left = room_for_states(self._backend, loaded, recipe, samples) // 2
+        statistics = self._collected(samples, left) if recipe.needs_statistics else None
         search = Search(self._parameters, {} if statistics is None else statistics)
-        passes = Passes(self._made, search, statistics)
+        passes = Passes(self._stream, search, statistics)
         trials = StreamedTrials(
-            self._made, loaded.description, samples, passes, lambda: self._backend.head, self._backend.logit_rows,
+            self._stream, loaded.description, samples, passes, lambda: self._backend.head, self._backend.logit_rows,
             lambda: Spill(_spill_folder(), in_memory=left),
         )  # fmt: skip
         return Source(loaded.model, loaded.description, loaded.head, samples, search, trials), passes
 
     def _collected(self, samples: Sequence[Sequence[int]], in_memory: int) -> LayerStatistics:
-        """The statistics of the text, collected as layers are reached for the first time, for all recipes."""
+        """Return the statistics of the text, collected as layers are reached for the first time, for all recipes."""
         if self._statistics is None:
-            states, kept = (self._open.enter_context(spilled(_spill_folder(), in_memory=n)) for n in (in_memory, 0))
-            text = RelayedText(self._made, self._loaded.description, samples, states)
+            states, sums = (self._open.enter_context(open_spill(_spill_folder(), in_memory=n)) for n in (in_memory, 0))
+            text = RelayedText(self._stream, self._loaded.description, samples, states)
             groups = self._loaded.description.groups
-            self._statistics = LayerStatistics(text, self._made, groups, self._seed, kept)
+            self._statistics = LayerStatistics(text, self._stream, groups, self._seed, sums)
         return self._statistics
 
-    def _alone(self, job: "_Job") -> Parts:
-        """Every group quantized for the inputs that the float model gives it."""
-        if job.recipe.uses_statistics:
+    def _alone(self, job: "_Job") -> WeightParts:
+        """Quantize every group for the inputs that the float model gives it."""
+        if job.recipe.needs_statistics:
             with job.passes.forward() as layers:
                 for layer in layers:
                     groups = self._groups(layer)
-                    made = quantize_alone(job.source.search, groups, job.recipe, job.grids, job.advance)
-                    job.made.append(made._replace(weights={}))
-                    yield from made.weights.items()
+                    rounded = quantize_alone(job.source.search, groups, job.recipe, job.grids, job.advance)
+                    job.rounded.append(rounded._replace(weights={}))
+                    yield from rounded.weights.items()
             return
         for group in self._loaded.description.groups:
             for name in (name for name in group.names if name in job.grids):
                 search = Search({name: self._matrix(name)}, {})
-                made = quantize_alone(search, [group], job.recipe, {name: job.grids[name]}, job.advance)
-                yield from made.weights.items()
+                rounded = quantize_alone(search, [group], job.recipe, {name: job.grids[name]}, job.advance)
+                yield from rounded.weights.items()
 
-    def _in_order(self, job: "_Job") -> Parts:
-        """Every group quantized for what the quantized groups before it give it."""
+    def _in_order(self, job: "_Job") -> WeightParts:
+        """Quantize every group for what the quantized groups before it give it."""
         options, left = (
             gptq_options(job.recipe),
-            room_beside(self._backend, self._loaded, job.recipe, job.source.samples),
+            room_for_states(self._backend, self._loaded, job.recipe, job.source.samples),
         )
-        with spilled(_spill_folder(), in_memory=left) as states, job.passes.forward() as layers:
-            text = RelayedText(self._made, self._loaded.description, job.source.samples, states)
+        with open_spill(_spill_folder(), in_memory=left) as states, job.passes.forward() as layers:
+            text = RelayedText(self._stream, self._loaded.description, job.source.samples, states)
             for layer in layers:
                 found = round_layer(text, self._groups(layer), job.grids, options, job.advance)
                 for outcome in found:
@@ -174,15 +210,15 @@ class StreamWorkshop(Workshop):
                     job.outcomes.append(outcome._replace(rounded=light))
                 text.pass_layer()
 
-    def _head(self, job: "_Job") -> Parts:
-        """The head, as many rows of it at a time as memory allows."""
+    def _head(self, job: "_Job") -> WeightParts:
+        """Yield the head, as many rows of it at a time as memory allows."""
         name = self._loaded.description.head
         for part in quantize_by_rows(self._head_rows, job.grids[name]) if name in job.grids else ():
             yield name, part
             job.advance(rounding_units_of(job.recipe, part.codes.numel()))
 
     def _head_rows(self) -> Iterator[torch.Tensor]:
-        stored = self._made.checkpoint[self._made.head_name]
+        stored = self._stream.checkpoint[self._stream.head_name]
         rows, columns = stored.shape
         step = max(1, self._backend.budget.head // (stored.raw_bytes // rows + _HEAD_BYTES * columns))
         for start in range(0, rows, step):
@@ -192,11 +228,11 @@ class StreamWorkshop(Workshop):
         return [group for group in self._loaded.description.groups if group.layer == layer]
 
     def _matrix(self, name: str) -> torch.Tensor:
-        """A matrix in the type that it is computed in, as the whole model would hold it."""
-        stored = self._made.checkpoint[name]
+        """Return a matrix in the type that it is computed in, as the whole model would hold it."""
+        stored = self._stream.checkpoint[name]
         return self._rows(stored, 0, stored.shape[0])
 
-    def _rows(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
+    def _rows(self, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
         rows = torch.empty(stop - start, stored.shape[1], dtype=self._loaded.head.weight.dtype)
         stored.decode(stored.fetch(start, stop), rows)
         return rows
@@ -209,27 +245,29 @@ class _Job:
     source: Source
     passes: Passes
     recipe: Recipe
-    grids: Mapping[str, Grid]
+    grids: Mapping[str, WeightGrid]
     plan: Variant
     advance: Advance
-    made: list[Made] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
+    rounded: list[RoundedGroups] = field(default_factory=list)
+    outcomes: list[RoundedMatrix] = field(default_factory=list)
 
     def finished(self) -> Variant:
-        """The variant but for its matrices' numbers."""
-        if self.recipe.uses_gptq:
+        """Return the variant but for its matrices' numbers."""
+        if self.recipe.quant_method.rounding == "sequential":
             return replace(self.plan, details={**self.plan.details, **gptq_details(self.recipe, self.outcomes)})
-        return with_floats(self.plan, self.recipe, self.made)
+        return with_floats(self.plan, self.recipe, self.rounded)
 
 
-def room_beside(backend: StreamBackend, loaded: Loaded, recipe: Recipe, samples: Sequence[Sequence[int]]) -> int:
-    """Bytes that hidden states may take in memory while a calibrated variant is made.
+def room_for_states(
+    backend: StreamBackend, loaded: BaselineModel, recipe: Recipe, samples: Sequence[Sequence[int]]
+) -> int:
+    """Return the bytes that hidden states may take in memory while a calibrated variant is made.
 
     Raises:
         UsageError: not even one layer can be worked on within --max-memory.
     """
     working = working_bytes(loaded, recipe) + backend.budget.token_activations * max(map(len, samples), default=0)
-    left = backend.budget.left_beside(working)
+    left = backend.budget.left_for_states(working)
     if left < 0:
         raise UsageError(
             f"--max-memory {backend.budget.total / 2**20:.0f}MiB is less than making '{recipe.name}' takes, one layer "
@@ -238,26 +276,26 @@ def room_beside(backend: StreamBackend, loaded: Loaded, recipe: Recipe, samples:
     return left
 
 
-def working_bytes(loaded: Loaded, recipe: Recipe) -> int:
-    """What quantizing a layer takes beside its weights and its text: statistics, searches, codes; at most."""
+def working_bytes(loaded: BaselineModel, recipe: Recipe) -> int:
+    """Return the most bytes that quantizing a layer takes beside its weights and text: statistics, searches, codes."""
     parameters, description = weights_of(loaded.model), loaded.description
     by_layer = [[g for g in description.groups if g.layer == layer] for layer in range(len(description.layers))]
     sizes = [[[parameters[name].numel() for name in group.names] for group in groups] for groups in by_layer]
     columns = [[group.columns for group in groups] for groups in by_layer]
-    work = _rounding_bytes if recipe.uses_gptq else _search_bytes
+    work = _rounding_bytes if recipe.quant_method.rounding == "sequential" else _search_bytes
     copies = 1 if loaded.head.weight.dtype == torch.float32 else 2  # others are converted first
-    return max(work(*each, copies) for each in zip(sizes, columns, strict=True))
+    return max(work(*sizes_of_layer, copies) for sizes_of_layer in zip(sizes, columns, strict=True))
 
 
 def _search_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> int:
-    """Of AWQ or a clip search: sketches, then either a group's rows parted, or a matrix scaled beside all codes."""
+    """Return what AWQ or a clip search takes: sketches; a group's rows parted, or a matrix scaled beside all codes."""
     statistics = 4 * SKETCH_ROWS * (sum(columns) + max(columns))
     group, matrix = max(map(sum, sizes)), max(map(max, sizes))
     return statistics + max(4 * copies * group, sum(map(sum, sizes)) + 8 * copies * matrix) + _SEARCH_BYTES
 
 
 def _rounding_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> int:
-    """Of GPTQ: every input's second moments, then one's factors in fp64 and a matrix by columns, beside all codes."""
+    """Return what GPTQ takes: all second moments; one's factors in fp64 and a matrix by columns, beside all codes."""
     matrix, codes = max(map(max, sizes)), sum(map(sum, sizes))
     return 4 * sum(n * n for n in columns) + 48 * max(columns) ** 2 + 24 * copies * matrix + codes + _SEARCH_BYTES
 

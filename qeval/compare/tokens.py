@@ -8,11 +8,12 @@ from qeval.compare.settings import CorpusChoice
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.info import LoadedModel
+from qeval.models.vocabulary import check_ids
 from qeval.score.corpus import Shard, shards_of
 from qeval.store.run import CorpusPart, ProtocolRecord
 from qeval.tasks.corpus import Corpus, bos_token, corpus_names, encode, load_corpus
 from qeval.tasks.documents import prefix_token, rolling
-from qeval.tasks.protocols import Protocol, choose
+from qeval.tasks.protocols import Protocol, choose_protocol
 from qeval.tasks.windows import Window, Windows
 
 _GEMMA = "Gemma"
@@ -32,19 +33,19 @@ class _Cut:
     bytes: int | None = None
 
 
-def protocol_of(asked: CorpusChoice, loaded: LoadedModel) -> Protocol:
-    """The protocol that was asked for, over one text, on this model.
+def protocol_of(choice: CorpusChoice, loaded: LoadedModel) -> Protocol:
+    """Return the protocol that was asked for, over one text, on this model.
 
     Raises:
         UsageError: an unknown name, flags that exclude each other, or a window longer than the model's context.
     """
     context = loaded.info.context_length
-    protocol = choose(
-        name=asked.protocol,
-        corpus=asked.corpus,
-        window=asked.window,
-        stride=asked.stride,
-        convention=asked.convention,
+    protocol = choose_protocol(
+        name=choice.protocol,
+        corpus=choice.corpus,
+        window=choice.window,
+        stride=choice.stride,
+        convention=choice.convention,
         context=context,
     )
     if protocol.window > context:
@@ -55,32 +56,34 @@ def protocol_of(asked: CorpusChoice, loaded: LoadedModel) -> Protocol:
     return protocol
 
 
-def token_work(asked: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
-    """What is scored of a text: the record of it, and the shards.
+def token_work(choice: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
+    """Return what is scored of a text: the record of it, and the shards.
 
     Raises:
         UsageError: as `protocol_of`, and where the text is not there or too short.
     """
-    parts = [_one(each, loaded) for each in each_corpus(asked)]
+    parts = [_one(each, loaded) for each in each_corpus(choice)]
     record, windows = parts[0] if len(parts) == 1 else _together(parts)
     return record, shards_of(windows)
 
 
-def each_corpus(asked: CorpusChoice) -> list[CorpusChoice]:
-    """The choice of each text, where several were asked for."""
-    if asked.corpus is None:
-        return [asked]
-    names = corpus_names(asked.corpus)
+def each_corpus(choice: CorpusChoice) -> list[CorpusChoice]:
+    """Return the choice of each text, where several were asked for."""
+    if choice.corpus is None:
+        return [choice]
+    names = corpus_names(choice.corpus)
     if not names:
         raise UsageError("--corpus names no text; say for example --corpus pydoc,code.")
-    return [replace(asked, corpus=name) for name in names]
+    return [replace(choice, corpus=name) for name in names]
 
 
-def _one(asked: CorpusChoice, loaded: LoadedModel) -> _Part:
-    protocol = protocol_of(asked, loaded)
+def _one(choice: CorpusChoice, loaded: LoadedModel) -> _Part:
+    protocol = protocol_of(choice, loaded)
     corpus = load_corpus(protocol.corpus)
-    cut = _cut(protocol, corpus, asked, loaded)
+    cut = _cut(protocol, corpus, choice, loaded)
     windows = cut.windows
+    used = (token for window in windows.windows for token in window.tokens)
+    check_ids(used, loaded.info.vocab_size, loaded.tokenizer, f"The text '{corpus.name}'")
     record = ProtocolRecord(
         name=protocol.name,
         corpus=corpus.name,
@@ -93,8 +96,8 @@ def _one(asked: CorpusChoice, loaded: LoadedModel) -> _Part:
         bos=windows.bos is not None,
         kl_positions=windows.kl_count,
         nll_positions=windows.nll_count,
-        convention=protocol.convention,
-        bos_policy=asked.bos,
+        convention=protocol.convention.name,
+        bos_policy=choice.bos,
         bos_placement=windows.bos,
         bos_token=None if cut.bos is None else str(loaded.tokenizer.convert_ids_to_tokens(cut.bos)),
         words=cut.words,
@@ -104,7 +107,7 @@ def _one(asked: CorpusChoice, loaded: LoadedModel) -> _Part:
 
 
 def _together(parts: Sequence[_Part]) -> _Part:
-    """Several texts' windows one after the other, under one record that says which are whose.
+    """Join several texts' windows one after the other, under one record that says which are whose.
 
     Raises:
         UsageError: the convention counts words, or two texts have one name.
@@ -133,24 +136,24 @@ def _together(parts: Sequence[_Part]) -> _Part:
 
 
 def bos_warnings(record: ProtocolRecord, loaded: LoadedModel) -> list[str]:
-    """What a reader must know of where BOS stands: models that break without it, and a token that is not BOS."""
-    found = []
+    """Warn of where BOS stands: of models that break without it, and of a token that is not BOS."""
+    warnings = []
     if record.bos_placement == "document" and record.bos_token != loaded.tokenizer.bos_token:
-        found.append(
+        warnings.append(
             f"{record.convention} puts {record.bos_token} before each page, as lm-evaluation-harness does where a "
             "tokenizer has no BOS; compare these figures with its own alone."
         )
     if loaded.info.architecture.startswith(_GEMMA) and (why := _missing_bos(record)):
-        found.append(
+        warnings.append(
             f"This is a Gemma model and {why}. Gemma was trained with BOS in front of every sequence and breaks "
             "without it: LAMBADA's perplexity on Gemma-7B is 5,909,545,606 without BOS and 3.464 with it "
             "(lm-evaluation-harness, pull request 1465). Figures of such windows say nothing of the model."
         )
-    return found
+    return warnings
 
 
 def _missing_bos(record: ProtocolRecord) -> str | None:
-    """Which windows have no BOS, or None."""
+    """Say which windows have no BOS, or return None."""
     if record.bos_placement is None:
         return f"no window has a BOS (--bos {record.bos_policy})"
     if record.bos_placement == "text" and record.windows > 1:
@@ -158,12 +161,12 @@ def _missing_bos(record: ProtocolRecord) -> str | None:
     return None
 
 
-def _cut(protocol: Protocol, corpus: Corpus, asked: CorpusChoice, loaded: LoadedModel) -> _Cut:
-    if protocol.scoring == "rolling":
-        if asked.bos == "never":
-            raise UsageError(f"--bos never: {protocol.convention} puts a token before each page; leave --bos out.")
-        counted = rolling(loaded.tokenizer, corpus.text, protocol.window, asked.max_windows)
+def _cut(protocol: Protocol, corpus: Corpus, choice: CorpusChoice, loaded: LoadedModel) -> _Cut:
+    if protocol.convention.scoring == "rolling":
+        if choice.bos == "never":
+            raise UsageError(f"--bos never: {protocol.convention.name} puts a token before each page; leave --bos out.")
+        counted = rolling(loaded.tokenizer, corpus.text, protocol.window, choice.max_windows)
         return _Cut(counted.windows, prefix_token(loaded.tokenizer), counted.words, counted.bytes)
-    bos = bos_token(loaded.tokenizer, asked.bos)
+    bos = bos_token(loaded.tokenizer, choice.bos)
     ids = encode(loaded.tokenizer, corpus.text)
-    return _Cut(protocol.windows(ids, bos=bos, max_windows=asked.max_windows), bos)
+    return _Cut(protocol.windows(ids, bos=bos, max_windows=choice.max_windows), bos)

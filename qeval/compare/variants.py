@@ -10,28 +10,37 @@ from typing import Any
 
 import torch
 
-from qeval.calibrate.build import carried_out, check, outline, quantizable, rounding_units, source_of
-from qeval.calibrate.mix import check_samples, trial_units
-from qeval.calibrate.sensitivity import EVERY, LENGTH, SAMPLES, trial_passes
-from qeval.calibrate.source import Source
-from qeval.calibrate.stream import collect
-from qeval.calibrate.tools.registry import tool_version
-from qeval.compare.trials import Remembered
+from qeval.backends.base import Saved
+from qeval.backends.memory import reason_of
+from qeval.compare.record import variant_record
+from qeval.compare.schemes import check_scheme, with_scheme
+from qeval.compare.sensitivity_cache import Remembered
 from qeval.config import Recipe
 from qeval.errors import BrokenRecordError, QevalError, UsageError
+from qeval.files.locks import alone
 from qeval.identity import digest
-from qeval.models.graph import Description
-from qeval.models.head import Head
+from qeval.models.checkpoint.weights import ADAPTER, adapter_refusal
+from qeval.models.device import release_cached
+from qeval.models.structure.graph import Description
+from qeval.models.structure.head import Head
 from qeval.paths import home
 from qeval.progress import Advance, Progress
-from qeval.quant.grid import Grid, parse
+from qeval.quant.grid import WeightGrid, parse
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
-from qeval.store.locks import alone
-from qeval.store.run import OverlapRecord
-from qeval.store.variants import MANIFEST, Origin, save_variant, verify_variant
-from qeval.tasks.overlap import Fingerprint
+from qeval.quantize.build import plan_variant, possible_grids, quantizable, source_of
+from qeval.quantize.context import Source
+from qeval.quantize.mix import check_samples, trial_units
+from qeval.quantize.quantizers import quantize_plan, rounding_units
+from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES, trial_passes
+from qeval.quantize.statistics import collect
+from qeval.quantize.tools.registry import tool_version
+from qeval.store.run import OverlapRecord, VariantRecord
+from qeval.store.variants import MANIFEST, Origin, load_variant, read_manifest, save_variant, verify_variant
+from qeval.tasks.contamination import Fingerprint
 
+FISHER_VERSION = 2
+"""Of how Fisher labels are drawn."""
 QUANTIZERS_VERSION = 3
 """Part of every variant's key: raise it when the same recipe gives other integers."""
 
@@ -45,7 +54,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class BaselineModel:
     """The model that variants are made from."""
 
     model: Any
@@ -55,79 +64,133 @@ class Loaded:
     config_sha256: str
     name: str
     weight_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: torch.device
+    """Where the model computes; a streamed model's parameters say nothing of it."""
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """The settings of the arithmetic that change the integers; none in fp32 on the CPU, so that older keys hold."""
+        if self.device.type == "cpu" and self.compute_dtype == torch.float32:
+            return {}
+        return {"device": self.device.type, "compute": str(self.compute_dtype).removeprefix("torch.")}
 
     @property
     def float_bits(self) -> int:
         """Bits of a weight in the checkpoint."""
         return self.weight_dtype.itemsize * 8
 
+    def workshop(self, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> "Workshop":
+        """Return what makes variants of the model; `calibration` is called when the first calibrated recipe is met."""
+        return Workshop(self, calibration, seed, progress)
+
+    def check_room(self, recipe: Recipe, samples: Sequence[Sequence[int]]) -> None:
+        """Do nothing: a model in memory has no limit that a calibrated recipe could exceed."""
+
 
 @dataclass(frozen=True)
-class Entry:
+class VariantEntry:
     """One variant of a run: where it lies, or why it failed."""
 
     name: str
     method: str
     folder: Path | None
     error: str | None = None
-    told: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     """What a reader must know of it in this run, beside what its manifest says."""
     overlap: OverlapRecord | None = None
     """What the text that it was calibrated on before this run shares with what is scored; None: that is not known."""
+    content: str | None = None
+    """The sha256 of its weights, where its own manifest alone says what it was made from."""
+    gguf: Path | None = None
+    """The GGUF file that it was read from."""
+
+    @property
+    def target(self) -> Saved:
+        """The target that a backend opens."""
+        assert self.folder is not None
+        return Saved(self.folder, self.gguf)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The identity of its weights: its key, and their content where the key is what a manifest claims."""
+        key = {"variant": read_manifest(self.target.folder).key}
+        return key if self.content is None else {**key, "content": self.content}
+
+    def record(self, name: str, backend: str, seconds: float) -> VariantRecord:
+        """Return what a run says of it, scored on a backend in so many seconds."""
+        manifest = read_manifest(self.target.folder)
+        return variant_record(name, backend, manifest, seconds, self.notes, self.overlap)
 
 
-def variant_key(recipe: Recipe, loaded: Loaded, calibration: Calibration, seed: int) -> str:
-    """The identity of the integers that `recipe` gives; the configuration matters where activations are seen."""
-    seen: list[Any] | None = None
-    if recipe.uses_gptq:
-        seen = [loaded.config_sha256, calibration.record["tokens_sha256"]]
+def variant_key(recipe: Recipe, loaded: BaselineModel, calibration: Calibration, seed: int) -> str:
+    """Return the identity of the integers that `recipe` gives; the configuration matters where activations are seen."""
+    inputs: list[Any] | None = None
+    if recipe.quant_method.rounding == "sequential":
+        inputs = [loaded.config_sha256, calibration.record["tokens_sha256"]]
     elif recipe.calibrated:
-        seen = [loaded.config_sha256, calibration.record["tokens_sha256"], seed, SKETCH_ROWS, SAMPLES, LENGTH, EVERY]
-    tool = {"tool": tool_version(recipe.method)} if recipe.tool else {}
+        inputs = [
+            loaded.config_sha256,
+            calibration.record["tokens_sha256"],
+            seed,
+            SKETCH_ROWS,
+            SENSITIVITY_SAMPLES,
+            SENSITIVITY_LENGTH,
+            EVERY,
+        ]
+    tool = {"tool": tool_version(recipe.method)} if recipe.quant_method.rounding == "external" else {}
+    labels = {"labels": FISHER_VERSION} if recipe.quant_method.mixes and recipe.importance == "fisher" else {}
     return digest(
         {
             **tool,
+            **labels,
+            **loaded.arithmetic,
             "quantizers": QUANTIZERS_VERSION,
             "recipe": recipe.identity(),
             "weights": loaded.weights_sha256,
-            "calibration": seen,
+            "calibration": inputs,
         }
     )
 
 
-def _told(seen: Calibration) -> dict[str, Any]:
-    """What a manifest says of the calibration text, with what later runs may look for in theirs."""
-    return {**seen.record, "fingerprint": Fingerprint.of(seen.samples).model_dump()}
+def _calibration_record(calibration: Calibration) -> dict[str, Any]:
+    """Return what a manifest says of the calibration text, with what later runs may look for in theirs."""
+    return {**calibration.record, "fingerprint": Fingerprint.of(calibration.samples).model_dump()}
 
 
-def _nobody(_: int) -> None:
-    """Nothing is told of work that is done at once."""
+def _ignore(_: int) -> None:
+    """Show no progress of work that is done at once."""
 
 
 class Workshop:
     """Makes the variants that the cache doesn't hold; calibrates at most once, and only if one needs it."""
 
-    def __init__(self, loaded: Loaded, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> None:
+    def __init__(
+        self, loaded: BaselineModel, calibration: Callable[[], Calibration], seed: int, progress: Progress
+    ) -> None:
         """`calibration` is called when the first calibrated recipe is met."""
         self._loaded, self._calibration, self._seed, self._progress = loaded, calibration, seed, progress
         self._sources: dict[tuple[bool, bool], Source] = {}
+        self._device = loaded.device
 
-    def entry(self, recipe: Recipe) -> Entry:
-        """The variant of a recipe, made if need be. A failure while making it is told, not raised.
+    def entry(self, recipe: Recipe) -> VariantEntry:
+        """Return the variant of a recipe, made if need be. A failure while making it is told, not raised.
 
         Raises:
             UsageError: the recipe can't be applied to this model.
         """
         try:
-            return Entry(recipe.name, recipe.method, self.folder(recipe))
+            return VariantEntry(recipe.name, recipe.method, self.folder(recipe))
         except UsageError:
             raise
-        except QevalError as error:
-            self._progress.warn(f"{recipe.name} failed: {error}")
-            return Entry(recipe.name, recipe.method, None, str(error))
+        except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
+            reason = reason_of(error, f"making {recipe.name}", self._device)
+        release_cached()
+        self._progress.warn(f"{recipe.name} failed: {reason}")
+        return VariantEntry(recipe.name, recipe.method, None, reason)
 
     def folder(self, recipe: Recipe) -> Path:
-        """Where the variant of `recipe` lies in the cache; one process at a time makes it."""
+        """Return where the variant of `recipe` lies in the cache; one process at a time makes it."""
         folder = home() / "variants" / self.key(recipe)
         with alone(f"variant-{folder.name}", self._progress.tell):
             if not self._is_whole(folder):
@@ -144,42 +207,59 @@ class Workshop:
         save_variant(variant, folder, self.origin(recipe, seconds))
 
     def key(self, recipe: Recipe) -> str:
-        """The identity of the recipe's variant."""
+        """Return the identity of the recipe's variant."""
         calibration = self._calibration() if recipe.calibrated else Calibration((), {})
         return variant_key(recipe, self._loaded, calibration, self._seed)
 
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
-        """The variant, and the seconds that it took beyond calibrating."""
-        source = self._source(recipe.calibrated, recipe.uses_statistics)
+        """Return the variant, and the seconds that it took beyond calibrating."""
+        if recipe.scheme:
+            return self._make_with_scheme(recipe)
+        source = self._source(recipe.calibrated, recipe.needs_statistics)
         start = time.perf_counter()
         grids, plan = self._outline(source, recipe)
         with self._quantizing(recipe, plan) as advance:
-            variant = carried_out(source, recipe, grids, plan, advance)
+            variant = quantize_plan(source, recipe, grids, plan, advance)
         return variant, time.perf_counter() - start
 
-    def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, Grid], Variant]:
-        """As `outline`; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
+    def _make_with_scheme(self, recipe: Recipe) -> tuple[Variant, float]:
+        """Return the variant of a recipe's weights alone, which the cache holds or gets, with the recipe's scheme."""
+        loaded, samples = self._loaded, self._calibration().samples if recipe.scheme.is_static else ()
+        if recipe.quant_method.rounding == "none":
+            _, weights = plan_variant(self._source(False, False), recipe, self.key(recipe), _ignore)
+            seconds = 0.0
+        else:
+            folder = self.folder(recipe.weights_alone)
+            weights, seconds = load_variant(folder), read_manifest(folder).seconds
+        start, units = time.perf_counter(), sum(len(sample) for sample in samples)
+        phase = self._progress.phase(f"calibrate {recipe.name}", units) if units else nullcontext(_ignore)
+        with phase as advance:
+            variant = with_scheme(weights, recipe, loaded.model, loaded.description, samples, advance)
+        return replace(variant, key=self.key(recipe)), seconds + time.perf_counter() - start
+
+    def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid], Variant]:
+        """Plan a variant; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
         units = trial_units(self._loaded.description, recipe)
         if units:
-            kept = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None))}.json"
+            path = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None))}.json"
             passes = trial_passes(self._loaded.description)
-            source = replace(source, trials=Remembered(source.trials, kept, passes, self._progress.warn))
-        with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_nobody) as advance:
-            return outline(source, recipe, self.key(recipe), advance)
+            source = replace(source, trials=Remembered(source.trials, path, passes, self._progress.warn))
+        with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_ignore) as advance:
+            return plan_variant(source, recipe, self.key(recipe), advance)
 
     def _quantizing(self, recipe: Recipe, plan: Variant) -> AbstractContextManager[Advance]:
         return self._progress.phase(f"quantize {recipe.name}", rounding_units(recipe, plan))
 
     def calibrated_source(self, recipe: Recipe) -> Source:
-        """The model with its calibration samples, and the statistics that `recipe` needs."""
-        return self._source(True, recipe.uses_statistics)
+        """Return the model with its calibration samples, and the statistics that `recipe` needs."""
+        return self._source(True, recipe.needs_statistics)
 
     def origin(self, recipe: Recipe, seconds: float) -> Origin:
-        """What the manifest says of where the variant came from."""
+        """Return what the manifest says of where the variant came from."""
         return Origin(
             recipe=recipe.identity() | {"rules": [vars(rule) for rule in recipe.rules]},
             model={"name": self._loaded.name, "weights_sha256": self._loaded.weights_sha256},
-            calibration=_told(self._calibration()) if recipe.calibrated else None,
+            calibration=_calibration_record(self._calibration()) if recipe.calibrated else None,
             float_bits=self._loaded.float_bits,
             seconds=seconds,
         )
@@ -210,27 +290,29 @@ class Workshop:
         return True
 
 
-FitsKernel = Callable[[str, Grid, int], object]
+FitsKernel = Callable[[str, WeightGrid, int], object]
 """Raises a UsageError unless a backend's kernel takes a grid: the weight's name, the grid, the row's width."""
 
 
-def _any_grid(name: str, grid: Grid, columns: int) -> None:
+def _any_grid(name: str, grid: WeightGrid, columns: int) -> None:
     """Torch computes with any grid."""
 
 
 def is_variant(folder: Path) -> bool:
-    """Whether a folder holds a variant of qeval's, and not some other model."""
+    """Return whether a folder holds a variant of qeval's, and not some other model."""
     return (folder / MANIFEST).exists()
 
 
-def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel = _any_grid) -> Entry:
-    """A variant that `--variant NAME=FOLDER` names.
+def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel = _any_grid) -> VariantEntry:
+    """Return a variant that `--variant NAME=FOLDER` names.
 
     Raises:
         UsageError: the folder holds no variant, one of another model, or one whose grids no kernel takes.
     """
     if not folder.exists():
         raise UsageError(f"--variant {name}={folder}: there is nothing there; on the hub it would be ORG/REPO.")
+    if not is_variant(folder) and (folder / ADAPTER).is_file():
+        raise UsageError(f"--variant {name}={folder}: {adapter_refusal(folder)}")
     manifest = verify_variant(folder)
     if manifest.model.get("weights_sha256") != weights_sha256:
         raise UsageError(
@@ -239,10 +321,10 @@ def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel =
         )
     for entry in manifest.weights:
         fits(entry.name, parse(entry.grid), entry.columns)
-    return Entry(name, str(manifest.recipe.get("method", "given")), folder)
+    return VariantEntry(name, str(manifest.recipe.get("method", "given")), folder, content=manifest.weights_sha256)
 
 
-def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, samples: int, fits: FitsKernel = _any_grid) -> None:
+def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int, fits: FitsKernel = _any_grid) -> None:
     """Refuse recipes that no variant of this model can be made from, or no kernel takes, before any work starts.
 
     `samples`: how many calibration sequences there will be.
@@ -256,7 +338,9 @@ def check_recipes(recipes: Sequence[Recipe], loaded: Loaded, samples: int, fits:
     for recipe in recipes:
         try:
             check_samples(recipe, samples)
-            possible = check(source, recipe)
+            if recipe.scheme:
+                check_scheme(recipe.scheme, loaded.model, loaded.description)
+            possible = possible_grids(source, recipe)
             for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids):
                 fits(name, grid, source.search.parameters[name].shape[1])
         except UsageError as error:

@@ -1,0 +1,1 @@
+"""Executors of jobs: in this process, in more processes of this machine, or on a Ray cluster."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qeval.errors import QevalError, UsageError
-from qeval.executors.processes import Work
+from qeval.executors.processes import WorkerFunction
 from qeval.progress import Advance
 
 _RESTARTS = 3
@@ -28,18 +28,19 @@ _END_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Needs:
-    """What one worker takes of the cluster."""
+    """The resources of the cluster that one worker takes."""
 
     cpus: int
     gpus: float
 
     def __str__(self) -> str:
+        """Return the resources in words."""
         gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
         return f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}{gpus}"
 
 
 def require_ray() -> Any:
-    """Ray's module.
+    """Return Ray's module.
 
     Raises:
         UsageError: it isn't installed.
@@ -55,7 +56,7 @@ class RayWorkers:
     """The actors of one run."""
 
     def __init__(
-        self, ray: Any, mail: Any, actors: Sequence[Any], work: Work, each: Sequence[Any], needs: Needs
+        self, ray: Any, mail: Any, actors: Sequence[Any], work: WorkerFunction, each: Sequence[Any], needs: Needs
     ) -> None:
         """Put every actor to `work` on its part of `each`; `mail` holds the message that they wait for."""
         self._ray, self._mail, self._actors, self._needs = ray, mail, actors, needs
@@ -106,7 +107,7 @@ class RayWorkers:
             )
 
     def _reason(self, call: Any) -> str | None:
-        """Why a call failed, or None where it did its work."""
+        """Say why a call failed, or return None where it did its work."""
         try:
             self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
@@ -117,8 +118,8 @@ class RayWorkers:
 
 
 @contextmanager
-def helping_on_ray(work: Work, arguments: Sequence[tuple[Any, ...]], needs: Needs) -> Iterator[RayWorkers]:
-    """An actor for each of `arguments` that runs `work(*arguments, receive)` until the block ends.
+def helping_on_ray(work: WorkerFunction, arguments: Sequence[tuple[Any, ...]], needs: Needs) -> Iterator[RayWorkers]:
+    """Start an actor for each of `arguments` that runs `work(*arguments, receive)` until the block ends.
 
     The cluster is that of `RAY_ADDRESS`, else the one that runs on this machine, else one that is started for the run.
 
@@ -136,7 +137,7 @@ def helping_on_ray(work: Work, arguments: Sequence[tuple[Any, ...]], needs: Need
 
 @contextmanager
 def shared_cluster() -> Iterator[tuple[str, int]]:
-    """The address of the cluster that `helping_on_ray` would take, kept for several runs, and how many CPUs it has.
+    """Keep the cluster that `helping_on_ray` would take for several runs; its address, and how many CPUs it has.
 
     Raises:
         UsageError: Ray isn't installed.
@@ -148,7 +149,7 @@ def shared_cluster() -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def _joined() -> Iterator[Any]:
-    """Ray's module, with this process a part of the cluster."""
+    """Make this process a part of the cluster; Ray's module."""
     ray = require_ray()
     ours = not ray.is_initialized()
     try:
@@ -163,7 +164,7 @@ def _joined() -> Iterator[Any]:
             ray.shutdown()
 
 
-def _started(ray: Any, work: Work, arguments: Sequence[tuple[Any, ...]], needs: Needs) -> RayWorkers:
+def _started(ray: Any, work: WorkerFunction, arguments: Sequence[tuple[Any, ...]], needs: Needs) -> RayWorkers:
     mail = ray.remote(num_cpus=0)(_Mail).remote()
     options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
     kind = ray.remote(**options)(_Worker)
@@ -192,10 +193,10 @@ class _Worker:
     """One worker: it does all its work in one call, and keeps nothing for another."""
 
     def ready(self) -> bool:
-        """Answered once there was room for it."""
+        """Answer once there is room for it."""
         return True
 
-    def run(self, work: Work, arguments: tuple[Any, ...], folder: str, mail: Any) -> None:
+    def run(self, work: WorkerFunction, arguments: tuple[Any, ...], folder: str, mail: Any) -> None:
         """Work from `folder`, as the command does."""
         ray = require_ray()
         if not Path(folder).is_dir():

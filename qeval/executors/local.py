@@ -4,31 +4,40 @@ A finished job's record is found by its key and not made again. A job is claimed
 processes run it; what others have claimed is left to them, and waited for in the end.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from qeval.errors import QevalError, UsageError
 from qeval.progress import Advance
-from qeval.store.ledger import Ledger, Ticket
+from qeval.store.ledger import JobId, Ledger
 
 
-@dataclass(frozen=True)
-class Job:
-    """A piece of work that ends in one record.
+class Job(Protocol):
+    """A piece of work that ends in one record."""
 
-    `find` gives the record if it is there already; `run` makes it and tells `advance` of `units` in all.
-    """
+    @property
+    def id(self) -> JobId:
+        """The job as the ledger knows it."""
+        ...
 
-    ticket: Ticket
-    units: int
-    find: Callable[[], Path | None]
-    run: Callable[[Advance], Path]
+    @property
+    def units(self) -> int:
+        """The units that `run` reports to its `advance`, in all."""
+        ...
+
+    def find(self) -> Path | None:
+        """Return the record if it is there already."""
+        ...
+
+    def run(self, advance: Advance) -> Path:
+        """Make the record."""
+        ...
 
 
 def run_jobs(jobs: Sequence[Job], ledger: Ledger, advance: Advance, *, wait: bool = True) -> list[Path | None]:
-    """The records of all jobs, in order; only what is missing is run.
+    """Return the records of all jobs, in order; only what is missing is run.
 
     Without `wait` a job that another process is at is left, and has None; with it, its record is waited for, and the
     job taken over should its process die.
@@ -36,55 +45,62 @@ def run_jobs(jobs: Sequence[Job], ledger: Ledger, advance: Advance, *, wait: boo
     Raises:
         QevalError, RuntimeError: as the job that failed, once nobody else of the crew is left to try it.
     """
-    found: list[Path | None] = [None] * len(jobs)
+    records: list[Path | None] = [None] * len(jobs)
     left = list(range(len(jobs)))
     while left:
         before = len(left)
         for place in left:
-            found[place] = _record(jobs[place], ledger, advance)
-        left = [place for place in left if found[place] is None]
+            job = jobs[place]
+            record, is_mine = _find_or_claim(job, ledger)
+            if is_mine:
+                with _attempt(job, ledger):
+                    record = job.run(advance)
+            elif record is not None:
+                advance(job.units)
+            if record is not None:
+                ledger.finish(job.id, record)
+            records[place] = record
+        left = [place for place in left if records[place] is None]
         if not wait:
             break
         if len(left) == before:
             ledger.pause()
-    return found
+    return records
 
 
-def _record(job: Job, ledger: Ledger, advance: Advance) -> Path | None:
-    """The job's record, found or made; None while another process is at it."""
+def _find_or_claim(job: Job, ledger: Ledger) -> tuple[Path | None, bool]:
+    """Return the job's record if it is there, and whether the job is this process's to run; neither: another is at it.
+
+    Raises:
+        QevalError: The crew has given the job up.
+    """
     record = job.find()
-    if record is None and ledger.claim(job.ticket):
+    if record is None and ledger.claim(job.id):
         record = job.find()  # whoever had the claim before may have finished it just now
-        if record is None:
-            return _made(job, ledger, advance)
-    if record is None:
-        if reason := ledger.given_up(job.ticket):
-            raise QevalError(reason)
-        return None
-    ledger.finish(job.ticket, record)
-    advance(job.units)
-    return record
+        return record, record is None
+    if record is None and (reason := ledger.given_up(job.id)):
+        raise QevalError(reason)
+    return record, False
 
 
-def _made(job: Job, ledger: Ledger, advance: Advance) -> Path | None:
-    ledger.begin(job.ticket)
+@contextmanager
+def _attempt(job: Job, ledger: Ledger) -> Iterator[None]:
+    """Note that a job is run, and how that ends; a failure is left to the others of the crew while any can try it."""
+    ledger.begin(job.id)
     try:
-        record = job.run(advance)
+        yield
     except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
         if isinstance(error, UsageError):
             _release(job, ledger, "stopped")
             raise
         _release(job, ledger, "failed", str(error))
-        if ledger.given_up(job.ticket):
+        if ledger.given_up(job.id):
             raise
-        return None
     except BaseException:
         _release(job, ledger, "stopped")
         raise
-    ledger.finish(job.ticket, record)
-    return record
 
 
 def _release(job: Job, ledger: Ledger, outcome: str, error: str | None = None) -> None:
     with suppress(QevalError):  # what stopped the job is what is told; a ledger that can't be written says so next
-        ledger.release(job.ticket, outcome, error)
+        ledger.release(job.id, outcome, error)

@@ -23,7 +23,7 @@ _STOP_SECONDS = 30.0
 _TERMINATED = 143
 
 Receive = Callable[[], Any]
-Work = Callable[..., None]
+WorkerFunction = Callable[..., None]
 
 
 class Stopped(BaseException):
@@ -59,8 +59,8 @@ class Helpers:
 
 
 @contextmanager
-def helping(work: Work, arguments: Sequence[tuple[Any, ...]], progress: Progress) -> Iterator[Helpers]:
-    """A process for each of `arguments` that runs `work(*arguments, receive)` beside this one until the block ends.
+def helping(work: WorkerFunction, arguments: Sequence[tuple[Any, ...]], progress: Progress) -> Iterator[Helpers]:
+    """Start a process for each of `arguments`, which runs `work(*arguments, receive)` until the block ends.
 
     `receive` waits for the message of `Helpers.tell`. A helper that ended badly is told as a warning.
     """
@@ -94,7 +94,7 @@ def deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def _reason(process: BaseProcess, connection: Connection) -> str | None:
-    """Why a helper ended, or None where it had done its work."""
+    """Say why a helper ended, or return None where it had done its work."""
     if process.exitcode == 0:
         return None
     try:
@@ -104,8 +104,8 @@ def _reason(process: BaseProcess, connection: Connection) -> str | None:
     return f"A worker ended early: {told} What it had not finished was done by others."
 
 
-def _help(work: Work, arguments: tuple[Any, ...], connection: Connection) -> None:
-    """All that a helper does: work, tell what went wrong, and stop when told to or when nobody is left to tell."""
+def _help(work: WorkerFunction, arguments: tuple[Any, ...], connection: Connection) -> None:
+    """Do all that a helper does: work, tell what went wrong, and stop when told to or when nobody is left to tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
 

@@ -5,7 +5,7 @@ Source: the format names of auto_round/inference/backend.py: `auto_gptq` stores 
 
 from qeval.errors import UsageError, unknown
 from qeval.formats import awq, gptq
-from qeval.formats.base import Config, Format, Matrix, Module
+from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module
 
 _PACKINGS = {
     "auto_round:auto_gptq": "gptq",
@@ -15,19 +15,19 @@ _PACKINGS = {
 }
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The integers of a linear, in the packing that the configuration names."""
+def _decode(module: Module, config: Config) -> DecodedMatrix:
+    """Decode a linear in the packing that the configuration names."""
     packing = _packing(config)
     if packing == "awq":
-        return awq.decode(module, config)
-    return gptq.decode_as(module, config, offset=packing == "gptq")
+        return awq.decode_gemm(module, config)
+    return gptq.decode_gptq(module, config, offset=packing == "gptq")
 
 
-def notes(config: Config) -> tuple[str, ...]:
-    """Whose packing it is.
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return whose packing it is.
 
     Raises:
-        UsageError: one that is not read, or weights that are no integers.
+        UsageError: One that is not read, or weights that are no integers.
     """
     if config.get("data_type", "int") != "int":
         raise UsageError(f"AutoRound's data type '{config['data_type']}' is not read; only 'int' is.")
@@ -41,4 +41,4 @@ def _packing(config: Config) -> str:
     return _PACKINGS[named]
 
 
-FORMAT = Format("AutoRound", ("qweight",), decode, notes)
+AUTO_ROUND = CheckpointFormat("AutoRound", ("qweight",), _decode, _notes)

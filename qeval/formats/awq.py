@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 
 from qeval.errors import UsageError
-from qeval.formats.base import Config, Format, Matrix, Module, group_size, on_grid, read_bits
+from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module, group_size, on_grid, read_bits
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word, the lowest first, is the code of row ORDER[i] of the word's eight."""
 _BITS = 4
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The integers of a linear."""
+def decode_gemm(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the integers of a linear."""
     if module.rows % len(ORDER):
         raise module.error(f"has {module.rows} rows, which words of {len(ORDER)} codes do not hold")
     words = module.rows // len(ORDER)
-    codes = _in_order(module.part("qweight", shape=(module.columns, words)))
+    codes = _unshuffle(module.part("qweight", shape=(module.columns, words)))
     scales = module.part("scales", shape=(None, module.rows))
-    zeros = _in_order(module.part("qzeros", shape=(scales.shape[0], words)))
-    asked = config.get("group_size", config.get("q_group_size"))
-    return on_grid(codes.t(), scales.t(), zeros.t(), _BITS, group_size(module, scales.shape[0], asked))
+    zeros = _unshuffle(module.part("qzeros", shape=(scales.shape[0], words)))
+    wanted = config.get("group_size", config.get("q_group_size"))
+    return on_grid(codes.t(), scales.t(), zeros.t(), _BITS, group_size(module, scales.shape[0], wanted))
 
 
-def notes(config: Config) -> tuple[str, ...]:
-    """That gemm's layout is read.
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return that gemm's layout is read.
 
     Raises:
-        UsageError: another layout or width.
+        UsageError: Another layout or width.
     """
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     bits = config.get("bits", config.get("w_bit", _BITS))
@@ -46,9 +46,9 @@ def notes(config: Config) -> tuple[str, ...]:
     return ("layout gemm; input scales are folded into what precedes each linear",)
 
 
-def _in_order(words: Tensor) -> Tensor:
+def _unshuffle(words: Tensor) -> Tensor:
     nibbles = read_bits(words, _BITS, words.shape[1] * len(ORDER)).reshape(len(words), -1, len(ORDER))
     return nibbles[..., torch.argsort(torch.tensor(ORDER))].reshape(len(words), -1)
 
 
-FORMAT = Format("AutoAWQ", ("qweight",), decode, notes)
+AWQ = CheckpointFormat("AutoAWQ", ("qweight",), decode_gemm, _notes)

@@ -1,4 +1,4 @@
-"""What a reader is given of one linear, and what it makes of it. Pure: tensors in, tensors out.
+"""The input and the output of a reader, of one linear. Pure: tensors in, tensors out.
 
 A format is read into a `QWeight` where its integers, scales and zero points say the same on a `Grid`, and into `Values`
 where they don't (codebooks, floating zero points, groups in the order of activations). All arithmetic is fp32's:
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qeval.arithmetic import dtype_name
 from qeval.errors import UsageError
 from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor
 from qeval.quant.pack import unpack
@@ -32,10 +33,10 @@ class Module:
     parts: Mapping[str, Tensor]
 
     def part(self, name: str, *, shape: tuple[int | None, ...] = ()) -> Tensor:
-        """A tensor of the module, of a shape where one is given (None: any length).
+        """Return a tensor of the module, of a shape where one is given (None: any length).
 
         Raises:
-            UsageError: it is missing or of another shape.
+            UsageError: It is missing or of another shape.
         """
         if name not in self.parts:
             raise self.error(f"has no {name} beside {', '.join(sorted(self.parts))}")
@@ -49,7 +50,7 @@ class Module:
         return tensor
 
     def error(self, what: str) -> UsageError:
-        """The error that names this module."""
+        """Return the error that names this module."""
         return UsageError(f"{self.name} {what}; the file is of another model, of another format, or torn.")
 
 
@@ -62,15 +63,19 @@ class Values:
     size_bits: int
 
 
-Matrix = QWeight | Values
+ROUNDS_ACTIVATIONS = "its own kernels round activations too: only the loss of its weights is scored"
+"""What a reader must know of a checkpoint whose scores here leave out a part of its loss."""
+_FP8_FORMS = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2"}
+
+DecodedMatrix = QWeight | Values
 Config = Mapping[str, Any]
 """`quantization_config` of a checkpoint's config.json."""
-Decode = Callable[[Module, Config], Matrix]
+DecodeModule = Callable[[Module, Config], DecodedMatrix]
 
 
 @dataclass(frozen=True)
-class Format:
-    """How one tool's checkpoints are read.
+class CheckpointFormat:
+    """The format of one tool's checkpoints.
 
     `markers`: names of tensors that only a quantized linear has. `decode` reads one. `notes` says what a reader must
     know and refuses settings that are not read. `library`: what `decode` imports, and the command that installs it.
@@ -79,14 +84,14 @@ class Format:
 
     title: str
     markers: tuple[str, ...]
-    decode: Decode
+    decode: DecodeModule
     notes: Callable[[Config], tuple[str, ...]] = lambda config: ()
     library: tuple[str, str] | None = None
     input_scale: str | None = None
 
 
 def read_bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """[rows, words] integers of 8 or 32 bits as [rows, count] uint8 codes: the lowest bits first, without gaps.
+    """Return [rows, words] integers of 8 or 32 bits as [rows, count] uint8 codes: the lowest bits first, no gaps.
 
     >>> read_bits(torch.tensor([[0x21]], dtype=torch.int32), 4, 3).tolist()
     [[1, 2, 0]]
@@ -98,9 +103,16 @@ def read_bits(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def on_grid(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, size: int) -> QWeight:
-    """The quantized matrix of codes [rows, columns] uint8 and scales [rows, blocks] (or [1, 1]) in blocks of `size`.
+    """Return codes and scales as a matrix on a grid.
 
     Zero points that all stand in the middle make a symmetric grid, which means the same numbers.
+
+    Args:
+        codes: [rows, columns] uint8.
+        scales: [rows, blocks], or [1, 1] for all of the matrix.
+        zeros: Zero points, [rows, blocks]; None where they stand in the middle.
+        bits: The width of a code.
+        size: Columns of a block.
     """
     middle = 1 << (bits - 1)
     symmetric = zeros is None or bool((zeros == middle).all())
@@ -110,12 +122,39 @@ def on_grid(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, size
     elif scales.shape[1] == 1:
         granularity = PerChannel()
     grid = Grid(bits, granularity, symmetric)
-    kept = None if symmetric or zeros is None else zeros.to(torch.uint8).contiguous()
-    return QWeight(grid, codes.contiguous(), scales.float().contiguous(), kept)
+    zero_points = None if symmetric or zeros is None else zeros.to(torch.uint8).contiguous()
+    return QWeight(grid, codes.contiguous(), scales.float().contiguous(), zero_points)
 
 
-def in_groups(module: Module, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, order: Tensor) -> Values:
-    """Codes [rows, columns] whose column c belongs to group `order[c]`: no consecutive blocks, so no grid says them."""
+def fp8_form(module: Module, weight: Tensor) -> str:
+    """Return the name of a weight's FP8 type.
+
+    Raises:
+        UsageError: It is of another type.
+    """
+    if weight.dtype not in _FP8_FORMS:
+        raise module.error(f"has scales beside a weight in {dtype_name(weight.dtype)}")
+    return _FP8_FORMS[weight.dtype]
+
+
+def fp8_size_bits(weight: Tensor, scales: Tensor) -> int:
+    """Return the bits that a weight in bytes and its scales take in the file."""
+    return 8 * weight.numel() + 8 * scales.numel() * scales.element_size()
+
+
+def dequantize_groups(module: Module, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, order: Tensor) -> Values:
+    """Return the values of codes [rows, columns] whose column c belongs to group `order[c]`.
+
+    Such groups are no consecutive blocks, so no grid says them.
+
+    Args:
+        module: What errors name.
+        codes: [rows, columns].
+        scales: [rows, groups].
+        zeros: [rows, groups].
+        bits: The width of a code.
+        order: The group of each column, [columns].
+    """
     index = order.long()
     if len(index) != module.columns or int(index.min()) < 0 or int(index.max()) >= scales.shape[1]:
         raise module.error("has a g_idx that names groups which are not there")
@@ -126,19 +165,26 @@ def in_groups(module: Module, codes: Tensor, scales: Tensor, zeros: Tensor, bits
 
 
 def is_in_order(order: Tensor, size: int) -> bool:
-    """Whether a g_idx says what consecutive blocks of `size` columns would."""
+    """Return whether a g_idx says what consecutive blocks of `size` columns would."""
     return torch.equal(order.long().cpu(), torch.arange(len(order)) // size)
 
 
-def group_size(module: Module, groups: int, asked: object) -> int:
-    """The columns that share a scale: what the configuration says where it gives that many groups, else equal shares.
+def group_size(module: Module, groups: int, wanted: object) -> int:
+    """Return the columns that share a scale.
+
+    It is what the configuration says where it gives that many groups, else equal shares.
+
+    Args:
+        module: What errors name.
+        groups: How many groups there are.
+        wanted: What the configuration says.
 
     Raises:
-        UsageError: neither fits.
+        UsageError: Neither fits.
     """
     columns = module.columns
-    if isinstance(asked, int) and asked > 0 and -(-columns // asked) == groups:
-        return asked
+    if isinstance(wanted, int) and wanted > 0 and -(-columns // wanted) == groups:
+        return wanted
     if groups and columns % groups == 0:
         return columns // groups
-    raise module.error(f"has {groups} groups of scales, which neither its group size ({asked}) nor equal shares give")
+    raise module.error(f"has {groups} groups of scales, which neither its group size ({wanted}) nor equal shares give")

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qeval.formats.base import Config, Format, Matrix, Module, Values, on_grid
+from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module, Values, on_grid
 
 _STATE = "weight.quant_state.bitsandbytes__"
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The integers of LLM.int8(), or the values of a codebook."""
+def _decode(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the integers of LLM.int8(), or the values of a codebook."""
     if "SCB" not in module.parts:
         return _codebook(module)
     weight = module.part("weight", shape=(module.rows, module.columns))
@@ -31,8 +31,8 @@ def decode(module: Module, config: Config) -> Matrix:
     return on_grid(codes, scales.reshape(-1, 1), None, 8, module.columns)
 
 
-def notes(config: Config) -> tuple[str, ...]:
-    """What of the arithmetic of LLM.int8() is not scored."""
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return what of the arithmetic of LLM.int8() is not scored."""
     if not config.get("load_in_8bit"):
         return ()
     return ("LLM.int8() rounds activations too, and computes outliers in fp16: only its weights' loss is scored",)
@@ -76,4 +76,4 @@ def _state(module: Module) -> tuple[str, dict[str, Any]]:
         raise module.error("has a quant_state that is no JSON") from error
 
 
-FORMAT = Format("bitsandbytes", ("weight.absmax", "SCB"), decode, notes)
+BITSANDBYTES = CheckpointFormat("bitsandbytes", ("weight.absmax", "SCB"), _decode, _notes)

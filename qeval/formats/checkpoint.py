@@ -1,6 +1,5 @@
 """A checkpoint's tensors by name, read when they are asked for; and a linear's, by the linear's name."""
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,11 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qeval.errors import UsageError
-from qeval.models.weights import TensorEntry, read_entries, weight_files
+from qeval.escape import cut
+from qeval.models.checkpoint.weights import TensorEntry, read_entries, weight_files
+from qeval.models.trust import read_settings
+from qeval.parsing import load_object, one_sentence
 
 
 @dataclass(frozen=True, eq=False)
-class Tensors:
+class CheckpointTensors:
     """The tensors of a checkpoint folder. `header` is what its safetensors files say of themselves."""
 
     entries: tuple[TensorEntry, ...]
@@ -25,27 +27,27 @@ class Tensors:
     _names: tuple[str, ...]
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of that name."""
+        """Return whether there is a tensor of that name."""
         at = bisect_left(self._names, name)
         return at < len(self._names) and self._names[at] == name
 
     def named(self) -> tuple[str, ...]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return self._names
 
     def load(self, name: str) -> Tensor:
-        """A tensor, in the file's type.
+        """Read a tensor, in the file's type.
 
         Raises:
-            UsageError: it can't be read.
+            UsageError: It can't be read.
         """
         return self._loaded(name, lambda file: file.get_tensor(name))
 
     def load_part(self, name: str, index: int) -> Tensor:
-        """What a stack holds at an index, in the file's type; the rest is not read.
+        """Read what a stack holds at an index, in the file's type; the rest is not read.
 
         Raises:
-            UsageError: it can't be read.
+            UsageError: It can't be read.
         """
         return self._loaded(name, lambda file: file.get_slice(name)[index])
 
@@ -57,11 +59,11 @@ class Tensors:
             raise UsageError(f"'{entry.path}' holds {name} as {entry.dtype}, which can't be read ({error}).") from error
 
     def parts_of(self, module: str) -> dict[str, Tensor]:
-        """The tensors of a module, by what follows its name."""
+        """Read the tensors of a module, by what follows its name."""
         return {name.removeprefix(f"{module}."): self.load(name) for name in self.below(module)}
 
     def below(self, module: str) -> Sequence[str]:
-        """The names of a module's tensors."""
+        """Return the names of a module's tensors."""
         prefix = f"{module}."
         start = bisect_left(self._names, prefix)
         end = bisect_left(self._names, f"{module}/")  # '/' follows '.' in ASCII
@@ -69,52 +71,36 @@ class Tensors:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Tensors]:
-    """The tensors of the checkpoint in `folder`, mapped for the length of the block.
+def open_checkpoint(folder: Path) -> Iterator[CheckpointTensors]:
+    """Map the tensors of the checkpoint in `folder` for the length of the block.
 
     Raises:
-        UsageError: there are none, pickles alone, or files are torn.
+        UsageError: There are none, pickles alone, or files are torn.
     """
     files = weight_files(folder)
     entries = tuple(read_entries(files))
     with ExitStack() as stack:
-        handles = {path: stack.enter_context(safe_open(path, "pt")) for path in files}
-        header: dict[str, str] = {}
-        for handle in handles.values():
-            header |= handle.metadata() or {}
-        yield Tensors(entries, header, handles, tuple(entry.name for entry in entries))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json.
-
-    Raises:
-        UsageError: it is missing or no JSON object.
-    """
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"'{folder}' is no checkpoint: there is no config.json in it.")
-    return _read_object(folder / "config.json")
+        handles, header = {}, dict[str, str]()
+        for path in files:
+            with one_sentence(f"'{path}' is torn or not safetensors", after="Download it again."):
+                handles[path] = stack.enter_context(safe_open(path, "pt"))
+                header |= handles[path].metadata() or {}
+        yield CheckpointTensors(entries, header, handles, tuple(entry.name for entry in entries))
 
 
 def read_quantization(folder: Path) -> dict[str, Any] | None:
-    """How a folder says that it is quantized: in its config.json, or beside it as Model Optimizer did first.
+    """Return how a folder says that it is quantized: in its config.json, or in Model Optimizer's first file.
 
     Raises:
         UsageError: config.json is missing, or a file is no JSON object.
     """
-    config = read_config(folder)
-    beside = folder / "hf_quant_config.json"
+    config = read_settings(folder)
+    other_file = folder / "hf_quant_config.json"
     quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized is None and beside.is_file():
-        return {"quant_method": "modelopt", **(_read_object(beside).get("quantization") or {})}
+    if quantized is None and other_file.is_file():
+        quantized = load_object(other_file).get("quantization") or {}
+        if isinstance(quantized, dict):
+            quantized = {"quant_method": "modelopt", **quantized}
+    if quantized is not None and not isinstance(quantized, dict):
+        raise UsageError(f"'{folder}' says that it is quantized by {cut(quantized)}, and not how; download it again.")
     return quantized
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"'{path}' can't be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"'{path}' holds no JSON object.")
-    return config

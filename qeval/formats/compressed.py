@@ -16,18 +16,21 @@ from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.formats.base import (
+    ROUNDS_ACTIVATIONS,
+    CheckpointFormat,
     Config,
-    Format,
-    Matrix,
+    DecodedMatrix,
     Module,
     Values,
+    dequantize_groups,
+    fp8_form,
+    fp8_size_bits,
     group_size,
-    in_groups,
     is_in_order,
     on_grid,
     read_bits,
 )
-from qeval.formats.floats import FP8, fp4, powers, spread
+from qeval.formats.floats import decode_e8m0, expand_scales, fp4
 
 _READ = (
     "dense", "int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision",
@@ -35,26 +38,24 @@ _READ = (
 )  # fmt: skip
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The integers of a linear, or the values of its small floats."""
+def _decode(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the integers of a linear, or the values of its small floats."""
     if "weight_packed" in module.parts and module.parts["weight_packed"].dtype == torch.uint8:
         return _fp4(module)
     if "weight_packed" in module.parts:
         return _packed(module, config)
     weight = module.part("weight", shape=(module.rows, module.columns))
-    if weight.dtype in FP8:
-        return _fp8(module, weight, config)
     if weight.dtype != torch.int8:
-        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
+        return _fp8(module, weight, config)
     bits = max((each for each in _widths(config)), default=8)
     return _integers(module, config, weight, bits)
 
 
-def notes(config: Config) -> tuple[str, ...]:
-    """What of the model is quantized beside its weights, which is not scored here.
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return what of the model is quantized besides its weights, which is not scored here.
 
     Raises:
-        UsageError: a format that is not read, sparse weights, or rotations that are applied while running.
+        UsageError: A format that is not read, sparse weights, or rotations that are applied while running.
     """
     named = {str(config.get("format", "dense")), *(str(g["format"]) for g in _groups(config) if g.get("format"))}
     if other := sorted(named - set(_READ)):
@@ -63,13 +64,13 @@ def notes(config: Config) -> tuple[str, ...]:
         raise UsageError("Its transform_config rotates activations while running, which qeval does not; not read.")
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise UsageError("Its weights are stored sparsely (sparsity_config), which is not read.")
-    told = [f"format {', '.join(sorted(named))}"]
+    sentences = [f"format {', '.join(sorted(named))}"]
     if any(group.get("input_activations") for group in _groups(config)):
-        told.append("its own kernels round activations too: only the loss of its weights is scored")
-    return tuple(told)
+        sentences.append(ROUNDS_ACTIVATIONS)
+    return tuple(sentences)
 
 
-def _packed(module: Module, config: Config) -> Matrix:
+def _packed(module: Module, config: Config) -> DecodedMatrix:
     packed = module.part("weight_packed", shape=(module.rows, None))
     bits = next((b for b in _widths(config) if -(-module.columns * b // 32) == packed.shape[1]), None)
     if bits is None:
@@ -78,8 +79,8 @@ def _packed(module: Module, config: Config) -> Matrix:
     return _integers(module, config, signed, bits)
 
 
-def _integers(module: Module, config: Config, signed: Tensor, bits: int) -> Matrix:
-    """Signed codes [rows, columns], with their scales, on an unsigned grid."""
+def _integers(module: Module, config: Config, signed: Tensor, bits: int) -> DecodedMatrix:
+    """Return signed codes [rows, columns], with their scales, on an unsigned grid."""
     middle = 1 << (bits - 1)
     codes = (signed.to(torch.int16) + middle).to(torch.uint8)
     scales = module.part("weight_scale")
@@ -92,7 +93,7 @@ def _integers(module: Module, config: Config, signed: Tensor, bits: int) -> Matr
     if order is None or int(order.min()) < 0 or is_in_order(order, size):
         return on_grid(codes, scales, zeros, bits, size)
     middles = torch.full(scales.shape, middle) if zeros is None else zeros
-    return in_groups(module, codes, scales, middles, bits, order)
+    return dequantize_groups(module, codes, scales, middles, bits, order)
 
 
 def _zeros(module: Module, bits: int, shape: tuple[int, ...]) -> Tensor | None:
@@ -106,19 +107,18 @@ def _zeros(module: Module, bits: int, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _fp8(module: Module, weight: Tensor, config: Config) -> Values:
-    scales = module.part("weight_scale")
+    form, scales = fp8_form(module, weight), module.part("weight_scale")
     tile = next((each["block_structure"] for each in _weights(config) if each.get("block_structure")), None)
-    values = weight.float() * spread(scales, module.rows, module.columns, tile)
-    name = "fp8 e4m3" if weight.dtype == torch.float8_e4m3fn else "fp8 e5m2"
-    return Values(values, name, 8 * weight.numel() + 8 * scales.numel() * scales.element_size())
+    values = weight.float() * expand_scales(scales, module.rows, module.columns, tile)
+    return Values(values, form, fp8_size_bits(weight, scales))
 
 
 def _fp4(module: Module) -> Values:
     packed = module.part("weight_packed", shape=(module.rows, module.columns // 2))
     stored = module.part("weight_scale", shape=(module.rows, None))
     micro = stored.dtype == torch.uint8
-    scales = powers(stored) if micro else stored.float() / module.part("weight_global_scale").float().reshape(())
-    values = fp4(packed) * spread(scales, module.rows, module.columns)
+    scales = decode_e8m0(stored) if micro else stored.float() / module.part("weight_global_scale").float().reshape(())
+    values = fp4(packed) * expand_scales(scales, module.rows, module.columns)
     return Values(values, "mxfp4" if micro else "nvfp4", 8 * (packed.numel() + stored.numel()))
 
 
@@ -140,4 +140,4 @@ def _sizes(config: Config, module: Module, groups: int) -> Iterable[int]:
     return (int(size) for size in sizes if size and -(-module.columns // int(size)) == groups)
 
 
-FORMAT = Format("compressed-tensors", ("weight_packed", "weight_scale"), decode, notes)
+COMPRESSED_TENSORS = CheckpointFormat("compressed-tensors", ("weight_packed", "weight_scale"), _decode, _notes)

@@ -17,55 +17,51 @@ Source: `FbgemmFp8Linear` of transformers/integrations/fbgemm_fp8.py (5.23).
 """
 
 import torch
-from torch import Tensor
 
-from qeval.formats.base import Config, Format, Matrix, Module, Values
-from qeval.formats.floats import FP8, fp4, powers, spread
+from qeval.formats.base import (
+    ROUNDS_ACTIVATIONS,
+    CheckpointFormat,
+    Config,
+    DecodedMatrix,
+    Module,
+    Values,
+    fp8_form,
+    fp8_size_bits,
+)
+from qeval.formats.floats import decode_e8m0, expand_scales, fp4
 
-_ACTIVATIONS = "its own kernels round activations too: only the loss of its weights is scored"
 
-
-def decode(module: Module, config: Config) -> Matrix:
-    """The values of a linear."""
+def _decode_tiles(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the values of a linear."""
     weight, stored = module.part("weight", shape=(module.rows, None)), module.part("weight_scale_inv")
     packed = weight.dtype == torch.int8
-    name = "fp4" if packed else _form(module, weight)
+    name = "fp4" if packed else fp8_form(module, weight)
     values = fp4(weight.view(torch.uint8)) if packed else weight.float()
     if values.shape[1] != module.columns:
         raise module.error(f"holds {values.shape[1]} columns where the baseline's matrix has {module.columns}")
-    scales = powers(stored) if stored.dtype == torch.uint8 else stored
-    factors = spread(scales, module.rows, module.columns, tile=config.get("weight_block_size"))
-    return Values(values * factors, name, _size_bits(weight, stored))
+    scales = decode_e8m0(stored) if stored.dtype == torch.uint8 else stored
+    factors = expand_scales(scales, module.rows, module.columns, tile=config.get("weight_block_size"))
+    return Values(values * factors, name, fp8_size_bits(weight, stored))
 
 
-def decode_rows(module: Module, config: Config) -> Matrix:
-    """The values of a linear that has a scale a row."""
+def _decode_rows(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the values of a linear that has a scale a row."""
     weight = module.part("weight", shape=(module.rows, module.columns))
     scales = module.part("weight_scale", shape=(module.rows, 1))
-    return Values(weight.float() * scales.float(), _form(module, weight), _size_bits(weight, scales))
+    return Values(weight.float() * scales.float(), fp8_form(module, weight), fp8_size_bits(weight, scales))
 
 
-def _form(module: Module, weight: Tensor) -> str:
-    if weight.dtype not in FP8:
-        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
-    return "fp8 e4m3" if weight.dtype == torch.float8_e4m3fn else "fp8 e5m2"
-
-
-def _size_bits(weight: Tensor, scales: Tensor) -> int:
-    return 8 * weight.numel() + 8 * scales.numel() * scales.element_size()
-
-
-def notes(config: Config) -> tuple[str, ...]:
-    """The tiles, and that activations are rounded too, which is not scored here."""
+def _notes_on_tiles(config: Config) -> tuple[str, ...]:
+    """Return the tiles, and that activations are rounded too, which is not scored here."""
     blocks = config.get("weight_block_size")
     tiles = f"tiles of {blocks[0]} x {blocks[1]}" if blocks else "one scale a matrix"
-    return (tiles, _ACTIVATIONS)
+    return (tiles, ROUNDS_ACTIVATIONS)
 
 
-def notes_on_rows(config: Config) -> tuple[str, ...]:
-    """As `notes`, of a scale a row."""
-    return ("one scale a row", _ACTIVATIONS)
+def _notes_on_rows(config: Config) -> tuple[str, ...]:
+    """Return the same for a scale a row."""
+    return ("one scale a row", ROUNDS_ACTIVATIONS)
 
 
-FORMAT = Format("FP8 in tiles", ("weight_scale_inv",), decode, notes)
-FBGEMM = Format("FP8 by rows", ("weight_scale",), decode_rows, notes_on_rows)
+FP8_TILES = CheckpointFormat("FP8 in tiles", ("weight_scale_inv",), _decode_tiles, _notes_on_tiles)
+FP8_ROWS = CheckpointFormat("FP8 by rows", ("weight_scale",), _decode_rows, _notes_on_rows)

@@ -12,19 +12,29 @@ import torch
 from torch import Tensor
 
 from qeval.errors import UsageError
-from qeval.formats.base import Config, Format, Matrix, Module, group_size, in_groups, is_in_order, on_grid, read_bits
+from qeval.formats.base import (
+    CheckpointFormat,
+    Config,
+    DecodedMatrix,
+    Module,
+    dequantize_groups,
+    group_size,
+    is_in_order,
+    on_grid,
+    read_bits,
+)
 
 _BITS = (2, 3, 4, 8)
 _V1, _V2 = "gptq", "gptq_v2"
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The integers of a linear, or its values where g_idx scatters the groups."""
-    return decode_as(module, config, offset=config.get("checkpoint_format", _V1) != _V2)
+def _decode(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the integers of a linear, or its values where g_idx scatters the groups."""
+    return decode_gptq(module, config, offset=config.get("checkpoint_format", _V1) != _V2)
 
 
-def decode_as(module: Module, config: Config, *, offset: bool) -> Matrix:
-    """`offset`: whether zero points are stored less one."""
+def decode_gptq(module: Module, config: Config, *, offset: bool) -> DecodedMatrix:
+    """Decode a linear; `offset`: whether zero points are stored less one."""
     qweight = module.part("qweight", shape=(None, module.rows))
     bits = qweight.shape[0] * 32 // module.columns
     if bits not in _BITS or bits * module.columns != qweight.shape[0] * 32:
@@ -36,16 +46,16 @@ def decode_as(module: Module, config: Config, *, offset: bool) -> Matrix:
     zeros = _zeros(qzeros, bits, module.rows, offset).t()
     order = module.parts.get("g_idx")
     if order is not None and not is_in_order(order, _size_by(order, module, groups)):
-        return in_groups(module, codes, scales.t(), zeros, bits, order)
+        return dequantize_groups(module, codes, scales.t(), zeros, bits, order)
     size = group_size(module, groups, config.get("group_size"))
     return on_grid(codes, scales.t(), zeros, bits, size)
 
 
-def notes(config: Config) -> tuple[str, ...]:
-    """Which of the two conventions of zero points is read.
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return which of the two conventions of zero points is read.
 
     Raises:
-        UsageError: a checkpoint format that is neither.
+        UsageError: A checkpoint format that is neither.
     """
     version = config.get("checkpoint_format", _V1)
     if version not in (_V1, _V2):
@@ -54,8 +64,11 @@ def notes(config: Config) -> tuple[str, ...]:
 
 
 def _zeros(qzeros: Tensor, bits: int, rows: int, offset: bool) -> Tensor:
-    """Zero points [groups, rows]. GPTQModel subtracts one from all of a word at once, borrows included; so it is
-    added back where codes fill words evenly."""
+    """Return zero points [groups, rows].
+
+    GPTQModel subtracts one from all of a word at once, borrows included; so it is added back where codes fill words
+    evenly.
+    """
     if offset and 32 % bits == 0:
         ones = sum(1 << shift for shift in range(0, 32, bits))
         words = (qzeros.long() + ones) & 0xFFFFFFFF
@@ -64,8 +77,8 @@ def _zeros(qzeros: Tensor, bits: int, rows: int, offset: bool) -> Tensor:
 
 
 def _size_by(order: Tensor, module: Module, groups: int) -> int:
-    """How many columns the first group has, if its columns stand together."""
+    """Return how many columns the first group has, if its columns stand together."""
     return int((order == 0).sum()) or -(-module.columns // groups)
 
 
-FORMAT = Format("GPTQ", ("qweight",), decode, notes)
+GPTQ = CheckpointFormat("GPTQ", ("qweight",), _decode, _notes)

@@ -17,9 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qeval.arithmetic import dtype_name
 from qeval.errors import UsageError
-from qeval.formats.base import Config, Format, Matrix, Module, Values, group_size, on_grid, read_bits
-from qeval.formats.floats import FP8, fp4, powers, spread
+from qeval.formats.base import (
+    ROUNDS_ACTIVATIONS,
+    CheckpointFormat,
+    Config,
+    DecodedMatrix,
+    Module,
+    Values,
+    fp8_size_bits,
+    group_size,
+    on_grid,
+    read_bits,
+)
+from qeval.formats.floats import FP8, decode_e8m0, expand_scales, fp4
 
 _WEIGHTS_ALONE = ("W4A16_AWQ", "W4A16_NVFP4", "W8A16", "FP8_PB_WO")
 _READ = (
@@ -29,8 +41,8 @@ _READ = (
 _MIXED = "MIXED_PRECISION"
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The integers of a linear, or the values of its small floats."""
+def _decode(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the integers of a linear, or the values of its small floats."""
     weight = module.part("weight", shape=(None, None))
     if weight.dtype in FP8:
         return _fp8(module, module.part("weight", shape=(module.rows, module.columns)))
@@ -38,25 +50,25 @@ def decode(module: Module, config: Config) -> Matrix:
         codes = (module.part("weight", shape=(module.rows, module.columns)).to(torch.int16) + 128).to(torch.uint8)
         return on_grid(codes, module.part("weight_scale").reshape(module.rows, 1), None, 8, module.columns)
     if weight.dtype != torch.uint8:
-        raise module.error(f"has scales beside a weight in {str(weight.dtype).removeprefix('torch.')}")
+        raise module.error(f"has scales beside a weight in {dtype_name(weight.dtype)}")
     return _int4(module, weight, config) if weight.shape[1] == module.columns else _fp4(module)
 
 
-def notes(config: Config) -> tuple[str, ...]:
-    """Which algorithms, and what of the model is rounded beside its weights, which is not scored here.
+def _notes(config: Config) -> tuple[str, ...]:
+    """Return which algorithms, and what of the model is rounded besides its weights, which is not scored here.
 
     Raises:
-        UsageError: an algorithm that is not read.
+        UsageError: An algorithm that is not read.
     """
     named = _algorithms(config)
     if other := [name for name in named if name.upper() not in _READ]:
         raise UsageError(f"Model Optimizer's '{other[0]}' is not read; these are: {', '.join(_READ)}.")
-    told = [", ".join(named)]
+    sentences = [", ".join(named)]
     if any(name.upper() not in _WEIGHTS_ALONE for name in named):
-        told.append("its own kernels round activations too: only the loss of its weights is scored")
+        sentences.append(ROUNDS_ACTIVATIONS)
     if config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"):
-        told.append("its own kernels round the cache of keys and values: not scored either")
-    return tuple(told)
+        sentences.append("its own kernels round the cache of keys and values: not scored either")
+    return tuple(sentences)
 
 
 def _algorithms(config: Config) -> list[str]:
@@ -70,13 +82,12 @@ def _algorithms(config: Config) -> list[str]:
 def _fp8(module: Module, weight: Tensor) -> Values:
     scales = module.part("weight_scale")
     micro = scales.dtype == torch.uint8
-    factors = spread(powers(scales) if micro else scales, module.rows, module.columns)
-    size_bits = 8 * weight.numel() + 8 * scales.numel() * scales.element_size()
-    return Values(weight.float() * factors, "mxfp8" if micro else "fp8 e4m3", size_bits)
+    factors = expand_scales(decode_e8m0(scales) if micro else scales, module.rows, module.columns)
+    return Values(weight.float() * factors, "mxfp8" if micro else "fp8 e4m3", fp8_size_bits(weight, scales))
 
 
-def _int4(module: Module, packed: Tensor, config: Config) -> Matrix:
-    """Signed codes; where there is a second scale (W4A8), the values that were rounded to float8 once more."""
+def _int4(module: Module, packed: Tensor, config: Config) -> DecodedMatrix:
+    """Decode signed codes; where there is a second scale (W4A8), values that were rounded to float8 once more."""
     columns_first = module.part("weight", shape=(module.rows // 2, module.columns)).t().contiguous()
     codes = read_bits(columns_first, 4, module.rows).t() ^ 8
     scales = module.part("weight_scale", shape=(module.rows, None))
@@ -93,9 +104,9 @@ def _fp4(module: Module) -> Values:
     packed = module.part("weight", shape=(module.rows, module.columns // 2))
     stored = module.part("weight_scale", shape=(module.rows, None))
     micro = stored.dtype == torch.uint8
-    scales = powers(stored) if micro else stored.float() * module.part("weight_scale_2").float().reshape(())
-    values = fp4(packed) * spread(scales, module.rows, module.columns)
+    scales = decode_e8m0(stored) if micro else stored.float() * module.part("weight_scale_2").float().reshape(())
+    values = fp4(packed) * expand_scales(scales, module.rows, module.columns)
     return Values(values, "mxfp4" if micro else "nvfp4", 8 * (packed.numel() + stored.numel()))
 
 
-FORMAT = Format("Model Optimizer", ("weight_scale",), decode, notes, input_scale="pre_quant_scale")
+MODELOPT = CheckpointFormat("Model Optimizer", ("weight_scale",), _decode, _notes, input_scale="pre_quant_scale")

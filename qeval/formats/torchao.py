@@ -3,15 +3,15 @@
 torchao itself puts them together and gives their values, since each of its layouts is a class of its own.
 """
 
-from qeval.formats.base import Config, Format, Matrix, Module, Values
+from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module, Values
 
 HEADER = "torchao_header"
 """Where the reader puts the safetensors headers' metadata, among the settings."""
 _PREFIX = "_weight_"
 
 
-def decode(module: Module, config: Config) -> Matrix:
-    """The values of a linear, dequantized by torchao."""
+def _decode(module: Module, config: Config) -> DecodedMatrix:
+    """Decode the values of a linear, dequantized by torchao."""
     from torchao.prototype.safetensors.safetensors_support import (  # noqa: PLC0415 - an extra
         unflatten_tensor_state_dict,
     )
@@ -29,6 +29,6 @@ def decode(module: Module, config: Config) -> Matrix:
     return Values(tensors[name].dequantize().float(), type(tensors[name]).__name__, stored)
 
 
-FORMAT = Format(
-    "torchao", ("_weight_qdata", "_weight_scale"), decode, library=("torchao", "pip install 'qeval[torchao]'")
+TORCHAO = CheckpointFormat(
+    "torchao", ("_weight_qdata", "_weight_scale"), _decode, library=("torchao", "pip install 'qeval[torchao]'")
 )

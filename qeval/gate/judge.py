@@ -1,68 +1,101 @@
 """`judge` a finished run by a policy: each rule by the bound of its interval, never by the mean."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from qeval.errors import QevalError, UsageError, unknown
-from qeval.gate import words
-from qeval.gate.figures import Figure, Figures
-from qeval.gate.kinds import Kind
+from qeval.errors import BrokenRecordError, QevalError, UsageError, unknown
+from qeval.gate import explanations
+from qeval.gate.bounded_metrics import Figure, Figures
+from qeval.gate.metrics import MetricKind
 from qeval.gate.policy import Policy, Rule
-from qeval.gate.verdict import GateVerdict, Outcome, RuleVerdict, VariantVerdict, any_of, every, of_rule
-from qeval.report.paired import PairedRun
-from qeval.report.void import void
-from qeval.stats.bootstrap import Interval
+from qeval.gate.verdict import GateOutcome, GateVerdict, RuleVerdict, VariantVerdict, any_of, every, of_rule
+from qeval.report.contamination import void
+from qeval.report.run_rows import PairedRun
+from qeval.report.soundness import impossible_baseline, not_quantized, remarks
+from qeval.stats.bootstrap import Interval, NonFiniteError
 from qeval.stats.bounds import factor_to_decide, smallest_effect
 from qeval.store.run import VariantRecord
 
 
 def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdict:
-    """The verdict on the variants named, or on all; the noise floor is never gated.
+    """Judge the variants named, or all; the noise floor is never gated.
 
     Raises:
         UsageError: `folder` holds no run, or none of a name.
-        BrokenRecordError: its record is torn or of another version.
-        QevalError: the run has no variant.
+        BrokenRecordError: its record is torn or of another version, vouches for nothing, or is not of what lies beside
+            it; or a command began to write into the folder and did not finish.
+        QevalError: the run has no variant, or a baseline that can be no model.
     """
     run = PairedRun(folder)
+    if run.missing_chain:
+        raise BrokenRecordError(run.missing_chain)
     records = _gated(run, names)
+
     floors = [_Floor(run, record) for record in run.done if record.role == "floor"]
     judges = {record.name: _Judge(run, record, policy, floors) for record in records}
-    verdicts = _stepwise(judges) if policy.require == "any" else [each.verdict(1) for each in judges.values()]
+    verdicts = _stepwise(judges) if policy.needs_one else [each.verdict(1) for each in judges.values()]
+
     outcomes = [verdict.outcome for verdict in verdicts]
     return GateVerdict(
         run=str(folder),
         policy=policy.name,
-        outcome=any_of(outcomes) if policy.require == "any" else every(outcomes),
-        correction=words.correction(policy.require, len(records)),
+        outcome=any_of(outcomes) if policy.needs_one else every(outcomes),
+        correction=explanations.correction("any" if policy.needs_one else "every", len(records)),
         variants=tuple(verdicts),
-        notes=(*_notes(policy, records), *_lost_floors(run)),
+        notes=(*_notes(policy, records), *_lost_floors(run), *run_notes(run)),
     )
 
 
-def decide(kind: Kind, figure: Figure, bound: Interval, margin: float) -> Outcome:
-    """Pass or fail where the whole of the bound lies on one side of the margin, else inconclusive."""
+def broken_verdict(folder: Path, policy: Policy, error: str) -> GateVerdict:
+    """Return the verdict on a run of which nothing can be judged."""
+    variant = VariantVerdict("the run", "broken", (), error)
+    return GateVerdict(str(folder), policy.name, "broken", "Nothing was judged.", (variant,), ())
+
+
+def run_notes(run: PairedRun) -> list[str]:
+    """Return what a reader of a verdict must know of the run: what repeats, and which variants are not quantized.
+
+    A run whose rows can't be read says nothing here: its rules are broken.
+    """
+    try:
+        return [*run.repeat_notes, *remarks(run)]
+    except (QevalError, NonFiniteError):
+        return []
+
+
+def variant_verdict(
+    policy: Policy, run: PairedRun, record: VariantRecord, rules: Sequence[RuleVerdict]
+) -> VariantVerdict:
+    """Return a variant's verdict from those of its rules, and from what else the policy requires of it."""
+    outcome = every([rule.counts_as for rule in rules])
+    if outcome != "broken" and policy.needs_quantized and (reason := not_quantized(run, record)):
+        return VariantVerdict(record.name, "fail", tuple(rules), f"{reason} The policy requires: quantized.")
+    return VariantVerdict(record.name, outcome, tuple(rules))
+
+
+def decide(kind: MetricKind, figure: Figure, bound: Interval, margin: float) -> GateOutcome:
+    """Return pass or fail where the whole of the bound lies on one side of the margin, else inconclusive."""
     low, high = (figure.value, figure.value) if figure.bounded is None else bound
     if kind.limit == "at_most":
         return "pass" if high is not None and high <= margin else "fail" if low is not None and low > margin else _OPEN
     return "pass" if low is not None and low >= margin else "fail" if high is not None and high < margin else _OPEN
 
 
-def counts_as(policy: Policy, rule: Rule, outcome: Outcome, *, chance: bool) -> Outcome:
-    """How the policy takes an outcome: only an inconclusive one may count as another."""
+def counts_as(policy: Policy, rule: Rule, outcome: GateOutcome, *, chance: bool) -> GateOutcome:
+    """Return how the policy takes an outcome: only an inconclusive one may count as another."""
     if outcome != "inconclusive":
         return outcome
     usual = rule.when_inconclusive or policy.when_inconclusive
     return (rule.when_at_chance or usual) if chance else usual
 
 
-_OPEN: Outcome = "inconclusive"
+_OPEN: GateOutcome = "inconclusive"
 
 
 class _Doubt(NamedTuple):
-    """What would decide an inconclusive rule, and what the run could have seen."""
+    """The evidence that would decide an inconclusive rule, and what the run could have seen."""
 
     more_rows: int | None
     smallest_effect: float | None
@@ -84,22 +117,30 @@ class _Judge:
     """One variant under a policy; its figures are read once, whatever the number of levels tried."""
 
     def __init__(self, run: PairedRun, record: VariantRecord, policy: Policy, floors: list[_Floor]) -> None:
-        self._run, self._record, self._policy = run.record, record, policy
+        self._paired, self._run, self._record, self._policy = run, run.record, record, policy
         self._figure = cache(Figures(run, record).of)
-        own = [floor for floor in floors if floor.backend == record.backend]
-        self._floors = own or floors
+        same_backend = [floor for floor in floors if floor.backend == record.backend]
+        self._floors = same_backend or floors
 
     def verdict(self, among: int) -> VariantVerdict:
-        """Every rule about the variant, at a confidence that is corrected for `among` variants."""
+        """Judge every rule about the variant, at a confidence that is corrected for `among` variants."""
         name = self._record.name
         if self._record.status != "done":
             return VariantVerdict(name, "broken", (), f"'{name}' failed in this run: {self._record.error}")
-        if why := void(self._run, self._record):
+        if why := self._impossible or void(self._run, self._record):
             return VariantVerdict(name, "broken", (), why)
         rules = tuple(self._rule(rule, among) for rule in self._policy.rules if rule.holds_for(name))
         if not rules:
             return VariantVerdict(name, "broken", (), f"No rule of the policy is about '{name}': nothing was checked.")
-        return VariantVerdict(name, every([rule.counts_as for rule in rules]), rules)
+        return variant_verdict(self._policy, self._paired, self._record, rules)
+
+    @cached_property
+    def _impossible(self) -> str | None:
+        """The reason why the baseline can be no model; where its rows can't be read, the rules say so."""
+        try:
+            return impossible_baseline(self._paired)
+        except BrokenRecordError:
+            return None
 
     def _rule(self, rule: Rule, among: int) -> RuleVerdict:
         confidence = 1 - (1 - self._policy.confidence_of(rule)) / among
@@ -108,18 +149,23 @@ class _Judge:
             floor = self._floor(rule.metric, figure)
         except QevalError as error:
             return of_rule(rule, confidence, "broken", "broken", str(error))
+
+        # what the bound says
         bound = figure.bounded.bounds(confidence) if figure.bounded else Interval(figure.value, figure.value)
         outcome = decide(rule.kind, figure, bound, rule.margin)
-        why = [words.reason(rule, figure, bound, confidence, outcome), *filter(None, [figure.detail])]
+        why = [explanations.reason(rule, figure, bound, confidence, outcome), *filter(None, [figure.detail])]
+
+        # an effect below the noise floor decides nothing, nor does accuracy at chance
         lost = floor is not None and figure.effect <= floor
         doubt = _NO_DOUBT
         if figure.at_chance or (lost and (outcome == "fail" or rule.margin < 0)):
             outcome = "inconclusive"
         elif outcome == "inconclusive":
             doubt = _doubt(figure, rule.margin, confidence)
-            why.append(words.advice(rule.kind, figure, doubt.more_rows, doubt.smallest_effect))
-        why += [words.under_floor(rule.kind, floor)] if floor is not None and lost else []
-        why += [remark] if (remark := words.rough(figure)) else []
+            why.append(explanations.advice(rule.kind, figure, doubt.more_rows, doubt.smallest_effect))
+
+        why += [explanations.under_floor(rule.kind, floor)] if floor is not None and lost else []
+        why += [remark] if (remark := explanations.rough(figure)) else []
         return of_rule(
             rule, confidence, outcome, counts_as(self._policy, rule, outcome, chance=bool(figure.at_chance)),
             ". ".join(filter(None, ["; ".join(filter(None, why)), figure.at_chance])),
@@ -136,7 +182,7 @@ class _Judge:
 
 
 def _stepwise(judges: dict[str, _Judge]) -> list[VariantVerdict]:
-    """Holm's step-down: who passes at the level for as many as are left is accepted, and the level is relaxed."""
+    """Judge by Holm's step-down: who passes at the level for as many as are left is accepted, then it is relaxed."""
     verdicts: dict[str, VariantVerdict] = {}
     left = list(judges)
     while left:
@@ -168,7 +214,7 @@ def _doubt(figure: Figure, margin: float, confidence: float) -> _Doubt:
 
 def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:
     idle = [rule.text for rule in policy.rules if not any(rule.holds_for(record.name) for record in records)]
-    return [words.unmatched(idle)] if idle else []
+    return [explanations.unmatched(idle)] if idle else []
 
 
 def _lost_floors(run: PairedRun) -> list[str]:

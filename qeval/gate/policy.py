@@ -11,19 +11,20 @@ A margin says its unit. Unknown keys and metrics, and margins in another unit, a
 
 import json
 import sys
-from collections.abc import Hashable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qeval.errors import UsageError, unknown
-from qeval.gate.kinds import Kind, kind_of, margin_of
+from qeval.escape import cut
+from qeval.gate.metrics import MetricKind, kind_of, margin_of
+from qeval.parsing import load_yaml
 from qeval.paths import shipped
 
 Counts = Literal["inconclusive", "fail", "pass"]
+Requirement = Literal["every", "any", "quantized"]
 
 
 class _Part(BaseModel):
@@ -46,27 +47,27 @@ class Rule(_Part):
     )
 
     @property
-    def kind(self) -> Kind:
-        """What is limited."""
+    def kind(self) -> MetricKind:
+        """The kind of metric that is limited."""
         return kind_of(self.metric)
 
     @property
     def margin(self) -> float:
         """The margin in the figure's own unit: a share, nats, a factor, bytes."""
-        return margin_of(self.given, self.kind, self.metric)
+        return margin_of(self.margin_text, self.kind, self.metric)
 
     @property
-    def given(self) -> str:
+    def margin_text(self) -> str:
         """The margin as it stands in the file."""
         return self.at_most or self.at_least or ""
 
     @property
     def text(self) -> str:
         """The rule in words, such as 'mmlu_acc_drop at most 1.0 points'."""
-        return f"{self.metric} {self.kind.limit.replace('_', ' ')} {self.given}"
+        return f"{self.metric} {self.kind.limit.replace('_', ' ')} {self.margin_text}"
 
     def holds_for(self, variant: str) -> bool:
-        """Whether the rule is about a variant."""
+        """Return whether the rule is about a variant."""
         return self.variants is None or any(variant == name or fnmatchcase(variant, name) for name in self.variants)
 
 
@@ -75,57 +76,71 @@ class Policy(_Part):
 
     name: str
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of each rule's bound, one-sided")
-    require: Literal["every", "any"] = Field(
-        "every", description="every: all gated variants must pass; any: one is enough (corrected by Holm)"
+    require: Requirement | list[Requirement] = Field(
+        "every",
+        description="every: all gated variants must pass; any: one is enough (corrected by Holm); quantized: a variant "
+        "in which nothing is quantized, or that is the baseline, fails. Several stand in a list, such as "
+        "[any, quantized]",
     )
     when_inconclusive: Counts = Field("inconclusive", description="how an inconclusive verdict counts")
     rules: list[Rule] = Field(min_length=1)
 
+    @property
+    def needs_one(self) -> bool:
+        """Return whether it is enough that one variant passes."""
+        return "any" in self._required
+
+    @property
+    def needs_quantized(self) -> bool:
+        """Return whether a variant must be quantized to pass."""
+        return "quantized" in self._required
+
+    @property
+    def _required(self) -> list[Requirement]:
+        return self.require if isinstance(self.require, list) else [self.require]
+
     def confidence_of(self, rule: Rule) -> float:
-        """The confidence that a rule's bound must be held with."""
+        """Return the confidence that a rule's bound must be held with."""
         return rule.confidence or self.confidence
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error: the second margin would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """As SafeLoader does, but for keys that are there already."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                where = f"line {key.start_mark.line + 1}"
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice ({where})", None)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_policy(path: Path) -> Policy:
-    """The policy in a YAML file, which may be one that is shipped, such as `configs/gates/release.yaml`.
+    """Read the policy in a YAML file, which may be one that is shipped, such as `configs/gates/release.yaml`.
 
     Raises:
         UsageError: the file is missing, is no YAML, or says what no policy may say; the sentence says where.
     """
-    try:
-        found = path if path.exists() or path.is_absolute() else shipped(str(path))
-        data = yaml.load(found.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UsageError(f"There is no policy '{path}' to read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
+    file = path if path.exists() or path.is_absolute() else shipped(str(path))
+    if not file.exists() or file.is_dir():
+        raise UsageError(f"There is no policy '{path}' to read.")
+    return policy_from(load_yaml(file), str(path))
+
+
+def policy_from(data: object, where: str) -> Policy:
+    """Return the policy that plain values mean.
+
+    Args:
+        data: What a policy's file holds: a mapping with `name`, `rules` and so on.
+        where: What an error names: the file.
+
+    Raises:
+        UsageError: they say what no policy may say; the sentence says where.
+    """
     try:
         policy = Policy.model_validate(data)
+        if {"every", "any"} <= set(policy._required):
+            raise UsageError("require says both every and any; leave one out.")
         for place, rule in enumerate(policy.rules):
             _check(rule, f"rule {place + 1}")
     except ValidationError as error:
-        raise UsageError(f"'{path}': {_sentence(error)}") from error
+        raise UsageError(f"'{where}': {_sentence(error)}") from error
     except UsageError as error:
-        raise UsageError(f"'{path}': {error}") from error
+        raise UsageError(f"'{where}': {error}") from error
     return policy
 
 
-def schema_json() -> str:
-    """The text of `configs/gate.schema.json`; `python -m qeval.gate.policy` prints it."""
+def policy_schema_json() -> str:
+    """Return the text of `configs/gate.schema.json`; `python -m qeval.gate.policy` prints it."""
     return json.dumps(Policy.model_json_schema(), indent=1) + "\n"
 
 
@@ -136,7 +151,7 @@ def _check(rule: Rule, where: str) -> None:
             raise UsageError(f"{rule.metric} needs {kind.limit}, and nothing beside it.")
         if getattr(rule, kind.limit) is None:
             raise UsageError(f"{rule.metric} is limited by {kind.limit}, not by its opposite.")
-        margin_of(rule.given, kind, rule.metric)
+        margin_of(rule.margin_text, kind, rule.metric)
         if rule.when_at_chance and not rule.metric.endswith("_acc_drop"):
             raise UsageError(f"when_at_chance is for accuracy (TASK_acc_drop), not for {rule.metric}.")
     except UsageError as error:
@@ -149,7 +164,7 @@ def _sentence(error: ValidationError) -> str:
         return "it must hold a mapping with 'name' and 'rules', such as configs/gates/release.yaml."
     where = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in first["loc"])
     if first["loc"][-1] in ("at_most", "at_least"):
-        return f"{where}: a margin is a number and its unit in words, such as '1.0 points', not {first['input']}."
+        return f"{where}: a margin is a number and its unit in words, such as '1.0 points', not {cut(first['input'])}."
     if first["type"] != "extra_forbidden":
         return f"{where}: {first['msg']}."
     known = Policy.model_fields if len(first["loc"]) == 1 else Rule.model_fields
@@ -157,4 +172,4 @@ def _sentence(error: ValidationError) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(schema_json())
+    sys.stdout.write(policy_schema_json())

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qeval.gate.kinds import Limit, Unit
+from qeval.escape import terminal
+from qeval.gate.metrics import Limit, Unit
 from qeval.gate.policy import Rule
+from qeval.report import notebook
+from qeval.report.document import Table, TableCell
 
-Outcome = Literal["pass", "fail", "inconclusive", "broken"]
-EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "broken": 3, "inconclusive": 4}
-SCHEMA_VERSION = 1
-_WORST_FIRST: tuple[Outcome, ...] = ("broken", "fail", "inconclusive")
+GateOutcome = Literal["pass", "fail", "inconclusive", "broken"]
+EXIT_CODES: dict[GateOutcome, int] = {"pass": 0, "fail": 1, "broken": 3, "inconclusive": 4}
+VERDICT_SCHEMA_VERSION = 1
+_WORST_FIRST: tuple[GateOutcome, ...] = ("broken", "fail", "inconclusive")
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class RuleVerdict:
     margin: float
     unit: Unit
     confidence: float
-    outcome: Outcome
-    counts_as: Outcome
+    outcome: GateOutcome
+    counts_as: GateOutcome
     why: str
     value: float | None = None
     low: float | None = None
@@ -46,7 +49,7 @@ class VariantVerdict:
     """All rules on one variant."""
 
     name: str
-    outcome: Outcome
+    outcome: GateOutcome
     rules: tuple[RuleVerdict, ...]
     error: str | None = None
 
@@ -57,7 +60,7 @@ class GateVerdict:
 
     run: str
     policy: str
-    outcome: Outcome
+    outcome: GateOutcome
     correction: str
     variants: tuple[VariantVerdict, ...]
     notes: tuple[str, ...]
@@ -67,11 +70,36 @@ class GateVerdict:
         """0 pass, 1 fail, 3 broken, 4 inconclusive."""
         return EXIT_CODES[self.outcome]
 
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return variant, rule, outcome and reason: a row a variant, and a row each of its rules."""
+        rows: list[tuple[str, str, str, str]] = []
+        for variant in self.variants:
+            rows.append((variant.name, "", variant.outcome, variant.error or "all rules"))
+            rows += [(variant.name, rule.rule, rule.outcome, rule.why) for rule in variant.rules]
+        return rows
+
+    def __str__(self) -> str:
+        """Return the verdict in lines, the outcome of the whole first."""
+        lines = ["  ".join(filter(None, row)) for row in self.rows()]
+        return terminal("\n".join([f"{self.policy}: {self.outcome}", *lines, self.correction, *self.notes]))
+
+    def _repr_html_(self) -> str:
+        """Return the verdict as a table, for notebooks."""
+        rows = tuple(tuple(TableCell(text) for text in row) for row in self.rows())
+        table = notebook.table_markup(Table("Rules", ("Variant", "Rule", "Verdict", "Why"), rows))
+        title = notebook.title_markup(f"{self.policy}: {self.outcome}")
+        return str(title + table + notebook.paragraphs([self.correction, *self.notes]))
+
 
 def of_rule(
-    rule: Rule, confidence: float, outcome: Outcome, counts_as: Outcome, why: str, **figures: float | int | str | None
+    rule: Rule,
+    confidence: float,
+    outcome: GateOutcome,
+    counts_as: GateOutcome,
+    why: str,
+    **figures: float | int | str | None,
 ) -> RuleVerdict:
-    """A rule's verdict; `figures` are RuleVerdict's fields that have a default."""
+    """Return a rule's verdict; `figures` are RuleVerdict's fields that have a default."""
     kind = rule.kind
     return RuleVerdict(
         rule.text, rule.metric, kind.title, kind.limit, rule.margin, kind.unit, confidence, outcome, counts_as, why,
@@ -79,8 +107,8 @@ def of_rule(
     )  # fmt: skip
 
 
-def every(outcomes: list[Outcome]) -> Outcome:
-    """The worst; nothing at all is broken, never a pass.
+def every(outcomes: list[GateOutcome]) -> GateOutcome:
+    """Return the worst outcome; nothing at all is broken, never a pass.
 
     >>> every(["pass", "inconclusive"]), every([])
     ('inconclusive', 'broken')
@@ -90,11 +118,11 @@ def every(outcomes: list[Outcome]) -> Outcome:
     return next((bad for bad in _WORST_FIRST if bad in outcomes), "pass")
 
 
-def any_of(outcomes: list[Outcome]) -> Outcome:
-    """A pass if one passes and none is broken; nothing at all is broken.
+def any_of(outcomes: list[GateOutcome]) -> GateOutcome:
+    """Return a pass if one passes and none is broken; nothing at all is broken.
 
     >>> any_of(["pass", "fail"]), any_of(["inconclusive", "fail"]), any_of(["pass", "broken"])
     ('pass', 'inconclusive', 'broken')
     """
-    order: tuple[Outcome, ...] = ("broken", "pass", "inconclusive", "fail")
+    order: tuple[GateOutcome, ...] = ("broken", "pass", "inconclusive", "fail")
     return next((outcome for outcome in order if outcome in outcomes), "broken")

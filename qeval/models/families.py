@@ -1,7 +1,7 @@
 """One tiny model of random weights for each family: its true architecture, hidden 64, 2 layers, vocabulary 256.
 
 The widths are awkward on purpose (112 is no multiple of 32), and norm gains are random too: ones would hide a gain that
-is 1 + weight. Nothing here says how a family is quantized: that is traced (`models/graph.py`).
+is 1 + weight. Nothing here says how a family is quantized: that is traced (`models/structure/graph.py`).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qeval.models.quiet import quiet
+from qeval.models.silence_transformers import quiet
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 256,
@@ -36,7 +36,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
 
 
 def _long_rope(channels: int) -> dict[str, Any]:
-    """Sequences beyond 16 tokens have other frequencies, from their first token on; `channels` are turned in pairs."""
+    """Return settings by which sequences beyond 16 tokens have other frequencies; `channels` are rotated in pairs."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,
@@ -49,7 +49,7 @@ def _long_rope(channels: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """`config`: the start of the configuration class's name; `settings`: what it needs beside `SIZES`."""
+    """A family of models: the start of its configuration class's name, and the settings it needs besides `SIZES`."""
 
     config: str
     line: str
@@ -141,12 +141,21 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def tiny_family(name: str, **changes: Any) -> Any:
-    """The tiny model of a family, fp32, in eval mode without gradients; `changes` go to its configuration."""
+    """Build the tiny model of a family, fp32, in eval mode without gradients; `changes` go to its configuration."""
     family = FAMILIES[name]
     config = getattr(transformers, f"{family.config}Config")(**{**SIZES, **family.settings, **changes})
-    with torch.random.fork_rng(devices=[]), quiet():
+    with quiet():
+        return random_model(config)
+
+
+def random_model(config: Any) -> Any:
+    """Return a model of a configuration with random weights of seed 0, fp32, in eval mode without gradients.
+
+    Vectors (norm gains and biases) are moved off their ones and zeros too.
+    """
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data.add_(0.2 * torch.randn_like(parameter))
@@ -154,7 +163,7 @@ def tiny_family(name: str, **changes: Any) -> Any:
 
 
 def byte_tokenizer(vocab: Mapping[str, int] | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a byte of UTF-8, so that any text encodes; no merges, no special tokens."""
+    """Build a tokenizer of one token a byte of UTF-8, so that any text encodes: no merges, no special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE(vocab=dict(vocab or {letter: i for i, letter in enumerate(letters)}), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

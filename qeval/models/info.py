@@ -1,12 +1,15 @@
-"""What is known of a loaded model, in plain values."""
+"""Facts about a loaded model, in plain values."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qeval.errors import UsageError
 from qeval.identity import digest
 
+SourceKind = Literal["hub", "folder", "gguf", "demo", "memory"]
 _NO_NUMBERS = ("transformers_version", "_name_or_path")
 
 
@@ -20,7 +23,7 @@ class ModelInfo:
     """
 
     name: str
-    source: Literal["hub", "folder", "gguf", "demo"]
+    source: SourceKind
     hub_id: str | None
     revision: str | None
     architecture: str
@@ -38,17 +41,47 @@ class ModelInfo:
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A transformers causal language model in eval mode without gradients, its tokenizer, what is known of it,
-    the folder of its checkpoint, and what must be told of how that was had."""
+    """A transformers causal language model in eval mode without gradients, its tokenizer, and what is known of it.
+
+    `checkpoint` is its folder; None for a model that was loaded by the caller, whose `config` is then its text.
+    `warnings` are what must be told of how it was had.
+    """
 
     model: Any
     tokenizer: Any
     info: ModelInfo
-    folder: Path
+    checkpoint: Path | None
     warnings: tuple[str, ...] = ()
+    config: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the checkpoint.
+
+        Raises:
+            UsageError: The model was loaded by the caller, so it has none.
+        """
+        if self.checkpoint is None:
+            raise UsageError(needs_folder("This"))
+        return self.checkpoint
 
     @property
     def config_sha256(self) -> str:
-        """What of the configuration may change a number: all of it but who wrote it."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return digest({name: value for name, value in config.items() if name not in _NO_NUMBERS})
+        """The hash of what may change a number in the configuration: all of it but who wrote it."""
+        text = (self.folder / "config.json").read_text(encoding="utf-8") if self.config is None else self.config
+        # A number that JSON has no form for counts by its text.
+        content = json.loads(text, parse_constant=str, parse_float=_finite_or_text)
+        return digest({name: value for name, value in content.items() if name not in _NO_NUMBERS})
+
+
+def _finite_or_text(text: str) -> float | str:
+    value = float(text)
+    return value if math.isfinite(value) else text
+
+
+def needs_folder(what: str) -> str:
+    """Return why `what` can't be done with a model that the caller loaded, and what to do."""
+    return (
+        f"{what} reads a model from its folder, and this one is in memory: save it and its tokenizer with "
+        "save_pretrained, and give that folder as the model."
+    )

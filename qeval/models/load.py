@@ -1,30 +1,35 @@
 """From a source to a model that runs, with everything about it checked before it is returned."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qeval.errors import UsageError, unknown
-from qeval.models import cache, weights
+from qeval.models.checkpoint import cache, weights
+from qeval.models.checkpoint.fit import Fit, check_fit
+from qeval.models.checkpoint.meta_model import build_meta_model
 from qeval.models.demo import demo_folder
-from qeval.models.fetch import fetch
-from qeval.models.gguf import converted
-from qeval.models.info import LoadedModel, ModelInfo
-from qeval.models.quiet import quiet
-from qeval.models.skeleton import skeleton
+from qeval.models.device import check_device, require_room
+from qeval.models.gguf.convert import convert_gguf
+from qeval.models.hub.fetch import fetch
+from qeval.models.info import LoadedModel, ModelInfo, SourceKind
+from qeval.models.silence_transformers import transformers_errors
 from qeval.models.source import ModelSource
-from qeval.models.supported import check_config
+from qeval.models.structure.supported import check_supported, context_length
+from qeval.models.trust import name_implementations, read_settings
+from qeval.models.vocabulary import check_vocabulary, read_tokenizer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COMPUTE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_MISMATCH = "ignore_mismatched_sizes"
-"""What transformers names in its advice where tensors have other shapes than the configuration asks for."""
+_QUANTIZATION = ("quantization_config", "compression_config")
+_NOT_FOLLOWED = ("quantization_config", "transformers_weights")
+"""What transformers would follow in a configuration: a `null` that it takes for a quantizer, other files of weights."""
 
 
 @dataclass(frozen=True)
@@ -40,163 +45,235 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
 
-def load(
+def load_model(
     source: ModelSource, *, device: str = "cpu", dtype: str | None = None, weightless: bool = False
 ) -> LoadedModel:
-    """The model of `source` on `device`, in eval mode, without gradients.
+    """Load the model of `source` on `device`, in eval mode, without gradients.
 
-    `dtype` is what it is computed in. None means the checkpoint's own, but float32 on the CPU, where products in half
-    precision are hundreds of times slower: its fp16 or bf16 weights are then exactly what fp32 computes with.
-    A `weightless` model has no weights in memory; whoever runs it reads them from the folder.
+    On the CPU products in half precision are hundreds of times slower than in float32, which computes with exactly the
+    fp16 or bf16 weights of the checkpoint.
+
+    Args:
+        source: Where the model comes from.
+        device: Where it is computed, by torch's name.
+        dtype: What it is computed in; None: the checkpoint's own type, but float32 on the CPU.
+        weightless: Whether no weights are read into memory: whoever runs the model reads them from the folder.
 
     Raises:
-        UsageError: one sentence for whatever is wrong with the checkpoint, the device or the dtype.
-        QevalError: a download failed or the cache can't be written.
+        UsageError: One sentence for whatever is wrong with the checkpoint, the device or the dtype.
+        QevalError: A download failed or the cache can't be written.
     """
     where = check_device(device)
     checkpoint = checkpoint_of(source)
-    config = _read_config(checkpoint.folder)
-    entries = weights.read_entries(weights.weight_files(checkpoint.folder))
+    config = read_config(checkpoint.folder)
+    files = weights.weight_files(checkpoint.folder)
+    entries = weights.read_entries(files)
     own_dtype = weights.main_dtype(entries)
-    compute = _compute_dtype(own_dtype, where, dtype)
-    tokenizer = _read_tokenizer(checkpoint.folder)
+    compute = compute_dtype_of(own_dtype, where, dtype)
+    if not weightless:
+        require_room(where, entries, COMPUTE_DTYPES[compute].itemsize)
+
+    tokenizer = read_tokenizer(checkpoint.folder)
     if weightless:
-        model, unused = skeleton(config, DTYPES[compute], entries, str(checkpoint.folder))
+        model, notes = build_meta_model(config, COMPUTE_DTYPES[compute], entries, str(checkpoint.folder))
     else:
-        model, unused = _read_model(checkpoint.folder, where, DTYPES[compute])
+        fit = check_fit(config, entries, str(checkpoint.folder))
+        model, notes = _read_model(checkpoint.folder, files, config, where, COMPUTE_DTYPES[compute], fit), fit.notes
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             check_finite(name, tensor, compute)
-    _check_vocabulary(tokenizer, model, checkpoint.folder)
-    text = config.get_text_config()
-    info = ModelInfo(
+
+    notes = (
+        *notes,
+        *check_vocabulary(tokenizer, embedding_rows(model), checkpoint.folder),
+        *_adapter_notes(checkpoint.folder),
+    )
+
+    info = model_info(
+        model,
+        where=checkpoint.folder / "config.json",
         name=source.name,
         source=source.kind,
         hub_id=source.hub_id,
         revision=checkpoint.revision,
-        architecture=type(model).__name__,
         weights_sha256=weights.weights_sha256(entries),
         weight_dtype=own_dtype,
         compute_dtype=compute,
-        layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        vocab_size=_embedding_rows(model),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tied_embeddings=_tied(model),
-        context_length=_context_length(text, checkpoint.folder),
-        notes=(*checkpoint.notes, *unused),
+        notes=(*checkpoint.notes, *notes),
     )
     return LoadedModel(model, tokenizer, info, checkpoint.folder, checkpoint.warnings)
 
 
-def check_device(name: str) -> torch.device:
-    """The torch device of that name.
+def model_info(
+    model: Any,
+    *,
+    where: Path | str,
+    name: str,
+    source: SourceKind,
+    weights_sha256: str,
+    weight_dtype: str,
+    compute_dtype: str,
+    hub_id: str | None = None,
+    revision: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> ModelInfo:
+    """Return what is known of a loaded model: its shape from itself, the rest as the arguments say.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: Its configuration, which messages call `where`, names no context length.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"Unknown device '{name}'; say cpu, cuda or cuda:0.") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"qeval does not run on '{name}'; say cpu, cuda or cuda:0.")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        count = torch.cuda.device_count()
-        raise UsageError(f"--device {name}: this machine has {count or 'no'} CUDA devices that torch can use; say cpu.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch can't use one here; say cpu.")
-    return device
+    text = model.config.get_text_config()
+    return ModelInfo(
+        name=name,
+        source=source,
+        hub_id=hub_id,
+        revision=revision,
+        architecture=type(model).__name__,
+        weights_sha256=weights_sha256,
+        weight_dtype=weight_dtype,
+        compute_dtype=compute_dtype,
+        layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vocab_size=embedding_rows(model),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tied_embeddings=_is_tied(model),
+        context_length=context_length(text, where),
+        notes=notes,
+    )
 
 
 def checkpoint_of(source: ModelSource) -> Checkpoint:
-    """The folder that `source` stands for, fetched or converted when need be.
+    """Return the folder that `source` stands for, fetched or converted when need be.
 
     Raises:
-        UsageError, QevalError: as the places it may come from.
+        UsageError, QevalError: As the places it may come from.
     """
     match source.kind:
         case "hub":
             assert source.hub_id is not None
-            found = fetch(source.hub_id, source.revision, source.inside)
-            if found.part.form != "gguf":
-                return Checkpoint(found.path, found.commit, (), found.warnings)
-            folder = converted(found.path)
-            return Checkpoint(folder, found.commit, cache.read_notes(folder), found.warnings)
+            fetched = fetch(source.hub_id, source.revision, source.inside)
+            if fetched.part.form != "gguf":
+                return Checkpoint(fetched.path, fetched.commit, (), fetched.warnings)
+            folder = convert_gguf(fetched.path)
+            return Checkpoint(folder, fetched.commit, cache.read_notes(folder), fetched.warnings)
         case "folder":
             assert source.path is not None
             return Checkpoint(source.path, None, ())
         case "gguf":
             assert source.path is not None
-            folder = converted(source.path)
+            folder = convert_gguf(source.path)
         case "demo":
             folder = demo_folder()
     return Checkpoint(folder, None, cache.read_notes(folder))
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """Return a float model's configuration, without what it says of the code that runs.
+
+    Raises:
+        UsageError: There is none, it names code, has sizes that no model has, or is a quantized or unknown model's.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"'{folder}' is no model folder: there is no config.json in it.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, **_LOCAL)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UsageError(f"'{path}' can't be used: {_reason(error)}.") from error
-    check_config(config, path)
-    beside = (folder / "hf_quant_config.json").is_file()  # Model Optimizer's, of which config.json may say nothing
-    if "quantization_config" in raw or beside:
-        method = raw.get("quantization_config", {}).get("quant_method", "modelopt" if beside else "unknown")
+    if not path.is_file() and (folder / weights.ADAPTER).is_file():
+        raise UsageError(weights.adapter_refusal(folder))
+    raw = read_settings(folder)
+    with transformers_errors(f"'{path}' can't be used"):
+        config = name_implementations(AutoConfig.from_pretrained(folder, **_LOCAL))
+    check_supported(config, path)
+    if (method := _quantized_by(raw, folder)) is not None:
         raise UsageError(f"'{folder}' is quantized already ({method}); the baseline must be the float model.")
+    for part in (config, config.get_text_config()):
+        for name in _NOT_FOLLOWED:
+            if hasattr(part, name):
+                delattr(part, name)
     return config
 
 
-def _compute_dtype(own: str, device: torch.device, asked: str | None) -> str:
-    if asked is None:
-        return "float32" if device.type == "cpu" or own not in DTYPES else own
-    if asked not in DTYPES:
-        raise unknown("dtype", asked, DTYPES)
-    return asked
+def _quantized_by(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """Return what a folder says that its weights were quantized by; None for floats."""
+    if (method := quantized_by(raw)) is not None:
+        return method
+    return "modelopt" if (folder / "hf_quant_config.json").is_file() else None  # config.json may say nothing of it
 
 
-def _read_tokenizer(folder: Path) -> Any:
-    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
-        raise UsageError(f"'{folder}' has no tokenizer: neither tokenizer.json nor tokenizer.model is in it.")
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(folder, **_LOCAL)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UsageError(f"The tokenizer in '{folder}' can't be read: {_reason(error)}.") from error
+def quantized_by(raw: Mapping[str, Any]) -> str | None:
+    """Return what a configuration says that its weights were quantized by; None for floats, which `null` says too."""
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]  # a text_config may say it too
+    sections = (part[name] for part in parts for name in _QUANTIZATION if part.get(name) is not None)
+    if (first := next(sections, None)) is not None:
+        return str(first.get("quant_method", "unknown")) if isinstance(first, dict) else "unknown"
+    return None
 
 
-def _read_model(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """The model, and a note on tensors of the checkpoint that it does not use."""
-    try:
-        with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                output_loading_info=True,
-                **_LOCAL,
-            )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
-        why = _first_line(error)
-        if _MISMATCH in why:
-            why = "the shapes of its tensors are not those that its config.json asks for"
-        raise UsageError(f"'{folder}' can't be loaded: {why}.") from error
+def compute_dtype_of(weight_dtype: str, device: torch.device, wanted: str | None) -> str:
+    """Return what a model is computed in: the type asked for, else its own, but float32 on the CPU.
+
+    Args:
+        weight_dtype: The checkpoint's own, by torch's name.
+        device: Where the model is computed.
+        wanted: What was asked for, or None.
+
+    Raises:
+        UsageError: There is no such type.
+    """
+    if wanted is None:
+        return "float32" if device.type == "cpu" or weight_dtype not in COMPUTE_DTYPES else weight_dtype
+    if wanted not in COMPUTE_DTYPES:
+        raise unknown("dtype", wanted, COMPUTE_DTYPES)
+    return wanted
+
+
+def _read_model(
+    folder: Path, files: Sequence[Path], config: Any, device: torch.device, dtype: torch.dtype, fit: Fit
+) -> Any:
+    """Return the model of a configuration with the weights of these files alone.
+
+    transformers looks for weights, indexes and adapters by itself, and may find others than those that were checked
+    and hashed: it is given a folder of links to these.
+    """
+    with TemporaryDirectory(prefix="qeval-weights-") as alone, transformers_errors(f"'{folder}' can't be loaded"):
+        (Path(alone) / "config.json").symlink_to((folder / "config.json").resolve())
+        _link(files, Path(alone))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            alone,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            **_LOCAL,
+        )
+
     weights.check_complete(report["missing_keys"], str(folder))
-    unused = sorted(report["unexpected_keys"])
-    notes = [f"The model does not use some tensors of the checkpoint: {weights.listed(unused)}."] if unused else []
-    return model.eval().requires_grad_(False), notes
+    if fit.untied and _is_tied(model):
+        raise UsageError(f"'{folder}' can't be loaded: transformers ties its head, which is stored with other values.")
+    return model.eval().requires_grad_(False)
+
+
+def _link(files: Sequence[Path], folder: Path) -> None:
+    """Put links to weight files into a folder, by the names that transformers looks for."""
+    if len(files) == 1:
+        (folder / weights.SINGLE).symlink_to(files[0].resolve())
+        return
+    for file in files:
+        (folder / file.name).symlink_to(file.resolve())
+    placed = {entry.name: entry.path.name for entry in weights.read_entries(files)}
+    (folder / weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}), encoding="utf-8")
+
+
+def _adapter_notes(folder: Path) -> list[str]:
+    """Return sentences on what lies beside the weights and is not applied."""
+    if not (folder / weights.ADAPTER).is_file():
+        return []
+    return [
+        f"An adapter lies beside the weights ({weights.ADAPTER}): it is not applied, the weights are taken as stored."
+    ]
 
 
 def check_finite(name: str, tensor: torch.Tensor, compute: str) -> None:
     """Refuse a weight that holds values that are no numbers, in the type that it is computed in.
 
     Raises:
-        UsageError: it names the weight.
+        UsageError: It names the weight.
     """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
@@ -206,44 +283,11 @@ def check_finite(name: str, tensor: torch.Tensor, compute: str) -> None:
         )
 
 
-def _check_vocabulary(tokenizer: Any, model: Any, folder: Path) -> None:
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    rows = _embedding_rows(model)
-    if largest < 0:
-        raise UsageError(f"The tokenizer in '{folder}' has an empty vocabulary.")
-    if largest >= rows:
-        raise UsageError(
-            f"The tokenizer in '{folder}' has ids up to {largest}, but the embedding has {rows} rows: "
-            "it belongs to another model."
-        )
-
-
-def _embedding_rows(model: Any) -> int:
+def embedding_rows(model: Any) -> int:
+    """Return how many ids a model has an embedding for."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _tied(model: Any) -> bool:
+def _is_tied(model: Any) -> bool:
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def _context_length(config: Any, folder: Path) -> int:
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int):
-        raise UsageError(f"The config in '{folder}' names no context length (max_position_embeddings).")
-    return length
-
-
-def _reason(error: BaseException) -> str:
-    """Why transformers refuses a file: its first line, save where it asks to run what was downloaded."""
-    if "custom code" in str(error):
-        return (
-            "it needs Python code from its own repository, and qeval runs none; take a checkpoint whose architecture "
-            "transformers has"
-        )
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return next((line.rstrip(".") for line in lines if line), type(error).__name__)

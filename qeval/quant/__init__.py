@@ -1,0 +1,1 @@
+"""Quantization arithmetic: grids, rounding, AWQ, GPTQ and the mixed choice; pure."""

@@ -16,22 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qeval.arithmetic import sum_dtype, with_fp64
 from qeval.errors import QevalError
-from qeval.quant.grid import Grid
+from qeval.quant.grid import FloatGrid, WeightGrid
 from qeval.quant.qweight import QWeight, to_blocks
-from qeval.quant.rtn import Steps, packed, steps_of
-from qeval.quant.rtn import quantize as quantize_plainly
+from qeval.quant.rtn import Steps, encode_points, qweight_of, round_scaled, steps_of
+from qeval.quant.rtn import quantize_rtn as quantize_plainly
 
 _RAISE, _LARGEST_DAMPING = 10.0, 1.0
-_FEW = 32
+_COLUMNS_AT_ONCE = 32
 """Columns that are rounded one by one before their errors reach the others in one product."""
-_SMALL = 64
+_SMALL_TRIANGLE = 64
 """The triangle whose inverse is solved for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """An input's second moments H made ready for rounding, in the order in which the columns are rounded.
+    """The factors of an input's second moments H, in the order in which the columns are rounded.
 
     `order` [columns]: their indices. `added` [columns] is what H's diagonal was raised by: damping, and the mean of
     the others for columns that no token reached. `root` and `upper` [columns, columns] fp32, both upper triangles:
@@ -53,9 +54,9 @@ class Factor:
 
 
 class Rounded(NamedTuple):
-    """A quantized matrix; the squared error of all its outputs, mean over tokens, beside plain rounding's.
+    """A quantized matrix, and the squared error of all its outputs, mean over tokens: its own and plain rounding's.
 
-    `plain_rows`: how many rows plain rounding was kept for.
+    `plain_rows`: how many rows are rounded plainly.
     """
 
     weight: QWeight
@@ -65,22 +66,30 @@ class Rounded(NamedTuple):
 
 
 def factorize(moments: Tensor, *, damping: float, act_order: bool) -> Factor:
-    """The factor of `moments` [columns, columns], the mean over tokens of x x^T; fp64 inside.
+    """Factorize the second moments of an input; fp64 inside.
 
-    `damping`: the share of the mean second moment that is added to every one. Where the damped matrix is not positive
-    definite, it is multiplied by 10 until it is, up to 1; the result says which it was. `act_order`: largest moments
-    first. A column that no token reached (its moment is 0) is given the mean of the others, so that it is rounded
-    plainly and moves no other.
+    A column that no token reached (its moment is 0) takes the mean of the others, so that it is rounded plainly and
+    moves no other.
+
+    Args:
+        moments: [columns, columns], the mean over tokens of x x^T.
+        damping: The share of the mean second moment that is added to every one. Where the damped matrix is not
+            positive definite, it is multiplied by 10 until it is, up to 1; the result says which it was.
+        act_order: Whether the columns with the largest moments go first.
 
     Raises:
-        QevalError: the moments are not finite, or no damping helps.
+        QevalError: The moments are not finite, or no damping helps.
     """
+    device, moments = moments.device, with_fp64(moments)
     diagonal = moments.diagonal().double()
     if not bool(torch.isfinite(moments).all()):
         raise QevalError("The calibration text gives inputs whose second moments are not finite; GPTQ can't use them.")
+
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(dead), device=dead.device)
+
+    # damp until the matrix is positive definite
     while True:
         added = (dead.double() * mean + damping * mean)[order]
         damped = moments.double()[order][:, order]
@@ -91,26 +100,36 @@ def factorize(moments: Tensor, *, damping: float, act_order: bool) -> Factor:
         damping *= _RAISE
         if damping > _LARGEST_DAMPING:
             raise QevalError("GPTQ's second moments are not positive definite even when damped by their own mean.")
+
     root = lower.flip(0, 1)
-    return Factor(order, added, root.float(), _inverse(root).float(), damping)
+    upper = _inverse(root).float().to(device)
+    return Factor(order.to(device), added.float().to(device), root.float().to(device), upper, damping)
 
 
-def quantize(weight: Tensor, grid: Grid, factor: Factor, clip: Tensor | None = None) -> Rounded:
-    """`weight` [rows, columns] fp32 on `grid`, with the input's second moments taken into account.
+def quantize_gptq(weight: Tensor, grid: WeightGrid, factor: Factor, clip: Tensor | None = None) -> Rounded:
+    """Quantize a matrix with the second moments of its input taken into account.
 
-    `clip`, of the scales' shape with values in (0, 1], shrinks each block's range.
+    Args:
+        weight: [rows, columns] fp32.
+        grid: Its grid.
+        factor: Of the input's second moments.
+        clip: Of the scales' shape with values in (0, 1]: shrinks the range of each block.
     """
     steps = steps_of(to_blocks(weight, grid), grid, clip)
     plain = quantize_plainly(weight, grid, clip)
     columns = _Columns(weight, grid, steps, factor)
     columns.round(0, weight.shape[1])
     codes = columns.codes_by_row()
-    damped = columns.errors.square_().sum(0, dtype=torch.float64)
-    loss = damped - _added_loss(weight - packed(codes, steps, grid).dequantize(), factor)
+
+    # what damping adds to the diagonal is no loss
+    damped = columns.errors.square_().sum(0, dtype=sum_dtype(weight.device))
+    loss = damped - _added_loss(weight - qweight_of(codes, steps, grid).dequantize(), factor)
     plain_loss = _loss(weight - plain.dequantize(), factor)
+
+    # no row loses to plain rounding
     loses = plain_loss <= loss
     return Rounded(
-        packed(torch.where(loses.unsqueeze(1), plain.codes, codes), steps, grid),
+        qweight_of(torch.where(loses.unsqueeze(1), plain.codes, codes), steps, grid),
         float(torch.minimum(loss, plain_loss).sum()),
         float(plain_loss.sum()),
         int((loses & (codes != plain.codes).any(1)).sum()),
@@ -118,15 +137,16 @@ def quantize(weight: Tensor, grid: Grid, factor: Factor, clip: Tensor | None = N
 
 
 class _Columns:
-    """A matrix on its way to integers: its columns in the factor's order, as contiguous rows [columns, rows]."""
+    """A matrix on its way to codes: its columns in the factor's order, as contiguous rows [columns, rows]."""
 
-    def __init__(self, weight: Tensor, grid: Grid, steps: Steps, factor: Factor) -> None:
+    def __init__(self, weight: Tensor, grid: WeightGrid, steps: Steps, factor: Factor) -> None:
         rows, columns = weight.shape
         self._left = weight.T[factor.order].contiguous()
-        self._codes, self.errors = torch.empty_like(self._left), torch.empty_like(self._left)
-        self._steps = Steps(*(part.expand(rows, -1).T for part in steps))  # [blocks, rows]
+        self._points, self.errors = torch.empty_like(self._left), torch.empty_like(self._left)
+        self._steps = [part.expand(rows, -1).T for part in (steps.inverse, steps.scales, steps.zeros)]  # [blocks, rows]
         self._block_of = factor.order // grid.block_size(columns)
-        self._levels, self._factor = grid.levels, factor
+        self._grid, self._factor = grid, factor
+        self._pivots: list[float] = factor.upper.diagonal().tolist()  # read once: each read waits for the device
 
     def round(self, start: int, stop: int) -> None:
         """Round the columns `start` to `stop`, all before them being done.
@@ -134,9 +154,10 @@ class _Columns:
         The errors of one half are taken from the other in one product, and so on by halves: the paper's lazy batches,
         at every size, so that the work is matrix products whatever the width.
         """
-        if stop - start <= _FEW:
+        if stop - start <= _COLUMNS_AT_ONCE:
             self._round_few(slice(start, stop))
             return
+
         middle = (start + stop) // 2
         self.round(start, middle)
         upper = self._factor.upper[start:middle, middle:stop]
@@ -144,47 +165,50 @@ class _Columns:
         self.round(middle, stop)
 
     def _round_few(self, part: slice) -> None:
-        left, codes, errors, upper = (
-            self._left[part],
-            self._codes[part],
-            self.errors[part],
-            self._factor.upper[part, part],
-        )
-        inverse, scales, zeros = (each[self._block_of[part]] for each in self._steps)
-        for column, pivot in enumerate(upper.diagonal().tolist()):
-            code = torch.mul(left[column], inverse[column], out=codes[column])
-            code.round_().add_(zeros[column]).clamp_(0, self._levels)
-            error = torch.sub(code, zeros[column], out=errors[column]).mul_(scales[column])
+        """Round the columns of `part` one by one, each one's error taken from those after it."""
+        left, points, errors = self._left[part], self._points[part], self.errors[part]
+        upper = self._factor.upper[part, part]
+        inverse, scales, zeros = (values[self._block_of[part]] for values in self._steps)
+        for column, pivot in enumerate(self._pivots[part]):
+            point = points[column]
+            if isinstance(self._grid, FloatGrid):
+                point.copy_(round_scaled(left[column], inverse[column], scales[column], self._grid))
+            else:
+                torch.mul(left[column], inverse[column], out=point)
+                point.round_().add_(zeros[column]).clamp_(0, self._grid.levels)
+            error = torch.sub(point, zeros[column], out=errors[column]).mul_(scales[column])
             error.sub_(left[column]).div_(-pivot)
             left[column + 1 :].addr_(upper[column, column + 1 :], error, alpha=-1)
 
     def codes_by_row(self) -> Tensor:
-        """The codes [rows, columns] uint8, the columns where they belong."""
-        codes = torch.empty(self._codes.T.shape, dtype=torch.uint8, device=self._codes.device)
-        codes[:, self._factor.order] = self._codes.T.to(torch.uint8)
+        """Return the codes [rows, columns] uint8, the columns where they belong."""
+        codes = torch.empty(self._points.T.shape, dtype=torch.uint8, device=self._points.device)
+        codes[:, self._factor.order] = encode_points(self._points, self._grid).T
         return codes
 
 
 def _loss(errors: Tensor, factor: Factor) -> Tensor:
-    """The squared error of each row's output, mean over tokens [rows] fp64, from weight errors [rows, columns]."""
-    damped = (errors[:, factor.order] @ factor.root).square_().sum(1, dtype=torch.float64)
+    """Return the squared error of each row's output, mean over tokens [rows] fp64, from errors [rows, columns]."""
+    damped = (errors[:, factor.order] @ factor.root).square_().sum(1, dtype=sum_dtype(errors.device))
     return damped - _added_loss(errors, factor)
 
 
 def _added_loss(errors: Tensor, factor: Factor) -> Tensor:
-    """What the raised diagonal alone adds to each row's loss [rows] fp64."""
-    return errors[:, factor.order].square_() @ factor.added.float()
+    """Return what the raised diagonal alone adds to each row's loss [rows] fp64."""
+    return errors[:, factor.order].square_() @ factor.added
 
 
 def _inverse(root: Tensor) -> Tensor:
-    """The inverse of an upper triangle by halves: a third of the arithmetic of solving for it, all in products."""
+    """Invert an upper triangle by halves: a third of the arithmetic of solving for it, all in products."""
     size = len(root)
-    if size <= _SMALL:
-        solved: Tensor = torch.linalg.solve_triangular(root, torch.eye(size).to(root), upper=True)
+    if size <= _SMALL_TRIANGLE:
+        solved: Tensor = torch.linalg.solve_triangular(
+            root, torch.eye(size, dtype=root.dtype, device=root.device), upper=True
+        )
         return solved
     half = size // 2
     first, last = _inverse(root[:half, :half]), _inverse(root[half:, half:])
-    found = torch.zeros_like(root)
-    found[:half, :half], found[half:, half:] = first, last
-    found[:half, half:] = -(first @ root[:half, half:]) @ last
-    return found
+    inverse = torch.zeros_like(root)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -(first @ root[:half, half:]) @ last
+    return inverse

@@ -1,4 +1,4 @@
-"""Which groups of linears get the high bit width: measured sensitivity under a size budget, or by position."""
+"""The groups of linears that get the high bit width: by measured sensitivity under a size budget, or by position."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from qeval.errors import QevalError, UsageError
 POSITIONAL_KINDS = ("v_proj", "down_proj")
 
 
-class Option(NamedTuple):
+class WidthOption(NamedTuple):
     """One group at its two bit widths: bits on disk, and mean KL (nats) with the group alone quantized."""
 
     low_bits: int
@@ -22,7 +22,7 @@ class Option(NamedTuple):
 
 
 def positional_layers(layers: int) -> set[int]:
-    """The layers that get INT8 by their position: the first and last eighth, and every third between.
+    """Return the layers that get INT8 by their position: the first and last eighth, and every third between.
 
     The rule of llama.cpp's `use_more_bits` and of NVIDIA Model Optimizer's mixed precision, as published.
 
@@ -34,38 +34,47 @@ def positional_layers(layers: int) -> set[int]:
 
 
 def positional_names(names: Iterable[str], layers: int, last: Mapping[int, Sequence[str]] | None = None) -> set[str]:
-    """The weights that the positional rule gives INT8: v_proj and down_proj of its layers, every expert's too.
+    """Return the weights that the positional rule gives INT8: v_proj and down_proj of its layers, every expert's too.
 
-    `last`: what each layer multiplies by last, by layer; it stands for them in a model that names neither.
+    Args:
+        names: The weights that may get it.
+        layers: How many layers the model has.
+        last: What each layer multiplies by last, by layer; used in a model that has neither v_proj nor down_proj.
 
     Raises:
-        UsageError: none of these is among `names`, so the rule does not apply.
+        UsageError: None of these is among `names`, so the rule does not apply.
     """
-    every, chosen = set(names), positional_layers(layers)
+    candidates, chosen = set(names), positional_layers(layers)
     pattern = re.compile(rf"\.(\d+)\..*\b({'|'.join(POSITIONAL_KINDS)})(\.weight|\[\d+\])$")
-    found = {name for name in every if (match := pattern.search(name)) and int(match[1]) in chosen}
-    found = found or {name for layer in chosen for name in (last or {}).get(layer, ()) if name in every}
-    if not found:
+    high = {name for name in candidates if (match := pattern.search(name)) and int(match[1]) in chosen}
+    high = high or {name for layer in chosen for name in (last or {}).get(layer, ()) if name in candidates}
+    if not high:
         raise UsageError(
             "The positional rule gives INT8 to v_proj and down_proj, and this model has neither; "
             "take --importance measured with a --budget."
         )
-    return found
+    return high
 
 
-def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
-    """Which groups take the high width so that the summed KL is least within `budget_bits` on disk, all together.
+def choose_high(options: Sequence[WidthOption], budget_bits: int) -> list[bool]:
+    """Choose the groups that take the high width, so that the summed KL is least under a budget.
 
     An integer programme: minimise sum of KL subject to sum of bits <= budget, one 0/1 variable a group (SciPy's HiGHS).
 
+    Args:
+        options: Every group at both widths.
+        budget_bits: What all groups may take on disk together.
+
     Raises:
-        UsageError: the budget is below the smallest or above the largest possible size.
-        QevalError: the solver gave up.
+        UsageError: The budget is below the smallest or above the largest possible size.
+        QevalError: The solver gave up.
     """
     smallest, largest = sum(o.low_bits for o in options), sum(o.high_bits for o in options)
     if not smallest <= budget_bits <= largest:
         side = "below the smallest" if budget_bits < smallest else "above the largest"
         raise UsageError(f"The budget of {budget_bits} bits is {side} possible size ({smallest} to {largest} bits).")
+
+    # bits and nats are scaled to about 1, as the solver's tolerances are absolute
     gain = np.array([max(o.low_kl - o.high_kl, 0.0) for o in options])
     cost = np.array([float(o.high_bits - o.low_bits) for o in options])
     unit = max(cost.max(), 1.0)  # 1: no choice costs anything
@@ -75,6 +84,7 @@ def choose_high(options: Sequence[Option], budget_bits: int) -> list[bool]:
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(cost / unit, ub=(budget_bits - smallest) / unit),
     )
+
     if not result.success:
         raise QevalError(
             "The solver of the integer programme found no widths for a budget that has some "

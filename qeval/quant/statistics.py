@@ -1,4 +1,4 @@
-"""What calibration keeps of a layer's input: a sketch of its second moments. No activation is stored.
+"""The statistics of a layer's input: a sketch of its second moments. No activation is stored.
 
 The sketch is a CountSketch (Charikar, Chen, Farach-Colton 2002; Clarkson and Woodruff 2013): every token's input x is
 added, with a random sign, to one of k rows. Then E[S^T S] = sum of x x^T, so the squared error of a layer's output, the
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qeval.arithmetic import sum_dtype
 
 SKETCH_ROWS = 512
 _STRIPS = 4
@@ -28,7 +30,7 @@ class InputStatistics:
     sketch: Tensor
 
     def scaled(self, scales: Tensor) -> "InputStatistics":
-        """The statistics of x / scales."""
+        """Return the statistics of x / scales."""
         return InputStatistics(self.tokens, self.magnitude / scales, self.sketch / scales)
 
 
@@ -36,28 +38,36 @@ class Accumulator:
     """Sums one layer input's statistics while the text streams through."""
 
     def __init__(self, columns: int, seed: int, device: torch.device | str = "cpu") -> None:
-        """`seed` decides which row and sign every token gets, together with the token's index."""
-        self._magnitude = torch.zeros(columns, dtype=torch.float64, device=device)
+        """Start at zero; `seed` and a token's index decide the token's row and sign."""
+        self._magnitude = torch.zeros(columns, device=device, dtype=sum_dtype(device))
         self._sketch = torch.zeros(SKETCH_ROWS, columns, device=device)
         self._generator = torch.Generator().manual_seed(seed)
         self._tokens = 0
 
     @property
     def tokens(self) -> int:
-        """How many tokens were taken in."""
+        """The number of tokens taken in."""
         return self._tokens
 
     def add(self, inputs: Tensor) -> None:
         """Take in the inputs [tokens, columns] of the next tokens."""
         inputs = inputs.float()
         draws = torch.randint(2 * SKETCH_ROWS, (len(inputs),), generator=self._generator).to(inputs.device)
-        signs = (draws % 2 * 2 - 1).unsqueeze(1)
-        self._sketch.index_add_(0, draws // 2, inputs * signs)
+        self._add_signed(inputs, draws // 2, (draws % 2 * 2 - 1).to(inputs.dtype).unsqueeze(1))
         self._magnitude += inputs.abs().sum(0)
         self._tokens += len(inputs)
 
+    def _add_signed(self, inputs: Tensor, rows: Tensor, signs: Tensor) -> None:
+        """Add `inputs * signs` to the sketch's `rows`, in an order that is the same each time."""
+        if inputs.device.type == "cpu":
+            self._sketch.index_add_(0, rows, inputs * signs)
+            return
+        # On a GPU index_add_ adds in whatever order its atomics come, so the sum is a product with a sparse matrix.
+        picks = torch.zeros(len(inputs), SKETCH_ROWS, device=inputs.device).scatter_(1, rows.unsqueeze(1), signs)
+        self._sketch.addmm_(picks.T, inputs)
+
     def statistics(self) -> InputStatistics:
-        """What has been summed so far."""
+        """Return the statistics of all inputs so far."""
         return InputStatistics(self._tokens, (self._magnitude / self._tokens).float(), self._sketch.clone())
 
 

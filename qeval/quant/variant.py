@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from qeval.quant.qweight import QWeight
+from qeval.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A weight that stays in float, and why."""
+class FloatWeight:
+    """A weight that stays in float, with the reason."""
 
     name: str
     parameters: int
@@ -18,10 +19,10 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A matrix among a variant's floats that lies quantized where it came from, in a form that no `Grid` says.
+class StoredMatrix:
+    """A matrix among a variant's floats that is quantized in the form that another tool stores it in.
 
-    `form` names it (`nf4, blocks of 64`, `Q4_K`); `size_bits` is what it takes there, scales included.
+    `form` names what no `Grid` says (`nf4, blocks of 64`, `Q4_K`); `size_bits` is what it takes there, scales included.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the mixed-precision choice saw of one group of linears, and the bits it gave them."""
+    """The bits that a mix chose for one group of linears, and the KLs that it rests on, in nats."""
 
     layer: int
     kind: str
@@ -50,21 +51,30 @@ class Variant:
     `weights`: by parameter name. `floats`: tensors that replace the model's own (AWQ folds its scales into norms).
     `input_scales`: linears (by parameter name) whose input is multiplied by a vector [columns] before the matrix
     product. `kept`: every other weight, with its reason. `details`: what the method decided, in words. `stored`: which
-    of the floats are a quantized matrix's values.
+    of the floats are a quantized matrix's values. `scheme`: how inputs of quantized linears, keys and values are
+    rounded; `ranges`: the largest magnitudes that its static scales come from, by the linear's parameter name, or by
+    the layer's number with `.keys` or `.values`.
     """
 
     key: str
     weights: Mapping[str, QWeight]
     floats: Mapping[str, Tensor]
     input_scales: Mapping[str, Tensor]
-    kept: tuple[Kept, ...]
+    kept: tuple[FloatWeight, ...]
     choices: tuple[Choice, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
-    stored: tuple[Stored, ...] = ()
+    stored: tuple[StoredMatrix, ...] = ()
+    scheme: Scheme = field(default_factory=Scheme)
+    ranges: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def quantized_matrices(self) -> tuple[str, ...]:
+        """The names of the matrices on a grid, or quantized in a form of their own."""
+        return (*self.weights, *(each.name for each in self.stored))
 
     @property
     def quantized_parameters(self) -> int:
-        """How many weights are on a grid, or lie quantized in a form of their own."""
+        """The number of weights on a grid, or quantized in a form of their own."""
         on_grids = sum(weight.codes.numel() for weight in self.weights.values())
         return on_grids + sum(each.parameters for each in self.stored)
 

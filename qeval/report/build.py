@@ -1,4 +1,4 @@
-"""`build` turns a finished run folder into a `Report`: read, pair, measure, rank; no model, no torch."""
+"""`build_report` turns a finished run folder into a `Report`: read, pair, measure, rank; no model, no torch."""
 
 from collections import Counter
 from itertools import pairwise
@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from qeval.errors import QevalError
 from qeval.report import corpora, measure_drift, measure_items, measure_tokens
-from qeval.report.measure_sureness import flips_by_margin, kl_by_entropy
+from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
+from qeval.report.contamination import unchecked, void
+from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
 from qeval.report.model import (
-    Baseline,
-    Comparison,
+    BaselineReport,
+    ComparisonReport,
     Curve,
     EntropyBucket,
     Intervals,
@@ -21,12 +23,12 @@ from qeval.report.model import (
     Report,
     Task,
     TaskResult,
-    Variant,
+    VariantReport,
 )
 from qeval.report.notes import notes
-from qeval.report.paired import PairedRun
-from qeval.report.pairing import BASELINE, ItemRows, TokenRows
-from qeval.report.void import unchecked, void
+from qeval.report.privacy import run_short_names, strip_model, strip_record
+from qeval.report.run_rows import PairedRun
+from qeval.report.soundness import impossible_baseline, remarks
 from qeval.stats import bootstrap
 from qeval.stats.bootstrap import Clusters, Floats
 from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord
@@ -35,7 +37,7 @@ _CLUSTERS = "windows for tokens; subjects for questions, and questions where the
 
 
 class _Tokens(NamedTuple):
-    """What the token rows gave, by model; `kl` holds the rows of variants whose KL is finite."""
+    """Statistics of the token rows, by model; `kl` holds the rows of variants whose KL is finite."""
 
     metrics: dict[str, Metrics]
     curves: dict[str, Curve | None]
@@ -46,15 +48,15 @@ class _Tokens(NamedTuple):
 
 
 class _Items(NamedTuple):
-    """What one task's rows gave, by model."""
+    """Statistics of one task's rows, by model."""
 
     task: Task
     metrics: dict[str, Metrics]
     results: dict[str, TaskResult]
 
 
-def build(run_dir: Path) -> Report:
-    """The report of a finished run, from its record and its rows.
+def build_report(run_dir: Path) -> Report:
+    """Build the report of a finished run, from its record and its rows.
 
     Raises:
         UsageError: `run_dir` holds no run.
@@ -65,23 +67,28 @@ def build(run_dir: Path) -> Report:
 
 
 def build_paired(rows: PairedRun) -> Report:
-    """The same from a run whose rows may have been read already."""
+    """Build the report of a run whose rows may have been read already."""
     run = rows.record
+    if reason := impossible_baseline(rows):
+        raise QevalError(reason)
+
+    # measure
     tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
-    metrics, results = _merged(tokens, items, _drift(rows), [BASELINE, *(variant.name for variant in rows.done)])
+    metrics, results = _merged(tokens, items, _drift(rows), [BASELINE_NAME, *(variant.name for variant in rows.done)])
     variants = [_variant(each, run, metrics, results, tokens) for each in run.variants]
     tasks = [each.task for each in items]
-    return Report(
+
+    report = Report(
         schema_version=1,
-        model=run.model,
-        baseline=Baseline(
+        model=strip_model(run.model),
+        baseline=BaselineReport(
             label=run.baseline_label,
             backend=rows.backend,
             bits_per_weight=run.baseline_bits_per_weight,
             size_bytes=run.baseline_size_bytes,
-            metrics=metrics[BASELINE],
-            tasks=results[BASELINE],
+            metrics=metrics[BASELINE_NAME],
+            tasks=results[BASELINE_NAME],
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),
@@ -91,22 +98,27 @@ def build_paired(rows: PairedRun) -> Report:
         tasks=tasks,
         metrics_asked=run.metrics,
         intervals=_intervals(run.seed),
-        notes=notes(run, tasks, metrics[BASELINE]) + unchecked(run),
-        warnings=[*filter(None, (variant.void for variant in variants)), *run.warnings],
+        notes=notes(run, tasks, metrics[BASELINE_NAME]) + unchecked(run) + rows.repeat_notes,
+        warnings=[
+            *filter(None, (rows.missing_chain, *(variant.void for variant in variants))),
+            *remarks(rows),
+            *run.warnings,
+        ],
         provenance=_provenance(run),
     )
+    return strip_record(report, run_short_names(run))
 
 
-def quality(variant: Variant) -> float | None:
-    """What variants are ranked by, lower being better: KL, else the perplexity ratio; None where it isn't ranked."""
+def quality(variant: VariantReport) -> float | None:
+    """Return the loss that ranks a variant: KL, else the perplexity ratio; None where it isn't ranked."""
     for name in ("kl_nats", "ppl_ratio"):
         if variant.status == "done" and variant.ranked and not variant.void and name in variant.metrics:
             return variant.metrics[name].value
     return None
 
 
-def mark_pareto(variants: list[Variant]) -> list[Variant]:
-    """The variants, marked where no other is as small and as near the baseline, and better in one."""
+def mark_pareto(variants: list[VariantReport]) -> list[VariantReport]:
+    """Mark the variants that no other equals in size and loss and beats in one."""
     points = {v.name: (v.size_bytes, q) for v in variants if (q := quality(v)) is not None}
     front = {
         name
@@ -120,12 +132,13 @@ _NO_TOKENS = _Tokens({}, {}, {}, {}, {}, None)
 
 
 def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
-    """One model after the other, so that only one variant's rows are held beside the baseline's."""
+    """Measure one model after the other, so that only one variant's rows are held next to the baseline's."""
     run, baseline = paired.record, paired.baseline_tokens
     wants_ppl = "ppl" in run.metrics
-    own = measure_tokens.baseline_perplexity(baseline, protocol, run.seed) if wants_ppl else {}
-    metrics = {BASELINE: own}
-    _require_finite(metrics[BASELINE])
+    base_metrics = measure_tokens.baseline_perplexity(baseline, protocol, run.seed) if wants_ppl else {}
+    metrics = {BASELINE_NAME: base_metrics}
+    _require_finite(metrics[BASELINE_NAME])
+
     curves: dict[str, Curve | None] = {}
     by_entropy: dict[str, list[EntropyBucket]] = {}
     by_corpus: dict[str, dict[str, Metrics]] = {}
@@ -153,7 +166,7 @@ def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protoco
 
 
 def _drift(paired: PairedRun) -> dict[str, Metrics]:
-    """How each variant follows the baseline's continuations, by name; nothing where none were run."""
+    """Return how each variant follows the baseline's continuations, by name; nothing where none were run."""
     if paired.record.drift is None:
         return {}
     seed = paired.record.seed
@@ -162,27 +175,27 @@ def _drift(paired: PairedRun) -> dict[str, Metrics]:
 
 def _items(paired: PairedRun, record: TaskRecord) -> _Items:
     task, seed, baseline = record.name, paired.record.seed, paired.baseline_items(record)
-    models = {BASELINE: baseline}
-    metrics = {BASELINE: measure_items.accuracies(task, baseline, seed)}
-    _require_finite(metrics[BASELINE])
+    models = {BASELINE_NAME: baseline}
+    metrics = {BASELINE_NAME: measure_items.accuracies(task, baseline, seed)}
+    _require_finite(metrics[BASELINE_NAME])
     for variant in paired.done:
         rows = models[variant.name] = paired.items(record, variant)
         metrics[variant.name] = measure_items.accuracies(task, rows, seed)
         metrics[variant.name] |= measure_items.changes(task, rows, baseline, seed)
     guess = measure_items.chance(baseline)
-    at_chance = measure_items.at_chance(metrics[BASELINE][f"{task}_acc"], guess)
-    found = measure_items.results(record, models, BASELINE, seed)
+    at_chance = measure_items.at_chance(metrics[BASELINE_NAME][f"{task}_acc"], guess)
+    task_results = measure_items.results(record, models, BASELINE_NAME, seed)
     family = [variant.name for variant in paired.done if variant.role == "variant"]
-    results = _with_margins(measure_items.adjusted(found, family), models, seed)
+    results = _with_margins(measure_items.adjusted(task_results, family), models, seed)
     return _Items(Task(record=record, chance=guess, baseline_at_chance=at_chance), metrics, results)
 
 
 def _with_margins(results: dict[str, TaskResult], models: dict[str, ItemRows], seed: int) -> dict[str, TaskResult]:
-    """The results with flips by the baseline's margin, where there are flips."""
+    """Return the results with flips by the baseline's margin, where there are flips."""
     return {
         name: result
         if result.flips is None
-        else result.model_copy(update={"flips_by_margin": flips_by_margin(models[name], models[BASELINE], seed)})
+        else result.model_copy(update={"flips_by_margin": flips_by_margin(models[name], models[BASELINE_NAME], seed)})
         for name, result in results.items()
     }
 
@@ -190,7 +203,7 @@ def _with_margins(results: dict[str, TaskResult], models: dict[str, ItemRows], s
 def _merged(
     tokens: _Tokens, items: list[_Items], drift: dict[str, Metrics], names: list[str]
 ) -> tuple[dict[str, Metrics], dict[str, dict[str, TaskResult]]]:
-    """Each model's metrics of all kinds, and its tasks' results."""
+    """Return each model's metrics of all kinds, and its tasks' results."""
     metrics = {name: tokens.metrics.get(name, {}) | drift.get(name, {}) for name in names}
     for each in items:
         for name in names:
@@ -205,7 +218,7 @@ def _require_finite(baseline: Metrics) -> None:
 
 
 def _broken(metrics: Metrics) -> str | None:
-    """Which numbers are not finite, in a sentence; None where all are."""
+    """Return which numbers are not finite, in a sentence; None where all are."""
     bad = [f"{name} ({metric.non_finite} of {metric.n})" for name, metric in metrics.items() if metric.non_finite]
     return f"Values that are not finite: {', '.join(bad)}." if bad else None
 
@@ -216,10 +229,11 @@ def _variant(
     metrics: dict[str, Metrics],
     results: dict[str, dict[str, TaskResult]],
     tokens: _Tokens,
-) -> Variant:
-    own = metrics.get(record.name, {})
-    broken = _broken(own)
+) -> VariantReport:
+    own_metrics = metrics.get(record.name, {})
+    broken = _broken(own_metrics)
     status = "broken" if broken else record.status
+
     mix = None
     if record.groups:
         mix = Mix(
@@ -227,45 +241,47 @@ def _variant(
             budget_bits_per_weight=record.budget_bits_per_weight,
             groups=record.groups,
         )
+
+    # the rest stands in the record as it is
     copied = (
         "name", "role", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
         "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
         "twin", "runtime",
     )  # fmt: skip
-    return Variant(
+    return VariantReport(
         **{name: getattr(record, name) for name in copied},
         status=status,
         error=broken or record.error,
         saving=1 - record.size_bytes / run.baseline_size_bytes,
         pareto=False,
-        metrics=own,
+        metrics=own_metrics,
         tasks=results.get(record.name, {}),
         kl_curve=tokens.curves.get(record.name),
         by_corpus=tokens.by_corpus.get(record.name, {}),
         kl_by_entropy=tokens.by_entropy.get(record.name, []),
         mix=mix,
-        kept=_kept(record),
+        kept=_float_weights(record),
         void=void(run, record),
     )
 
 
-def _kept(record: VariantRecord) -> list[Kept]:
-    weights = Counter(kept.reason for kept in record.kept)
+def _float_weights(record: VariantRecord) -> list[Kept]:
+    weights = Counter(weight.reason for weight in record.kept)
     parameters: Counter[str] = Counter()
-    for kept in record.kept:
-        parameters[kept.reason] += kept.parameters
+    for weight in record.kept:
+        parameters[weight.reason] += weight.parameters
     return [
         Kept(reason=reason, weights=count, parameters=parameters[reason]) for reason, count in weights.most_common()
     ]
 
 
-def _comparisons(tokens: _Tokens, seed: int) -> list[Comparison]:
-    """Each variant against the next in KL, paired."""
+def _comparisons(tokens: _Tokens, seed: int) -> list[ComparisonReport]:
+    """Compare each variant with the next in KL, paired."""
     if tokens.windows is None:
         return []
     ranked = sorted(tokens.kl, key=lambda name: float(tokens.kl[name].mean()))
     return [
-        Comparison(
+        ComparisonReport(
             metric="kl_nats",
             better_name=better,
             other_name=other,

@@ -1,4 +1,4 @@
-"""One perplexity from the rows by the run's convention, beside `ppl`, which is the mean over all scored tokens.
+"""One perplexity from the rows by the run's convention, next to `ppl`, which is the mean over all scored tokens.
 
 Each is a weighted mean of the windows' own mean NLLs, put through a monotonous function; so its interval is that of
 the mean, resampled by windows. The figure's name is the convention's, so that none is laid beside another's.
@@ -10,12 +10,12 @@ from math import log
 
 import numpy as np
 
+from qeval.report.align import TokenRows
 from qeval.report.model import Metric, Metrics
-from qeval.report.pairing import TokenRows
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats
 from qeval.store.run import ProtocolRecord
-from qeval.tasks.conventions import CONVENTIONS, DEFAULT_CONVENTION, Reduction
+from qeval.tasks.protocols import CONVENTIONS, DEFAULT_CONVENTION, Reduction
 from qeval.types import Estimate
 
 RATIO = f"Perplexity ratio ({DEFAULT_CONVENTION})"
@@ -41,25 +41,36 @@ class _Kind:
     change: Change
 
 
-def title(name: str) -> str:
-    """A figure's name for readers; `ppl` is the default convention's."""
+def convention_title(name: str) -> str:
+    """Return a figure's name for readers; `ppl` is the default convention's."""
     return f"Perplexity ({DEFAULT_CONVENTION})" if name == "ppl" else _TITLES[name]
 
 
-def names(protocol: ProtocolRecord) -> list[str]:
-    """The figures that the run's convention adds to `ppl`; none where it is the default's own."""
+def convention_names(protocol: ProtocolRecord) -> list[str]:
+    """Return the figures that the run's convention adds to `ppl`; none where it is the default's own."""
     return list(_kinds(protocol))
 
 
 def convention_metrics(rows: TokenRows, protocol: ProtocolRecord, seed: int) -> Metrics:
-    """The figures of the run's convention, from rows that are finite."""
-    clusters, nll = rows.clusters("nll"), rows.of("nll")
-    weights = _weights(rows, clusters, CONVENTIONS[protocol.convention].reduction)
-    sums = clusters.sums(nll) / clusters.sizes() * weights
-    found = {}
+    """Return the figures of the run's convention, from rows that are finite."""
+    windows, nll = rows.by_window("nll"), rows.of("nll")
+    weights = _weights(rows, windows, CONVENTIONS[protocol.convention].reduction)
+    sums = windows.sums(nll) / windows.sizes() * weights
+
+    # windows that overlap or repeat are drawn together
+    clusters = _together(rows, windows)
+    sums, weights = clusters.sums(sums), clusters.sums(weights)
+    metrics = {}
     for name, kind in _kinds(protocol).items():
-        found[name] = Metric.of(_estimate(sums, weights, nll.size, kind, seed))
-    return found
+        metrics[name] = Metric.of(_estimate(sums, weights, nll.size, kind, seed))
+    return metrics
+
+
+def _together(rows: TokenRows, windows: Clusters) -> Clusters:
+    """Return the cluster of each window that has an NLL."""
+    labels = np.zeros(windows.count, np.int64)
+    labels[windows.ids] = rows.clusters_of_rows[rows.scored["nll"]]
+    return Clusters.of(labels)
 
 
 def _estimate(sums: Floats, weights: Floats, n: int, kind: _Kind, seed: int) -> Estimate:
@@ -82,7 +93,7 @@ def _kinds(protocol: ProtocolRecord) -> dict[str, _Kind]:
 
 
 def _weights(rows: TokenRows, clusters: Clusters, reduction: Reduction) -> Floats:
-    """What each window's mean counts, [windows].
+    """Return the weight of each window's mean, [windows].
 
     The guide labels all tokens that are new in a window, the first of the text too, and counts one less in each.
     """

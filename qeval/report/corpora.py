@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qeval.report.align import Mask, TokenRows
 from qeval.report.conventions import RATIO
+from qeval.report.document import Table, TableCell, metric_cell
 from qeval.report.model import Metric, Metrics, Report
-from qeval.report.page import Cell, Table, metric_cell
-from qeval.report.pairing import Mask, TokenRows
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats
 from qeval.stats.estimates import Transform
@@ -22,7 +22,7 @@ _PPL: dict[str, _Kind] = {"ppl_ratio": ("ratio", "lower", np.exp)}
 
 
 def by_corpus(rows: TokenRows, baseline: TokenRows, protocol: ProtocolRecord, run: RunRecord) -> dict[str, Metrics]:
-    """Each text's metrics and the mean over the texts under `macro`.
+    """Return each text's metrics and the mean over the texts under `macro`.
 
     Empty where there is one text, or where rows are not finite; a text of which no window was drawn is left out.
     """
@@ -30,31 +30,34 @@ def by_corpus(rows: TokenRows, baseline: TokenRows, protocol: ProtocolRecord, ru
     masks = {name: mask for name, mask in masks.items() if mask.any()}
     if len(masks) < 2:
         return {}
-    found: dict[str, Metrics] = {name: {} for name in (*masks, MACRO)}
+
+    metrics_of: dict[str, Metrics] = {name: {} for name in (*masks, MACRO)}
     for metric, (unit, better, transform) in _kinds(run).items():
         column = "nll" if metric == "ppl_ratio" else metric
         values, scored = _values(rows, baseline, metric), rows.scored[column]
         if not np.isfinite(values[scored]).all():
             return {}
+
+        # each text apart, then their mean
         chosen = {name: mask & scored for name, mask in masks.items()}
-        parts = [(values[mask], Clusters.of(rows.windows[mask])) for mask in chosen.values()]
+        parts = [(values[mask], Clusters.of(rows.clusters_of_rows[mask])) for mask in chosen.values()]
         for names, of in ((tuple(masks), [[part] for part in parts]), ((MACRO,), [parts])):
             for name, each in zip(names, of, strict=True):
                 estimate = estimates.mean_of_means(each, unit=unit, better=better, seed=run.seed, transform=transform)
-                found[name][metric] = Metric.of(estimate)
-    return found
+                metrics_of[name][metric] = Metric.of(estimate)
+    return metrics_of
 
 
-def tables(report: Report) -> Iterator[Table]:
-    """Every variant on every text, and over them, where there are several."""
+def corpus_tables(report: Report) -> Iterator[Table]:
+    """Yield every variant on every text, and over them, where there are several."""
     rows = [
         (
-            Cell(v.name),
-            Cell("all, each as one" if name == MACRO else name),
-            *(metric_cell(found.get(m)) for m in _TITLES),
+            TableCell(v.name),
+            TableCell("all, each as one" if name == MACRO else name),
+            *(metric_cell(metrics.get(m)) for m in _TITLES),
         )
         for v in report.variants
-        for name, found in v.by_corpus.items()
+        for name, metrics in v.by_corpus.items()
     ]
     if rows:
         note = "The last of each variant is the mean over the texts, each counting as one whatever its length."

@@ -1,8 +1,8 @@
 """The section on greedy continuations."""
 
+from qeval.report.document import Section, Table, TableCell, metric_cell
 from qeval.report.measure_drift import REJOIN_TOKENS
-from qeval.report.model import Report, Variant
-from qeval.report.page import Cell, Section, Table, metric_cell
+from qeval.report.model import Report, VariantReport
 
 _COLUMNS = {
     "drift_equal": "Tokens equal",
@@ -21,20 +21,20 @@ _NOTE = (
 )
 
 
-def section(report: Report) -> Section | None:
-    """The table of continuations; None where none were run."""
-    made = report.drift
-    if made is None:
+def drift_section(report: Report) -> Section | None:
+    """Return the section of continuations; None where none were run."""
+    record = report.drift
+    if record is None:
         return None
-    start = "BOS starts each" if made.bos else "no BOS"
-    told = (
-        f"{made.prompts} prompts of {made.prompt_tokens} tokens of {made.corpus} ({start}), each continued greedily by "
-        f"the baseline with {made.generated} tokens."
+    start = "BOS starts each" if record.bos else "no BOS"
+    sentence = (
+        f"{record.prompts} prompts of {record.prompt_tokens} tokens of {record.corpus} ({start}), each continued "
+        f"greedily by the baseline with {record.generated} tokens."
     )
     rows = tuple(_row(variant) for variant in report.variants)
     table = Table("Greedy continuations against the baseline's", ("Variant", *_COLUMNS.values()), rows, _NOTE)
-    return Section("drift", "Greedy continuations", (told,), tables=(table,))
+    return Section("drift", "Greedy continuations", (sentence,), tables=(table,))
 
 
-def _row(variant: Variant) -> tuple[Cell, ...]:
-    return Cell(variant.name), *(metric_cell(variant.metrics.get(name)) for name in _COLUMNS)
+def _row(variant: VariantReport) -> tuple[TableCell, ...]:
+    return TableCell(variant.name), *(metric_cell(variant.metrics.get(name)) for name in _COLUMNS)

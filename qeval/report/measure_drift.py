@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qeval.report.align import DriftRows
 from qeval.report.measure_tokens import as_metrics
 from qeval.report.model import Metric, Metrics
-from qeval.report.pairing import DriftRows
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats, Ints
 from qeval.types import Better
@@ -37,7 +37,7 @@ class Left:
 
 
 def drift_metrics(rows: DriftRows, seed: int) -> Metrics:
-    """How far a variant's greedy continuations follow the baseline's; nothing where some distances are not finite."""
+    """Return how far greedy continuations follow the baseline's; nothing where distances are not finite."""
     if bad := non_finite(rows):
         total = rows.kl_nats.size
         return {name: Metric.broken(unit, better, total, bad) for name, (unit, better) in _KINDS.items()}
@@ -50,12 +50,12 @@ def drift_metrics(rows: DriftRows, seed: int) -> Metrics:
 
 
 def non_finite(rows: DriftRows) -> int:
-    """How many rows have a distance that is NaN or infinite."""
+    """Return how many rows have a distance that is NaN or infinite."""
     return int(np.count_nonzero(~np.isfinite(rows.kl_nats) | ~np.isfinite(rows.margin_nats)))
 
 
 def columns(rows: DriftRows) -> dict[str, tuple[Floats, Clusters]]:
-    """What each metric is the mean of: values of tokens, of prompts, or of the prompts at which a run leaves."""
+    """Return what each metric is the mean of: values of tokens, of prompts, or of the prompts at which a run leaves."""
     prompts, generated = rows.pred.shape
     equal, left = rows.pred == rows.tokens, leaving(rows)
     first = np.full(prompts, generated, np.float64)
@@ -72,17 +72,19 @@ def columns(rows: DriftRows) -> dict[str, tuple[Floats, Clusters]]:
 
 
 def leaving(rows: DriftRows) -> Left:
-    """Where free runs leave the baseline."""
+    """Return where free runs leave the baseline."""
     other = rows.pred != rows.tokens
     prompts = np.flatnonzero(other.any(axis=1))
     return Left(prompts, other[prompts].argmax(axis=1))
 
 
 def rejoined(rows: DriftRows, left: Left) -> Floats:
-    """1 where the tokens after the forced one agree, else 0; runs that leave too near the end to tell are left out."""
+    """Return 1 where the tokens after the forced one agree, else 0; runs that leave near the end are left out."""
     equal, generated = rows.pred == rows.tokens, rows.pred.shape[1]
-    told = [(p, at) for p, at in zip(left.prompts, left.positions, strict=True) if at + REJOIN_TOKENS < generated]
-    return np.asarray([equal[p, at + 1 : at + 1 + REJOIN_TOKENS].all() for p, at in told], np.float64)
+    long_enough = [
+        (p, at) for p, at in zip(left.prompts, left.positions, strict=True) if at + REJOIN_TOKENS < generated
+    ]
+    return np.asarray([equal[p, at + 1 : at + 1 + REJOIN_TOKENS].all() for p, at in long_enough], np.float64)
 
 
 def _by_prompt(values: Floats) -> tuple[Floats, Clusters]:

@@ -7,11 +7,11 @@ resample its questions.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qeval.report.align import ItemRows, Mask
+from qeval.report.independent import is_first_question, question_clusters
 from qeval.report.measure_tokens import as_metrics
 from qeval.report.model import Flips, GroupScore, Metric, Metrics, TaskResult
-from qeval.report.pairing import ItemRows, Mask
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats, Ints
 from qeval.stats.flips import holm, mcnemar
@@ -22,49 +22,52 @@ _UNCATEGORIZED = "uncategorized"
 
 
 def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:
-    """One model's accuracy: by questions, by subject, and length-normalized where the task has it."""
+    """Return one model's accuracy: by questions, by subject, and length-normalized where the task has it."""
     bad = int(rows.non_finite().sum())
     names = [f"{task}_acc", f"{task}_acc_macro", *([f"{task}_acc_norm"] if rows.acc_norm is not None else [])]
     if bad:
         return {name: Metric.broken("fraction", "higher", len(rows.items), bad) for name in names}
-    clusters = subjects_or_questions(rows.subjects)
-    found = {
+    clusters = question_clusters(rows.subjects, rows.prompts)
+    metrics = {
         f"{task}_acc": _share(rows.acc, clusters, "higher", seed),
         f"{task}_acc_macro": _macro(rows, seed),
     }
     if rows.acc_norm is not None:
-        found[f"{task}_acc_norm"] = _share(rows.acc_norm, clusters, "higher", seed)
-    return as_metrics(found)
+        metrics[f"{task}_acc_norm"] = _share(rows.acc_norm, clusters, "higher", seed)
+    return as_metrics(metrics)
 
 
 def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics:
-    """What changed from the baseline, question by question."""
+    """Return what changed from the baseline, question by question."""
     went = transitions(rows, baseline)
     kinds: dict[str, Better] = {
         "acc_diff": "higher", "flips": "lower", "right_to_wrong": "lower", "wrong_to_right": "higher",
         "wrong_to_other": "lower", "choice_kl_nats": "lower",
     }  # fmt: skip
+
+    # nothing is averaged where a row is not finite
     bad = int(rows.non_finite().sum())
     if bad:
         units = {name: "nats" if name.endswith("nats") else "fraction" for name in kinds}
         return {
             f"{task}_{name}": Metric.broken(units[name], better, len(rows.items), bad) for name, better in kinds.items()
         }
-    clusters = subjects_or_questions(rows.subjects)
+
+    clusters = question_clusters(rows.subjects, rows.prompts)
     shares = {
         "flips": went["right_to_wrong"] | went["wrong_to_right"],
         **{name: went[name] for name in ("right_to_wrong", "wrong_to_right", "wrong_to_other")},
     }
-    found = {name: _share(share, clusters, kinds[name], seed) for name, share in shares.items()}
-    found["acc_diff"] = _share(rows.acc - baseline.acc, clusters, "higher", seed)
-    found["choice_kl_nats"] = estimates.mean(
+    metrics = {name: _share(share, clusters, kinds[name], seed) for name, share in shares.items()}
+    metrics["acc_diff"] = _share(rows.acc - baseline.acc, clusters, "higher", seed)
+    metrics["choice_kl_nats"] = estimates.mean(
         choice_kl_nats(rows, baseline), clusters, unit="nats", better="lower", seed=seed
     )
-    return as_metrics({f"{task}_{name}": found[name] for name in kinds})
+    return as_metrics({f"{task}_{name}": metrics[name] for name in kinds})
 
 
 def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed: int) -> dict[str, TaskResult]:
-    """A task taken apart for every model of `models`; differences are from the model named `first`."""
+    """Take a task apart for every model of `models`; differences are from the model named `first`."""
     finite = {name: rows for name, rows in models.items() if not rows.non_finite().any()}
     tables: dict[str, dict[str, dict[str, GroupScore]]] = {name: {} for name in finite}
     for what, masks in group_masks(record, models[first]).items():
@@ -73,8 +76,10 @@ def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed
         for label, chosen in masks.items():
             for name, score in _scores(finite, chosen, first, seed).items():
                 tables[name][what][label] = score
-    counts = {name: flips(rows, models[first]) for name, rows in finite.items() if name != first}
-    p_values = {name: mcnemar(found.right_to_wrong, found.wrong_to_right) for name, found in counts.items()}
+
+    # what became of the answers
+    counts = {name: count_flips(rows, models[first]) for name, rows in finite.items() if name != first}
+    p_values = {name: flips_p(rows, models[first]) for name, rows in finite.items() if name != first}
     return {
         name: TaskResult(
             by_category=tables.get(name, {}).get("by_category", {}),
@@ -86,15 +91,24 @@ def results(record: TaskRecord, models: Mapping[str, ItemRows], first: str, seed
     }
 
 
-def adjusted(found: Mapping[str, TaskResult], family: Sequence[str]) -> dict[str, TaskResult]:
-    """The results with the tests of those named in `family` corrected together, after Holm."""
-    tested = {name: p for name in family if (p := found[name].flips_p) is not None}
+def flips_p(rows: ItemRows, baseline: ItemRows) -> float:
+    """Return the p-value of McNemar's exact test on the flips of distinct questions."""
+    went, counted = transitions(rows, baseline), is_first_question(rows.prompts)
+    return mcnemar(*(int((went[way] & counted).sum()) for way in ("right_to_wrong", "wrong_to_right")))
+
+
+def adjusted(task_results: Mapping[str, TaskResult], family: Sequence[str]) -> dict[str, TaskResult]:
+    """Return the results with the tests of those named in `family` corrected together, after Holm."""
+    tested = {name: p for name in family if (p := task_results[name].flips_p) is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {name: result.model_copy(update={"flips_p_adjusted": corrected.get(name)}) for name, result in found.items()}
+    return {
+        name: result.model_copy(update={"flips_p_adjusted": corrected.get(name)})
+        for name, result in task_results.items()
+    }
 
 
 def group_masks(record: TaskRecord, rows: ItemRows) -> dict[str, dict[str, Mask]]:
-    """Which questions belong to each category and subject, [questions] each; categories first."""
+    """Return which questions belong to each category and subject, [questions] each; categories first."""
     subjects = rows.subjects.astype(str)
     categories = np.asarray([record.categories.get(subject, _UNCATEGORIZED) for subject in subjects])
     return {
@@ -104,50 +118,44 @@ def group_masks(record: TaskRecord, rows: ItemRows) -> dict[str, dict[str, Mask]
 
 
 def at_chance(accuracy: Metric, guess: float) -> bool:
-    """Whether an accuracy's interval includes what guessing gives."""
+    """Return whether an accuracy's interval includes what guessing gives."""
     return accuracy.low is not None and accuracy.high is not None and accuracy.low <= guess <= accuracy.high
 
 
-def flips(rows: ItemRows, baseline: ItemRows) -> Flips:
-    """What became of the answers, in numbers of questions."""
+def count_flips(rows: ItemRows, baseline: ItemRows) -> Flips:
+    """Return what became of the answers, in numbers of questions."""
     return Flips(**{name: int(went.sum()) for name, went in transitions(rows, baseline).items()})
 
 
 def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
-    """KL(baseline || variant) over the softmax of each question's log-likelihoods, [questions]."""
-    log_p, log_q = log_softmax(baseline), log_softmax(rows)
+    """Return KL(baseline || variant) over the softmax of each question's log-likelihoods, [questions]."""
+    log_p, log_q = log_softmax_rows(baseline), log_softmax_rows(rows)
     return np.asarray(np.add.reduceat(np.exp(log_p) * (log_p - log_q), rows.starts), np.float64)
 
 
 def chance(rows: ItemRows) -> float:
-    """The expected accuracy of guessing: the mean of 1 / (number of choices)."""
+    """Return the expected accuracy of guessing: the mean of 1 / (number of choices)."""
     return float(np.mean(1 / rows.counts()))
 
 
-def subjects_or_questions(subjects: NDArray[np.object_]) -> Clusters:
-    """Subjects as clusters; where there is but one, its questions."""
-    found = Clusters.of(subjects.astype(str))
-    return found if found.count > 1 else Clusters.single_rows(len(subjects))
-
-
 def _scores(models: Mapping[str, ItemRows], chosen: Mask, first: str, seed: int) -> dict[str, GroupScore]:
-    clusters = subjects_or_questions(models[first].subjects[chosen])
+    clusters = question_clusters(models[first].subjects[chosen], models[first].prompts[chosen])
     accs = {name: rows.acc[chosen] for name, rows in models.items()}
     others = [name for name in models if name != first]
     columns = [*accs.values(), *(accs[name] - accs[first] for name in others)]
-    found = estimates.means(columns, clusters, unit="fraction", better="higher", seed=seed)
-    own = dict(zip(accs, found[: len(accs)], strict=True))
-    differences = dict(zip(others, found[len(accs) :], strict=True))
+    means = estimates.means(columns, clusters, unit="fraction", better="higher", seed=seed)
+    by_metric = dict(zip(accs, means[: len(accs)], strict=True))
+    differences = dict(zip(others, means[len(accs) :], strict=True))
     return {
         name: GroupScore(
-            acc=Metric.of(own[name]), difference=Metric.of(differences[name]) if name in differences else None
+            acc=Metric.of(by_metric[name]), difference=Metric.of(differences[name]) if name in differences else None
         )
         for name in models
     }
 
 
 def transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
-    """Which questions went which way, [questions] each; every question went one of them."""
+    """Return which questions went which way, [questions] each; every question went one of them."""
     was, now = baseline.pred == baseline.gold, rows.pred == rows.gold
     same = rows.pred == baseline.pred
     return {
@@ -159,8 +167,8 @@ def transitions(rows: ItemRows, baseline: ItemRows) -> dict[str, Mask]:
     }
 
 
-def log_softmax(rows: ItemRows) -> Floats:
-    """The log-likelihoods (nats), normalized over each question's choices; [choices of all questions]."""
+def log_softmax_rows(rows: ItemRows) -> Floats:
+    """Return the log-likelihoods (nats), normalized over each question's choices; [choices of all questions]."""
     question = np.repeat(np.arange(len(rows.starts)), rows.counts())
     shifted = rows.choices - np.maximum.reduceat(rows.choices, rows.starts)[question]
     return np.asarray(shifted - np.log(np.add.reduceat(np.exp(shifted), rows.starts))[question], np.float64)
@@ -171,8 +179,8 @@ def _share(values: Floats | Mask | Ints, clusters: Clusters, better: Better, see
 
 
 def _macro(rows: ItemRows, seed: int) -> Estimate:
-    """Accuracy by subject; of one subject it is the plain accuracy, resampled by questions as that is."""
+    """Return accuracy by subject; of one subject the plain accuracy, resampled by questions as that is."""
     clusters = Clusters.of(rows.subjects.astype(str))
     if clusters.count < 2:
-        return _share(rows.acc, subjects_or_questions(rows.subjects), "higher", seed)
+        return _share(rows.acc, question_clusters(rows.subjects, rows.prompts), "higher", seed)
     return estimates.macro_mean(rows.acc, clusters, unit="fraction", better="higher", seed=seed)

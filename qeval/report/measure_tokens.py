@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from qeval.report.align import TokenRows
 from qeval.report.conventions import convention_metrics
 from qeval.report.model import Curve, Metric, Metrics
-from qeval.report.pairing import TokenRows
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats
 from qeval.store.run import ProtocolRecord
@@ -31,28 +31,31 @@ _LARGEST_EXPONENT = 700.0  # exp of more than 709 is infinite in float64
 
 
 def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
-    """How far the variant's distributions lie from the baseline's; `top1_agreement` with them."""
+    """Return how far the variant's distributions lie from the baseline's; `top1_agreement` with them."""
     bad = _count_bad(rows, ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt"))
     if bad:
         tails: dict[str, tuple[str, Better]] = dict.fromkeys((*KL_LEVELS, "kl_nats_max"), ("nats", "lower"))
         tails |= {"kl_nats_p99_over_mean": ("ratio", "neither")}
         return _broken(_KL_MEANS | tails, int(rows.scored["kl_nats"].sum()), bad)
+
     clusters, kl = rows.clusters("kl_nats"), rows.of("kl_nats")
-    found = {
+    metrics = {
         name: estimates.mean(rows.of(name), clusters, unit=unit, better=better, seed=seed)
         for name, (unit, better) in _KL_MEANS.items()
     }
+
+    # the tail
     levels = list(KL_LEVELS.values())
     quantiles = estimates.quantiles(kl, levels, clusters, unit="nats", better="lower", seed=seed)
-    found |= dict(zip(KL_LEVELS, quantiles, strict=True))
+    metrics |= dict(zip(KL_LEVELS, quantiles, strict=True))
     if kl.size and kl.sum() > 0:
-        found["kl_nats_p99_over_mean"] = estimates.quantile_over_mean(kl, 0.99, clusters, better="neither", seed=seed)
-    found["kl_nats_max"] = estimates.maximum(kl, clusters, unit="nats", better="lower")
-    return as_metrics(found)
+        metrics["kl_nats_p99_over_mean"] = estimates.quantile_over_mean(kl, 0.99, clusters, better="neither", seed=seed)
+    metrics["kl_nats_max"] = estimates.maximum(kl, clusters, unit="nats", better="lower")
+    return as_metrics(metrics)
 
 
 def kernel_metrics(rows: TokenRows, seed: int) -> Metrics:
-    """How far the model lies from the same weights in torch; none where it was not compared with them."""
+    """Return how far the model lies from the same weights in torch; none where it was not compared with them."""
     total = int(rows.scored["kernel_kl_nats"].sum())
     if not total:
         return {}
@@ -64,7 +67,7 @@ def kernel_metrics(rows: TokenRows, seed: int) -> Metrics:
 
 
 def kl_curve(rows: TokenRows) -> Curve | None:
-    """Which share of positions has at least which KL, down to the single worst one; None where not finite."""
+    """Return which share of positions has at least which KL, down to the single worst one; None where not finite."""
     kl = np.sort(rows.of("kl_nats"))
     if not kl.size or not np.isfinite(kl).all():
         return None
@@ -73,32 +76,32 @@ def kl_curve(rows: TokenRows) -> Curve | None:
 
 
 def baseline_perplexity(rows: TokenRows, protocol: ProtocolRecord, seed: int) -> Metrics:
-    """The baseline's own perplexity, over all scored tokens and by the run's convention."""
+    """Return the baseline's own perplexity, over all scored tokens and by the run's convention."""
     bad = _count_bad_nll(rows)
     if bad:
         return _broken({"ppl": _NLL_KINDS["ppl"]}, int(rows.scored["nll"].sum()), bad)
-    own = as_metrics({"ppl": estimates.perplexity(rows.of("nll"), rows.clusters("nll"), seed=seed)})
-    return own | convention_metrics(rows, protocol, seed)
+    metrics = as_metrics({"ppl": estimates.perplexity(rows.of("nll"), rows.clusters("nll"), seed=seed)})
+    return metrics | convention_metrics(rows, protocol, seed)
 
 
 def nll_metrics(rows: TokenRows, baseline: TokenRows, protocol: ProtocolRecord, seed: int) -> Metrics:
-    """Perplexity (also by the run's convention), its ratio to the baseline's, and the paired difference of NLL."""
+    """Return perplexity (also by the run's convention), its ratio to the baseline's, and the difference of NLL."""
     bad = _count_bad_nll(rows)
     if bad:
         return _broken(_NLL_KINDS, int(rows.scored["nll"].sum()), bad)
     nll, base, clusters = rows.of("nll"), baseline.of("nll"), rows.clusters("nll")
-    found = as_metrics(
+    metrics = as_metrics(
         {
             "ppl": estimates.perplexity(nll, clusters, seed=seed),
             "ppl_ratio": estimates.perplexity_ratio(nll, base, clusters, seed=seed),
             "nll_diff_nats": estimates.difference(nll, base, clusters, unit="nats", better="lower", seed=seed),
         }
     )
-    return found | convention_metrics(rows, protocol, seed)
+    return metrics | convention_metrics(rows, protocol, seed)
 
 
 def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
-    """The change of the true token's probability: mean and root mean square; none where not scored."""
+    """Return the change of the true token's probability: mean and root mean square; none where not scored."""
     total = int(rows.scored["delta_p"].sum())
     if not total:
         return {}
@@ -115,13 +118,13 @@ def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
 
 
 def kl_difference(kl: Floats, other: Floats, windows: Clusters, seed: int) -> Metric:
-    """The mean of two variants' paired differences in KL, from their rows [rows]."""
+    """Return the mean of two variants' paired differences in KL, from their rows [rows]."""
     return Metric.of(estimates.difference(kl, other, windows, unit="nats", better="lower", seed=seed))
 
 
-def as_metrics(found: dict[str, Estimate]) -> Metrics:
-    """Estimates in the file's form."""
-    return {name: Metric.of(estimate) for name, estimate in found.items()}
+def as_metrics(named: dict[str, Estimate]) -> Metrics:
+    """Return estimates in the file's form."""
+    return {name: Metric.of(estimate) for name, estimate in named.items()}
 
 
 def _broken(kinds: dict[str, tuple[str, Better]], total: int, bad: int) -> Metrics:
@@ -129,16 +132,16 @@ def _broken(kinds: dict[str, tuple[str, Better]], total: int, bad: int) -> Metri
 
 
 def _count_bad_nll(rows: TokenRows) -> int:
-    """As `_count_bad`; all rows, where they are finite but a window's perplexity is not a float64 any more."""
+    """Count as `_count_bad`; all rows, where they are finite but a window's perplexity is no float64 any more."""
     bad = _count_bad(rows, ("nll",))
     if bad or not rows.scored["nll"].any():
         return bad
-    clusters, nll = rows.clusters("nll"), rows.of("nll")
+    clusters, nll = rows.by_window("nll"), rows.of("nll")
     return nll.size if (clusters.sums(nll) / clusters.sizes()).max() > _LARGEST_EXPONENT else 0
 
 
 def _count_bad(rows: TokenRows, columns: tuple[str, ...]) -> int:
-    """In how many rows any of the columns is scored and not finite."""
+    """Return in how many rows any of the columns is scored and not finite."""
     bad = np.zeros(len(rows.windows), np.bool_)
     for column in columns:
         bad |= rows.scored[column] & ~np.isfinite(rows.values[column])

@@ -1,4 +1,4 @@
-"""What `report.json` holds, schema version 1. `configs/report.schema.json` is made from this module.
+"""The content of `report.json`, schema version 1. `configs/report.schema.json` is made from this module.
 
 The keys that other programs may lean on, and that stay where they are as long as `schema_version` is 1:
 
@@ -83,12 +83,12 @@ class Metric(_Part):
 
     @classmethod
     def of(cls, estimate: Estimate) -> "Metric":
-        """The metric of an estimate from finite rows."""
+        """Return the metric of an estimate from finite rows."""
         return cls.model_validate(vars(estimate))
 
     @classmethod
     def broken(cls, unit: str, better: Better, n: int, non_finite: int) -> "Metric":
-        """The metric that `non_finite` of `n` rows left without a value."""
+        """Return the metric that `non_finite` of `n` rows left without a value."""
         return cls(value=None, low=None, high=None, unit=unit, better=better, n=n, clusters=0, non_finite=non_finite)
 
 
@@ -103,7 +103,7 @@ class GroupScore(_Part):
 
 
 class Flips(_Part):
-    """What became of the questions' answers, in numbers of questions; they sum to all questions."""
+    """The changes of the questions' answers, in numbers of questions; they sum to all questions."""
 
     right_to_right: int
     right_to_wrong: int
@@ -166,14 +166,14 @@ class Kept(_Part):
 
 
 class Mix(_Part):
-    """How a mixed variant's bits were given out."""
+    """The distribution of a mixed variant's bits."""
 
     importance: str
     budget_bits_per_weight: float | None
     groups: list[GroupRecord]
 
 
-class Variant(_Part):
+class VariantReport(_Part):
     """One variant: how it was made, how big it is, what it lost."""
 
     name: str
@@ -208,11 +208,11 @@ class Variant(_Part):
 
     @property
     def ranked(self) -> bool:
-        """Whether it stands for itself: not the noise floor, nor another variant on a second backend."""
+        """Return whether it stands for itself: not the noise floor, nor another variant on a second backend."""
         return self.role == "variant" and self.twin is None
 
 
-class Baseline(_Part):
+class BaselineReport(_Part):
     """The unquantized model, in the same shape as far as it goes."""
 
     label: str
@@ -232,7 +232,7 @@ class Task(_Part):
     baseline_at_chance: bool
 
 
-class Comparison(_Part):
+class ComparisonReport(_Part):
     """Two variants that follow one another in KL: `better_name`'s paired difference from `other_name`'s."""
 
     metric: str
@@ -242,7 +242,7 @@ class Comparison(_Part):
 
 
 class Intervals(_Part):
-    """How every interval of the report was made."""
+    """The method behind every interval of the report."""
 
     level: float
     method: str
@@ -252,7 +252,7 @@ class Intervals(_Part):
 
 
 class Provenance(_Part):
-    """What it takes to make the report again."""
+    """The facts that it takes to make the report again."""
 
     command: str
     started: str
@@ -271,9 +271,9 @@ class Report(_Part):
 
     schema_version: Literal[1]
     model: ModelRecord
-    baseline: Baseline
-    variants: list[Variant]
-    comparisons: list[Comparison]
+    baseline: BaselineReport
+    variants: list[VariantReport]
+    comparisons: list[ComparisonReport]
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
     tasks: list[Task]
@@ -285,14 +285,14 @@ class Report(_Part):
 
 
 def report_json(report: Report) -> str:
-    """The text of `report.json`."""
+    """Return the text of `report.json`."""
     return json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def schema_json() -> str:
-    """The text of `configs/report.schema.json`; `python -m qeval.report.model` prints it."""
+def report_schema_json() -> str:
+    """Return the text of `configs/report.schema.json`; `python -m qeval.report.model` prints it."""
     return json.dumps(Report.model_json_schema(mode="serialization"), indent=1) + "\n"
 
 
 if __name__ == "__main__":
-    sys.stdout.write(schema_json())
+    sys.stdout.write(report_schema_json())

@@ -1,4 +1,4 @@
-"""What a reader must be told about the numbers before reading them, in sentences."""
+"""Sentences on what limits the numbers."""
 
 from qeval.report.model import Metrics, Task
 from qeval.stats.bootstrap import FEW_CLUSTERS
@@ -6,22 +6,22 @@ from qeval.store.run import RunRecord
 
 
 def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
-    """The model's own notes, then what follows from how much was scored, and how."""
-    found = list(run.model.notes)
+    """Return the model's own notes, then what follows from how much was scored, and how."""
+    sentences = list(run.model.notes)
     if run.protocol and run.protocol.windows < FEW_CLUSTERS:
-        found.append(_few("Token metrics", run.protocol.windows, "windows"))
+        sentences.append(_few("Token metrics", run.protocol.windows, "windows"))
     for task in tasks:
-        found += _task_notes(task, baseline)
-    return found
+        sentences += _task_notes(task, baseline)
+    return sentences
 
 
-def at_chance(task: Task) -> str:
-    """The sentence about a baseline that does no better than guessing."""
+def at_chance_note(task: Task) -> str:
+    """Return the sentence about a baseline that does no better than guessing."""
     return chance_sentence(task.record.title, task.chance)
 
 
 def chance_sentence(title: str, chance: float) -> str:
-    """The same from the task's title and the accuracy of guessing."""
+    """Return that sentence from the task's title and the accuracy of guessing."""
     return (
         f"The baseline's interval on {title} includes chance ({chance:.0%}): its accuracy "
         "cannot be told from guessing, so neither can a loss of accuracy. Flips and the KL over the choices "
@@ -31,17 +31,17 @@ def chance_sentence(title: str, chance: float) -> str:
 
 def _task_notes(task: Task, baseline: Metrics) -> list[str]:
     record = task.record
-    found = [at_chance(task)] if task.baseline_at_chance else []
+    sentences = [at_chance_note(task)] if task.baseline_at_chance else []
     clusters = baseline[f"{record.name}_acc"].clusters
     if clusters < FEW_CLUSTERS:
         what = "subjects" if len(record.subjects) > 1 else "questions"
-        found.append(_few(record.title, clusters, what))
+        sentences.append(_few(record.title, clusters, what))
     if record.items_with_fewer_shots:
-        found.append(
+        sentences.append(
             f"{record.title}: {record.items_with_fewer_shots} of {record.items} prompts did not fit the "
             f"context with {record.shots} examples and were given fewer, dropped from the front."
         )
-    return found
+    return sentences
 
 
 def _few(what: str, clusters: int, unit: str) -> str:

@@ -3,35 +3,37 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import log10
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from qeval.report import conventions, split, style, words
+from qeval.report import conventions, formatting, loss_breakdown, style
 from qeval.report.build import quality
-from qeval.report.model import Metric, Report, Task, Variant
-from qeval.report.page import Plot
+from qeval.report.document import Plot
+from qeval.report.floors import largest_floor
+from qeval.report.model import Metric, Report, Task, VariantReport
+from qeval.report.plot_labels import label_points, plain_ticks
+from qeval.report.style import Drawing
 from qeval.report.tables import baseline_name
 from qeval.stats.bootstrap import Floats
 
 _ROW = 0.34  # inches a bar or dot row takes
-_WIDE = 100  # ratio of its ends from which a logarithmic axis has no minor ticks
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_FAR_BELOW = 30  # a noise floor so many times below the lowest limit would leave the points no room
 _LOG_FROM = 20  # ratio of largest to smallest above which an axis is logarithmic
 
 
-def quality_against_size(report: Report) -> Plot | None:
-    """KL (or the perplexity ratio) against size on disk, the Pareto front joined; None below two variants."""
+def quality_against_size(report: Report) -> Drawing | None:
+    """Draw KL (or the perplexity ratio) against size, the Pareto front joined; None below two variants."""
     points = [(i, v, q) for i, v in enumerate(report.variants) if (q := quality(v)) is not None]
     if len(points) < 2:
         return None
     name = "kl_nats" if "kl_nats" in points[0][1].metrics else "ppl_ratio"
-    made, axes = style.figure(3.6)
+    figure, axes = style.figure(3.2)
     front = sorted((v.size_bytes / 1e6, q) for _, v, q in points if v.pareto)
     axes.plot(*zip(*front, strict=True), color=style.muted(), linewidth=1.2, zorder=1, label="Pareto front")
     for index, variant, _ in points:
@@ -41,25 +43,33 @@ def quality_against_size(report: Report) -> Plot | None:
     axes.set_xlabel("Size on disk (MB)")
     axes.set_ylabel("KL from the baseline (nats)" if name == "kl_nats" else conventions.RATIO)
     axes.grid(True)
-    axes.margins(0.08)
-    decades(axes.yaxis)
-    made.legend(loc="outside lower center", ncols=2)
-    return _plot(
-        made,
+    axes.margins(0.14)
+    floor = _noise_floor(axes, report) if name == "kl_nats" else ""
+    plain_ticks(axes.yaxis)
+
+    # names at the points, with a legend in their place where they have no room
+    places = [(v.size_bytes / 1e6, q, v.name) for _, v, q in points]
+    intervals = [_interval_path(v.size_bytes / 1e6, v.metrics[name]) for _, v, _ in points]
+    if not label_points(figure, axes, places, [*filter(None, intervals), Path(front)]):
+        figure.legend(loc="outside lower center", ncols=2)
+    filled = formatting.listed([v.name for _, v, _ in points if v.pareto])
+    return Drawing(
+        figure,
         "quality-size",
         "Quality against size",
         f"{axes.get_ylabel()} against size on disk, one point a variant with its 95 % interval. "
-        f"Filled points are on the Pareto front: {words.listed([v.name for _, v, _ in points if v.pareto])}.",
+        f"Filled points are on the Pareto front: {filled}.{floor}",
     )
 
 
-def kl_distribution(report: Report) -> Plot | None:
-    """Which share of tokens has at least which KL; None where no variant has a KL above 0."""
+def kl_distribution(report: Report) -> Drawing | None:
+    """Draw the share of tokens with at least a given KL; None where no variant has a KL above 0."""
     known = [(i, v, v.kl_curve) for i, v in enumerate(report.variants) if v.kl_curve is not None]
     curves = [(i, v, curve) for i, v, curve in known if max(curve.kl_nats) > 0]  # no logarithm holds a variant of none
     if not curves:
         return None
-    made, axes = style.figure(3.7)
+
+    figure, axes = style.figure(3.7)
     for index, variant, curve in curves:
         kl, share = np.asarray(curve.kl_nats), np.asarray(curve.share)
         seen = kl > 0
@@ -71,63 +81,73 @@ def kl_distribution(report: Report) -> Plot | None:
             linewidth=1.6,
             label=variant.name,
         )
+
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("KL of a token (nats)")
     axes.set_ylabel("Share of tokens with at least that KL")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.set_xlim(left=max(min(c.kl_nats[len(c.kl_nats) * 9 // 10] for *_, c in curves), 1e-9))
-    decades(axes.xaxis)
+    plain_ticks(axes.xaxis)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(True)
-    made.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
+
     medians = [
-        f"{v.name} {words.value_text(v.metrics['kl_nats_p50'])}, 99 % below "
-        f"{words.value_text(v.metrics['kl_nats_p99'])}"
+        f"{v.name} {formatting.value_text(v.metrics['kl_nats_p50'])}, 99 % below "
+        f"{formatting.value_text(v.metrics['kl_nats_p99'])}"
         for _, v, _ in curves
     ]
-    return _plot(
-        made,
+    return Drawing(
+        figure,
         "kl-distribution",
         "Distribution of KL over tokens",
         f"Share of tokens with at least a given KL, both axes logarithmic. Medians in nats: {'; '.join(medians)}.",
     )
 
 
-def perplexity_bars(report: Report) -> Plot | None:
-    """Perplexity of the baseline and of every variant, with intervals; None where it was not measured."""
+def perplexity_bars(report: Report) -> Drawing | None:
+    """Draw the perplexity of the baseline and of every variant, with intervals; None where none was measured."""
     base = report.baseline.metrics.get("ppl")
     rows = [(v.name, v.metrics.get("ppl"), style.colour(i)) for i, v in enumerate(report.variants)]
     measured = [(name, m, c) for name, m, c in rows if m is not None and m.value is not None]
     if base is None or base.value is None or not measured:
         return None
+
     bars = [(baseline_name(report), base, style.muted()), *measured]
-    made, axes = style.figure(0.9 + _ROW * len(bars))
+    figure, axes = style.figure(0.9 + _ROW * len(bars))
     values = [metric.value or 0.0 for _, metric, _ in bars]
     for row, (_, metric, colour) in enumerate(bars):
         axes.barh(row, values[row], height=0.62, color=colour, alpha=0.85)
         _whisker(axes, metric, row, style.ink())
         top = metric.high if metric.high is not None else values[row]
-        axes.annotate(words.value_text(metric), (top, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            formatting.value_text(metric), (top, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+        )
+
     if max(values) > _LOG_FROM * min(values):
         axes.set_xscale("log")
     axes.set_xlim(right=axes.get_xlim()[1] * (2 if axes.get_xscale() == "log" else 1.12))
     _name_rows(axes, [name for name, _, _ in bars])
-    axes.set_xlabel(f"{conventions.title('ppl')}, lower is better")
-    said = "; ".join(f"{name} {words.metric_text(metric)}" for name, metric, _ in bars)
-    return _plot(made, "perplexity", "Perplexity", f"{conventions.title('ppl')} with 95 % intervals: {said}.")
+    axes.set_xlabel(f"{conventions.convention_title('ppl')}, lower is better")
+    values_text = "; ".join(f"{name} {formatting.metric_text(metric)}" for name, metric, _ in bars)
+    return Drawing(
+        figure, "perplexity", "Perplexity", f"{conventions.convention_title('ppl')} with 95 % intervals: {values_text}."
+    )
 
 
-def accuracy_by_category(report: Report, task: Task) -> Plot | None:
-    """Accuracy of every model in every category of a task; None where no model has any."""
+def accuracy_by_category(report: Report, task: Task) -> Drawing | None:
+    """Draw the accuracy of every model in every category of a task; None where no model has any."""
     key = task.record.name
     models = [(baseline_name(report), report.baseline.tasks.get(key), style.ink(), "o")]
     models += [(v.name, v.tasks.get(key), style.colour(i), style.marker(i)) for i, v in enumerate(report.variants)]
     shown = [(name, r.by_category, c, m) for name, r, c, m in models if r is not None and r.by_category]
     if len(shown) < 2:
         return None
+
+    # in each category the models, one below the other
     categories = list(shown[0][1])
-    made, axes = style.figure(1.5 + len(categories) * (0.24 + 0.13 * len(shown)))
+    figure, axes = style.figure(1.5 + len(categories) * (0.24 + 0.13 * len(shown)))
     for place, (name, scores, colour, mark) in enumerate(shown):
         shift = (place - (len(shown) - 1) / 2) * 0.78 / len(shown)
         for row, category in enumerate(categories):
@@ -137,34 +157,39 @@ def accuracy_by_category(report: Report, task: Task) -> Plot | None:
                 100 * (metric.value or 0.0), row + shift, mark, color=colour, markersize=4.5,
                 label=name if row == 0 else None,
             )  # fmt: skip
+
     axes.axvline(100 * task.chance, color=style.muted(), linestyle=":", linewidth=1.2, label="guessing")
-    _name_rows(axes, [words.category(category) for category in categories])
+    _name_rows(axes, [formatting.category(category) for category in categories])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
     axes.set_xlabel(f"Accuracy, {task.record.title}")
-    made.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     remark = " The baseline's accuracy includes guessing." if task.baseline_at_chance else ""
-    return _plot(
-        made,
-        f"{slug(key)}-categories",
+    return Drawing(
+        figure,
+        f"{file_slug(key)}-categories",
         f"{task.record.title} by category",
         f"Accuracy by category with 95 % intervals, {len(shown)} models in {len(categories)} categories; the "
         f"table holds the numbers.{remark}",
     )
 
 
-def layer_map(index: int, variant: Variant) -> Plot | None:
-    """Layer by kind of linear: sensitivity as colour, the high bit width as a dot; None without a mix."""
+def layer_map(index: int, variant: VariantReport) -> Drawing | None:
+    """Draw layers by kind of linear: sensitivity as colour, the high bit width as a dot; None without a mix."""
     if variant.mix is None:
         return None
     groups = variant.mix.groups
     kinds = list(dict.fromkeys(group.kind for group in groups))
     layers = sorted({group.layer for group in groups})
+
+    # the sensitivity of each group
     alone = np.full((len(layers), len(kinds)), np.nan)
     for group in groups:
         alone[layers.index(group.layer), kinds.index(group.kind)] = np.nan if group.kl_low is None else group.kl_low
-    made, axes = style.figure(min(1.6 + 0.155 * len(layers), 9.5))
+    figure, axes = style.figure(min(1.6 + 0.155 * len(layers), 9.5))
     low, high = min(g.bits for g in groups), max(g.bits for g in groups)
-    draw_heat(made, axes, kinds, layers, alone, f"KL with this group alone at INT{low} (nats)")
+    draw_heat(figure, axes, kinds, layers, alone, f"KL with this group alone at INT{low} (nats)")
+
+    # a dot at each group of the high width
     measured = np.isfinite(alone).any()
     chosen = [(kinds.index(g.kind), layers.index(g.layer)) for g in groups if g.bits == high and high > low]
     if chosen:
@@ -177,10 +202,11 @@ def layer_map(index: int, variant: Variant) -> Plot | None:
             linewidths=0.9,
             label=f"INT{high}",
         )
-        made.legend(loc="outside lower center")
-    return _plot(
-        made,
-        f"layers-{index + 1}-{slug(variant.name)}",
+        figure.legend(loc="outside lower center")
+
+    return Drawing(
+        figure,
+        f"layers-{index + 1}-{file_slug(variant.name)}",
         f"{variant.name}: where INT{high} went",
         f"Layers down, kinds of linears across; a dot marks INT{high}: {len(chosen)} of {len(groups)}. "
         + ("Colour is the KL with that group alone at the low width." if measured else "Chosen by position."),
@@ -188,9 +214,9 @@ def layer_map(index: int, variant: Variant) -> Plot | None:
 
 
 def draw_heat(
-    made: Figure, axes: Axes, kinds: Sequence[str], layers: Sequence[int], values: Floats, label: str
+    figure: Figure, axes: Axes, kinds: Sequence[str], layers: Sequence[int], values: Floats, label: str
 ) -> None:
-    """Layers down, kinds of linears across: `values` [layers, kinds] as colours; NaN where there is none.
+    """Draw layers down and kinds of linears across: `values` [layers, kinds] as colours; NaN where there is none.
 
     Where some are below zero the colours part there, and run alike to both sides.
     """
@@ -205,9 +231,10 @@ def draw_heat(
         linewidth=0.6,
     )
     if measured.size:
-        made.colorbar(image, ax=axes, pad=0.03).set_label(label)
+        figure.colorbar(image, ax=axes, pad=0.03).set_label(label)
     else:
         axes.set_facecolor(style.grid())
+
     axes.set_xticks(range(len(kinds)), kinds)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: str(layers[int(at)]) if 0 <= at < len(layers) else ""))
@@ -216,55 +243,30 @@ def draw_heat(
 
 
 def all_plots(report: Report) -> list[Plot]:
-    """Every plot that the report's content allows."""
-    drawn: list[Callable[[], Plot | None]] = [
+    """Draw every plot that the report's content allows."""
+    drawn: list[Callable[[], Drawing | None]] = [
         partial(quality_against_size, report),
         partial(kl_distribution, report),
         partial(perplexity_bars, report),
-        partial(split.bars, report),
+        partial(loss_breakdown.bars, report),
         *(partial(accuracy_by_category, report, task) for task in report.tasks),
         *(partial(layer_map, index, variant) for index, variant in enumerate(report.variants)),
     ]
     with style.styled():
-        return [plot for draw in drawn if (plot := draw()) is not None]
+        return [drawing.plot() for draw in drawn if (drawing := draw()) is not None]
 
 
-def decades(axis: Axis) -> None:
-    """Label a logarithmic axis of two decades or more at powers of ten alone, in plain letters.
+def file_slug(name: str) -> str:
+    """Return a name as part of a file's name.
 
-    Its minor ticks would not be told apart, and take half the time of the whole plot.
-    """
-    low, high = axis.get_view_interval()
-    if axis.get_scale() == "log" and high >= _WIDE * low:
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-
-
-def power_of_ten(value: float) -> str:
-    """A power of ten as a tick says it.
-
-    >>> power_of_ten(0.001), power_of_ten(10.0)
-    ('10⁻³', '10¹')
-    """
-    return "10" + str(round(log10(value))).translate(_SUPERSCRIPTS)
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name.
-
-    >>> slug("mixed-rtn:4.8bpw")
+    >>> file_slug("mixed-rtn:4.8bpw")
     'mixed-rtn-4.8bpw'
     """
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "unnamed"
 
 
-def _plot(made: Figure, name: str, title: str, alt: str) -> Plot:
-    svg, png = style.save(made)
-    return Plot(name=name, title=title, alt=alt, svg=svg, png=png)
-
-
-def _point(axes: Axes, x: float, metric: Metric, index: int, variant: Variant) -> None:
-    """A variant in the plane: filled when it is on the front, hollow when not."""
+def _point(axes: Axes, x: float, metric: Metric, index: int, variant: VariantReport) -> None:
+    """Draw a variant: filled when it is on the front, hollow when not."""
     value = metric.value or 0.0
     if metric.low is not None and metric.high is not None:
         axes.vlines(x, metric.low, metric.high, color=style.colour(index), linewidth=1.4, zorder=2)
@@ -274,13 +276,39 @@ def _point(axes: Axes, x: float, metric: Metric, index: int, variant: Variant) -
     )  # fmt: skip
 
 
+def _interval_path(x: float, metric: Metric) -> Path | None:
+    """Return the interval of a point as a line; None where there is none."""
+    if metric.low is None or metric.high is None:
+        return None
+    return Path([(x, metric.low), (x, metric.high)])
+
+
+def _noise_floor(axes: Axes, report: Report) -> str:
+    """Draw the noise floor as a line, or name it at the lower edge where it lies far below; return it in words."""
+    floor = largest_floor(report.variants)
+    if floor is None or floor[1].value is None:
+        return ""
+    value, size = floor[1].value, formatting.value_text(floor[1])
+    text = f"noise floor {size}"
+    style_of_text: dict[str, Any] = {"fontsize": 8, "color": style.muted(), "ha": "right"}
+    if axes.get_yscale() == "log" and value * _FAR_BELOW < axes.get_ylim()[0]:
+        axes.annotate(f"{text}, below", (0.99, 0.02), xycoords="axes fraction", va="bottom", **style_of_text)
+    else:
+        axes.axhline(value, color=style.muted(), linestyle="--", linewidth=1.2, zorder=1, label="noise floor")
+        axes.annotate(
+            text, (0.99, value), (0, 2), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="bottom",
+            **style_of_text,
+        )  # fmt: skip
+    return f" The noise floor is {size} nats."
+
+
 def _whisker(axes: Axes, metric: Metric, row: float, colour: str, scale: float = 1.0) -> None:
     if metric.low is not None and metric.high is not None:
         axes.hlines(row, scale * metric.low, scale * metric.high, color=colour, linewidth=1.2)
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:
-    """Rows from the top down, named, with lines to read along."""
+    """Name rows from the top down, with lines to read along."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
@@ -288,7 +316,7 @@ def _name_rows(axes: Axes, names: list[str]) -> None:
 
 
 def _norm(values: Floats) -> Normalize | None:
-    """Logarithmic where the values allow it and need it; to both sides of zero where they stand on both."""
+    """Return a logarithmic scale where values need and allow it; to both sides of zero where they stand on both."""
     if not values.size:
         return None
     low, high = float(values.min()), float(values.max())

@@ -1,22 +1,29 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import corpora, drift, split, sureness, tables, words
-from qeval.report.model import Report, Task, Variant
-from qeval.report.page import Cell, Plot, Section, Table
-from qeval.report.plots import slug
+from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, tables
+from qeval.report.document import Plot, Section, Table, TableCell
+from qeval.report.model import Report, Task, VariantReport
+from qeval.report.plots import file_slug
+from qeval.report.ranking import ranking
+from qeval.report.recommendation import RULE, recommend
 from qeval.report.summary import summary
+from qeval.store.run import EnvironmentRecord
 
 
-def sections(report: Report, plots: list[Plot], rows: Section | None = None) -> list[Section]:
-    """All sections that the report's content fills, in the order of reading; `rows` is the one about single rows."""
+def report_sections(report: Report, plots: list[Plot], rows: Section | None = None) -> list[Section]:
+    """Return the sections that the report fills, in the order of reading; `rows` is the one about single rows."""
     drawn = {plot.name: plot for plot in plots}
     return [
         _summary(report, drawn),
         _variants(report),
         *([_perplexity(report, drawn)] if "ppl" in report.baseline.metrics else []),
-        *([_kl(report)] if "kl" in report.metrics_asked and report.protocol else []),
-        *([split.section(report, drawn.get("onnx-split"))] if any(v.runtime for v in report.variants) else []),
-        *([found] if (found := drift.section(report)) else []),
+        *([_kl(report, drawn)] if "kl" in report.metrics_asked and report.protocol else []),
+        *(
+            [loss_breakdown.loss_section(report, drawn.get("onnx-split"))]
+            if any(v.runtime for v in report.variants)
+            else []
+        ),
+        *([continuations] if (continuations := drift.drift_section(report)) else []),
         *(_task(report, task, drawn) for task in report.tasks),
         *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
@@ -25,7 +32,7 @@ def sections(report: Report, plots: list[Plot], rows: Section | None = None) -> 
 
 
 def intervals_sentence(report: Report) -> str:
-    """How every interval of the page was made, said once."""
+    """Return how every interval of the page was made, said once."""
     i = report.intervals
     return (
         f"Brackets hold intervals: {i.method} (clusters: {i.clusters}; {i.resamples} resamples, "
@@ -35,17 +42,31 @@ def intervals_sentence(report: Report) -> str:
 
 
 def _summary(report: Report, drawn: dict[str, Plot]) -> Section:
+    """Return the first screen: what to ship and why, quality against size, the ranking; all else is folded."""
+    recommendation = recommend(report)
+    scope, *findings = summary(report)
     return Section(
         id="summary",
         title="Summary",
-        sentences=(*summary(report), intervals_sentence(report)),
-        plots=_pick(drawn, "quality-size", "kl-distribution"),
-        tables=(tables.overview(report), *corpora.tables(report)),
+        sentences=(*recommendation.sentences, scope),
+        plots=_pick(drawn, "quality-size"),
+        tables=(ranking(report, recommendation.variant),),
+        warnings=tuple(report.warnings),
+        notes=(*findings, *report.notes, RULE, intervals_sentence(report)),
     )
 
 
 def _variants(report: Report) -> Section:
-    return Section(id="variants", title="Variants", tables=(tables.variants(report), tables.kept(report)))
+    return Section(
+        id="variants",
+        title="Variants",
+        tables=(
+            tables.overview_table(report),
+            *corpora.corpus_tables(report),
+            tables.variants_table(report),
+            tables.weights_in_float(report),
+        ),
+    )
 
 
 def _perplexity(report: Report, drawn: dict[str, Plot]) -> Section:
@@ -54,44 +75,46 @@ def _perplexity(report: Report, drawn: dict[str, Plot]) -> Section:
         title="Perplexity",
         sentences=(_protocol(report),),
         plots=_pick(drawn, "perplexity"),
-        tables=(tables.perplexity(report),),
+        tables=(tables.perplexity_table(report),),
     )
 
 
-def _kl(report: Report) -> Section:
-    compared = (tables.comparisons(report),) if report.comparisons else ()
+def _kl(report: Report, drawn: dict[str, Plot]) -> Section:
+    compared = (tables.comparisons_table(report),) if report.comparisons else ()
     return Section(
         id="kl",
         title="KL-divergence",
-        tables=(tables.kl(report), tables.kl_tail(report), *sureness.by_entropy(report), *compared),
+        plots=_pick(drawn, "kl-distribution"),
+        tables=(tables.kl_table(report), tables.kl_tail(report), *confidence.by_entropy(report), *compared),
     )
 
 
 def _task(report: Report, task: Task, drawn: dict[str, Plot]) -> Section:
     record = task.record
-    found = [tables.task_summary(report, task), tables.flips(report, task), *sureness.by_margin(report, task)]
+    parts = [tables.task_summary(report, task), tables.flips_table(report, task), *confidence.by_margin(report, task)]
     if record.categories:
-        found.append(tables.task_groups(report, task, "category"))
+        parts.append(tables.task_groups(report, task, "category"))
     if len(record.subjects) > 1:
-        found.append(tables.task_groups(report, task, "subject"))
-    told = f"{record.items} questions, from {record.source}, through {record.harness}."
+        parts.append(tables.task_groups(report, task, "subject"))
+
+    about = f"{record.items} questions, from {record.source}, through {record.harness}."
     chance = (
-        (f"The baseline's accuracy cannot be told from guessing ({words.percent(task.chance)}).",)
+        (f"The baseline's accuracy cannot be told from guessing ({formatting.percent(task.chance)}).",)
         if task.baseline_at_chance
         else ()
     )
     return Section(
-        id=f"task-{slug(record.name)}",
+        id=f"task-{file_slug(record.name)}",
         title=record.title,
-        sentences=(told, *chance),
-        plots=_pick(drawn, f"{slug(record.name)}-categories") if record.categories else (),
-        tables=tuple(found),
+        sentences=(about, *chance),
+        plots=_pick(drawn, f"{file_slug(record.name)}-categories") if record.categories else (),
+        tables=tuple(parts),
     )
 
 
 def _layers(report: Report, drawn: dict[str, Plot]) -> Section:
     mixed = [v for v in report.variants if v.mix]
-    told = [
+    budgets = [
         f"{v.name}: bits given out by {v.mix.importance} importance"
         + (
             f" under a budget of {v.mix.budget_bits_per_weight:g} bits per weight."
@@ -101,28 +124,30 @@ def _layers(report: Report, drawn: dict[str, Plot]) -> Section:
         for v in mixed
         if v.mix
     ]
-    found: list[Table] = []
+
+    parts: list[Table] = []
     for v in mixed:
-        found += [table for table in (tables.mix(v), tables.sensitive(v)) if table]
+        parts += [table for table in (tables.mix_table(v), tables.sensitive_table(v)) if table]
     return Section(
         id="layers",
         title="Where the wider integers went",
-        sentences=tuple(told),
+        sentences=tuple(budgets),
         plots=tuple(plot for name, plot in drawn.items() if name.startswith("layers-")),
-        tables=tuple(found),
+        tables=tuple(parts),
     )
 
 
 def _provenance(report: Report) -> Section:
-    rows = tuple((Cell(key), Cell(value)) for key, value in provenance(report))
+    rows = tuple((TableCell(key), TableCell(value)) for key, value in provenance(report))
     table = Table("What it takes to make this report again", ("What", "Value"), rows)
+
     times = tuple(
         (
-            Cell(v.name),
-            Cell(words.duration(v.quantize_seconds)),
-            Cell(words.duration(v.score_seconds)),
-            Cell(v.key),
-            Cell(_details(v)),
+            TableCell(v.name),
+            TableCell(formatting.duration(v.quantize_seconds)),
+            TableCell(formatting.duration(v.score_seconds)),
+            TableCell(v.key),
+            TableCell(_details(v)),
         )
         for v in report.variants
     )
@@ -135,7 +160,7 @@ def _provenance(report: Report) -> Section:
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
-    """What was measured on what, with what, by which command; key and value."""
+    """Return what was measured on what, with what, by which command; key and value."""
     model, p, env = report.model, report.provenance, report.provenance.environment
     return [
         ("Command", p.command),
@@ -148,11 +173,11 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("Started, finished", f"{p.started}, {p.finished or 'not finished'}"),
         (
             "Time",
-            f"{words.duration(p.seconds)}, of it the baseline {words.duration(report.baseline.seconds)}",
+            f"{formatting.duration(p.seconds)}, of it the baseline {formatting.duration(report.baseline.seconds)}",
         ),
-        ("Peak memory", words.size(p.peak_rss_bytes)),
-        ("Machine", f"{env.processor}, {env.cores} cores, {words.size(env.memory_bytes)}; {env.platform}"),
-        ("Device", f"{env.device}, {env.threads} threads"),
+        ("Peak memory", formatting.size(p.peak_rss_bytes)),
+        ("Machine", f"{env.processor}, {env.cores} cores, {formatting.size(env.memory_bytes)}; {env.platform}"),
+        ("Device", _device(env)),
         (
             "Software",
             f"qeval {env.qeval}, Python {env.python}, torch {env.torch}, transformers {env.transformers}, "
@@ -161,24 +186,33 @@ def provenance(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+def _device(env: EnvironmentRecord) -> str:
+    parts = [env.device, f"{env.threads} threads"]
+    if env.gpus:
+        parts[:1] = [f"{env.device} ({env.gpus} visible)", f"CUDA {env.cuda}", f"driver {env.driver or 'unknown'}"]
+    if env.peak_gpu_bytes:
+        parts.append(f"peak GPU memory {formatting.size(env.peak_gpu_bytes)}")
+    return ", ".join(parts)
+
+
 def _measured_on(report: Report) -> list[tuple[str, str]]:
-    found = []
+    facts = []
     if report.protocol:
         p = report.protocol
-        found += [
+        facts += [
             ("Protocol", _protocol(report)),
             ("Corpus, sha256", p.corpus_sha256),
             ("Token ids, sha256", p.tokens_sha256),
         ]
     if report.provenance.witness:
-        found.append(("Witness of all token ids, positions and BOS", report.provenance.witness))
+        facts.append(("Witness of all token ids, positions and BOS", report.provenance.witness))
     if report.provenance.calibration:
         c = report.provenance.calibration
-        found += [
+        facts += [
             ("Calibration", f"{c.source}: {c.samples} samples of {c.length} tokens"),
             ("Calibration text, sha256", c.text_sha256),
         ]
-    return found
+    return facts
 
 
 def _protocol(report: Report) -> str:
@@ -187,17 +221,17 @@ def _protocol(report: Report) -> str:
         return ""
     return (
         f"{p.name}: {p.windows} of {p.windows_available} windows of {p.window} tokens of {p.corpus}, "
-        f"stride {p.stride}, {words.bos(p)}; perplexity by convention {p.convention}; NLL over "
+        f"stride {p.stride}, {formatting.bos(p)}; perplexity by convention {p.convention}; NLL over "
         f"{p.nll_positions} positions, KL over {p.kl_positions}."
     )
 
 
-def _details(variant: Variant) -> str:
-    """The method's options in words, and the linears whose input is multiplied explicitly."""
-    found = [f"{key}: {value}" for key, value in variant.details.items()]
+def _details(variant: VariantReport) -> str:
+    """Return the method's options in words, and the linears whose input is multiplied explicitly."""
+    details = [f"{key}: {value}" for key, value in variant.details.items()]
     if variant.input_scales:
-        found.append(f"explicit input scales: {', '.join(variant.input_scales)}")
-    return "; ".join(found) or words.MISSING
+        details.append(f"explicit input scales: {', '.join(variant.input_scales)}")
+    return "; ".join(details) or formatting.MISSING
 
 
 def _pick(drawn: dict[str, Plot], *names: str) -> tuple[Plot, ...]:

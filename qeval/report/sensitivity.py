@@ -1,4 +1,4 @@
-"""Which layer hurts, on a page: the KL of every group alone and of all but it, as heat maps, tables and JSON."""
+"""The sensitivity page: the KL of every group alone and of all but it, as heat maps, tables and JSON."""
 
 import json
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from qeval.report import style, words
+from qeval.files.atomic import write_text
+from qeval.report import formatting, style
+from qeval.report.document import Heading, Plot, Section, Table, TableCell, metric_cell
 from qeval.report.model import Metric
-from qeval.report.page import Cell, Heading, Plot, Section, Table, metric_cell
-from qeval.report.plots import draw_heat, slug
-from qeval.report.render import page, write_plots
+from qeval.report.plots import draw_heat, file_slug
+from qeval.report.render import html_page, write_plots
 from qeval.stats.bootstrap import FEW_CLUSTERS
-from qeval.store.atomic import write_text
 from qeval.types import Estimate
 
 ADDITIVE = (0.8, 1.2)
@@ -35,7 +35,7 @@ class GroupEffect:
 
 @dataclass(frozen=True)
 class Pick:
-    """What the integer programme gives the high width within a size: (layer, kind), and the KL that it predicts."""
+    """The groups that get the high width within a size: (layer, kind), and the KL that the programme predicts."""
 
     budget: float
     bits_per_weight: float
@@ -62,46 +62,47 @@ class Sensitivities:
 
     @property
     def adds_up(self) -> bool:
-        """Whether the single KLs nearly add up to the joint one."""
+        """Return whether the single KLs nearly add up to the joint one."""
         return self.additivity.value is not None and ADDITIVE[0] <= self.additivity.value <= ADDITIVE[1]
 
 
-def write_sensitivity(found: Sensitivities, out: Path) -> Path:
+def write_sensitivity(effects: Sensitivities, out: Path) -> Path:
     """Write sensitivity.json, .md, .html and the plots; where the page is."""
     with style.styled():
-        plots = [_map(found, "alone"), _map(found, "gain")]
+        plots = [_map(effects, "alone"), _map(effects, "gain")]
     write_plots(plots, out)
+
     section = Section(
         id="sensitivity",
         title="What each group costs",
-        sentences=_sentences(found),
+        sentences=_sentences(effects),
         plots=tuple(plots),
-        tables=(groups_table(found), *([picks_table(found)] if found.picks else [])),
+        tables=(groups_table(effects), *([picks_table(effects)] if effects.picks else [])),
     )
     heading = Heading(
-        f"{found.model}: which layer hurts",
-        (found.method, f"{found.positions:,} positions in {found.sequences} sequences of {found.calibration}"),
-        warnings=() if found.adds_up else (_no_sum(found),),
+        f"{effects.model}: which layer hurts",
+        (effects.method, f"{effects.positions:,} positions in {effects.sequences} sequences of {effects.calibration}"),
     )
-    write_text(out / "sensitivity.md", page("report.md.j2", heading, [section]))
-    write_text(out / "sensitivity.html", page("report.html.j2", heading, [section]))
-    write_text(out / "sensitivity.json", sensitivity_json(found))
+
+    write_text(out / "sensitivity.md", html_page("report.md.j2", heading, [section]))
+    write_text(out / "sensitivity.html", html_page("report.html.j2", heading, [section]))
+    write_text(out / "sensitivity.json", sensitivity_json(effects))
     return out / "sensitivity.html"
 
 
-def sensitivity_json(found: Sensitivities) -> str:
-    """The text of `sensitivity.json`."""
-    data = {"schema_version": 1, **asdict(found), "adds_up": found.adds_up}
+def sensitivity_json(effects: Sensitivities) -> str:
+    """Return the text of `sensitivity.json`."""
+    data = {"schema_version": 1, **asdict(effects), "adds_up": effects.adds_up}
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def groups_table(found: Sensitivities, most: int | None = None) -> Table:
-    """The groups, the one that costs most alone first; `most` shows so many."""
-    ranked = sorted(found.groups, key=_alone, reverse=True)[:most]
+def groups_table(effects: Sensitivities, most: int | None = None) -> Table:
+    """Return the groups, the one that costs most alone first; `most` shows so many."""
+    ranked = sorted(effects.groups, key=_alone, reverse=True)[:most]
     rows = [
         (
-            Cell(f"Layer {group.layer} {group.kind}"),
-            Cell(f"{group.parameters:,}"),
+            TableCell(f"Layer {group.layer} {group.kind}"),
+            TableCell(f"{group.parameters:,}"),
             *(metric_cell(Metric.of(each)) for each in (group.alone, group.without, group.saved)),
         )
         for group in ranked
@@ -109,7 +110,7 @@ def groups_table(found: Sensitivities, most: int | None = None) -> Table:
     columns = ("Group", "Weights", "KL, it alone, nats", "KL, all but it, nats", "KL saved by leaving it, nats")
     note = (
         "Saved: the KL of all groups quantized, less that of all but this one, sequence by sequence. Below zero, its "
-        f"error undoes others'. {_intervals(found)}"
+        f"error undoes others'. {_intervals(effects)}"
     )
     return Table("Every group of linears", columns, tuple(rows), note, live=True)
 
@@ -118,24 +119,24 @@ def _alone(group: GroupEffect) -> float:
     return group.alone.value or 0.0
 
 
-def _intervals(found: Sensitivities) -> str:
-    if found.sequences < 2:
+def _intervals(effects: Sensitivities) -> str:
+    if effects.sequences < 2:
         return "One sequence gives no intervals."
-    rough = ": so few make it rough" if found.sequences < FEW_CLUSTERS else ""
-    return f"Intervals: 95 %, bootstrap over the {found.sequences} sequences{rough}."
+    rough = ": so few make it rough" if effects.sequences < FEW_CLUSTERS else ""
+    return f"Intervals: 95 %, bootstrap over the {effects.sequences} sequences{rough}."
 
 
-def picks_table(found: Sensitivities) -> Table:
-    """What mixed precision would pick at each size."""
+def picks_table(effects: Sensitivities) -> Table:
+    """Return the table of what mixed precision would pick at each size."""
     rows = [
         (
-            Cell(f"{pick.budget:.2f}"),
-            Cell(f"{pick.bits_per_weight:.3f}"),
-            Cell(f"{len(pick.high)} of {len(found.groups)}"),
-            Cell(f"{pick.predicted_kl_nats:.4g}"),
-            Cell(_listed(pick.high)),
+            TableCell(f"{pick.budget:.2f}"),
+            TableCell(f"{pick.bits_per_weight:.3f}"),
+            TableCell(f"{len(pick.high)} of {len(effects.groups)}"),
+            TableCell(f"{pick.predicted_kl_nats:.4g}"),
+            TableCell(_listed(pick.high)),
         )
-        for pick in found.picks
+        for pick in effects.picks
     ]
     columns = ("Budget, bits/weight", "Bits/weight", "Groups at the high width", "Summed KL, nats", "Which")
     note = (
@@ -147,59 +148,61 @@ def picks_table(found: Sensitivities) -> Table:
 
 def _listed(high: Sequence[tuple[int, str]]) -> str:
     kinds = dict.fromkeys(kind for _, kind in high)
-    told = [f"{kind} {words.spans(sorted(layer for layer, k in high if k == kind))}" for kind in kinds]
-    return "; ".join(told) or "none"
+    parts = [f"{kind} {formatting.spans(sorted(layer for layer, k in high if k == kind))}" for kind in kinds]
+    return "; ".join(parts) or "none"
 
 
-def _sentences(found: Sensitivities) -> tuple[str, ...]:
-    worst = max(found.groups, key=_alone)
-    told = [
-        f"All groups quantized by {found.method}: KL {_told(found.joint)} nats. The group that costs most alone "
-        f"is layer {worst.layer} {worst.kind}, {_told(worst.alone)} nats."
+def _sentences(effects: Sensitivities) -> tuple[str, ...]:
+    worst = max(effects.groups, key=_alone)
+    sentences = [
+        f"All groups quantized by {effects.method}: KL {_text(effects.joint)} nats. The group that costs most "
+        f"alone is layer {worst.layer} {worst.kind}, {_text(worst.alone)} nats."
     ]
-    if found.adds_up:
-        told.append(f"The single KLs sum to {_told(found.additivity)} times the joint one: they nearly add up.")
-    return (*told, *(() if found.adds_up else (_no_sum(found),)))
+    if effects.adds_up:
+        sentences.append(f"The single KLs sum to {_text(effects.additivity)} times the joint one: they nearly add up.")
+    return (*sentences, *(() if effects.adds_up else (_no_sum(effects),)))
 
 
-def verdict(found: Sensitivities) -> str:
-    """The joint KL, and whether the single ones add up to it, in a line."""
-    ratio = "none: nothing was lost" if found.additivity.value is None else _told(found.additivity)
-    line = f"KL of all groups together {_told(found.joint)} nats; sum of the single ones over it: {ratio}"
-    return line + ("" if found.adds_up else " (they do not add up)")
+def verdict(effects: Sensitivities) -> str:
+    """Return the joint KL, and whether the single ones add up to it, in a line."""
+    ratio = "none: nothing was lost" if effects.additivity.value is None else _text(effects.additivity)
+    line = f"KL of all groups together {_text(effects.joint)} nats; sum of the single ones over it: {ratio}"
+    return line + ("" if effects.adds_up else " (they do not add up)")
 
 
-def _told(estimate: Estimate) -> str:
-    return words.metric_text(Metric.of(estimate))
+def _text(estimate: Estimate) -> str:
+    return formatting.metric_text(Metric.of(estimate))
 
 
-def _no_sum(found: Sensitivities) -> str:
-    if found.additivity.value is None:
+def _no_sum(effects: Sensitivities) -> str:
+    if effects.additivity.value is None:
         return "All groups together lose nothing that could be measured, so no group's share of it can be told."
     return (
-        f"The single KLs sum to {_told(found.additivity)} times the joint one (between {ADDITIVE[0]} and {ADDITIVE[1]} "
-        "would be near): a table of them, group by group, misleads; trust what leaving a group in float saves, and a "
-        "mix only as measured whole."
+        f"The single KLs sum to {_text(effects.additivity)} times the joint one (between {ADDITIVE[0]} and "
+        f"{ADDITIVE[1]} would be near): a table of them, group by group, misleads; trust what leaving a group in float "
+        "saves, and a mix only as measured whole."
     )
 
 
-def _map(found: Sensitivities, what: str) -> Plot:
-    """Layer by kind of linear, coloured by the KL alone or by what leaving the group in float saves."""
-    kinds = list(dict.fromkeys(group.kind for group in found.groups))
-    layers = sorted({group.layer for group in found.groups})
+def _map(effects: Sensitivities, what: str) -> Plot:
+    """Draw layers by kind of linear, coloured by the KL alone or by what leaving the group in float saves."""
+    kinds = list(dict.fromkeys(group.kind for group in effects.groups))
+    layers = sorted({group.layer for group in effects.groups})
     cells = {
-        (layers.index(g.layer), kinds.index(g.kind)): g.alone if what == "alone" else g.saved for g in found.groups
+        (layers.index(g.layer), kinds.index(g.kind)): g.alone if what == "alone" else g.saved for g in effects.groups
     }
     values = np.full((len(layers), len(kinds)), np.nan)
     for at, estimate in cells.items():
         values[at] = np.nan if estimate.value is None else estimate.value
+
     label = "KL with this group alone quantized" if what == "alone" else "KL saved by leaving this group in float"
-    made, axes = style.figure(min(1.6 + 0.155 * len(layers), 9.5))
-    draw_heat(made, axes, kinds, layers, values, f"{label} (nats)")
+    figure, axes = style.figure(min(1.6 + 0.155 * len(layers), 9.5))
+    draw_heat(figure, axes, kinds, layers, values, f"{label} (nats)")
     if what == "gain":
         for down, across in (at for at, estimate in cells.items() if (estimate.low or 0) > 0):
             axes.plot(across, down, "o", color=style.ink(), markersize=2.2)
         label += " (a dot: its interval lies above zero)"
-    svg, png = style.save(made)
-    alt = f"{found.model}, {found.method}: layers down, kinds of linears across; colour is the {label}, in nats."
-    return Plot(f"sensitivity-{slug(what)}", label, alt, svg, png)
+
+    svg, png = style.save(figure)
+    alt = f"{effects.model}, {effects.method}: layers down, kinds of linears across; colour is the {label}, in nats."
+    return Plot(f"sensitivity-{file_slug(what)}", label, alt, svg, png)

@@ -1,9 +1,9 @@
-"""How the plots look: palettes that colour-blind readers tell apart, the same bytes each time.
+"""The style of the plots: palettes that colour-blind readers tell apart, the same bytes each time.
 
-A dress (colours and width) is put on by `styled`; inside its block the functions below give the dress's colours.
+A theme (colours and width) is set by `styled`; inside its block the functions below give the theme's colours.
 
 The colours of ink, grid and paper become the page's variables when a plot stands in the page, so that it
-follows its light and dark dress; as files they stand on white paper.
+follows its light and dark colours; as files they stand on white paper.
 """
 
 import re
@@ -20,6 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from qeval.report.document import Plot
+
 INK = "#1f2329"
 MUTED = "#5c6570"
 GRID = "#dfe3e8"
@@ -34,12 +36,12 @@ DARK_PALETTE = ("#58a9e0", "#ff8f57", "#35c79c", "#de8fcb", "#e9b44c", "#9ad0f5"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
 
-WIDTH = 4.9
+PLOT_WIDTH = 4.9
 """Inches: narrow enough that the letters stay legible when the page is 390 px wide."""
 
 
 @dataclass(frozen=True)
-class Dress:
+class Theme:
     """The colours of a plot and its width in inches."""
 
     ink: str = INK
@@ -47,10 +49,26 @@ class Dress:
     grid: str = GRID
     paper: str = PAPER
     palette: tuple[str, ...] = PALETTE
-    width: float = WIDTH
+    width: float = PLOT_WIDTH
 
 
-LIGHT = Dress()
+LIGHT = Theme()
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A figure before it is saved: `name` is its files' stem, `alt` says in words what it shows."""
+
+    figure: Figure
+    name: str
+    title: str
+    alt: str
+
+    def plot(self) -> Plot:
+        """Return the figure as files; inside the block of `styled` that it was drawn in."""
+        svg, png = save(self.figure)
+        return Plot(self.name, self.title, self.alt, svg, png)
+
 
 _RC = {
     "svg.hashsalt": "qeval",
@@ -70,79 +88,79 @@ _PNG_DPI = 200
 
 
 @contextmanager
-def styled(dress: Dress = LIGHT) -> Iterator[None]:
+def styled(theme: Theme = LIGHT) -> Iterator[None]:
     """Draw and save inside this block."""
     colours = {
-        dress.ink: ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
-        dress.muted: ("axes.edgecolor", "xtick.color", "ytick.color"),
-        dress.grid: ("grid.color",),
-        dress.paper: ("axes.facecolor", "figure.facecolor", "savefig.facecolor"),
+        theme.ink: ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"),
+        theme.muted: ("axes.edgecolor", "xtick.color", "ytick.color"),
+        theme.grid: ("grid.color",),
+        theme.paper: ("axes.facecolor", "figure.facecolor", "savefig.facecolor"),
     }
-    own: dict[str, Any] = {key: colour for colour, keys in colours.items() for key in keys}
-    own |= {"axes.prop_cycle": cycler(color=dress.palette), "figure.figsize": (dress.width, dress.width)}
-    with mpl.rc_context(_RC | own):
+    settings: dict[str, Any] = {key: colour for colour, keys in colours.items() for key in keys}
+    settings |= {"axes.prop_cycle": cycler(color=theme.palette), "figure.figsize": (theme.width, theme.width)}
+    with mpl.rc_context(_RC | settings):
         yield
 
 
 def figure(height: float) -> tuple[Figure, Axes]:
-    """A figure with one axes, as wide as the dress and `height` inches high, apart from pyplot's global state."""
-    made = Figure(figsize=(mpl.rcParams["figure.figsize"][0], height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made, made.add_subplot()
+    """Return a figure with one axes, as wide as the theme and `height` inches high, apart from pyplot's state."""
+    new = Figure(figsize=(mpl.rcParams["figure.figsize"][0], height), layout="constrained")
+    FigureCanvasAgg(new)
+    return new, new.add_subplot()
 
 
 def ink() -> str:
-    """The colour of letters."""
+    """Return the colour of letters."""
     return str(mpl.rcParams["text.color"])
 
 
 def muted() -> str:
-    """The colour of what stands back: axes, the baseline, lines between points."""
+    """Return the colour of what stands back: axes, the baseline, lines between points."""
     return str(mpl.rcParams["axes.edgecolor"])
 
 
 def grid() -> str:
-    """The colour of grid lines."""
+    """Return the colour of grid lines."""
     return str(mpl.rcParams["grid.color"])
 
 
 def paper() -> str:
-    """The colour that plots stand on."""
+    """Return the colour that plots stand on."""
     return str(mpl.rcParams["axes.facecolor"])
 
 
 def colour(index: int) -> str:
-    """The colour of the variant at this place; it comes round again after the last."""
+    """Return the colour of the variant at this place; it comes round again after the last."""
     palette: list[str] = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
     return palette[index % len(palette)]
 
 
 def marker(index: int) -> str:
-    """The marker of the variant at this place."""
+    """Return the marker of the variant at this place."""
     return MARKERS[index % len(MARKERS)]
 
 
 def dash(index: int) -> str:
-    """The line style of the variant at this place: it comes round after three."""
+    """Return the line style of the variant at this place: it comes round after three."""
     return DASHES[index % len(DASHES)]
 
 
-def save(made: Figure) -> tuple[str, bytes]:
-    """The figure as SVG text and as PNG bytes, without dates or versions in them."""
-    if engine := made.get_layout_engine():
-        engine.execute(made)
-        made.set_layout_engine(
+def save(figure: Figure) -> tuple[str, bytes]:
+    """Return the figure as SVG text and as PNG bytes, without dates or versions in them."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(
             "none"
         )  # laid out once; `savefig` would do it, and draw the figure twice, for each format
     svg, png = BytesIO(), BytesIO()
-    FigureCanvasSVG(made).print_svg(svg, metadata={"Date": None, "Creator": None})
-    made.set_dpi(_PNG_DPI)
-    FigureCanvasAgg(made).print_png(png, metadata={"Software": None})
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    figure.set_dpi(_PNG_DPI)
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return svg.getvalue().decode(), png.getvalue()
 
 
 def inline(svg: str, prefix: str) -> str:
-    """An SVG to stand inside a page: no XML prologue, the page's colours, ids that no other figure has."""
+    """Return an SVG to stand inside a page: no XML prologue, the page's colours, ids that no other figure has."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r'\bid="', f'id="{prefix}-', body)
     body = re.sub(r'href="#', f'href="#{prefix}-', body)

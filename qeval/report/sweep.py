@@ -1,8 +1,9 @@
 """One page for several models' runs: every variant of each, and KL against bits per weight."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from qeval.errors import BrokenRecordError, UsageError
-from qeval.report import style, words
+from qeval.files.atomic import write_text
+from qeval.report import formatting, style
 from qeval.report.conventions import RATIO
+from qeval.report.document import NOTHING, Heading, Section, Table, TableCell, metric_cell
 from qeval.report.frontier import by_method, frontier, frontiers, model_frontiers
-from qeval.report.model import Report, Variant
-from qeval.report.page import NOTHING, Cell, Heading, Section, Table, metric_cell
-from qeval.report.render import page, write_plots
-from qeval.store.atomic import write_text
+from qeval.report.model import Report, VariantReport
+from qeval.report.privacy import strip_paths
+from qeval.report.render import html_page, write_plots
 
 REPORT = "report.json"
 """The name of a comparison's own report in its folder."""
@@ -30,20 +32,28 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """One model of a sweep: its run's folder, and why it failed, or None."""
+    """One model of a sweep: its run's folder, and why it failed, or None.
+
+    `needs_digest`: another model of the sweep has the same name, so that the name alone does not say which it is.
+    """
 
     model: str
     folder: Path
     error: str | None = None
+    needs_digest: bool = False
 
     @cached_property
     def report(self) -> Report | None:
         """Its report; None where it failed."""
-        return None if self.error is not None else read_report(self.folder)
+        report = None if self.error is not None else read_report(self.folder)
+        if report is None or not self.needs_digest:
+            return report
+        name = f"{report.model.name} ({report.model.weights_sha256[:8]})"
+        return report.model_copy(update={"model": report.model.model_copy(update={"name": name})})
 
 
 def read_report(folder: Path) -> Report:
-    """The report of a finished run.
+    """Read the report of a finished run.
 
     Raises:
         UsageError: `folder` holds none. BrokenRecordError: it is torn or of another version.
@@ -61,35 +71,54 @@ def read_report(folder: Path) -> Report:
 
 def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
     """Write sweep.md, sweep.html, sweep.json and the plot from the runs' own reports; where the page is."""
+    runs = _with_distinct_names(runs)
     reports = _reports(runs)
     with style.styled():
         drawn = (model_frontiers(reports), *(frontiers(report) for report in reports))
         plots = [plot for plot in drawn if plot is not None]
     write_plots(plots, out)
+
     section = Section(
         id="summary",
         title="Every model and variant",
         sentences=_sentences(reports),
         plots=tuple(plots),
-        tables=(overview(runs),),
+        tables=(sweep_table(runs),),
+        warnings=tuple(f"{run.model} failed: {run.error}" for run in runs if run.error is not None),
     )
-    failed = tuple(f"{run.model} failed: {run.error}" for run in runs if run.error is not None)
     whose = runs[0].model if len(runs) == 1 else f"{len(runs)} models"
-    heading = Heading(f"{whose}: what quantization lost", _facts(reports), warnings=failed)
-    write_text(out / "sweep.md", page("report.md.j2", heading, [section]))
-    write_text(out / "sweep.html", page("report.html.j2", heading, [section]))
+    heading = Heading(f"{whose}: what quantization lost", _facts(reports))
+
+    write_text(out / "sweep.md", html_page("report.md.j2", heading, [section]))
+    write_text(out / "sweep.html", html_page("report.html.j2", heading, [section]))
     write_text(out / "sweep.json", json.dumps(_as_json(runs), indent=2, allow_nan=False) + "\n")
     return out / "sweep.html"
 
 
-def overview(runs: Sequence[Ended]) -> Table:
-    """A line for every variant of every model; a model that failed has one that says so."""
+def _with_distinct_names(runs: Sequence[Ended]) -> list[Ended]:
+    """Return the runs, the models of one name with their digests, and no place of the machine in any text."""
+    names = Counter(report.model.name for report in _reports(runs))
+    return [
+        replace(
+            run,
+            model=strip_paths(run.model),
+            error=None if run.error is None else strip_paths(run.error),
+            needs_digest=run.report is not None and names[run.report.model.name] > 1,
+        )
+        for run in runs
+    ]
+
+
+def sweep_table(runs: Sequence[Ended]) -> Table:
+    """Return a line for every variant of every model; a model that failed has one that says so."""
     reports = _reports(runs)
     columns = {name: title for name, title in _columns(reports).items() if _holds(reports, name)}
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[TableCell, ...]] = []
     for run in runs:
         if run.report is None:
-            rows.append((Cell(run.model), Cell(words.MISSING, remark="failed"), *[NOTHING] * (2 + len(columns))))
+            rows.append(
+                (TableCell(run.model), TableCell(formatting.MISSING, remark="failed"), *[NOTHING] * (2 + len(columns)))
+            )
         else:
             rows += [_row(run.report, variant, list(columns)) for variant in run.report.variants]
     names = ("Model", "Variant", "Bits/weight", "Size", *columns.values())
@@ -106,20 +135,22 @@ def _holds(reports: Sequence[Report], name: str) -> bool:
     return any(name in variant.metrics for report in reports for variant in report.variants)
 
 
-def _row(report: Report, variant: Variant, names: Sequence[str]) -> tuple[Cell, ...]:
+def _row(report: Report, variant: VariantReport, names: Sequence[str]) -> tuple[TableCell, ...]:
     remark = {"floor": "noise floor"}.get(variant.role, variant.status if variant.status != "done" else None)
     cells = [metric_cell(variant.metrics.get(name), signed=name.endswith("_diff")) for name in names]
-    bits, size = Cell(f"{variant.bits_per_weight:.2f}"), Cell(words.size(variant.size_bytes))
-    return Cell(report.model.name), Cell(variant.name, remark=remark), bits, size, *cells
+    bits, size = TableCell(f"{variant.bits_per_weight:.2f}"), TableCell(formatting.size(variant.size_bytes))
+    return TableCell(report.model.name), TableCell(variant.name, remark=remark), bits, size, *cells
 
 
 def _sentences(reports: Sequence[Report]) -> tuple[str, ...]:
-    told = [_best(report.model.name, [v for found in by_method(report).values() for v in found]) for report in reports]
-    return (*filter(None, told), "Brackets hold 95 % intervals; each model's own report says how they were made.")
+    bests = [
+        _best(report.model.name, [v for variants in by_method(report).values() for v in variants]) for report in reports
+    ]
+    return (*filter(None, bests), "Brackets hold 95 % intervals; each model's own report says how they were made.")
 
 
-def _best(model: str, variants: Sequence[Variant]) -> str:
-    """The variants that no other is both smaller and closer than, and the closest of them."""
+def _best(model: str, variants: Sequence[VariantReport]) -> str:
+    """Return the variants that no other is both smaller and closer than, and the closest of them."""
     if not variants:
         return ""
     front = frontier(variants)
@@ -128,7 +159,7 @@ def _best(model: str, variants: Sequence[Variant]) -> str:
         f"{model}: {front[-1].name} lost least, KL {cell.text} {cell.interval or ''} nats at "
         f"{front[-1].bits_per_weight:.2f} bits per weight."
     )
-    return f"{least} None is both smaller and closer than {words.listed([v.name for v in front])}."
+    return f"{least} None is both smaller and closer than {formatting.listed([v.name for v in front])}."
 
 
 def _facts(reports: Sequence[Report]) -> tuple[str, ...]:

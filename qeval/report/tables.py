@@ -2,25 +2,32 @@
 
 from collections.abc import Iterable
 
-from qeval.report import conventions, words
+from qeval.report import conventions, formatting
+from qeval.report.document import NOTHING, Table, TableCell, metric_cell
+from qeval.report.floors import largest_floor
 from qeval.report.measure_items import at_chance
-from qeval.report.model import Baseline, GroupScore, Kept, Metric, Report, Task, Variant
-from qeval.report.page import NOTHING, Cell, Table, metric_cell
+from qeval.report.model import BaselineReport, GroupScore, Kept, Metric, Report, Task, VariantReport
 
+_NEAR_FLOOR = 3
+"""Under so many times the noise floor a KL is shown with the floor."""
 _FOLD_FROM = 20  # rows
 _SENSITIVE_SHOWN = 10
+_SCHEME = {
+    "activations": "Activations", "keys": "Keys", "values": "Values", "bits per cached token": "Bits/cached token",
+}  # fmt: skip
+"""The columns for what is rounded beside a variant's weights, by the names of its details."""
 VOID = "void: calibrated on what it was scored on"
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
 
 def baseline_name(report: Report) -> str:
-    """What the baseline is called: by the type of its weights, such as `FP16 baseline`."""
+    """Return the baseline's name, by the type of its weights, such as `FP16 baseline`."""
     dtype = report.model.weight_dtype
     return f"{_DTYPES.get(dtype, dtype)} baseline"
 
 
-def overview(report: Report) -> Table:
-    """Every variant in one line: size and the metrics that were asked for. The terminal prints this one."""
+def overview_table(report: Report) -> Table:
+    """Return every variant in one line: size and the metrics that were asked for. The terminal prints this one."""
     tasks = [task.record for task in report.tasks]
     wanted = _present(
         report,
@@ -29,49 +36,53 @@ def overview(report: Report) -> Table:
         | {"drift_equal": "Same greedy token"}
         | {f"{task.name}_acc": task.title for task in tasks},
     )
+
     base = report.baseline
     first = (
-        Cell(baseline_name(report)),
-        Cell(f"{base.bits_per_weight:.2f}"),
-        Cell(words.size(base.size_bytes)),
+        TableCell(baseline_name(report)),
+        TableCell(f"{base.bits_per_weight:.2f}"),
+        TableCell(formatting.size(base.size_bytes)),
         *(_baseline_cell(report, name) for name in wanted),
     )
-    rows = [first, *(_overview_row(variant, list(wanted)) for variant in report.variants)]
+    rows = [first, *(_overview_row(report, variant, list(wanted)) for variant in report.variants)]
     caption = "Size and loss of every variant"
     return Table(caption, ("Variant", "Bits/weight", "Size", *wanted.values()), tuple(rows))
 
 
 def perplexities(report: Report) -> dict[str, str]:
-    """The report's perplexities, each with the name of its convention."""
-    own = conventions.names(report.protocol) if report.protocol else []
-    return {name: conventions.title(name) for name in ("ppl", *own)}
+    """Return the report's perplexities, each with the name of its convention."""
+    names = conventions.convention_names(report.protocol) if report.protocol else []
+    return {name: conventions.convention_title(name) for name in ("ppl", *names)}
 
 
-def variants(report: Report) -> Table:
-    """How every variant was made, and what it saves."""
+def variants_table(report: Report) -> Table:
+    """Return the table of how every variant was made, and what it saves."""
     base = report.baseline
-    dash = Cell(words.MISSING)
+    dash = TableCell(formatting.MISSING)
+    scheme = {key: label for key, label in _SCHEME.items() if any(key in v.details for v in report.variants)}
     first = (
-        Cell(baseline_name(report)), dash, dash, dash, Cell(f"{base.bits_per_weight:.2f}"),
-        Cell(f"{base.bits_per_weight:.2f}"), Cell(words.size(base.size_bytes)), dash, dash,
+        TableCell(baseline_name(report)), dash, dash, dash, TableCell(f"{base.bits_per_weight:.2f}"),
+        TableCell(f"{base.bits_per_weight:.2f}"), TableCell(formatting.size(base.size_bytes)), dash, dash,
+        *(dash for _ in scheme),
     )  # fmt: skip
     rows = [
         (
-            Cell(v.name),
-            Cell(v.method),
-            Cell(v.grid),
-            Cell(f"{v.granularity}, {'symmetric' if v.symmetric else 'asymmetric'}"),
-            Cell(f"{v.bits_per_weight:.2f}"),
-            Cell(f"{v.bits_per_weight_model:.2f}"),
-            Cell(words.size(v.size_bytes)),
-            Cell(words.percent(v.saving)),
-            Cell(v.status),
+            TableCell(v.name),
+            TableCell(v.method),
+            TableCell(v.grid),
+            TableCell(f"{v.granularity}, {'symmetric' if v.symmetric else 'asymmetric'}"),
+            TableCell(f"{v.bits_per_weight:.2f}"),
+            TableCell(f"{v.bits_per_weight_model:.2f}"),
+            TableCell(formatting.size(v.size_bytes)),
+            TableCell(formatting.percent(v.saving)),
+            TableCell(v.status),
+            *(TableCell(v.details.get(key, "float")) for key in scheme),
         )
         for v in report.variants
     ]
     columns = (
         "Variant", "Method", "Grid", "Granularity", "Bits/weight", "Bits/weight, whole model", "Size",
-        "Saved", "Status",
+        "Saved", "Status", *scheme.values(),
     )  # fmt: skip
     note = (
         "Bits per weight count scales and zero points, over the quantized matrices; for the whole "
@@ -80,8 +91,8 @@ def variants(report: Report) -> Table:
     return Table("Variants by method, granularity and size", columns, (first, *rows), note)
 
 
-def perplexity(report: Report) -> Table:
-    """Perplexity with the variants as columns."""
+def perplexity_table(report: Report) -> Table:
+    """Return perplexity with the variants as columns."""
     names = _present(
         report,
         perplexities(report) | {"ppl_ratio": conventions.RATIO, "nll_diff_nats": "NLL difference, nats",
@@ -90,7 +101,7 @@ def perplexity(report: Report) -> Table:
     signed = {"nll_diff_nats", "delta_p"}
     rows = [
         (
-            Cell(label),
+            TableCell(label),
             metric_cell(report.baseline.metrics.get(name)),
             *(metric_cell(v.metrics.get(name), signed=name in signed) for v in report.variants),
         )
@@ -104,8 +115,8 @@ def perplexity(report: Report) -> Table:
     return Table("Perplexity, variants as columns", columns, tuple(rows), note)
 
 
-def kl(report: Report) -> Table:
-    """KL-divergence from the baseline, and agreement; Model Optimizer's own quantity kept apart."""
+def kl_table(report: Report) -> Table:
+    """Return KL-divergence from the baseline, and agreement; Model Optimizer's own quantity kept apart."""
     names = {
         "kl_nats": "KL mean, nats",
         "top1_agreement": "Same top token",
@@ -114,11 +125,11 @@ def kl(report: Report) -> Table:
     }
     rows = [
         (
-            Cell(v.name, remark=VOID if v.void else None),
-            Cell(v.method),
-            Cell(v.granularity),
-            *(metric_cell(v.metrics.get(name)) for name in names),
-            Cell(v.backend),
+            TableCell(v.name, remark=VOID if v.void else None),
+            TableCell(v.method),
+            TableCell(v.granularity),
+            *(metric_cell(v.metrics.get(name), remark=floor_remark(report, v, name)) for name in names),
+            TableCell(v.backend),
         )
         for v in report.variants
     ]
@@ -132,22 +143,24 @@ def kl(report: Report) -> Table:
 
 
 def kl_tail(report: Report) -> Table:
-    """How KL is distributed over tokens."""
+    """Return the table of how KL is distributed over tokens."""
     names = {
         "p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max", "p99_over_mean": "p99 / mean",
     }  # fmt: skip
-    rows = [(Cell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names)) for v in report.variants]
+    rows = [
+        (TableCell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names)) for v in report.variants
+    ]
     note = "A maximum has no interval: no resample holds a larger one."
     return Table("KL over tokens, nats", ("Variant", *names.values()), tuple(rows), note)
 
 
-def comparisons(report: Report) -> Table:
-    """Each variant against the next in rank, paired."""
+def comparisons_table(report: Report) -> Table:
+    """Return each variant against the next in rank, paired."""
     rows = [
         (
-            Cell(f"{c.better_name} against {c.other_name}"),
+            TableCell(f"{c.better_name} against {c.other_name}"),
             metric_cell(c.difference, signed=True),
-            Cell("resolved" if _resolved(c.difference) else "not resolved"),
+            TableCell("resolved" if _resolved(c.difference) else "not resolved"),
         )
         for c in report.comparisons
     ]
@@ -156,7 +169,7 @@ def comparisons(report: Report) -> Table:
 
 
 def task_summary(report: Report, task: Task) -> Table:
-    """Accuracy of one task, by questions and by subject, and its paired difference."""
+    """Return accuracy of one task, by questions and by subject, and its paired difference."""
     key = task.record.name
     names = _present(
         report,
@@ -165,7 +178,7 @@ def task_summary(report: Report, task: Task) -> Table:
     )  # fmt: skip
     rows = [
         (
-            Cell(name),
+            TableCell(name),
             *(
                 metric_cell(metrics.get(m), signed=m.endswith("_diff"), remark=_remark(metrics.get(m), task, m))
                 for m in names
@@ -173,20 +186,21 @@ def task_summary(report: Report, task: Task) -> Table:
         )
         for name, metrics in _models(report)
     ]
-    note = f"{task.record.items} questions; guessing gives {words.percent(task.chance)}."
+    note = f"{task.record.items} questions; guessing gives {formatting.percent(task.chance)}."
     return Table(f"{task.record.title}: accuracy", ("Model", *names.values()), tuple(rows), note)
 
 
 def task_groups(report: Report, task: Task, what: str) -> Table:
-    """Accuracy of one task by `category` or by `subject`, variants as columns, the difference under each."""
+    """Return accuracy of one task by `category` or by `subject`, variants as columns, the difference under each."""
     name = task.record.name
-    base = groups(report.baseline, name, what)
-    word = words.category if what == "category" else words.subject
+    base = group_scores(report.baseline, name, what)
+    word = formatting.category if what == "category" else formatting.subject
     rows = []
     for label, score in base.items():
-        cells = [_group_cell(groups(v, name, what).get(label)) for v in report.variants]
+        cells = [_group_cell(group_scores(v, name, what).get(label)) for v in report.variants]
         first = metric_cell(score.acc, remark=_remark(score.acc, task, "_acc"))
-        rows.append((Cell(f"{word(label)} ({score.acc.n})"), first, *cells))
+        rows.append((TableCell(f"{word(label)} ({score.acc.n})"), first, *cells))
+
     columns = (f"{what.capitalize()} (questions)", baseline_name(report), *(v.name for v in report.variants))
     note = (
         "Accuracy; under a variant's, the paired difference from the baseline in points. An interval without "
@@ -198,38 +212,39 @@ def task_groups(report: Report, task: Task, what: str) -> Table:
     return Table(caption, columns, tuple(rows), note, folded=len(rows) >= _FOLD_FROM)
 
 
-def flips(report: Report, task: Task) -> Table:
-    """What became of each answer."""
+def flips_table(report: Report, task: Task) -> Table:
+    """Return the table of what became of each answer."""
     key = task.record.name
     rows = []
     for v in report.variants:
-        found = v.tasks[key].flips if key in v.tasks else None
+        counts_of = v.tasks[key].flips if key in v.tasks else None
         share = metric_cell(v.metrics.get(f"{key}_flips"))
-        if found is None:
-            rows.append((Cell(v.name), share, *([NOTHING] * 7)))
+        if counts_of is None:
+            rows.append((TableCell(v.name), share, *([NOTHING] * 7)))
             continue
         counts = (
-            found.right_to_wrong, found.wrong_to_right, found.wrong_to_other, found.right_to_right,
-            found.wrong_to_same,
+            counts_of.right_to_wrong, counts_of.wrong_to_right, counts_of.wrong_to_other, counts_of.right_to_right,
+            counts_of.wrong_to_same,
         )  # fmt: skip
         p_values = (v.tasks[key].flips_p, v.tasks[key].flips_p_adjusted)
-        tests = (NOTHING if p is None else Cell(f"{p:.2g}") for p in p_values)
-        rows.append((Cell(v.name), share, *(Cell(str(count)) for count in counts), *tests))
+        tests = (NOTHING if p is None else TableCell(f"{p:.2g}") for p in p_values)
+        rows.append((TableCell(v.name), share, *(TableCell(str(count)) for count in counts), *tests))
+
     columns = (
         "Variant", "Flips", "Right → wrong", "Wrong → right", "Wrong → another wrong", "Right, stayed",
         "Wrong, same answer", "p, McNemar", "p, adjusted",
     )  # fmt: skip
     note = (
         "Flips: answers that turned from right to wrong or from wrong to right, as a share of all. Where none "
-        f"was seen the interval has no width; {words.percent(3 / task.record.items, 1)} still can't be excluded "
+        f"was seen the interval has no width; {formatting.percent(3 / task.record.items, 1)} still can't be excluded "
         "(rule of three, questions taken as independent). p: McNemar's exact test of whether more flipped one way; "
         "adjusted after Holm over the variants."
     )
     return Table(f"{task.record.title}: flips", columns, tuple(rows), note)
 
 
-def mix(variant: Variant) -> Table:
-    """Which layers of a mixed variant got the high bit width, by kind."""
+def mix_table(variant: VariantReport) -> Table:
+    """Return the table of the layers of a mixed variant that got the high bit width, by kind."""
     groups = variant.mix.groups if variant.mix else []
     high = max((group.bits for group in groups), default=0)
     low = min((group.bits for group in groups), default=0)
@@ -237,26 +252,29 @@ def mix(variant: Variant) -> Table:
     for kind in dict.fromkeys(group.kind for group in groups):
         layers = sorted(g.layer for g in groups if g.kind == kind and g.bits == high and high > low)
         total = sum(g.kind == kind for g in groups)
-        rows.append((Cell(kind), Cell(f"{len(layers)} of {total}"), Cell(words.spans(layers) or "none")))
+        rows.append(
+            (TableCell(kind), TableCell(f"{len(layers)} of {total}"), TableCell(formatting.spans(layers) or "none"))
+        )
     columns = ("Linears", f"Groups at INT{high}", f"Layers at INT{high}")
     return Table(f"{variant.name}: what went to INT{high}", columns, tuple(rows))
 
 
-def sensitive(variant: Variant) -> Table | None:
-    """The groups whose quantization alone costs most; None where nothing was measured."""
+def sensitive_table(variant: VariantReport) -> Table | None:
+    """Return the groups whose quantization alone costs most; None where nothing was measured."""
     groups = variant.mix.groups if variant.mix else []
     measured = sorted(
         ((group.kl_low, group) for group in groups if group.kl_low is not None), key=lambda pair: -pair[0]
     )
     if not measured:
         return None
+
     low = min(group.bits for group in groups)
     rows = [
         (
-            Cell(f"Layer {group.layer} {group.kind}"),
-            Cell(f"{alone:.3g}"),
-            Cell(words.MISSING if group.kl_high is None else f"{group.kl_high:.3g}"),
-            Cell(f"INT{group.bits}", remark="below the noise floor" if group.sensitivity_floor else None),
+            TableCell(f"Layer {group.layer} {group.kind}"),
+            TableCell(f"{alone:.3g}"),
+            TableCell(formatting.MISSING if group.kl_high is None else f"{group.kl_high:.3g}"),
+            TableCell(f"INT{group.bits}", remark="below the noise floor" if group.sensitivity_floor else None),
         )
         for alone, group in measured[:_SENSITIVE_SHOWN]
     ]
@@ -265,17 +283,17 @@ def sensitive(variant: Variant) -> Table | None:
     return Table(caption, columns, tuple(rows))
 
 
-def kept(report: Report) -> Table:
-    """Which weights stay in float, by reason."""
+def weights_in_float(report: Report) -> Table:
+    """Return the table of the weights that stay in float, by reason."""
     alike: dict[str, tuple[list[str], list[Kept]]] = {}
     for v in report.variants:
         alike.setdefault(repr(v.kept), ([], v.kept))[0].append(v.name)
     rows = [
         (
-            Cell("all variants" if len(names) == len(report.variants) > 1 else words.listed(names)),
-            Cell(k.reason),
-            Cell(str(k.weights)),
-            Cell(f"{k.parameters:,}"),
+            TableCell("all variants" if len(names) == len(report.variants) > 1 else formatting.listed(names)),
+            TableCell(k.reason),
+            TableCell(str(k.weights)),
+            TableCell(f"{k.parameters:,}"),
         )
         for names, reasons in alike.values()
         for k in reasons
@@ -284,26 +302,42 @@ def kept(report: Report) -> Table:
     return Table("Weights that stay in float", columns, tuple(rows), folded=len(rows) >= _FOLD_FROM)
 
 
-def _overview_row(variant: Variant, names: list[str]) -> tuple[Cell, ...]:
+def floor_remark(report: Report, variant: VariantReport, name: str) -> str | None:
+    """Return a remark such as `floor 0.00030` for a KL under three times the noise floor of the variant's own backend.
+
+    Less than that, the noise of the arithmetic is a third of the figure or more.
+    """
+    value = variant.metrics.get(name)
+    if name != "kl_nats" or variant.role == "floor" or value is None or value.value is None:
+        return None
+    floors = [each for each in report.variants if each.role == "floor"]
+    largest = largest_floor([each for each in floors if each.backend == variant.backend] or floors)
+    if largest is None:
+        return None
+    _, floor = largest
+    return f"floor {formatting.metric_text(floor)}" if value.value < _NEAR_FLOOR * (floor.value or 0.0) else None
+
+
+def _overview_row(report: Report, variant: VariantReport, names: list[str]) -> tuple[TableCell, ...]:
     remark = "noise floor" if variant.role == "floor" else None
     remark = remark if variant.status == "done" else variant.status
     remark = VOID if variant.void else remark
     return (
-        Cell(variant.name, remark=remark),
-        Cell(f"{variant.bits_per_weight:.2f}"),
-        Cell(words.size(variant.size_bytes)),
-        *(metric_cell(variant.metrics.get(name)) for name in names),
+        TableCell(variant.name, remark=remark),
+        TableCell(f"{variant.bits_per_weight:.2f}"),
+        TableCell(formatting.size(variant.size_bytes)),
+        *(metric_cell(variant.metrics.get(name), remark=floor_remark(report, variant, name)) for name in names),
     )
 
 
-def _baseline_cell(report: Report, name: str) -> Cell:
+def _baseline_cell(report: Report, name: str) -> TableCell:
     metric = report.baseline.metrics.get(name)
     task = next((task for task in report.tasks if name == f"{task.record.name}_acc"), None)
     return metric_cell(metric, remark=_remark(metric, task, name) if task else None)
 
 
 def _present(report: Report, labels: dict[str, str]) -> dict[str, str]:
-    """The labels of those metrics that some model has."""
+    """Return the labels of those metrics that some model has."""
     return {name: label for name, label in labels.items() if any(name in m for _, m in _models(report))}
 
 
@@ -313,26 +347,26 @@ def _models(report: Report) -> Iterable[tuple[str, dict[str, Metric]]]:
         yield variant.name, variant.metrics
 
 
-def groups(model: Baseline | Variant, task: str, what: str) -> dict[str, GroupScore]:
-    """A model's scores by `category` or by `subject`; empty where it has none."""
+def group_scores(model: BaselineReport | VariantReport, task: str, what: str) -> dict[str, GroupScore]:
+    """Return a model's scores by `category` or by `subject`; empty where it has none."""
     result = model.tasks.get(task)
     if result is None:
         return {}
     return result.by_category if what == "category" else result.by_subject
 
 
-def _group_cell(score: GroupScore | None) -> Cell:
+def _group_cell(score: GroupScore | None) -> TableCell:
     if score is None or score.difference is None:
         return NOTHING
-    return Cell(
-        words.value_text(score.acc),
-        words.interval_text(score.acc),
-        words.metric_text(score.difference, signed=True),
+    return TableCell(
+        formatting.value_text(score.acc),
+        formatting.interval_text(score.acc),
+        formatting.metric_text(score.difference, signed=True),
     )
 
 
 def _remark(metric: Metric | None, task: Task, name: str) -> str | None:
-    """`at chance` beside an accuracy whose interval includes what guessing gives."""
+    """Return `at chance` for an accuracy whose interval includes what guessing gives."""
     if metric is None or name.endswith(("_diff", "_nats")):
         return None
     return "at chance" if at_chance(metric, task.chance) else None

@@ -1,0 +1,1 @@
+"""Scoring: sessions and sequences in, rows out."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from qeval.progress import Advance
 from qeval.score.prefix import prefix_tree, tokens_run
 from qeval.score.schedule import Prefixes, schedule
 from qeval.store.schema import constant_column
-from qeval.tasks.harness import Ids, Question, Suite
-from qeval.types import Call, Request
+from qeval.tasks.harness import Question, Suite
+from qeval.types import Call, Request, TokenIds
 
 QUESTIONS_VERSION = 1
 """Part of every key: raise it when a question's score changes its meaning."""
@@ -30,13 +30,13 @@ Score = tuple[float, bool]
 class _Sequence:
     """Token ids that are run once, and the continuations read off them: (first position, ids, where it goes)."""
 
-    tokens: Ids
-    asked: tuple[tuple[int, Ids, int], ...]
+    tokens: TokenIds
+    continuations: tuple[tuple[int, TokenIds, int], ...]
 
     @property
     def positions(self) -> tuple[int, ...]:
         """Every position whose prediction is read."""
-        return tuple(sorted({start + i for start, ids, _ in self.asked for i in range(len(ids))}))
+        return tuple(sorted({start + i for start, ids, _ in self.continuations for i in range(len(ids))}))
 
     @property
     def request(self) -> Request:
@@ -44,28 +44,30 @@ class _Sequence:
         return Request(self.tokens, self.positions)
 
 
-def pair_tokens(pairs: Sequence[tuple[Ids, Ids]]) -> int:
-    """Tokens of the distinct sequences of some (context, continuation) pairs, before prefixes are shared."""
+def count_pair_tokens(pairs: Sequence[tuple[TokenIds, TokenIds]]) -> int:
+    """Return the tokens of the distinct sequences of some (context, continuation) pairs, before prefixes are shared."""
     return sum(len(sequence.tokens) for sequence in _sequences(pairs))
 
 
 def shared_tokens(questions: Sequence[Question]) -> int:
-    """Tokens that are run for some questions when their prefixes are shared."""
+    """Return the tokens that are run for some questions when their prefixes are shared."""
     sequences = _sequences([pair for question in questions for pair in question.pairs])
     tree = prefix_tree([s.tokens for s in sequences], [s.positions[0] for s in sequences])
     return tokens_run(tree, [len(sequence.tokens) for sequence in sequences])
 
 
 def question_calls(questions: Sequence[Question], batch_tokens: int, *, packs: bool) -> list[Call]:
-    """What `score_questions` will ask a session for, in order; `packs`: the session's."""
+    """Return what `score_questions` will ask a session for, in order; `packs`: the session's."""
     sequences = _sequences([pair for question in questions for pair in question.pairs])
     return [batch.call for batch in schedule([s.request for s in sequences], batch_tokens, packs=packs)]
 
 
-def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens: int, advance: Advance) -> list[Score]:
-    """The score of every continuation after its context, in order.
+def score_pairs(
+    session: Session, pairs: Sequence[tuple[TokenIds, TokenIds]], batch_tokens: int, advance: Advance
+) -> list[Score]:
+    """Return the score of every continuation after its context, in order.
 
-    `advance` is told the tokens that are done, `pair_tokens(pairs)` in all. Scores do not depend on
+    `advance` is told the tokens that are done, `count_pair_tokens(pairs)` in all. Scores do not depend on
     `batch_tokens` (within 1e-4 nats in fp32).
 
     Raises:
@@ -75,32 +77,38 @@ def score_pairs(session: Session, pairs: Sequence[tuple[Ids, Ids]], batch_tokens
     sequences = _sequences(pairs)
     prefixes = Prefixes(session)
     for batch in schedule([s.request for s in sequences], batch_tokens, packs=session.packs):
-        asked = [sequences[member] for member in batch.members]
+        batch_sequences = [sequences[member] for member in batch.members]
         states = session.states(batch.call.requests, prefixes.at(batch.call.path))
-        _score_batch(session, asked, torch.cat(states), scores)
-        advance(sum(len(sequence.tokens) for sequence in asked))
+        _score_batch(session, batch_sequences, torch.cat(states), scores)
+        advance(sum(len(sequence.tokens) for sequence in batch_sequences))
     return [score for score in scores if score is not None]
 
 
 def score_questions(
     session: Session, questions: Sequence[Question], batch_tokens: int, advance: Advance
 ) -> list[list[Score]]:
-    """The scores of every pair of every question."""
-    scores = iter(score_pairs(session, [pair for q in questions for pair in q.pairs], batch_tokens, advance))
-    return [[next(scores) for _ in question.pairs] for question in questions]
+    """Return the scores of every pair of every question."""
+    scores = score_pairs(session, [pair for q in questions for pair in q.pairs], batch_tokens, advance)
+    return by_question(scores, questions)
+
+
+def by_question(scores: Iterable[Score], questions: Sequence[Question]) -> list[list[Score]]:
+    """Return the scores of all questions' pairs, which are in order, as a list a question."""
+    left = iter(scores)
+    return [[next(left) for _ in question.pairs] for question in questions]
 
 
 def question_tokens(questions: Sequence[Question]) -> int:
-    """Tokens of the distinct sequences of some questions, before prefixes are shared."""
-    return pair_tokens([pair for question in questions for pair in question.pairs])
+    """Return the tokens of the distinct sequences of some questions, before prefixes are shared."""
+    return count_pair_tokens([pair for question in questions for pair in question.pairs])
 
 
 def item_columns(
     suite: Suite, questions: Sequence[Question], scores: Sequence[Sequence[Score]], variant: str, backend: str
 ) -> dict[str, Any]:
-    """The item rows of some questions of a suite."""
-    judged = [suite.judge(question, found) for question, found in zip(questions, scores, strict=True)]
-    values = [[score for score, _ in found[: q.choices]] for q, found in zip(questions, scores, strict=True)]
+    """Return the item rows of some questions of a suite."""
+    judged = [suite.judge(question, row) for question, row in zip(questions, scores, strict=True)]
+    values = [[score for score, _ in row[: q.choices]] for q, row in zip(questions, scores, strict=True)]
     return {
         "variant": constant_column(variant, len(questions)),
         "backend": constant_column(backend, len(questions)),
@@ -119,30 +127,30 @@ def item_columns(
 
 
 def prompt_sha256(question: Question) -> str:
-    """The sha256 of a question's token ids, contexts and continuations."""
+    """Return the sha256 of a question's token ids, contexts and continuations."""
     sha = hashlib.sha256()
     for part in (ids for pair in question.pairs for ids in pair):
         sha.update(array("q", (len(part), *part)).tobytes())
     return sha.hexdigest()
 
 
-def _sequences(pairs: Sequence[tuple[Ids, Ids]]) -> list[_Sequence]:
-    """The distinct sequences to run: a continuation's last token is predicted, never fed."""
-    asked: dict[Ids, list[tuple[int, Ids, int]]] = {}
+def _sequences(pairs: Sequence[tuple[TokenIds, TokenIds]]) -> list[_Sequence]:
+    """Return the distinct sequences to run: a continuation's last token is predicted, never fed."""
+    continuations: dict[TokenIds, list[tuple[int, TokenIds, int]]] = {}
     for index, (context, rest) in enumerate(pairs):
-        asked.setdefault((*context, *rest[:-1]), []).append((len(context) - 1, rest, index))
-    return [_Sequence(tokens, tuple(entries)) for tokens, entries in asked.items()]
+        continuations.setdefault((*context, *rest[:-1]), []).append((len(context) - 1, rest, index))
+    return [_Sequence(tokens, tuple(entries)) for tokens, entries in continuations.items()]
 
 
 def _score_batch(session: Session, batch: Sequence[_Sequence], states: Tensor, scores: list[Score | None]) -> None:
-    """One head product for the batch, not one a sequence: `states` [positions of all sequences, width]."""
+    """Score with one head product for the batch, not one a sequence: `states` [positions of all sequences, width]."""
     wanted: list[tuple[int, int]] = []
     parts: list[tuple[int, slice]] = []
     first = 0
     for sequence in batch:
         rows = {position: first + row for row, position in enumerate(sequence.positions)}
         first += len(rows)
-        for start, ids, index in sequence.asked:
+        for start, ids, index in sequence.continuations:
             parts.append((index, slice(len(wanted), len(wanted) + len(ids))))
             wanted += [(rows[start + i], token) for i, token in enumerate(ids)]
     log_p, greedy = _read(session, states, wanted)
@@ -157,10 +165,12 @@ def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]]) -
     log_p = torch.empty(len(wanted), dtype=torch.float64)
     greedy = torch.empty(len(wanted), dtype=torch.bool)
     for start in range(0, len(states), block):
-        found = torch.log_softmax(session.logits(states[start : start + block]), dim=-1, dtype=torch.float32).cpu()
+        log_probs = torch.log_softmax(session.logits(states[start : start + block]), dim=-1, dtype=torch.float32)
         here = (rows >= start) & (rows < start + block)
-        log_p[here] = found[rows[here] - start, tokens[here]].double()
-        greedy[here] = found.argmax(-1)[rows[here] - start] == tokens[here]
+        # Picked on the device: a row of logits is as wide as the vocabulary, and two numbers of it are wanted.
+        row, token = (rows[here] - start).to(log_probs.device), tokens[here].to(log_probs.device)
+        log_p[here] = log_probs[row, token].cpu().double()
+        greedy[here] = (log_probs.argmax(-1)[row] == token).cpu()
     if not bool(torch.isfinite(log_p).all()):
         raise QevalError("The model's logits are not finite; its weights are broken or its compute type overflows.")
     return log_p, greedy

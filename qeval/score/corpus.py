@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval.backends.base import Session
-from qeval.metrics.tokens import Logits, distance, own_numbers
+from qeval.metrics.tokens import Logits, distance, model_numbers
 from qeval.progress import Advance
 from qeval.score.schedule import windows_schedule
-from qeval.store.schema import TOKENS, constant_column
+from qeval.store.schema import TOKENS_SCHEMA, constant_column
 from qeval.tasks.windows import Window
 from qeval.types import Call, Request
 
@@ -38,7 +38,7 @@ class Shard:
         return sum(window.run_length for window in self.windows)
 
     def key(self) -> dict[str, Any]:
-        """What of it changes numbers: the token ids and the positions that are scored."""
+        """Return what of it changes numbers: the token ids and the positions that are scored."""
         return {
             "first": self.first,
             "windows": [[w.tokens, w.kl_positions, w.nll_positions] for w in self.windows],
@@ -46,37 +46,37 @@ class Shard:
 
 
 def shards_of(windows: Sequence[Window]) -> tuple[Shard, ...]:
-    """Windows in runs of about 4,096 tokens; never depends on batch sizes, so that finished rows are found again."""
+    """Return windows in runs of about 4,096 tokens, whatever the batch size, so that finished rows are found again."""
     per_shard = max(1, _SHARD_TOKENS // max(len(window.tokens) for window in windows))
     return tuple(Shard(i, tuple(windows[i : i + per_shard])) for i in range(0, len(windows), per_shard))
 
 
 def state_positions(window: Window) -> list[int]:
-    """The positions whose states a window's rows need: those compared, and those that predict a scored token."""
+    """Return the positions whose states a window's rows need: those compared, and those that predict a scored token."""
     return sorted({*window.kl_positions, *(position - 1 for position in window.nll_positions)})
 
 
 def window_calls(windows: Sequence[Window], batch_tokens: int) -> list[Call]:
-    """What `window_states` will ask its session for, in order."""
-    asked = [Request(tuple(w.tokens[: w.run_length]), tuple(state_positions(w))) for w in windows]
-    return windows_schedule(asked, batch_tokens)
+    """Return what `window_states` will ask its session for, in order."""
+    requests = [Request(tuple(w.tokens[: w.run_length]), tuple(state_positions(w))) for w in windows]
+    return windows_schedule(requests, batch_tokens)
 
 
 def window_states(session: Session, windows: Sequence[Window], batch_tokens: int, advance: Advance) -> Tensor:
-    """The final states [positions of all windows, width] on the CPU, as many windows a batch as `batch_tokens` hold.
+    """Return the final states [positions of all windows, width], where the session makes them.
 
-    `advance` is told the tokens of each batch.
+    A batch holds at most `batch_tokens`; `advance` is told the tokens of each batch.
     """
     parts: list[Tensor] = []
     for call in window_calls(windows, batch_tokens):
-        parts += [states.cpu() for states in session.states(call.requests)]
+        parts += session.states(call.requests)
         advance(sum(len(request.tokens) for request in call.requests))
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows of logits may take gigabytes
 
 
 def baseline_columns(session: Session, shard: Shard, states: Tensor, names: dict[str, str]) -> dict[str, Any]:
-    """The baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
-    own = own_numbers(session.logits, states, _targets(shard.windows), session.block_rows)
+    """Return the baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
+    own = model_numbers(session.logits, states, _targets(shard.windows), session.block_rows)
     return _columns(shard, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
 
 
@@ -89,25 +89,25 @@ def variant_columns(
     names: dict[str, str],
     twin: tuple[Logits, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """A variant's token rows, compared with the baseline's distributions at the same positions.
+    """Return a variant's token rows, compared with the baseline's distributions at the same positions.
 
     The states of both sides are [positions of all windows, width]; so are those of `twin`, the same weights on
     another backend, whose distance goes to `kernel_kl_nats`.
     """
-    found = distance(
+    compared = distance(
         base_logits, base_states, session.logits, states, _targets(shard.windows), session.block_rows, twin
     )
     values = {
-        "log_p": found.own.log_p,
-        "entropy_nats": found.own.entropy_nats,
-        "delta_p": found.own.log_p.exp() - found.base_log_p.exp(),
-        "kl_nats": found.kl_nats,
-        "reverse_kl_nats": found.reverse_kl_nats,
-        "kl_abs_modelopt": found.kl_abs_modelopt,
-        "top1_agreement": found.top1_agreement,
+        "log_p": compared.numbers.log_p,
+        "entropy_nats": compared.numbers.entropy_nats,
+        "delta_p": compared.numbers.log_p.exp() - compared.base_log_p.exp(),
+        "kl_nats": compared.kl_nats,
+        "reverse_kl_nats": compared.reverse_kl_nats,
+        "kl_abs_modelopt": compared.kl_abs_modelopt,
+        "top1_agreement": compared.top1_agreement,
     }
-    if found.twin_kl_nats is not None:
-        values["kernel_kl_nats"] = found.twin_kl_nats
+    if compared.twin_kl_nats is not None:
+        values["kernel_kl_nats"] = compared.twin_kl_nats
     return _columns(shard, names, values)
 
 
@@ -121,7 +121,7 @@ def _targets(windows: Sequence[Window]) -> Tensor:
 
 
 def _columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> dict[str, Any]:
-    """Rows from states: what a state predicts goes to the next token's row, what it is compared in to its own."""
+    """Make rows from states: what a state predicts goes to the next token's row, what it is compared in to its own."""
     rows = _Layout(shard)
     arrays = {name: value.cpu().numpy() for name, value in values.items()}
     columns: dict[str, Any] = {name: constant_column(value, len(rows.position)) for name, value in names.items()}
@@ -130,12 +130,14 @@ def _columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> 
     if "delta_p" in arrays:
         columns["delta_p"] = rows.predicted(arrays.pop("delta_p"))
     columns |= {name: rows.compared(value) for name, value in arrays.items()}
-    empty = {field.name: pa.nulls(len(rows.position), field.type) for field in TOKENS if field.name not in columns}
+    empty = {
+        field.name: pa.nulls(len(rows.position), field.type) for field in TOKENS_SCHEMA if field.name not in columns
+    }
     return columns | empty
 
 
 class _Layout:
-    """Where each row of a shard finds its states, as indices into all states; -1 for none."""
+    """The places of a shard's rows in its states, as indices into all states; -1 for none."""
 
     def __init__(self, shard: Shard) -> None:
         window, position, token, own, previous = [], [], [], [], []
@@ -154,9 +156,9 @@ class _Layout:
         self._own, self._previous = np.array(own), np.array(previous)
 
     def compared(self, values: NDArray[Any]) -> pa.Array:
-        """`values` by state, at the rows whose own distribution is compared; null elsewhere."""
+        """Return `values` by state, at the rows whose own distribution is compared; null elsewhere."""
         return pa.array(values[self._own], mask=self._own < 0)
 
     def predicted(self, values: NDArray[Any]) -> pa.Array:
-        """`values` by state, at the rows whose token the state predicts; null elsewhere."""
+        """Return `values` by state, at the rows whose token the state predicts; null elsewhere."""
         return pa.array(values[self._previous], mask=self._previous < 0)

@@ -15,15 +15,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Continues, Session
-from qeval.errors import QevalError
+from qeval.backends.base import Session
 from qeval.metrics.greedy import choices
 from qeval.metrics.tokens import Logits
 from qeval.progress import Advance
 from qeval.score.schedule import windows_schedule
 from qeval.store.schema import constant_column
-from qeval.tasks.drift import Ids
-from qeval.types import Call, Request
+from qeval.types import Call, Request, TokenIds
 
 DRIFT_VERSION = 1
 """Part of every key: raise it when what a row of a continuation says changes."""
@@ -32,11 +30,11 @@ _PART_PROMPTS = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class DriftPart:
     """Consecutive prompts of one length, the first of them number `first`, to be continued by `count` tokens each."""
 
     first: int
-    prompts: tuple[Ids, ...]
+    prompts: tuple[TokenIds, ...]
     count: int
 
     @property
@@ -45,7 +43,7 @@ class Part:
         return sum(len(prompt) + self.count - 1 for prompt in self.prompts)
 
     def key(self) -> dict[str, Any]:
-        """What of it changes rows."""
+        """Return what of it changes rows."""
         return {"first": self.first, "prompts": self.prompts, "count": self.count}
 
 
@@ -57,25 +55,14 @@ class Continuation:
     states: Tensor
 
 
-def parts_of(prompts: Sequence[Ids], count: int) -> tuple[Part, ...]:
+def parts_of(prompts: Sequence[TokenIds], count: int) -> tuple[DriftPart, ...]:
     """Eight prompts a part; never depends on batch sizes, so that finished rows are found again."""
     starts = range(0, len(prompts), _PART_PROMPTS)
-    return tuple(Part(start, tuple(prompts[start : start + _PART_PROMPTS]), count) for start in starts)
+    return tuple(DriftPart(start, tuple(prompts[start : start + _PART_PROMPTS]), count) for start in starts)
 
 
-def continue_greedily(session: Session, part: Part) -> Tensor:
-    """The most likely tokens, one after another, [prompts, count].
-
-    Raises:
-        QevalError: the session can't generate.
-    """
-    if not isinstance(session, Continues):
-        raise QevalError("This backend can't generate the baseline's continuations; leave drift out of --tasks.")
-    return session.greedy(part.prompts, part.count)
-
-
-def part_calls(part: Part, tokens: Tensor, batch_tokens: int) -> list[Call]:
-    """What `part_states` will ask its session for, in order; `tokens` [prompts, count] are the baseline's."""
+def part_calls(part: DriftPart, tokens: Tensor, batch_tokens: int) -> list[Call]:
+    """Return what `part_states` will ask its session for, in order; `tokens` [prompts, count] are the baseline's."""
     requests = [
         Request((*prompt, *said[:-1]), tuple(range(len(prompt) - 1, len(prompt) + part.count - 1)))
         for prompt, said in zip(part.prompts, tokens.tolist(), strict=True)
@@ -83,13 +70,13 @@ def part_calls(part: Part, tokens: Tensor, batch_tokens: int) -> list[Call]:
     return windows_schedule(requests, batch_tokens)
 
 
-def part_states(session: Session, part: Part, tokens: Tensor, batch_tokens: int, advance: Advance) -> Tensor:
-    """The states that predict each token of the baseline's continuations, [prompts * count, width] on the CPU."""
-    found: list[Tensor] = []
+def part_states(session: Session, part: DriftPart, tokens: Tensor, batch_tokens: int, advance: Advance) -> Tensor:
+    """Return the states that predict the baseline's continuations, [prompts * count, width]."""
+    parts: list[Tensor] = []
     for call in part_calls(part, tokens, batch_tokens):
-        found += [states.cpu() for states in session.states(call.requests)]
+        parts += session.states(call.requests)
         advance(sum(len(request.tokens) for request in call.requests))
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def drift_columns(
@@ -97,14 +84,14 @@ def drift_columns(
     base: Continuation,
     session: Session,
     states: Tensor,
-    part: Part,
+    part: DriftPart,
     names: dict[str, str],
     *,
     own: bool = False,
 ) -> dict[str, Any]:
-    """The rows of a part, one a generated token; `own`: they are the baseline's, and are compared with nothing."""
+    """Return the rows of a part, one a generated token; `own`: they are the baseline's, compared with nothing."""
     chosen = base.tokens.flatten()
-    found = choices(base_logits, base.states, session.logits, states, chosen, session.block_rows)
+    compared = choices(base_logits, base.states, session.logits, states, chosen, session.block_rows)
     rows = len(chosen)
     nothing = pa.nulls(rows, pa.float64())
     columns: dict[str, Any] = {name: constant_column(value, rows) for name, value in names.items()}
@@ -112,7 +99,7 @@ def drift_columns(
         "prompt": np.repeat(np.arange(part.first, part.first + len(part.prompts), dtype=np.int32), part.count),
         "position": np.tile(np.arange(part.count, dtype=np.int32), len(part.prompts)),
         "token": chosen.numpy().astype(np.int32),
-        "pred": found.pred.numpy().astype(np.int32),
-        "kl_nats": nothing if own else found.kl_nats.numpy(),
-        "margin_nats": nothing if own else found.margin_nats.numpy(),
+        "pred": compared.pred.numpy().astype(np.int32),
+        "kl_nats": nothing if own else compared.kl_nats.numpy(),
+        "margin_nats": nothing if own else compared.margin_nats.numpy(),
     }

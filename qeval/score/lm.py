@@ -17,7 +17,8 @@ from qeval.errors import QevalError, UsageError
 from qeval.progress import Advance
 from qeval.score.choices import Score, score_pairs
 from qeval.tasks.corpus import BosPolicy
-from qeval.tasks.harness import Encoder, Ids
+from qeval.tasks.harness import Encoder
+from qeval.types import TokenIds
 
 _PART_PAIRS = 256
 """Pairs that are grouped by prefix at once; sorted before, so that those with a prefix in common stay together."""
@@ -60,13 +61,13 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
         return self._session.max_length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text; without `add_special_tokens`, BOS as the policy says unless the text spells it."""
+        """Return the ids of a text; without `add_special_tokens`, BOS as the policy says unless the text spells it."""
         plain = add_special_tokens is False or (add_special_tokens is None and self._spells_bos(string))
         encoder = Encoder(self.tokenizer, "never") if plain else self._encoder
         return list(encoder.encode([string])[0])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood (nats) of whole texts, in windows of the context's length, each token scored once."""
+        """Return the log-likelihoods (nats) of whole texts, in windows of the context, each token scored once."""
         del disable_tqdm
         windows = [list(self._windows(request.args[0])) for request in requests]
         scores = iter(self._score([pair for own in windows for pair in own]))
@@ -93,18 +94,18 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
                 self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
 
-    def _score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Score]:
+    def _score(self, pairs: Sequence[tuple[TokenIds, TokenIds]]) -> list[Score]:
         """Scores in the order of `pairs`."""
         order = sorted(range(len(pairs)), key=lambda index: pairs[index])
         scores: dict[int, Score] = {}
         for start in range(0, len(order), _PART_PAIRS):
             part = order[start : start + _PART_PAIRS]
-            found = score_pairs(self._session, [pairs[i] for i in part], self._batch_tokens, self._advance)
-            scores.update(zip(part, found, strict=True))
+            values = score_pairs(self._session, [pairs[i] for i in part], self._batch_tokens, self._advance)
+            scores.update(zip(part, values, strict=True))
         return [scores[index] for index in range(len(pairs))]
 
-    def _fit(self, context: Ids, rest: Ids) -> tuple[Ids, Ids]:
-        """A context that is too long loses its first tokens, as in lm-eval's `hf` model, which is told of.
+    def _fit(self, context: TokenIds, rest: TokenIds) -> tuple[TokenIds, TokenIds]:
+        """Cut a context that is too long on the left, as lm-eval's `hf` model does, and warn of it.
 
         Raises:
             QevalError: there is nothing to score, or the continuation alone is longer than the context allows.
@@ -119,7 +120,7 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
             _logger.warning("A context of %d tokens is cut to its last %d.", len(context), spare)
         return context[-spare:], rest
 
-    def _windows(self, text: str) -> Iterator[tuple[Ids, Ids]]:
+    def _windows(self, text: str) -> Iterator[tuple[TokenIds, TokenIds]]:
         windows = get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
@@ -131,11 +132,11 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
             yield tuple(context), tuple(rest)
 
     def _spells_bos(self, text: str) -> bool:
-        """Whether a text starts with the written form of the prefix token; the harness then adds no second one."""
+        """Return whether a text starts with the prefix token's written form; the harness then adds no second one."""
         return text.startswith(self.tokenizer.decode(self.prefix_token_id))
 
     def _special(self, *names: str) -> int:
-        found = [value for name in names if (value := getattr(self.tokenizer, name)) is not None]
-        if not found:
+        values = [value for name in names if (value := getattr(self.tokenizer, name)) is not None]
+        if not values:
             raise UsageError("This tokenizer has neither a BOS nor an EOS token; lm-eval needs one to start from.")
-        return int(found[0])
+        return int(values[0])

@@ -1,4 +1,4 @@
-"""Which sequences share a prefix that is worth running once. Pure: token ids in, a tree out.
+"""Find the prefixes of sequences that are worth running once. Pure: token ids in, a tree out.
 
 Sorted, sequences with a common prefix lie side by side. A run of neighbours is run as it is, or shares its longest
 common prefix, or is cut where neighbours have least in common; the parts are then decided anew, after that prefix or
@@ -38,7 +38,7 @@ class _Choice(NamedTuple):
 
 
 def prefix_tree(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> PrefixNode:
-    """The prefixes to run. At most `limits[i]` tokens of sequence i may be in one."""
+    """Return the prefixes to run. At most `limits[i]` tokens of sequence i may be in one."""
     order = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
     if not order:
         return PrefixNode(0, (), ())
@@ -49,7 +49,7 @@ def prefix_tree(sequences: Sequence[Sequence[int]], limits: Sequence[int]) -> Pr
 
 
 def tokens_run(tree: PrefixNode, lengths: Sequence[int]) -> int:
-    """Tokens that are run under a tree: every prefix once, of each sequence (of `lengths`) what follows its own."""
+    """Return the tokens run under a tree: every prefix once, of each sequence (of `lengths`) what follows its own."""
     own = sum(lengths[member] - tree.length for member in tree.members)
     return own + sum(node.length - tree.length + tokens_run(node, lengths) for node in tree.inner)
 
@@ -65,7 +65,7 @@ class _Search:
     known: dict[tuple[int, int, int, int], _Choice] = field(default_factory=dict)
 
     def best(self, start: int, stop: int, base: int, level: int, cuts: int) -> _Choice:
-        """The cheapest way to run the sequences from `start` to `stop` after a prefix of `base` tokens."""
+        """Return the cheapest way to run the sequences from `start` to `stop` after a prefix of `base` tokens."""
         key = (start, stop, base, level)
         if key not in self.known:
             self.known[key] = min(self._ways(start, stop, base, level, cuts), key=lambda way: way.cost)
@@ -85,7 +85,7 @@ class _Search:
         return ways
 
     def _parts(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The parts of a run between neighbours that have least in common."""
+        """Return the parts of a run between neighbours that have least in common."""
         least = min(self.common[start : stop - 1])
         ends = [i + 1 for i in range(start, stop - 1) if self.common[i] == least] + [stop]
         return list(zip([start, *ends[:-1]], ends, strict=True))

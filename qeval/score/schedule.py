@@ -10,18 +10,17 @@ from typing import NamedTuple
 
 from qeval.backends.base import Prefix, Session
 from qeval.score.prefix import PrefixNode, prefix_tree
-from qeval.types import Call, Request
+from qeval.types import Call, Request, TokenIds
 
 WASTE = 0.05
 """The share of a batch's tokens that may be padding."""
 
-Ids = tuple[int, ...]
 _Fits = Callable[[Sequence[int]], bool]
 """Whether sequences of these lengths may be one batch."""
 
 
 class Batch(NamedTuple):
-    """What a session is asked for at once, and which sequences (by index) its requests are, in order."""
+    """The requests of one call of a session, and the sequences (by index) that they are, in order."""
 
     call: Call
     members: tuple[int, ...]
@@ -32,7 +31,7 @@ _PACKED_SPREAD = 2
 
 
 def schedule(requests: Sequence[Request], batch_tokens: int, *, packs: bool = False) -> list[Batch]:
-    """Every request once; no position that is read lies inside a prefix. `packs`: the session's."""
+    """Return every request once; no position that is read lies inside a prefix. `packs`: the session's."""
     tree = prefix_tree([r.tokens for r in requests], [r.positions[0] for r in requests])
     fits = partial(_fits_packed if packs else _fits, batch_tokens=batch_tokens)
     return list(_scheduled(requests, tree, (), fits))
@@ -51,7 +50,7 @@ def windows_schedule(requests: Sequence[Request], batch_tokens: int) -> list[Cal
 
 
 def padding_waste(calls: Sequence[Call]) -> float:
-    """The share of the tokens run that is padding, prefixes not counted."""
+    """Return the share of the tokens run that is padding, prefixes not counted."""
     lengths = [[len(request.tokens) for request in call.requests] for call in calls]
     run = sum(max(own) * len(own) for own in lengths)
     return 1 - sum(map(sum, lengths)) / run if run else 0.0
@@ -63,10 +62,10 @@ class Prefixes:
     def __init__(self, session: Session) -> None:
         """Nothing is open yet."""
         self._session = session
-        self._open: list[tuple[Ids, Prefix]] = []
+        self._open: list[tuple[TokenIds, Prefix]] = []
 
-    def at(self, path: Sequence[Ids]) -> Prefix | None:
-        """The prefix of a call's path, run as far as it isn't yet; None for an empty path."""
+    def at(self, path: Sequence[TokenIds]) -> Prefix | None:
+        """Return the prefix of a call's path, run as far as it isn't yet; None for an empty path."""
         shared = 0
         while shared < min(len(self._open), len(path)) and self._open[shared][0] == path[shared]:
             shared += 1
@@ -76,7 +75,9 @@ class Prefixes:
         return self._open[-1][1] if self._open else None
 
 
-def _scheduled(requests: Sequence[Request], node: PrefixNode, path: tuple[Ids, ...], fits: _Fits) -> Iterator[Batch]:
+def _scheduled(
+    requests: Sequence[Request], node: PrefixNode, path: tuple[TokenIds, ...], fits: _Fits
+) -> Iterator[Batch]:
     for members in _batches([len(r.tokens) - node.length for r in requests], requests, node.members, fits):
         yield Batch(Call(path, tuple(_rest(requests[index], node.length) for index in members)), members)
     for inner in node.inner:

@@ -1,0 +1,1 @@
+"""Statistics: estimates, intervals, bounds and sequential tests; pure."""

@@ -8,7 +8,7 @@ Quantiles come from the same weights, exactly (see `quantile_resamples`).
 The interval is the *expanded percentile* interval (T. Hesterberg, "What Teachers Should Know about the
 Bootstrap", 2015): the percentile interval at the level that makes up for the bootstrap's narrowness with few
 clusters, alpha/2 = Phi(-sqrt(n / (n - 1)) t[1 - 0.05/2, n - 1]). For heavy-tailed means of 4 to 16 clusters
-it covers the truth more often than the plain percentile interval (`tests/unit/test_stats_coverage.py`), and
+it covers the truth more often than the plain percentile interval (`tests/unit/stats/test_coverage.py`), and
 more often than BCa, which mends skewness but not narrowness; from about a hundred clusters on all agree.
 """
 
@@ -57,43 +57,43 @@ NO_INTERVAL = Interval(None, None)
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """Which cluster each row belongs to: `ids` [rows] count from 0 to `count` - 1, none of them empty."""
+    """The cluster of each row: `ids` [rows] count from 0 to `count` - 1, none of them empty."""
 
     ids: Ints
     count: int
 
     @classmethod
     def of(cls, labels: Sequence[Hashable] | NDArray[np.generic]) -> "Clusters":
-        """The clusters that equal labels (windows, subjects) make, in the labels' order.
+        """Return the clusters that equal labels (windows, subjects) make, in the labels' order.
 
         >>> Clusters.of(["law", "anatomy", "law"]).ids.tolist()
         [1, 0, 1]
         """
-        found, ids = np.unique(np.asarray(labels), return_inverse=True)
-        return cls(ids.astype(np.int64).ravel(), len(found))
+        distinct, ids = np.unique(np.asarray(labels), return_inverse=True)
+        return cls(ids.astype(np.int64).ravel(), len(distinct))
 
     @classmethod
     def single_rows(cls, rows: int) -> "Clusters":
-        """Every row a cluster of its own."""
+        """Return every row a cluster of its own."""
         return cls(np.arange(rows, dtype=np.int64), rows)
 
     def sums(self, values: ArrayLike) -> Floats:
-        """The sum of each cluster's values, [clusters]."""
+        """Return the sum of each cluster's values, [clusters]."""
         summed = np.bincount(self.ids, weights=np.asarray(values, np.float64), minlength=self.count)
         return np.asarray(summed, np.float64)
 
     def sizes(self) -> Floats:
-        """How many rows each cluster has, [clusters]."""
+        """Return how many rows each cluster has, [clusters]."""
         return np.asarray(np.bincount(self.ids, minlength=self.count), np.float64)
 
     def select(self, rows: NDArray[np.bool_]) -> "Clusters":
-        """The clusters of some of the rows; a cluster that loses all its rows is gone."""
+        """Return the clusters of some of the rows; a cluster that loses all its rows is gone."""
         return Clusters.of(self.ids[rows])
 
 
 @lru_cache(maxsize=8)
 def weights(clusters: int, seed: int, resamples: int = RESAMPLES) -> Floats:
-    """How often each resample draws each cluster, [resamples, clusters], read-only.
+    """Return how often each resample draws each cluster, [resamples, clusters], read-only.
 
     The same (clusters, seed) gives the same draws, so that variants are resampled together.
     """
@@ -107,7 +107,7 @@ def weights(clusters: int, seed: int, resamples: int = RESAMPLES) -> Floats:
 
 
 def interval(resampled: Floats, clusters: int, level: float = LEVEL) -> Interval:
-    """The expanded percentile interval of resamples [resamples]; undefined below two clusters."""
+    """Return the expanded percentile interval of resamples [resamples]; undefined below two clusters."""
     if clusters < 2:
         return NO_INTERVAL
     tail = expanded_tail(clusters, level)
@@ -116,7 +116,7 @@ def interval(resampled: Floats, clusters: int, level: float = LEVEL) -> Interval
 
 
 def expanded_tail(clusters: int, level: float = LEVEL) -> float:
-    """The probability to cut off at each end, smaller than (1 - level) / 2 where clusters are few.
+    """Return the probability to cut off at each end, smaller than (1 - level) / 2 where clusters are few.
 
     >>> round(expanded_tail(12), 4), round(expanded_tail(100_000), 4)
     (0.0108, 0.025)
@@ -126,7 +126,7 @@ def expanded_tail(clusters: int, level: float = LEVEL) -> float:
 
 
 def ratio_resamples(numerators: Floats, denominators: Floats, seed: int) -> Floats:
-    """The resamples of sum(numerators) / sum(denominators), from one number a cluster each; [resamples].
+    """Return the resamples of sum(numerators) / sum(denominators), from one number a cluster each; [resamples].
 
     `numerators` [columns, clusters] of several columns are resampled together: [columns, resamples]. A resample that
     draws nothing but clusters with denominator 0 has no ratio and is left out.
@@ -153,12 +153,12 @@ def order(values: ArrayLike, clusters: Clusters) -> Ordered:
 
 
 def quantile(ordered: Ordered, level: float) -> float:
-    """The smallest value with at least `level` of all rows at or below it."""
+    """Return the smallest value with at least `level` of all rows at or below it."""
     return float(ordered.values[int(_rank(np.array([level * len(ordered.values)]))[0]) - 1])
 
 
 def quantile_resamples(ordered: Ordered, levels: Sequence[float], seed: int) -> Floats:
-    """Quantiles of every resample, each row weighing what its cluster was drawn; [levels, resamples].
+    """Return quantiles of every resample, each row weighing what its cluster was drawn; [levels, resamples].
 
     Exact, without a sum over all rows for each resample: the sorted rows are cut in about sqrt(rows) buckets;
     the counts of buckets and clusters tell by one matrix product which bucket a resample's quantile lies in,
@@ -169,12 +169,12 @@ def quantile_resamples(ordered: Ordered, levels: Sequence[float], seed: int) -> 
     upto = drawn @ _counts(ordered, width).cumsum(axis=1)  # [resamples, buckets], whole numbers
     kind: type[np.integer[Any]] = np.uint16 if ordered.clusters < _UINT16 else np.int64
     small = drawn.astype(kind)  # the same whole numbers, read several times as fast
-    found = [_find(ordered, small, upto, width, _rank(level * upto[:, -1])) for level in levels]
-    return np.stack(found)
+    columns = [_find(ordered, small, upto, width, _rank(level * upto[:, -1])) for level in levels]
+    return np.stack(columns)
 
 
 def finite(values: ArrayLike) -> Floats:
-    """The values as float64.
+    """Return the values as float64.
 
     Raises:
         NonFiniteError: some are NaN or infinite.
@@ -191,7 +191,7 @@ def _rank(target: Floats) -> Floats:
 
 
 def _counts(ordered: Ordered, width: int) -> Floats:
-    """How many rows of each cluster each bucket holds, [clusters, buckets]."""
+    """Return how many rows of each cluster each bucket holds, [clusters, buckets]."""
     rows = len(ordered.values)
     buckets = -(-rows // width)
     cell = ordered.ids * buckets + np.arange(rows) // width
@@ -200,7 +200,7 @@ def _counts(ordered: Ordered, width: int) -> Floats:
 
 
 def _find(ordered: Ordered, drawn: NDArray[np.integer[Any]], upto: Floats, width: int, rank: Floats) -> Floats:
-    """The value at each resample's rank (counted from 1): first its bucket, then its row in the bucket."""
+    """Return the value at each resample's rank (counted from 1): first its bucket, then its row in the bucket."""
     resamples = np.arange(len(drawn))
     bucket = (upto < rank[:, None]).sum(axis=1)
     before = np.where(bucket > 0, upto[resamples, bucket - 1], 0.0)

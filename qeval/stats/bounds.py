@@ -40,11 +40,11 @@ class Bounded(Protocol):
         ...
 
     def bounds(self, confidence: float) -> Interval:
-        """The lower and the upper bound, each held with `confidence`."""
+        """Return the lower and the upper bound, each held with `confidence`."""
         ...
 
     def grown(self, factor: float) -> "Bounded":
-        """What `factor` times as many rows of the same kind would give."""
+        """Return what `factor` times as many rows of the same kind would give."""
         ...
 
 
@@ -60,11 +60,11 @@ class BoundedMean:
         return self.mean.value
 
     def bounds(self, confidence: float) -> Interval:
-        """Student's t bounds."""
+        """Return Student's t bounds."""
         return self.mean.bounds(confidence)
 
     def grown(self, factor: float) -> "BoundedMean":
-        """With the error of more rows."""
+        """Return it with the error of more rows."""
         return BoundedMean(self.mean.grown(factor))
 
 
@@ -80,12 +80,12 @@ class BoundedIncrease:
         return exp(self.mean.value) - 1
 
     def bounds(self, confidence: float) -> Interval:
-        """The mean's bounds, carried through the exponential."""
+        """Return the mean's bounds, carried through the exponential."""
         low, high = self.mean.bounds(confidence)
         return NO_INTERVAL if low is None or high is None else Interval(exp(low) - 1, exp(high) - 1)
 
     def grown(self, factor: float) -> "BoundedIncrease":
-        """With the error of more rows."""
+        """Return it with the error of more rows."""
         return BoundedIncrease(self.mean.grown(factor))
 
 
@@ -105,12 +105,12 @@ class BoundedShare:
         return self.mean.value
 
     def bounds(self, confidence: float) -> Interval:
-        """Exact bounds, at the effective number of rows."""
+        """Return exact bounds, at the effective number of rows."""
         rows = effective_rows(self.mean, confidence)
         return NO_INTERVAL if rows is None else exact_share(self.value * rows, rows, confidence)
 
     def grown(self, factor: float) -> "BoundedShare":
-        """With more rows."""
+        """Return it with more rows."""
         return BoundedShare(self.mean.grown(factor))
 
 
@@ -136,12 +136,12 @@ class BoundedPart:
         return self.share.mean
 
     def bounds(self, confidence: float) -> Interval:
-        """The share's bounds, in the values' own unit."""
+        """Return the share's bounds, in the values' own unit."""
         low, high = self.share.bounds(confidence)
         return NO_INTERVAL if low is None or high is None else Interval(low * self.most, high * self.most)
 
     def grown(self, factor: float) -> "BoundedPart":
-        """With more rows."""
+        """Return it with more rows."""
         return replace(self, share=self.share.grown(factor))
 
 
@@ -168,7 +168,7 @@ class BoundedDrop:
         return NO_INTERVAL if rows is None else paired_drop(self.lost, self.gained, rows, confidence)
 
     def grown(self, factor: float) -> "BoundedDrop":
-        """With more rows."""
+        """Return it with more rows."""
         return replace(self, mean=self.mean.grown(factor))
 
 
@@ -190,7 +190,7 @@ class BoundedQuantile:
         return float(self.ascending[_rank(self.level, len(self.ascending))])
 
     def bounds(self, confidence: float) -> Interval:
-        """The smallest value that the quantile is confidently not above, and the largest it is not below."""
+        """Return the smallest value that the quantile is confidently not above, and the largest it is not below."""
         rows = effective_rows(self.mean, confidence)
         if rows is None:
             return NO_INTERVAL
@@ -202,39 +202,39 @@ class BoundedQuantile:
         return Interval(low, high)
 
     def grown(self, factor: float) -> "BoundedQuantile":
-        """With the same distribution of more rows."""
+        """Return it with the same distribution of more rows."""
         return replace(self, mean=self.mean.grown(factor))
 
 
 def mean_of(values: ArrayLike, clusters: Clusters) -> BoundedMean:
-    """A mean of any values [rows]."""
+    """Return a mean of any values [rows]."""
     return BoundedMean(clustered_mean(values, clusters))
 
 
 def increase_of(nll_differences: ArrayLike, clusters: Clusters) -> BoundedIncrease:
-    """A perplexity's relative increase, from paired differences of NLL in nats [rows]."""
+    """Return a perplexity's relative increase, from paired differences of NLL in nats [rows]."""
     return BoundedIncrease(clustered_mean(nll_differences, clusters))
 
 
 def share_of(happened: ArrayLike, clusters: Clusters) -> BoundedShare:
-    """The share of rows [rows] that are true; a row may be true in part."""
+    """Return the share of rows [rows] that are true; a row may be true in part."""
     return BoundedShare(clustered_mean(happened, clusters))
 
 
 def part_of(shares: ArrayLike, clusters: Clusters, most: float) -> BoundedPart:
-    """A mean of values from 0 to `most`, from what share of it each of them [rows] is."""
+    """Return a mean of values from 0 to `most`, from what share of it each of them [rows] is."""
     return BoundedPart(share_of(shares, clusters), most)
 
 
 def drop_of(right_before: ArrayLike, right_now: ArrayLike, clusters: Clusters) -> BoundedDrop:
-    """The drop of accuracy, from what was right before and is right now, each 0 or 1 [rows]."""
+    """Return the drop of accuracy, from what was right before and is right now, each 0 or 1 [rows]."""
     before, now = finite(right_before), finite(right_now)
     change = before - now
     return BoundedDrop(clustered_mean(change, clusters), float((change > 0).mean()), float((change < 0).mean()))
 
 
 def quantile_of(values: ArrayLike, level: float, clusters: Clusters) -> BoundedQuantile:
-    """A quantile of values [rows]."""
+    """Return a quantile of values [rows]."""
     array = finite(values)
     ascending = np.sort(array)
     point = ascending[_rank(level, array.size)]
@@ -242,7 +242,7 @@ def quantile_of(values: ArrayLike, level: float, clusters: Clusters) -> BoundedQ
 
 
 def effective_rows(mean: Mean, confidence: float) -> float | None:
-    """How many independent rows would tell as much: n / design effect, less for few clusters, at most n.
+    """Return how many independent rows would tell as much: n / design effect, less for few clusters, at most n.
 
     The factor (t[n - 1] / t[freedom])^2 is Korn and Graubard's. Rows that do not vary show no design effect.
     """
@@ -254,7 +254,7 @@ def effective_rows(mean: Mean, confidence: float) -> float | None:
 
 
 def exact_share(count: float, rows: float, confidence: float) -> Interval:
-    """Clopper and Pearson's bounds of a share, `count` of `rows` (Biometrika 26, 1934); both may be fractions.
+    """Return Clopper and Pearson's bounds of a share, `count` of `rows` (Biometrika 26, 1934); both may be fractions.
 
     >>> exact_share(0, 280, 0.95).high < 0.0107
     True
@@ -265,7 +265,7 @@ def exact_share(count: float, rows: float, confidence: float) -> Interval:
 
 
 def paired_drop(lost: float, gained: float, rows: float, confidence: float) -> Interval:
-    """Tango's score bounds of lost - gained, both shares of `rows` pairs."""
+    """Return Tango's score bounds of lost - gained, both shares of `rows` pairs."""
     z = float(special.ndtri(confidence))
 
     def score(drop: float) -> float:
@@ -276,7 +276,7 @@ def paired_drop(lost: float, gained: float, rows: float, confidence: float) -> I
 
 
 def smallest_effect(of: Bounded, confidence: float, power: float = POWER) -> float | None:
-    """The smallest distance from a margin that rows like these decide with `power`, in the value's unit.
+    """Return the smallest distance from a margin that rows like these decide with `power`, in the value's unit.
 
     For a mean it is (t[confidence] + t[power]) standard errors; where the bound is not a t bound its own reach stands
     for t[confidence] standard errors.
@@ -288,7 +288,7 @@ def smallest_effect(of: Bounded, confidence: float, power: float = POWER) -> flo
 
 
 def factor_to_decide(of: Bounded, margin: float, confidence: float) -> float | None:
-    """How many times as many rows would put one bound past `margin`, the value staying what it is.
+    """Return how many times as many rows would put one bound past `margin`, the value staying what it is.
 
     None where even ten thousand times as many would not.
     """
@@ -307,7 +307,7 @@ def factor_to_decide(of: Bounded, margin: float, confidence: float) -> float | N
 
 
 def _tango(lost: float, gained: float, rows: float, drop: float) -> float:
-    """The score statistic of the null 'the drop is `drop`', 0 at the estimate; falls as `drop` grows."""
+    """Return the score statistic of the null 'the drop is `drop`', 0 at the estimate; falls as `drop` grows."""
     a = 2.0
     b = -(lost + gained) + (2 - lost + gained) * drop
     c = -gained * drop * (1 - drop)
@@ -318,14 +318,14 @@ def _tango(lost: float, gained: float, rows: float, drop: float) -> float:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function crosses zero; the end it does not reach otherwise."""
+    """Return where a falling function crosses zero; the end it does not reach otherwise."""
     if function(low) <= 0:
         return low
     return high if function(high) >= 0 else _bisect(function, low, high)
 
 
 def _bisect(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function that is above zero at `low` and not at `high` crosses it, to the last bit but a few."""
+    """Return where a falling function, above zero at `low` and not at `high`, crosses it, almost to the last bit."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) > 0 else (low, middle)
@@ -333,7 +333,7 @@ def _bisect(function: Callable[[float], float], low: float, high: float) -> floa
 
 
 def _most_above(share: float, rows: float, confidence: float) -> float | None:
-    """How many of `rows` may lie above a value that the quantile is then confidently not above."""
+    """Return how many of `rows` may lie above a value that the quantile is then confidently not above."""
 
     def excess(count: float) -> float:
         return (exact_share(count, rows, confidence).high or 0.0) - share
@@ -342,7 +342,7 @@ def _most_above(share: float, rows: float, confidence: float) -> float | None:
 
 
 def _fewest_above(share: float, rows: float, confidence: float) -> float | None:
-    """How many of `rows` must lie at or above a value that the quantile is then confidently not below."""
+    """Return how many of `rows` must lie at or above a value that the quantile is then confidently not below."""
 
     def lack(count: float) -> float:
         return (exact_share(count, rows, confidence).low or 0.0) - share
@@ -351,5 +351,5 @@ def _fewest_above(share: float, rows: float, confidence: float) -> float | None:
 
 
 def _rank(level: float, rows: int) -> int:
-    """The index of the smallest of `rows` ascending values with at least `level` of them at or below it."""
+    """Return the index of the smallest of `rows` ascending values with at least `level` of them at or below it."""
     return max(ceil(level * rows - _SLACK), 1) - 1

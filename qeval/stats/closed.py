@@ -34,24 +34,24 @@ class Mean:
 
     @property
     def design_effect(self) -> float | None:
-        """How many clustered rows tell as much as one independent row; 1 where the rows do not vary at all."""
+        """The number of clustered rows worth one independent row; 1 where the rows do not vary at all."""
         if self.error is None or self.naive_error is None:
             return None
         return (self.error / self.naive_error) ** 2 if self.naive_error else 1.0
 
     def bounds(self, confidence: float) -> Interval:
-        """The lower and the upper bound, each held with `confidence` (one-sided)."""
+        """Return the lower and the upper bound, each held with `confidence` (one-sided)."""
         if self.error is None or self.freedom is None:
             return NO_INTERVAL
         reach = critical(confidence, self.freedom) * self.error
         return Interval(self.value - reach, self.value + reach)
 
     def interval(self, level: float = LEVEL) -> Interval:
-        """The two-sided t interval."""
+        """Return the two-sided t interval."""
         return self.bounds((1 + level) / 2)
 
     def grown(self, factor: float) -> "Mean":
-        """What `factor` times as many rows of the same kind, in as many times more clusters, would give."""
+        """Return what `factor` times as many rows of the same kind, in as many times more clusters, would give."""
         shrink = sqrt(factor)
         return replace(
             self,
@@ -64,7 +64,7 @@ class Mean:
 
 
 def clustered_mean(values: ArrayLike, clusters: Clusters) -> Mean:
-    """The mean over rows with its clustered error.
+    """Return the mean over rows with its clustered error.
 
     Raises:
         NonFiniteError: some values are NaN or infinite.
@@ -85,17 +85,17 @@ def clustered_mean(values: ArrayLike, clusters: Clusters) -> Mean:
 
 
 def critical(confidence: float, freedom: float) -> float:
-    """Student's t quantile for a one-sided bound."""
+    """Return Student's t quantile for a one-sided bound."""
     return float(special.stdtrit(freedom, confidence))
 
 
 def _error(residuals: Floats, share: Floats, rows: int) -> float:
-    """CR2: `residuals` [clusters] are sums of a cluster's residuals, `share` [clusters] its share of the rows."""
+    """Return the CR2 error from a cluster's sum of `residuals` [clusters] and its `share` of the rows [clusters]."""
     return float(np.sqrt((residuals**2 / (1 - share)).sum())) / rows
 
 
 def _freedom(share: Floats) -> float:
-    """tr(P)^2 / tr(P^2) for P[g, h] = w[g] w[h] (share[g] [g = h] - share[g] share[h]), w = 1 / sqrt(1 - share)."""
+    """Return tr(P)^2 / tr(P^2), P[g, h] = w[g] w[h] (share[g] [g = h] - share[g] share[h]), w = 1 / sqrt(1 - share)."""
     weight = 1 / (1 - share)  # squared; tr(P) is then the sum of the shares, 1
     squares = float(((weight * share) ** 2 * (1 - 2 * share)).sum()) + float((weight * share**2).sum()) ** 2
     return 1 / squares

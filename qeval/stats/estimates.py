@@ -26,7 +26,7 @@ Transform = Callable[[Floats], Floats]
 
 
 def mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int) -> Estimate:
-    """The mean over rows, so that a cluster counts as much as it has rows."""
+    """Return the mean over rows, so that a cluster counts as much as it has rows."""
     array = finite(values)
     return ratio(
         clusters.sums(array),
@@ -40,23 +40,23 @@ def mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, se
 
 
 def means(columns: Sequence[ArrayLike], clusters: Clusters, *, unit: str, better: Better, seed: int) -> list[Estimate]:
-    """`mean` of several columns over the same rows, in one product with the resamples, which is far faster."""
+    """Return `mean` of several columns over the same rows, in one product with the resamples, which is far faster."""
     arrays = [finite(column) for column in columns]
     sizes = clusters.sizes()
     if not arrays or clusters.count < 2:
         return [mean(array, clusters, unit=unit, better=better, seed=seed) for array in arrays]
     sums = np.stack([clusters.sums(array) for array in arrays])
     resampled = ratio_resamples(sums, sizes, seed)
-    found = []
+    estimates = []
     for array, total, drawn in zip(arrays, sums, resampled, strict=True):
         ends = interval(drawn, clusters.count)
         value = float(total.sum()) / float(sizes.sum())
-        found.append(Estimate(value, ends.low, ends.high, unit, better, array.size, clusters.count))
-    return found
+        estimates.append(Estimate(value, ends.low, ends.high, unit, better, array.size, clusters.count))
+    return estimates
 
 
 def perplexity(nll: ArrayLike, clusters: Clusters, *, seed: int) -> Estimate:
-    """exp of the mean negative log-likelihood (nats) over all tokens, not a mean over windows."""
+    """Return exp of the mean negative log-likelihood (nats) over all tokens, not a mean over windows."""
     array = finite(nll)
     return ratio(
         clusters.sums(array),
@@ -70,7 +70,7 @@ def perplexity(nll: ArrayLike, clusters: Clusters, *, seed: int) -> Estimate:
 
 
 def perplexity_ratio(nll: ArrayLike, baseline_nll: ArrayLike, clusters: Clusters, *, seed: int) -> Estimate:
-    """Perplexity over the baseline's, on the same tokens: exp of the mean difference of their NLLs."""
+    """Return perplexity over the baseline's, on the same tokens: exp of the mean difference of their NLLs."""
     array = finite(nll) - finite(baseline_nll)
     return ratio(
         clusters.sums(array),
@@ -84,7 +84,7 @@ def perplexity_ratio(nll: ArrayLike, baseline_nll: ArrayLike, clusters: Clusters
 
 
 def root_mean_square(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int) -> Estimate:
-    """The root of the mean square over rows."""
+    """Return the root of the mean square over rows."""
     array = finite(values)
     squares = clusters.sums(array**2)
     return ratio(squares, clusters.sizes(), n=array.size, unit=unit, better=better, seed=seed, transform=np.sqrt)
@@ -93,12 +93,12 @@ def root_mean_square(values: ArrayLike, clusters: Clusters, *, unit: str, better
 def difference(
     values: ArrayLike, others: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int
 ) -> Estimate:
-    """The mean of the paired differences values - others, row by row."""
+    """Return the mean of the paired differences values - others, row by row."""
     return mean(finite(values) - finite(others), clusters, unit=unit, better=better, seed=seed)
 
 
 def macro_mean(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better, seed: int) -> Estimate:
-    """The mean of the clusters' own means: a subject counts as one, whatever its number of questions."""
+    """Return the mean of the clusters' own means: a subject counts as one, whatever its number of questions."""
     array = finite(values)
     sizes = clusters.sizes()
     means = clusters.sums(array) / sizes if array.size else sizes
@@ -113,7 +113,7 @@ def mean_of_means(
     seed: int,
     transform: Transform | None = None,
 ) -> Estimate:
-    """transform(the mean of the parts' own means): a text counts as one, whatever its length.
+    """Return transform(the mean of the parts' own means): a text counts as one, whatever its length.
 
     `parts` are rows and their clusters; each part's clusters are resampled by themselves, with draws of their own.
     """
@@ -143,7 +143,7 @@ def ratio(
     seed: int,
     transform: Transform | None = None,
 ) -> Estimate:
-    """transform(sum of numerators / sum of denominators), one number a cluster each; `n` counts rows.
+    """Return transform(sum of numerators / sum of denominators), one number a cluster each; `n` counts rows.
 
     `transform` must be monotonous and work elementwise.
     """
@@ -162,7 +162,7 @@ def ratio(
 def quantiles(
     values: ArrayLike, levels: Sequence[float], clusters: Clusters, *, unit: str, better: Better, seed: int
 ) -> list[Estimate]:
-    """The quantiles at `levels`: the smallest value with at least that share of rows at or below it."""
+    """Return the quantiles at `levels`: the smallest value with at least that share of rows at or below it."""
     ordered = order(values, clusters)
     n, count = len(ordered.values), clusters.count
     if not n:
@@ -176,7 +176,7 @@ def quantiles(
 
 
 def quantile_over_mean(values: ArrayLike, level: float, clusters: Clusters, *, better: Better, seed: int) -> Estimate:
-    """A quantile over the mean of the same rows, resampled together; the mean must be above zero."""
+    """Return a quantile over the mean of the same rows, resampled together; the mean must be above zero."""
     ordered, sums, sizes = order(values, clusters), clusters.sums(finite(values)), clusters.sizes()
     value = quantile(ordered, level) * float(sizes.sum()) / float(sums.sum())
     ends = NO_INTERVAL
@@ -187,7 +187,7 @@ def quantile_over_mean(values: ArrayLike, level: float, clusters: Clusters, *, b
 
 
 def maximum(values: ArrayLike, clusters: Clusters, *, unit: str, better: Better) -> Estimate:
-    """The largest value. It has no interval: no resample holds a larger one than was seen."""
+    """Return the largest value. It has no interval: no resample holds a larger one than was seen."""
     array = finite(values)
     value = float(array.max()) if array.size else None
     return Estimate(value, *NO_INTERVAL, unit, better, array.size, clusters.count)

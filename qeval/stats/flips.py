@@ -6,7 +6,7 @@ from scipy import special
 
 
 def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
-    """The two-sided p-value of McNemar's exact test: of the answers that flipped, did more flip one way?
+    """Return the two-sided p-value of McNemar's exact test: of the answers that flipped, did more flip one way?
 
     Source: Q. McNemar, Psychometrika 12 (1947), in its exact binomial form. Without a flip there is nothing to
     tell apart: 1. Heads and tails are equally likely, so both tails are twice the smaller one.
@@ -19,7 +19,7 @@ def mcnemar(right_to_wrong: int, wrong_to_right: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values after Holm's step-down correction, in the order given: each is compared with the level itself.
+    """Return the p-values after Holm's step-down correction, in their order: each is compared with the level itself.
 
     Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
 

@@ -18,7 +18,7 @@ FEWEST = 6
 
 
 def median(values: ArrayLike, *, unit: str, better: Better) -> Estimate:
-    """The median of independent repeats [repeats]; no value of none, no interval below `FEWEST`.
+    """Return the median of independent repeats [repeats]; no value of none, no interval below `FEWEST`.
 
     >>> median([3.0, 1.0, 2.0, 5.0, 4.0, 9.0], unit="s", better="lower")
     Estimate(value=3.5, low=1.0, high=9.0, unit='s', better='lower', n=6, clusters=6)
@@ -34,7 +34,7 @@ def median(values: ArrayLike, *, unit: str, better: Better) -> Estimate:
 
 
 def order_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
-    """The narrowest symmetric pair of order statistics that holds the median with at least `level`, if any does.
+    """Return the narrowest symmetric pair of order statistics that holds the median with at least `level`, if any does.
 
     >>> order_interval(range(1, 11))
     Interval(low=2.0, high=9.0)
@@ -45,14 +45,14 @@ def order_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
 
 
 def half_width(estimate: Estimate) -> float | None:
-    """Half of an interval's length as a share of its median, which says when to stop repeating; None without one."""
+    """Return half of an interval's length as a share of its median, None without one; it says when to stop."""
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return None
     return (estimate.high - estimate.low) / (2 * abs(estimate.value)) if estimate.value else None
 
 
 def median_ratio(values: ArrayLike, base: ArrayLike, *, better: Better, seed: int) -> Estimate:
-    """The median of `values` over the median of `base`, both [their own repeats], resampled apart.
+    """Return the median of `values` over the median of `base`, both [their own repeats], resampled apart.
 
     `n` counts the repeats of the side that has fewer, by which the bootstrap's interval is widened; below `FEWEST`
     there is none. Repeats of both sides are taken as independent: a machine that drifts moves both where their runs
@@ -73,13 +73,13 @@ def median_ratio(values: ArrayLike, base: ArrayLike, *, better: Better, seed: in
 
 
 def _cut(count: int, level: float) -> int:
-    """Largest k with 2 P(Binomial(count, 1/2) < k) <= 1 - level; 0 where there is none."""
+    """Return the largest k with 2 P(Binomial(count, 1/2) < k) <= 1 - level; 0 where there is none."""
     below = special.bdtr(np.arange(count // 2), count, 0.5)  # P(X <= k - 1) for k = 1, 2, ...
     return int(np.count_nonzero(2 * below <= 1 - level))
 
 
 def _medians(values: Floats, seed: int) -> Floats:
-    """The medians of the bootstrap's resamples, [resamples]: the mean of the two middle ones where there are two."""
+    """Return the medians of bootstrap resamples, [resamples]: of an even count the mean of the two middle ones."""
     ordered, upto = np.sort(values), weights(values.size, seed).cumsum(axis=1)
     middle = ((values.size + 1) // 2, values.size // 2 + 1)  # ranks from 1, equal for an odd count
     lower, upper = (ordered[(upto < rank).sum(axis=1)] for rank in middle)

@@ -45,7 +45,7 @@ class Decision:
 def decide_bounded(
     values: ArrayLike, margin: float, alpha: float, *, low: float = 0.0, high: float = 1.0
 ) -> Decision | None:
-    """On which side of `margin` the mean of values in [low, high] lies, values [t] in the order of their drawing.
+    """Return on which side of `margin` the mean of values in [low, high] lies, values [t] as drawn.
 
     Each side is claimed wrongly with a chance of at most `alpha`, whenever one stops; None while neither is.
 
@@ -65,7 +65,7 @@ def decide_bounded(
 def decide_sums(
     excess: ArrayLike, alpha: float, total: int, *, least_variance: float = 0.0, burn_in: int = BURN_IN
 ) -> Decision | None:
-    """On which side of zero the mean of `excess` lies: one sum a window of (value - margin) [t], as drawn.
+    """Return on which side of zero the mean of `excess` lies: one sum a window of (value - margin) [t], as drawn.
 
     `total` windows are there in all; `least_variance` is what the variance of a sum is at least taken for, so that
     windows in which nothing happened yet prove nothing. None while neither side is certain enough.
@@ -81,7 +81,7 @@ def decide_sums(
 
 
 def log_capital(values: Floats, margin: float) -> Floats:
-    """The log of the capital after each value [t] in [0, 1] of bets that the mean lies above `margin`.
+    """Return the log of the capital after each value [t] in [0, 1] of bets that the mean lies above `margin`.
 
     The stake on value t is (mean - margin) / (variance + (mean - margin)^2) of the values before it, between 0 and
     a share of the capital that no value can take; mean and variance start from one imagined value at the margin.
@@ -97,7 +97,7 @@ def log_capital(values: Floats, margin: float) -> Floats:
 
 
 def mixture_radius(count: NDArray[np.int64], alpha: float, tightest: float) -> Floats:
-    """How far a mean of `count` values of variance 1 ever strays to one side, but with chance `alpha`; [t].
+    """Return how far a mean of `count` values of variance 1 ever strays to one side, but with chance `alpha`; [t].
 
     sqrt(2 (t r^2 + 1) / (t r)^2 log(1 + sqrt(t r^2 + 1) / (2 alpha))), with r such that it is tightest at about
     t = `tightest`.
@@ -109,7 +109,7 @@ def mixture_radius(count: NDArray[np.int64], alpha: float, tightest: float) -> F
 
 
 def _first(reached: NDArray[np.bool_]) -> int | None:
-    """After how many values it was first true."""
+    """Return after how many values it was first true."""
     return int(np.argmax(reached)) + 1 if reached.any() else None
 
 

@@ -1,0 +1,1 @@
+"""The run folder: rows, states, variants and the record on disk."""

@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from qeval.errors import BrokenRecordError, UsageError
-from qeval.store.atomic import write_text
-from qeval.store.records import Warn, find_record, verify, write_record
-from qeval.store.schema import DRIFT, ITEMS, TOKENS
+from qeval.files.atomic import write_text
+from qeval.files.records import find_record, verify_record, write_record
+from qeval.parsing import error_reason
+from qeval.progress import Notify
+from qeval.store.schema import DRIFT_SCHEMA, ITEMS_SCHEMA, READ_ERRORS, TOKENS_SCHEMA
 
-Kind = Literal["tokens", "items", "drift"]
-SCHEMAS: dict[Kind, pa.Schema] = {"tokens": TOKENS, "items": ITEMS, "drift": DRIFT}
-KINDS: tuple[Kind, ...] = tuple(SCHEMAS)
+RowKind = Literal["tokens", "items", "drift"]
+SCHEMAS: dict[RowKind, pa.Schema] = {"tokens": TOKENS_SCHEMA, "items": ITEMS_SCHEMA, "drift": DRIFT_SCHEMA}
+ROW_KINDS: tuple[RowKind, ...] = tuple(SCHEMAS)
 _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
 """Names of shards by kind."""
@@ -36,62 +38,73 @@ class RowStore:
         """`out` is the run's folder; nothing is created until the first shard is written."""
         self.root = out / "rows"
 
-    def write(self, kind: Kind, key: str, columns: Mapping[str, Any]) -> Path:
+    def write(self, kind: RowKind, key: str, columns: Mapping[str, Any]) -> Path:
         """Write one job's rows; the shard appears whole or not at all."""
         table = pa.Table.from_pydict(dict(columns), schema=SCHEMAS[kind])
         return write_record(
             self.root / kind, key, _SUFFIX, lambda path: pq.write_table(table, path, compression="zstd")
         )
 
-    def find(self, kind: Kind, key: str, warn: Warn) -> Path | None:
-        """The shard of a finished job, or None when the job isn't done; a broken shard is named and removed."""
+    def find(self, kind: RowKind, key: str, warn: Notify) -> Path | None:
+        """Return the shard of a finished job, or None where the job isn't done; a broken shard is named and removed."""
         return find_record(self.root / kind, key, _SUFFIX, warn)
 
-    def keep_only(self, shards: Mapping[Kind, Sequence[Path]]) -> None:
+    def keep_only(self, shards: Mapping[RowKind, Sequence[Path]]) -> None:
         """Write down which shards belong to the run as last asked for; the others stay, unread."""
         index = {kind: sorted(path.name for path in paths) for kind, paths in shards.items()}
         write_text(self.root / "index.json", json.dumps(index, indent=1) + "\n")
 
-    def read(self, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a kind that belong to the run, in the order of the shards' names; only `columns` if given.
+    def read(self, kind: RowKind, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read all rows of a kind that belong to the run, in the order of the shards' names; only `columns` if given.
 
         Raises:
-            UsageError: the folder holds no rows.
-            BrokenRecordError: a shard is missing, torn or foreign.
+            UsageError: The folder holds no rows.
+            BrokenRecordError: A shard is missing, torn or foreign.
         """
         paths = [self.root / kind / name for name in read_index(self.root.parent).get(kind, [])]
         return concat(kind, paths, columns)
 
 
 def read_index(out: Path) -> dict[str, list[str]]:
-    """The names of the shards that belong to the run in `out` as last asked for, by kind.
+    """Return the names of the shards that belong to the run in `out` as last asked for, by kind.
 
     Raises:
-        UsageError: the folder holds no finished rows. BrokenRecordError: the index is torn.
+        UsageError: The folder holds no finished rows. BrokenRecordError: The index is torn.
     """
     path = out / "rows" / "index.json"
     try:
-        return _INDEX.validate_json(path.read_bytes())
+        index = _INDEX.validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{out}' holds no finished rows ({path} is missing).") from error
     except ValueError as error:
         raise BrokenRecordError(f"{path} is torn; run the same command again to make it.") from error
+    shards = [f"{kind}/{name}" for kind, names in index.items() for name in names]
+    if len(set(shards)) < len(shards):
+        raise BrokenRecordError(f"{path} names {max(shards, key=shards.count)} twice; run the same command again.")
+    if strange := [each for each in shards if not _is_shard(each)]:
+        raise BrokenRecordError(f"{path} names '{strange[0]}', which is no shard; run the same command again.")
+    return index
 
 
-def kind_of(path: Path) -> Kind:
-    """The kind of a shard, which its folder is named by.
+def _is_shard(name: str) -> bool:
+    kind, _, file = name.partition("/")
+    return kind in ROW_KINDS and file == Path(file).name and file.endswith(_SUFFIX)
+
+
+def row_kind_of(path: Path) -> RowKind:
+    """Return the kind of a shard, which its folder is named by.
 
     Raises:
-        BrokenRecordError: the folder is none of rows.
+        BrokenRecordError: The folder is none of rows.
     """
-    for kind in KINDS:
+    for kind in ROW_KINDS:
         if kind == path.parent.name:
             return kind
-    raise BrokenRecordError(f"{path} lies in no folder of rows ({', '.join(KINDS)}).")
+    raise BrokenRecordError(f"{path} lies in no folder of rows ({', '.join(ROW_KINDS)}).")
 
 
-def concat(kind: Kind, paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of some shards as one table, read by several threads."""
+def concat(kind: RowKind, paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the rows of some shards as one table, by several threads."""
     with ThreadPoolExecutor(_READERS) as threads:
         tables = list(threads.map(lambda path: _read_shard(kind, path, columns), paths))
     if not tables:
@@ -100,11 +113,16 @@ def concat(kind: Kind, paths: Iterable[Path], columns: Sequence[str] | None = No
     return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _read_shard(kind: Kind, path: Path, columns: Sequence[str] | None) -> pa.Table:
+def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.Table:
     if not path.exists():
         raise BrokenRecordError(f"{path} is missing; run the same command again to make it.")
-    verify(path)
-    file = pq.ParquetFile(path)  # read_table looks for a data set of many files first, which takes longer than reading
-    if not file.schema_arrow.equals(SCHEMAS[kind]):
-        raise BrokenRecordError(f"{path} has other columns than this version of qeval writes.")
-    return file.read(columns=columns, use_threads=False)
+    verify_record(path)
+    try:
+        file = pq.ParquetFile(path)  # read_table looks for a data set of many files first, which takes longer
+        if not file.schema_arrow.equals(SCHEMAS[kind]):
+            raise BrokenRecordError(f"{path} has other columns than this version of qeval writes.")
+        table = file.read(columns=columns, use_threads=False)
+        table.validate(full=True)
+    except READ_ERRORS as error:
+        raise BrokenRecordError(f"{path} can't be read as Parquet ({error_reason(error)}).") from error
+    return table

@@ -1,17 +1,23 @@
-"""What a run knows about itself beside its rows: `OUT/run.json`, written by `compare`, read by every report.
+"""The record of a run beside its rows: `OUT/run.json`, written by `compare`, read by every report.
 
 The rows hold the measurements; this record holds what they were measured on and with. Unknown keys are refused,
-so that a record of another version is an error and not a half-read one.
+so that a record of another version is an error and not a half-read one. Since version 2 the record names the digest of
+everything that belongs to it (`store/chain.py`), carries a seal of its own content, and is replaced last.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qeval.errors import BrokenRecordError, UsageError
+from qeval.files.atomic import write_text
+from qeval.parsing import first_fault
+from qeval.store.seal import has_valid_seal, parse_object, seal
 
-RUN_VERSION = 1
+RUN_VERSION: Literal[2] = 2
+RECORD = "run.json"
 
 
 class _Record(BaseModel):
@@ -50,7 +56,7 @@ class CorpusPart(_Record):
 
 
 class ProtocolRecord(_Record):
-    """How token rows were made."""
+    """The protocol of the token rows."""
 
     name: str  # "wikitext2-1024/512", or "pydoc-1024/1024" for a window and stride of the user's
     corpus: str
@@ -63,7 +69,7 @@ class ProtocolRecord(_Record):
     bos: bool  # whether a BOS token is put in at all
     kl_positions: int
     nll_positions: int
-    convention: str = "token-mean"  # how one perplexity is made of the rows: a name of `tasks/conventions.py`
+    convention: str = "token-mean"  # how one perplexity is made of the rows: a name of `tasks.protocols.CONVENTIONS`
     bos_policy: str | None = None  # "auto", "always", "never": what was asked for
     bos_placement: str | None = None  # "text": once; "window": each; "replace": each first token; "document"
     bos_token: str | None = None  # "<s>"
@@ -73,7 +79,7 @@ class ProtocolRecord(_Record):
 
 
 class TaskRecord(_Record):
-    """How the item rows of one task were made."""
+    """The settings of one task's item rows."""
 
     name: str  # "mmlu"
     source: str  # "hub", a folder's name, "mmlu_sample"
@@ -88,7 +94,7 @@ class TaskRecord(_Record):
 
 
 class DriftRecord(_Record):
-    """How the rows of greedy continuations were made."""
+    """The settings of the greedy continuations' rows."""
 
     corpus: str
     corpus_sha256: str  # of the text
@@ -121,7 +127,7 @@ class KeptRecord(_Record):
 
 
 class RuntimeRecord(_Record):
-    """How ONNX Runtime or llama.cpp ran a model."""
+    """The runtime that ran a model: ONNX Runtime or llama.cpp, and its settings."""
 
     runtime: str  # "onnxruntime 1.31.1", "llama-cpp-python 0.3.36"
     provider: str  # "CPUExecutionProvider"; llama.cpp's "CPU" or "GPU"
@@ -134,7 +140,7 @@ class RuntimeRecord(_Record):
 
 
 class OverlapRecord(_Record):
-    """What a calibration text shares with the scored tokens: runs of `ngram` tokens."""
+    """The text that calibration shares with the scored tokens: runs of `ngram` tokens."""
 
     ngram: int
     shared_tokens: int  # scored tokens that lie in such a run; by a fingerprint at least so many
@@ -176,7 +182,7 @@ class VariantRecord(_Record):
 
 
 class CalibrationRecord(_Record):
-    """What the quantizers saw."""
+    """The calibration text that the quantizers saw."""
 
     source: str
     text_sha256: str
@@ -200,12 +206,26 @@ class EnvironmentRecord(_Record):
     threads: int
     memory_bytes: int
     device: str
+    gpus: int | None = None  # that torch sees; the four that follow are None off CUDA, and in records of qeval 0.1
+    cuda: str | None = None  # the version that torch was built for
+    driver: str | None = None  # NVIDIA's
+    peak_gpu_bytes: int | None = None  # the largest that torch held in this process, all GPUs together
+
+
+class Chain(_Record):
+    """The sha256 of each file that belongs to a run, and of its settings."""
+
+    index: str  # of rows/index.json
+    shards: dict[str, str]  # "tokens/KEY-DIGEST.parquet" -> of the whole file
+    manifests: dict[str, str]  # a variant's key -> of manifests/KEY.json
+    texts: dict[str, str]  # "windows.parquet" -> of the file
+    settings: str | None  # of what was asked for; None where the run is a part that a gate drew
 
 
 class RunRecord(_Record):
-    """All of `OUT/run.json`."""
+    """All of `OUT/run.json`. Records of version 1 have neither `chain` nor `sha256`."""
 
-    run_version: Literal[1]
+    run_version: Literal[1, 2]
     command: str
     started: str  # ISO 8601, UTC
     finished: str | None
@@ -227,25 +247,47 @@ class RunRecord(_Record):
     drift: DriftRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
     witness: str | None = None  # the hash of token ids, positions and BOS of all that was scored; None in older records
+    chain: Chain | None = None
+    sha256: str | None = None  # of all the rest of the record
+
+
+def write_run(folder: Path, record: RunRecord) -> None:
+    """Put a record in the place of the one in `folder`, sealed."""
+    content = json.loads(record.model_dump_json())
+    write_text(folder / RECORD, json.dumps(seal(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of a run folder.
+    """Return the record of a run folder.
 
     Raises:
         UsageError: `folder` holds no run.
-        BrokenRecordError: the record is torn, or of another version.
+        BrokenRecordError: The record is torn, was changed by hand, or is of another version.
     """
-    path = folder / "run.json"
+    path = folder / RECORD
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{folder}' holds no run: there is no {path.name} in it.") from error
+
     try:
-        return RunRecord.model_validate_json(data)
+        record = RunRecord.model_validate_json(data)
+        content = parse_object(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise BrokenRecordError(_torn(path, ": ".join(first_fault(error.errors())))) from error
+    except ValueError as error:
+        raise BrokenRecordError(_torn(path, str(error))) from error
+
+    if record.run_version == 1 and record.chain is None and record.sha256 is None:
+        return record
+    if record.run_version == 1 or record.chain is None:
+        raise BrokenRecordError(_torn(path, "chain: it names no digests, or is of two versions at once"))
+    if not has_valid_seal(content):
         raise BrokenRecordError(
-            f"{path} is torn or of another version ({where}: {first['msg']}); run the same command again."
-        ) from error
+            f"{path} was changed after it was written: its checksum does not fit it; run the same command again."
+        )
+    return record
+
+
+def _torn(path: Path, reason: str) -> str:
+    return f"{path} is torn or of another version ({reason}); run the same command again."

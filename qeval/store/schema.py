@@ -18,9 +18,12 @@ import pyarrow as pa
 
 ROWS_VERSION = 2
 
+READ_ERRORS = (OSError, pa.ArrowException, ValueError, OverflowError, MemoryError)
+"""What pyarrow raises over a file that is missing, torn or no Parquet."""
+
 _name = pa.dictionary(pa.int16(), pa.string())
 
-TOKENS = pa.schema(
+TOKENS_SCHEMA = pa.schema(
     [
         pa.field("variant", _name, nullable=False),
         pa.field("backend", _name, nullable=False),
@@ -40,7 +43,7 @@ TOKENS = pa.schema(
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )
 
-ITEMS = pa.schema(
+ITEMS_SCHEMA = pa.schema(
     [
         pa.field("variant", _name, nullable=False),
         pa.field("backend", _name, nullable=False),
@@ -59,7 +62,7 @@ ITEMS = pa.schema(
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )
 
-DRIFT = pa.schema(
+DRIFT_SCHEMA = pa.schema(
     [
         pa.field("variant", _name, nullable=False),
         pa.field("backend", _name, nullable=False),
@@ -76,5 +79,5 @@ DRIFT = pa.schema(
 
 
 def constant_column(value: str, rows: int) -> pa.Array:
-    """A column that says `value` in every row, in the type of the schemas' names."""
+    """Return a column that says `value` in every row, in the type of the schemas' names."""
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, dtype=np.int16)), pa.array([value]))

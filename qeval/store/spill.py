@@ -27,13 +27,13 @@ class Spill:
         """`in_memory` bytes stay in memory; the file is made in `folder` when the first tensor goes beyond.
 
         Raises:
-            QevalError: the folder can't be written.
+            QevalError: The folder can't be written.
         """
         self._folder, self._room = folder, in_memory
         self._held: dict[Hashable, Tensor] = {}
         self._places: dict[Hashable, _Place] = {}
         self._end = 0
-        with self._told():
+        with self._errors_in_words():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - closed by `close`
 
@@ -41,39 +41,44 @@ class Spill:
         """Keep `value`; what is kept in memory is the tensor itself.
 
         Raises:
-            QevalError: the file can't be written, say because the disk is full.
+            QevalError: The file can't be written, say because the disk is full.
         """
         spec = Spec(value.dtype, tuple(value.shape))
+
+        # in memory while there is room
         if key not in self._places:
             self._room += self._held.pop(key).nbytes if key in self._held else 0
             if spec.size_bytes <= self._room:
                 self._held[key] = value
                 self._room -= spec.size_bytes
                 return
+
+        # else in the file, where an earlier tensor of the key and size lay
         known = self._places.get(key)
         if known is None or known.spec.size_bytes != spec.size_bytes:
             known = _Place(spec, value.device, self._end)
             self._end += spec.size_bytes
         self._places[key] = _Place(spec, value.device, known.offset)
+
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        with self._told():
+        with self._errors_in_words():
             while data:
                 done = os.pwrite(self._file.fileno(), data, known.offset + spec.size_bytes - len(data))
                 data = data[done:]
 
     def get(self, key: Hashable) -> Tensor:
-        """The tensor of a key, on the device that it was on.
+        """Return the tensor of a key, on the device that it was on.
 
         Raises:
-            KeyError: there is none.
-            QevalError: the file can't be read.
+            KeyError: There is none.
+            QevalError: The file can't be read.
         """
         if key in self._held:
             return self._held[key]
         (dtype, shape), device, offset = self._places[key]
         data = torch.empty(Spec(dtype, shape).size_bytes, dtype=torch.uint8)
         view = data.numpy().data
-        with self._told():
+        with self._errors_in_words():
             while view:
                 count = os.preadv(self._file.fileno(), [view], offset + len(data) - len(view))
                 if not count:
@@ -84,8 +89,8 @@ class Spill:
     @property
     def specs(self) -> dict[Hashable, Spec]:
         """The type and shape of everything that is kept, by its key."""
-        held = {key: Spec(value.dtype, tuple(value.shape)) for key, value in self._held.items()}
-        return held | {key: place.spec for key, place in self._places.items()}
+        in_memory = {key: Spec(value.dtype, tuple(value.shape)) for key, value in self._held.items()}
+        return in_memory | {key: place.spec for key, place in self._places.items()}
 
     def close(self) -> None:
         """Let go of everything."""
@@ -94,7 +99,7 @@ class Spill:
         self._file.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_in_words(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -105,10 +110,10 @@ class Spill:
 
 
 @contextmanager
-def spilled(folder: Path, *, in_memory: int = 0) -> Iterator[Spill]:
-    """A spill for the length of a block."""
-    made = Spill(folder, in_memory=in_memory)
+def open_spill(folder: Path, *, in_memory: int = 0) -> Iterator[Spill]:
+    """Open a spill for the length of a block."""
+    spill = Spill(folder, in_memory=in_memory)
     try:
-        yield made
+        yield spill
     finally:
-        made.close()
+        spill.close()

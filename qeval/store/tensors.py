@@ -18,7 +18,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write `tensors` to `path`.
 
     Raises:
-        OSError: the file can't be written, say because the disk is full; safetensors' own error is none.
+        OSError: The file can't be written, say because the disk is full; safetensors' own error is none.
     """
     try:
         save_file(dict(tensors), path)
@@ -59,7 +59,7 @@ class TensorFile:
         os.truncate(descriptor, self._start + offset)
 
     def write(self, name: str, parts: Iterable[Tensor]) -> None:
-        """The values of the tensor `name`, its rows in `parts`."""
+        """Write the values of the tensor `name`, its rows in `parts`."""
         spec, offset = self._places.pop(name)
         end = offset + spec.size_bytes
         for part in parts:
@@ -85,12 +85,12 @@ class TensorFile:
 
 @contextmanager
 def tensor_file(path: Path, specs: Mapping[str, Spec]) -> Iterator[TensorFile]:
-    """A new file of tensors `specs`, all of which have to be written in the block.
+    """Open a new file of tensors `specs`, all of which have to be written in the block.
 
     Raises:
-        OSError: the file can't be written.
+        OSError: The file can't be written.
     """
     with path.open("wb") as file:
-        made = TensorFile(file.fileno(), specs)
-        yield made
-        made.check()
+        tensors = TensorFile(file.fileno(), specs)
+        yield tensors
+        tensors.check()

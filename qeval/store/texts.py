@@ -1,4 +1,4 @@
-"""What rows stand for, in letters: the tokens of every scored window, and every question.
+"""The texts behind rows: the tokens of every scored window, and every question.
 
 Rows hold token ids and question numbers alone. `OUT/texts/windows.parquet` and `OUT/texts/questions.parquet` let a
 reader of a finished run see them without the model's tokenizer or the harness. They change no number, so they
@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qeval.errors import BrokenRecordError
-from qeval.store.atomic import atomic_path
+from qeval.files.atomic import atomic_path
+from qeval.store.schema import READ_ERRORS
 
 TEXTS_VERSION = 1
 
 _KEY = b"texts_version"
 _VERSION = {_KEY: str(TEXTS_VERSION).encode()}
-WINDOWS = pa.schema(
+WINDOWS_SCHEMA = pa.schema(
     [
         pa.field("window", pa.int32(), nullable=False),
         pa.field("tokens", pa.list_(pa.int32()), nullable=False),  # all ids that were run, BOS included
@@ -27,7 +28,7 @@ WINDOWS = pa.schema(
     ],
     metadata=_VERSION,
 )
-QUESTIONS = pa.schema(
+QUESTIONS_SCHEMA = pa.schema(
     [
         pa.field("task", pa.string(), nullable=False),
         pa.field("subject", pa.string(), nullable=False),
@@ -74,15 +75,15 @@ class Texts:
         self._rows = {window: row for row, window in enumerate(windows["window"].to_pylist())}
 
     def window(self, window: int) -> WindowText | None:
-        """The texts of a window's tokens, or None where the run kept none of it."""
+        """Return the texts of a window's tokens, or None where the run kept none of it."""
         row = self._rows.get(window)
         if row is None:
             return None
-        found = self._windows.slice(row, 1).to_pylist()[0]
-        return WindowText(window, tuple(found["tokens"]), tuple(found["texts"]))
+        texts = self._windows.slice(row, 1).to_pylist()[0]
+        return WindowText(window, tuple(texts["tokens"]), tuple(texts["texts"]))
 
     def task(self, task: str) -> dict[tuple[str, int], QuestionText]:
-        """The questions of a task by (subject, item); empty where the run kept none."""
+        """Return the questions of a task by (subject, item); empty where the run kept none."""
         if task not in self._tasks:
             rows = [row for row in self._questions.to_pylist() if row["task"] == task]
             self._tasks[task] = {
@@ -93,31 +94,36 @@ class Texts:
 
 def write_texts(out: Path, windows: Iterable[WindowText], questions: Iterable[QuestionText]) -> None:
     """Replace the texts in the run folder `out`."""
-    for schema, nouns in ((WINDOWS, windows), (QUESTIONS, questions)):
+    for schema, nouns in ((WINDOWS_SCHEMA, windows), (QUESTIONS_SCHEMA, questions)):
         table = pa.Table.from_pylist([vars(noun) for noun in nouns], schema=schema)
         with atomic_path(_path(out, schema)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
 
+def text_files(out: Path) -> list[Path]:
+    """Return the files of texts that lie in the run folder `out`."""
+    return [path for path in (_path(out, WINDOWS_SCHEMA), _path(out, QUESTIONS_SCHEMA)) if path.is_file()]
+
+
 def read_texts(out: Path) -> Texts | None:
-    """The texts that the run in `out` kept; None where it kept none, as runs of qeval 0.1 did.
+    """Read the texts that the run in `out` kept; None where it kept none, as runs of qeval 0.1 did.
 
     Raises:
-        BrokenRecordError: a file is torn, foreign, or there without the other.
+        BrokenRecordError: A file is torn, foreign, or there without the other.
     """
-    there = [_path(out, schema).exists() for schema in (WINDOWS, QUESTIONS)]
-    return Texts(_read(out, WINDOWS), _read(out, QUESTIONS)) if any(there) else None
+    there = [_path(out, schema).exists() for schema in (WINDOWS_SCHEMA, QUESTIONS_SCHEMA)]
+    return Texts(_read(out, WINDOWS_SCHEMA), _read(out, QUESTIONS_SCHEMA)) if any(there) else None
 
 
 def _path(out: Path, schema: pa.Schema) -> Path:
-    return out / "texts" / ("windows.parquet" if schema is WINDOWS else "questions.parquet")
+    return out / "texts" / ("windows.parquet" if schema is WINDOWS_SCHEMA else "questions.parquet")
 
 
 def _read(out: Path, schema: pa.Schema) -> pa.Table:
     path = _path(out, schema)
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except READ_ERRORS as error:
         raise BrokenRecordError(f"{path} is missing or torn; run the same command again to make it.") from error
     if not table.schema.equals(schema) or (table.schema.metadata or {}).get(_KEY) != _VERSION[_KEY]:
         raise BrokenRecordError(

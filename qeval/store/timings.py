@@ -1,4 +1,4 @@
-"""What a benchmark leaves: one record a repeat of a cell, one a cell, one an engine with a variant; nothing averaged.
+"""The records of a benchmark: one a repeat of a cell, one a cell, one an engine with a variant; nothing averaged.
 
 A *cell* is a batch size with a prompt length. Seconds are of the wall clock, bytes are bytes.
 
@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qeval.errors import BrokenRecordError, UsageError
-from qeval.store.atomic import write_text
-from qeval.store.records import Warn, find_record, verify, write_record
+from qeval.files.atomic import write_text
+from qeval.files.records import find_record, verify_record, write_record
+from qeval.parsing import first_fault
+from qeval.progress import Notify
 from qeval.store.run import EnvironmentRecord, ModelRecord
+from qeval.store.schema import READ_ERRORS
 
 BENCH = "bench.json"
 _SUFFIX = ".parquet"
@@ -32,12 +35,12 @@ speed of it is told. Kernels that round activations to eight bits keep 90 % and 
 leaves a few per cent.
 """
 
-Outcome = Literal["measured", "oom", "refused", "failed", "unspent"]
+CellOutcome = Literal["measured", "oom", "refused", "failed", "unspent"]
 """`refused`: the engine can't do such a cell, and says so; `unspent`: the budget ended before its first repeat."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class EngineRecord:
     """An engine with a variant: what ran, what it took to open, what it holds.
 
     `variant` is the method's own name (`awq`, `rtn:int8-channel`) or the baseline's type (`fp32`); `reason` says in
@@ -87,9 +90,11 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What became of a cell, and its peaks of memory in bytes (a process's own RSS, or the device's) in each phase:
-    the largest of any repeat."""
+class CellRecord:
+    """The outcome of a cell, and its peaks of memory in each phase.
+
+    A peak is the largest of any repeat, in bytes: of a process's RSS, or of the device's memory.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -97,7 +102,7 @@ class Cell:
     variant: str
     batch: int
     prompt: int
-    outcome: Outcome
+    outcome: CellOutcome
     reason: str | None = None
     peak_prompt_bytes: int | None = None
     peak_generate_bytes: int | None = None
@@ -131,7 +136,7 @@ class Drift:
 
 
 class BenchSettings(BaseModel):
-    """What was asked for."""
+    """The settings of a benchmark."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -163,14 +168,14 @@ class BenchRecord(BaseModel):
     model: ModelRecord
     environment: EnvironmentRecord
     settings: BenchSettings
-    opened: list[Opened]
-    cells: list[Cell]
+    opened: list[EngineRecord]
+    cells: list[CellRecord]
     drifts: list[Drift]
     timings: list[str]
     warnings: list[str]
 
 
-TIMINGS = pa.schema(
+TIMINGS_SCHEMA = pa.schema(
     [
         pa.field("engine", pa.string(), nullable=False),
         pa.field("variant", pa.string(), nullable=False),
@@ -189,16 +194,16 @@ TIMINGS = pa.schema(
 """One row a file: a `Timing`."""
 
 
-def write_bench(out: Path, record: BenchRecord) -> None:
+def write_bench_record(out: Path, record: BenchRecord) -> None:
     """Write bench.json, at once and whole."""
     write_text(out / BENCH, record.model_dump_json(indent=1) + "\n")
 
 
-def read_bench(out: Path) -> BenchRecord:
-    """The record of a benchmark's folder.
+def read_bench_record(out: Path) -> BenchRecord:
+    """Read the record of a benchmark's folder.
 
     Raises:
-        UsageError: `out` holds none. BrokenRecordError: it is torn, or of another version.
+        UsageError: `out` holds none. BrokenRecordError: It is torn, or of another version.
     """
     path = out / BENCH
     try:
@@ -206,29 +211,28 @@ def read_bench(out: Path) -> BenchRecord:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{out}' holds no benchmark: there is no {BENCH} in it.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        where, fault = first_fault(error.errors())
         raise BrokenRecordError(
-            f"{path} is torn or of another version ({where}: {first['msg']}); run the same command again."
+            f"{path} is torn or of another version ({where}: {fault}); run the same command again."
         ) from error
 
 
 def write_timing(out: Path, key: str, timing: Timing) -> Path:
     """Write one repeat under the identity of what was timed; it appears whole or not at all."""
-    table = pa.Table.from_pylist([asdict(timing)], schema=TIMINGS)
+    table = pa.Table.from_pylist([asdict(timing)], schema=TIMINGS_SCHEMA)
     return write_record(_folder(out), key, _SUFFIX, lambda path: pq.write_table(table, path))
 
 
-def find_timing(out: Path, key: str, warn: Warn) -> Path | None:
-    """The file of a repeat that is done, or None; a broken one is named and removed."""
+def find_timing(out: Path, key: str, warn: Notify) -> Path | None:
+    """Return the file of a repeat that is done, or None; a broken one is named and removed."""
     return find_record(_folder(out), key, _SUFFIX, warn)
 
 
 def read_timings(out: Path, names: Iterable[str]) -> list[Timing]:
-    """The repeats in files of these names, in the order in which they were taken.
+    """Read the repeats in files of these names, in the order in which they were taken.
 
     Raises:
-        BrokenRecordError: a file is missing, torn or foreign; it is named.
+        BrokenRecordError: A file is missing, torn or foreign; it is named.
     """
     return sorted((_read(_folder(out) / name) for name in names), key=lambda timing: timing.order)
 
@@ -238,12 +242,12 @@ def _folder(out: Path) -> Path:
 
 
 def _read(path: Path) -> Timing:
-    verify(path)
+    verify_record(path)
     try:
         table = pq.ParquetFile(path).read()
-    except pa.ArrowInvalid as error:
+    except READ_ERRORS as error:
         raise BrokenRecordError(f"{path} is no Parquet file ({error}).") from error
-    if not table.schema.equals(TIMINGS) or table.num_rows != 1:
+    if not table.schema.equals(TIMINGS_SCHEMA) or table.num_rows != 1:
         raise BrokenRecordError(f"{path} holds no repeat of a benchmark of this version.")
     row: dict[str, Any] = table.to_pylist()[0]
     return Timing(**row | {"step_seconds": tuple(row["step_seconds"])})

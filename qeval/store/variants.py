@@ -1,38 +1,44 @@
 """A variant on disk: a folder of packed integers, scales, zero points and changed floats, and a manifest.
 
     manifest.json         every weight of the model with its grid or its reason for staying in float
-    weights.safetensors   NAME.codes (packed, lowest bits first), NAME.scales, NAME.zeros, NAME.input_scale, floats
+    weights.safetensors   NAME.codes (packed, lowest bits first), NAME.scales, NAME.zeros, NAME.input_scale, floats;
+                          NAME.scales in bytes where the grid has such (E8M0, E4M3), NAME.global_scale,
+                          NAME.range, where activations, keys or values have static scales
 
 The folder appears whole or not at all, and reads back to the same variant.
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qeval.errors import BrokenRecordError, QevalError, UsageError
+from qeval.errors import BrokenRecordError, UsageError
+from qeval.files.atomic import atomic_folder, is_temporary
 from qeval.identity import digest_file
-from qeval.owners import temporary_prefix
-from qeval.quant.grid import PerTensor, parse
-from qeval.quant.pack import pack, unpack
+from qeval.parsing import error_reason, first_fault, load_json
+from qeval.paths import home
+from qeval.quant.grid import FloatGrid, PerTensor, parse
+from qeval.quant.pack import pack_tensor, unpack_tensor
 from qeval.quant.qweight import QWeight
-from qeval.quant.variant import Choice, Kept, Stored, Variant
-from qeval.store.atomic import sync
-from qeval.store.spill import Spill, spilled
+from qeval.quant.scheme import scheme_of
+from qeval.quant.stored_scales import decode_scales, encode_scales, repeat_scales
+from qeval.quant.variant import Choice, FloatWeight, StoredMatrix, Variant
+from qeval.store.seal import has_valid_seal, parse_object, seal
+from qeval.store.spill import Spill, open_spill
 from qeval.store.tensors import Spec, save_tensors, tensor_file
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+FORMAT_VERSION: Literal[2] = 2
+_FLOAT_BITS = (8, 16, 32, 64)
 
 
 class _Part(BaseModel):
@@ -81,7 +87,7 @@ class ChoiceEntry(_Part):
 class Manifest(_Part):
     """All of manifest.json."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     key: str
     recipe: dict[str, Any]
     model: dict[str, str]
@@ -98,10 +104,35 @@ class Manifest(_Part):
     seconds: float
     weights_sha256: str
     stored: list[StoredEntry] = []
+    scheme: dict[str, str] = {}
+    """The formats of activations, keys and values by these words; like `ranges`, written only where it is used."""
+    ranges: list[str] = []
+    sha256: str | None = None
+    """Of all the rest of the manifest, from version 2 on."""
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights of the model."""
+        on_grids = sum(entry.rows * entry.columns for entry in self.weights)
+        stored = sum(entry.parameters for entry in self.stored)
+        return on_grids + stored + sum(entry.parameters for entry in self.kept)
+
+    @property
+    def adds_up(self) -> bool:
+        """Return whether the size is that of the weights listed, those in float at some width of floats."""
+        listed = sum(entry.size_bits for entry in self.weights) + sum(entry.size_bits for entry in self.stored)
+        in_float = sum(entry.parameters for entry in self.kept)
+        return any(self._is_size(listed, in_float, float_bits) for float_bits in _FLOAT_BITS)
+
+    def _is_size(self, listed: int, in_float: int, float_bits: int) -> bool:
+        rest = self.size_bytes * 8 - listed - in_float * float_bits
+        # input scales are listed by name alone, in fp32; the size is cut to whole bytes
+        most = 32 * self.parameters if self.input_scales else 0
+        return -8 < rest <= most
 
 
 class Origin(_Part):
-    """Where a variant came from: what its manifest says beside its weights."""
+    """The origin of a variant, which its manifest states beside its weights."""
 
     recipe: dict[str, Any]
     model: dict[str, str]
@@ -111,13 +142,19 @@ class Origin(_Part):
 
 
 def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
-    """Write `variant` to `folder`, which must not exist yet or hold an earlier variant.
+    """Write a variant to a folder.
+
+    Args:
+        variant: The variant.
+        folder: Where it goes; it must not exist yet, or hold an earlier variant.
+        origin: Where it came from.
 
     Raises:
-        UsageError: the folder exists and holds something else.
-        QevalError: it cannot be written.
+        UsageError: The folder exists and holds something else.
+        QevalError: It cannot be written.
     """
-    with _placed(folder) as part:
+    check_free(folder)
+    with atomic_folder(folder) as part:
         save_tensors(_tensors(variant), part / WEIGHTS)
         _write_manifest(variant, origin, part)
 
@@ -127,17 +164,21 @@ def save_variant_by_parts(
 ) -> None:
     """Write a variant whose matrices come one by one, never all at once; the files are those of `save_variant`.
 
-    `parts` are the matrices, in any order; one may come in several, rows after rows. `rest` is asked when all are there
-    for the variant with its matrices on the meta device: which floats a method changes may be known only then, and
-    their sizes decide where in the file the matrices lie. So these wait in a temporary file beside, as large as they
-    are.
+    Which floats a method changes may be known only when all matrices are there, and their sizes decide where in the
+    file the matrices lie. So the matrices wait in a temporary file, as large as they are.
+
+    Args:
+        parts: The matrices, in any order; one may come in several, rows after rows.
+        rest: Called once all are there for the variant with its matrices on the meta device, and its origin.
+        folder: Where it goes.
 
     Raises:
-        UsageError: the folder exists and holds something else.
-        QevalError: it cannot be written.
+        UsageError: The folder exists and holds something else.
+        QevalError: It cannot be written.
     """
-    with _placed(folder) as part, spilled(folder.parent) as spill:
-        waiting = _Waiting(spill)
+    check_free(folder)
+    with atomic_folder(folder) as part, open_spill(folder.parent) as spill:
+        waiting = _PackedParts(spill)
         for name, weight in parts:
             waiting.add(name, weight)
         variant, origin = rest()
@@ -149,17 +190,18 @@ def save_variant_by_parts(
         _write_manifest(variant, origin, part)
 
 
-class _Waiting:
+class _PackedParts:
     """Packed matrices, or rows of them one after the other, in a spill."""
 
     def __init__(self, spill: Spill) -> None:
         self._spill, self._counts = spill, Counter[str]()
 
     def add(self, name: str, weight: QWeight) -> None:
-        """All of a matrix, or its next rows; a scale that spans all of it is kept once."""
+        """Add all of a matrix, or its next rows; a scale that spans all of it is kept once."""
         one = isinstance(weight.grid.granularity, PerTensor)
         for key, tensor in _packed(name, weight).items():
-            if not self._counts[key] or not one or key == f"{name}.codes":
+            grows = key == f"{name}.codes" or (not one and key != f"{name}.global_scale")
+            if grows or not self._counts[key]:
                 self._spill.put((key, self._counts[key]), tensor)
                 self._counts[key] += 1
 
@@ -167,79 +209,88 @@ class _Waiting:
     def specs(self) -> dict[str, Spec]:
         """The tensors of whole matrices."""
         specs = self._spill.specs
-        return {key: _below([specs[key, place] for place in range(count)]) for key, count in self._counts.items()}
+        return {
+            key: _stacked_spec([specs[key, place] for place in range(count)]) for key, count in self._counts.items()
+        }
 
     def parts(self, key: str) -> Iterator[Tensor]:
-        """What a tensor came in."""
+        """Return what a tensor came in."""
         return (self._spill.get((key, place)) for place in range(self._counts[key]))
 
 
-def _below(specs: Sequence[Spec]) -> Spec:
-    """The tensor of rows that are one below the other."""
+def _stacked_spec(specs: Sequence[Spec]) -> Spec:
+    """Return the tensor of rows that are one below the other."""
     return Spec(specs[0].dtype, (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:]))
-
-
-@contextmanager
-def _placed(folder: Path) -> Iterator[Path]:
-    """A folder to write to that takes its place when the block ends well."""
-    check_free(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(prefix=temporary_prefix(folder.name), dir=folder.parent))
-    except OSError as error:
-        raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
-    try:
-        yield part
-        for written in part.iterdir():
-            sync(written)
-        part.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except OSError as error:
-        raise QevalError(f"Cannot write {folder}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
     manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
-    (part / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
+    unused = {name for name in ("scheme", "ranges") if not getattr(manifest, name)}
+    content = seal(json.loads(manifest.model_dump_json(exclude=unused)))
+    (part / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def check_free(folder: Path) -> None:
     """Refuse a place where something else than a variant lies.
 
     Raises:
-        UsageError: it is a file, or a folder that holds something else.
+        UsageError: It is a file, or a folder that holds something else.
     """
-    if folder.is_dir() and ((folder / MANIFEST).exists() or not any(folder.iterdir())):
+    if not folder.exists():
         return
-    if folder.exists():
+    names = {path.name for path in folder.iterdir() if not is_temporary(path)} if folder.is_dir() else {""}
+    if names and not _is_variant(folder):
         raise UsageError(f"'{folder}' exists and is no variant; name another folder.")
+    if others := sorted(names - {MANIFEST, WEIGHTS}):
+        raise UsageError(f"'{folder}' holds {others[0]} beside a variant, which would be lost; name another folder.")
+
+
+def _is_variant(folder: Path) -> bool:
+    """Return whether a folder's manifest is one of qeval's; in the cache, where all is qeval's, a torn one is too."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return False
+    if folder.resolve().is_relative_to(home().resolve()):
+        return True
+    try:
+        content = load_json(path)
+    except UsageError:
+        return False
+    return isinstance(content, dict) and {"format_version", "bits_per_weight"} <= content.keys()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a variant's folder.
+    """Read the manifest of a variant's folder.
 
     Raises:
         UsageError: `folder` holds no variant.
-        BrokenRecordError: the manifest is torn or of another version.
+        BrokenRecordError: The manifest is torn, was changed, or is of another version.
     """
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"'{folder}' holds no variant: there is no {MANIFEST} in it.") from error
+
+    try:
+        manifest, content = Manifest.model_validate_json(data), parse_object(data)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole file"
+        where, _ = first_fault(error.errors())
         raise BrokenRecordError(f"{path} is torn or of another version ({where}).") from error
+    except ValueError as error:
+        raise BrokenRecordError(f"{path} is torn ({error}).") from error
+
+    needs_seal = manifest.format_version > 1
+    if (needs_seal and not has_valid_seal(content)) or not manifest.adds_up:
+        raise BrokenRecordError(f"{path} was changed: its checksum or its sizes do not fit it.")
+    return manifest
 
 
 def verify_variant(folder: Path) -> Manifest:
-    """The manifest of a variant whose weights are those that were written.
+    """Return the manifest of a variant whose weights are those that were written.
 
     Raises:
-        BrokenRecordError: they are not.
+        BrokenRecordError: They are not.
     """
     manifest = read_manifest(folder)
     path = folder / WEIGHTS
@@ -248,19 +299,35 @@ def verify_variant(folder: Path) -> Manifest:
     return manifest
 
 
-def load_variant(folder: Path) -> Variant:
-    """The variant that was saved to `folder`, verified."""
+def load_variant(folder: Path, device: torch.device | None = None) -> Variant:
+    """Return the variant that was saved to `folder`, verified; its codes are unpacked on `device`."""
     manifest = verify_variant(folder)
-    tensors = load_file(folder / WEIGHTS)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        if device is not None and device.type != "cpu":
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return _variant(manifest, tensors)
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise BrokenRecordError(
+            f"'{folder}' holds weights that its manifest does not fit ({error_reason(error)})."
+        ) from error
+
+
+def _variant(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Variant:
+    """Return the variant of a manifest's entries and the tensors of its file."""
     return Variant(
         key=manifest.key,
         weights={entry.name: _weight(entry, tensors) for entry in manifest.weights},
         floats={name: tensors[name] for name in manifest.floats},
         input_scales={name: tensors[f"{name}.input_scale"] for name in manifest.input_scales},
-        kept=tuple(Kept(**entry.model_dump()) for entry in manifest.kept),
+        kept=tuple(FloatWeight(**entry.model_dump()) for entry in manifest.kept),
         choices=tuple(Choice(**entry.model_dump()) for entry in manifest.choices),
         details=manifest.details,
-        stored=tuple(Stored(**entry.model_dump()) for entry in manifest.stored),
+        stored=tuple(StoredMatrix(**entry.model_dump()) for entry in manifest.stored),
+        scheme=scheme_of(manifest.scheme),
+        ranges={name: tensors[f"{name}.range"] for name in manifest.ranges},
     )
 
 
@@ -270,36 +337,42 @@ def _tensors(variant: Variant) -> dict[str, Tensor]:
         tensors |= _packed(name, weight)
     tensors |= variant.floats
     tensors |= {f"{name}.input_scale": scales for name, scales in variant.input_scales.items()}
+    tensors |= {f"{name}.range": amax for name, amax in variant.ranges.items()}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _packed(name: str, weight: QWeight) -> dict[str, Tensor]:
-    tensors = {f"{name}.codes": torch.from_numpy(pack(weight.codes.cpu().numpy(), weight.grid.bits))}
-    tensors[f"{name}.scales"] = weight.scales
+    tensors = {f"{name}.codes": pack_tensor(weight.codes, weight.grid.bits)}
+    tensors[f"{name}.scales"] = encode_scales(weight)
     if weight.zeros is not None:
-        tensors[f"{name}.zeros"] = torch.from_numpy(pack(weight.zeros.cpu().numpy(), weight.grid.bits))
+        tensors[f"{name}.zeros"] = pack_tensor(weight.zeros, weight.grid.bits)
+    if weight.global_scale is not None:
+        tensors[f"{name}.global_scale"] = weight.global_scale
     return tensors
 
 
 def _weight(entry: WeightEntry, tensors: Mapping[str, Tensor]) -> QWeight:
     grid = parse(entry.grid)
-    scales = tensors[f"{entry.name}.scales"]
-    codes = unpack(tensors[f"{entry.name}.codes"].numpy(), grid.bits, entry.columns)
+    global_scale = None
+    if isinstance(grid, FloatGrid) and grid.has_global_scale:
+        global_scale = tensors[f"{entry.name}.global_scale"]
+    scales = decode_scales(tensors[f"{entry.name}.scales"], grid, global_scale)
+    scales = repeat_scales(scales, grid, 0, entry.rows)
+    codes = unpack_tensor(tensors[f"{entry.name}.codes"], grid.bits, entry.columns)
     zeros = None
     if not grid.symmetric:
-        packed = tensors[f"{entry.name}.zeros"].numpy()
-        zeros = torch.from_numpy(unpack(packed, grid.bits, scales.shape[1]).copy())
-    return QWeight(grid, torch.from_numpy(codes.copy()), scales, zeros)
+        zeros = unpack_tensor(tensors[f"{entry.name}.zeros"], grid.bits, scales.shape[1])
+    return QWeight(grid, codes, scales, zeros, global_scale)
 
 
 def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest:
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         key=variant.key,
         recipe=origin.recipe,
         model=origin.model,
         calibration=origin.calibration,
-        bits_per_weight=variant.bits_per_weight,
+        bits_per_weight=variant.bits_per_weight if variant.quantized_parameters else float(origin.float_bits),
         bits_per_weight_model=variant.bits_per_weight_model(origin.float_bits),
         size_bytes=variant.size_bytes(origin.float_bits),
         weights=[
@@ -320,4 +393,6 @@ def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest
         seconds=origin.seconds,
         weights_sha256=weights_sha256,
         stored=[StoredEntry(**vars(each)) for each in variant.stored],
+        scheme=variant.scheme.names(),
+        ranges=list(variant.ranges),
     )

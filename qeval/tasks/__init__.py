@@ -1,0 +1,1 @@
+"""Tasks: corpora, windows, protocols and the harness's questions."""

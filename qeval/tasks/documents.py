@@ -14,7 +14,7 @@ from qeval.tasks.windows import Windows, rolling_windows
 
 
 @dataclass(frozen=True)
-class Counted:
+class CountedWindows:
     """Windows, and the words and bytes of the pages that they score."""
 
     windows: Windows
@@ -23,7 +23,7 @@ class Counted:
 
 
 def pages(text: str) -> Iterator[str]:
-    r"""The pages of a text in WikiText's raw layout; a text without headings is one page.
+    r"""Yield the pages of a text in WikiText's raw layout; a text without headings is one page.
 
     >>> list(pages(" \n = A = \n one \n = = B = = \n two \n = C = \n three"))
     [' = A = \n one \n = = B = = \n two ', ' = C = \n three']
@@ -37,28 +37,36 @@ def pages(text: str) -> Iterator[str]:
     yield from _unless_blank(lines)
 
 
-def rolling(tokenizer: Any, text: str, window: int, max_windows: int | None = None) -> Counted:
-    """The rolling windows of a text's pages, each behind one BOS; EOS where there is none, as the harness has it.
+def rolling(tokenizer: Any, text: str, window: int, max_windows: int | None = None) -> CountedWindows:
+    """Cut the pages of a text into rolling windows, each page behind one BOS; EOS where there is none, as the harness.
+
+    Args:
+        tokenizer: The model's.
+        text: In WikiText's raw layout.
+        window: Tokens of a window.
+        max_windows: Take as many pages as fit whole into so many windows.
 
     Raises:
-        UsageError: the tokenizer has neither token, or `max_windows` holds no whole page.
+        UsageError: The tokenizer has neither token, or `max_windows` holds no whole page.
     """
     # the harness is slow to import, and only its task's own page of code is wanted
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: PLC0415
 
-    found = list(pages(text))
-    ids = [encode(tokenizer, wikitext_detokenizer({"page": page})) for page in found]
-    made = rolling_windows(ids, window, prefix=prefix_token(tokenizer), max_windows=max_windows)
-    counts = [process_results({"page": page}, (0.0,)) for page in found[: made.documents]]
-    return Counted(
-        made,
+    documents = list(pages(text))
+    ids = [encode(tokenizer, wikitext_detokenizer({"page": page})) for page in documents]
+    windows = rolling_windows(ids, window, prefix=prefix_token(tokenizer), max_windows=max_windows)
+
+    # words and bytes of the pages as they were, by the harness's own count
+    counts = [process_results({"page": page}, (0.0,)) for page in documents[: windows.documents]]
+    return CountedWindows(
+        windows,
         sum(count["word_perplexity"][1] for count in counts),
         sum(count["byte_perplexity"][1] for count in counts),
     )
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """The id that lm-evaluation-harness puts before a document: BOS, else EOS."""
+    """Return the id that lm-evaluation-harness puts before a document: BOS, else EOS."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,6 +1,6 @@
-"""Tasks of questions: lm-evaluation-harness's own tasks and prompts, turned into token ids that a session can score.
+"""Tasks of questions: lm-evaluation-harness's tasks and prompts, turned into token ids that a session can score.
 
-The harness renders every prompt and judges every answer; only its data loading is replaced where csv files are given.
+The harness renders every prompt and judges every answer; only its data loading is replaced where csv files are used.
 A continuation's ids are what follows the context's in the encoding of both together, as the harness does it.
 """
 
@@ -13,25 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval
 import yaml
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
-from qeval.errors import UsageError, unknown
+from qeval.errors import UsageError, first_line, unknown
 from qeval.paths import shipped
 from qeval.tasks.corpus import BosPolicy, bos_token
+from qeval.tasks.hub_data import check_subjects, mmlu_folder, mmlu_subjects
 from qeval.tasks.mmlu_csv import Subject, read_subjects
+from qeval.tasks.names import HUB, MMLU
+from qeval.types import TokenIds
 
-MMLU = "mmlu"
 SAMPLE = "tasks/mmlu_sample"
-_HUB = "hub"
 _PART_QUESTIONS = 256
 _MMLU_SUBJECTS = 57
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,19 @@ class Question:
     subject: str
     item: int
     gold: int
-    pairs: tuple[tuple[Ids, Ids], ...]
+    pairs: tuple[tuple[TokenIds, TokenIds], ...]
     choices: int
     shots: int
 
     @property
-    def prompt(self) -> Ids:
+    def prompt(self) -> TokenIds:
         """The first choice's context; in most tasks that of all."""
         return self.pairs[0][0]
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a record says of a task."""
+    """The facts of a task that a record states."""
 
     name: str
     source: str
@@ -79,7 +77,7 @@ class Suite:
     tasks: Mapping[str, Any]
 
     def parts(self) -> list[tuple[Question, ...]]:
-        """The questions in runs of one subject and at most 256: what one job scores."""
+        """Return the questions in runs of one subject and at most 256: what one job scores."""
         by_subject = [tuple(q for q in self.questions if q.subject == subject) for subject in self.info.subjects]
         return [
             questions[start : start + _PART_QUESTIONS]
@@ -88,7 +86,7 @@ class Suite:
         ]
 
     def judge(self, question: Question, scores: Sequence[tuple[float, bool]]) -> dict[str, float]:
-        """The harness's metrics of one question, from (log-likelihood, is greedy) of every pair."""
+        """Return the harness's metrics of one question, from (log-likelihood, is greedy) of every pair."""
         task = self.tasks[question.subject]
         with _quiet():
             return dict(task.process_results(task.eval_docs[question.item], list(scores)))
@@ -101,20 +99,52 @@ class Encoder:
     tokenizer: Any
     bos: BosPolicy
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The token ids of some texts, BOS in front where the policy says so, exactly once."""
+    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Return the token ids of texts, BOS in front where the policy says so, exactly once."""
         first = bos_token(self.tokenizer, self.bos)
         ids = self.tokenizer(list(texts), add_special_tokens=self.bos == "auto", verbose=False)["input_ids"]
         if self.bos == "always" and first is not None:
             return [(first, *sequence) for sequence in ids]
         return [tuple(sequence) for sequence in ids]
 
-    def pairs(self, arguments: Sequence[tuple[str, str]]) -> list[tuple[Ids, Ids]]:
-        """Contexts and continuations as ids; spaces that end a context go to its continuation."""
+    def pairs(self, arguments: Sequence[tuple[str, str]]) -> list[tuple[TokenIds, TokenIds]]:
+        """Return contexts and continuations as ids; spaces that end a context go to its continuation."""
         moved = [(c.rstrip(), c[len(c.rstrip()) :] + rest) if c.strip() else (c, rest) for c, rest in arguments]
         texts = list(dict.fromkeys(text for context, rest in moved for text in (context, context + rest)))
         ids = dict(zip(texts, self.encode(texts), strict=True))  # choices share their context: it is encoded once
         return [(ids[context], ids[context + rest][len(ids[context]) :]) for context, rest in moved]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """A task's questions and examples as texts, loaded once and encoded by every tokenizer."""
+
+    name: str
+    source: str
+    tasks: Mapping[str, Any]
+    """The harness's own tasks by subject."""
+    categories: dict[str, str]
+
+
+def load_task(name: str, *, shots: int, folder: Path | None, subjects: Sequence[str]) -> TaskData:
+    """Load the data of the task called `name`.
+
+    Args:
+        name: `mmlu`, or any multiple-choice task of the harness, which has its own number of examples.
+        shots: Examples in a prompt of MMLU.
+        folder: MMLU's csv files, `hub`, or None for the offline sample.
+        subjects: MMLU's; none means all.
+
+    Raises:
+        UsageError: An unknown task, or data that is missing or broken.
+    """
+    with _quiet():
+        if name == MMLU:
+            tasks, source = _mmlu_tasks(folder, subjects, shots)
+            tags = {subject: str(_mmlu_config(subject)["tag"]) for subject in tasks}
+            categories = {subject: tag.removeprefix("mmlu_").removesuffix("_tasks") for subject, tag in tags.items()}
+            return TaskData(name, source, tasks, categories)
+        return TaskData(name, HUB, _harness_tasks(name), {})
 
 
 def load_suite(
@@ -128,53 +158,56 @@ def load_suite(
     folder: Path | None,
     subjects: Sequence[str],
 ) -> Suite:
-    """The task called `name`, its prompts rendered and encoded.
+    """Load the task called `name` and encode its prompts, as `load_task` and `encode_task`."""
+    data = load_task(name, shots=shots, folder=folder, subjects=subjects)
+    return encode_task(data, tokenizer, max_length=max_length, bos=bos, limit=limit)
 
-    `shots`, `folder` (csv files, or `hub`) and `subjects` are MMLU's; other tasks have their own number of examples.
-    `limit` takes the first questions of every subject.
+
+def encode_task(data: TaskData, tokenizer: Any, *, max_length: int, bos: BosPolicy, limit: int | None) -> Suite:
+    """Render and encode the prompts of a task.
+
+    Args:
+        data: The task's texts.
+        tokenizer: The model's.
+        max_length: Tokens of a prompt at most; examples are dropped from the front until it fits.
+        bos: Whether BOS goes in front.
+        limit: Take the first questions of every subject.
 
     Raises:
-        UsageError: an unknown task, data that is missing or broken, a prompt that no dropping of examples makes fit.
+        UsageError: A prompt does not fit without any example.
     """
+    encoder, shots = Encoder(tokenizer, bos), {subject: _shots(task) for subject, task in data.tasks.items()}
     with _quiet():
-        if name == MMLU:
-            tasks, source = _mmlu_tasks(folder, subjects, shots)
-            categories = {subject: _category(subject) for subject in tasks}
-        else:
-            tasks, source, categories = _harness_tasks(name), _HUB, {}
-        encoder = Encoder(tokenizer, bos)
-        asked = {subject: _shots(task) for subject, task in tasks.items()}
         questions = tuple(
             question
-            for subject, task in tasks.items()
+            for subject, task in data.tasks.items()
             for question in _questions(subject, task, encoder, max_length, limit)
         )
+
+    # 0 where questions have different numbers of choices
     counts = {question.choices for question in questions}
     info = TaskInfo(
-        name=name,
-        source=source,
-        title=_title(name, source, max(asked.values()), len(tasks)),
-        shots=max(asked.values()),
-        subjects=list(tasks),
-        categories=categories,
+        name=data.name,
+        source=data.source,
+        title=_title(data.name, data.source, max(shots.values()), len(data.tasks)),
+        shots=max(shots.values()),
+        subjects=list(data.tasks),
+        categories=data.categories,
         items=len(questions),
-        items_with_fewer_shots=sum(question.shots < asked[question.subject] for question in questions),
+        items_with_fewer_shots=sum(question.shots < shots[question.subject] for question in questions),
         choices=counts.pop() if len(counts) == 1 else 0,
         harness=f"lm-eval {version('lm_eval')}",
     )
-    return Suite(info, questions, tasks)
+    return Suite(info, questions, data.tasks)
 
 
 def _mmlu_tasks(folder: Path | None, subjects: Sequence[str], shots: int) -> tuple[dict[str, Any], str]:
-    if str(folder) == _HUB:
-        known = sorted(p.stem.removeprefix("mmlu_") for p in _mmlu_folder().glob("mmlu_*.yaml"))
-        for name in subjects:
-            if name not in known:
-                raise unknown("MMLU subject", name, known)
-        return {name: _mmlu_task(name, shots, None) for name in subjects or known}, _HUB
-    read = read_subjects(shipped(SAMPLE) if folder is None else folder, subjects, shots)
+    if str(folder) == HUB:
+        check_subjects(subjects)
+        return {name: _mmlu_task(name, shots, None) for name in subjects or mmlu_subjects()}, HUB
+    tables = read_subjects(shipped(SAMPLE) if folder is None else folder, subjects, shots)
     source = "mmlu_sample" if folder is None else folder.resolve().name
-    return {subject.name: _mmlu_task(subject.name, shots, subject) for subject in read}, source
+    return {subject.name: _mmlu_task(subject.name, shots, subject) for subject in tables}, source
 
 
 def _mmlu_task(name: str, shots: int, data: Subject | None) -> Any:
@@ -186,7 +219,7 @@ def _mmlu_task(name: str, shots: int, data: Subject | None) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"MMLU's subject '{name}' can't be loaded from the hub: {_first_line(error)} "
-            "Pass --mmlu-dir with the csv files, or leave it out for the offline sample."
+            "Pass --mmlu-dir with the csv files, or --offline for the sample that is shipped."
         ) from error
 
 
@@ -203,24 +236,14 @@ def _dataset(data: Subject) -> Any:
     return datasets.DatasetDict({"dev": split(data.dev), "test": split(data.test)})
 
 
-def _mmlu_folder() -> Path:
-    return Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
-
-
 def _mmlu_config(subject: str) -> dict[str, Any]:
-    """The harness's own definition of a subject's task, its template included."""
-    path = _mmlu_folder() / f"mmlu_{subject}.yaml"
-    if not path.exists():
-        known = [p.stem.removeprefix("mmlu_") for p in _mmlu_folder().glob("mmlu_*.yaml")]
-        raise unknown("MMLU subject", subject, known)
+    """Return the harness's definition of a subject's task, its template included."""
+    check_subjects([subject])
+    path = mmlu_folder() / f"mmlu_{subject}.yaml"
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    template = _mmlu_folder() / config.pop("include")
+    template = path.parent / config.pop("include")
     merged: dict[str, Any] = yaml.safe_load(template.read_text(encoding="utf-8")) | config
     return merged
-
-
-def _category(subject: str) -> str:
-    return str(_mmlu_config(subject)["tag"]).removeprefix("mmlu_").removesuffix("_tasks")
 
 
 def _harness_tasks(name: str) -> dict[str, Any]:
@@ -257,7 +280,7 @@ def _questions(subject: str, task: Any, encoder: Encoder, max_length: int, limit
 
 
 def _arguments(task: Any, doc: Any, left: int, examples: list[Any], shots: int) -> list[tuple[str, str]]:
-    """Context and continuation of every choice, with the last `left` of the `shots` examples."""
+    """Return context and continuation of every choice, with the last `left` of the `shots` examples."""
     if left < shots:
         task.sampler.replace_df(examples[shots - left : shots] if left else examples)
     try:
@@ -269,7 +292,7 @@ def _arguments(task: Any, doc: Any, left: int, examples: list[Any], shots: int) 
     return [request.args for request in requests]
 
 
-def _check_pairs(subject: str, item: int, pairs: Sequence[tuple[Ids, Ids]]) -> None:
+def _check_pairs(subject: str, item: int, pairs: Sequence[tuple[TokenIds, TokenIds]]) -> None:
     if any(not context or not rest for context, rest in pairs):
         raise UsageError(f"Question {item} of {subject} has an empty prompt or choice after tokenization.")
     if len(set(pairs)) < 2 <= len(pairs):
@@ -300,13 +323,13 @@ def _title(name: str, source: str, shots: int, subjects: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{(lines[0] if lines else type(error).__name__).rstrip('.')}."
+    line = f"{first_line(error)}."
+    return f"{line} Accept its terms there, then log in (`hf auth login`) or set HF_TOKEN." if "gated" in line else line
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness without its remarks; errors still show."""
+    """Silence the remarks of the harness inside a `with` block; errors still show."""
     loggers = [getLogger(name) for name in ("lm_eval", "lm_eval.api.task", "datasets")]
     levels = [logger.level for logger in loggers]
     datasets.disable_progress_bars()

@@ -1,21 +1,25 @@
 """MMLU's original csv layout: dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, question, four choices, letter, no header.
 
-Every cell stays text: a choice may read `None`, `NA` or `2.50`.
+Every cell stays text: a choice may read `None`, `NA` or `2.50`. A byte order mark, which spreadsheets put in front, is
+no part of the first question.
 """
 
 import csv
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from qeval.errors import UsageError, unknown
+from qeval.tasks.decoding import decode
 
 LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One question as it stands in its file."""
+class CsvQuestion:
+    """One question as its file has it."""
 
     question: str
     choices: tuple[str, ...]
@@ -27,24 +31,29 @@ class Subject:
     """A subject's examples and questions."""
 
     name: str
-    dev: tuple[Row, ...]
-    test: tuple[Row, ...]
+    dev: tuple[CsvQuestion, ...]
+    test: tuple[CsvQuestion, ...]
 
 
 def read_subjects(folder: Path, names: Sequence[str], shots: int) -> list[Subject]:
-    """The subjects in `folder`, all of them or those named, in alphabetical order.
+    """Read the subjects in a folder, in alphabetical order.
+
+    Args:
+        folder: Holds `dev` and `test`.
+        names: Which subjects; all where it is empty.
+        shots: Examples that each subject must have.
 
     Raises:
-        UsageError: no such folder, an unknown subject (the nearest are listed), examples missing or fewer than
+        UsageError: There is no such folder, an unknown subject (the nearest are listed), examples missing or fewer than
             `shots`, or a broken row (which file, which line).
     """
-    found = sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
-    if not found:
+    subjects = sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
+    if not subjects:
         raise UsageError(f"'{folder}' holds no MMLU questions: there is no test/SUBJECT_test.csv in it.")
     for name in names:
-        if name not in found:
-            raise unknown(f"subject in '{folder}'", name, found)
-    return [_read_subject(folder, name, shots) for name in found if not names or name in names]
+        if name not in subjects:
+            raise unknown(f"subject in '{folder}'", name, subjects)
+    return [_read_subject(folder, name, shots) for name in subjects if not names or name in names]
 
 
 def _read_subject(folder: Path, name: str, shots: int) -> Subject:
@@ -60,24 +69,24 @@ def _read_subject(folder: Path, name: str, shots: int) -> Subject:
     return Subject(name, dev, test)
 
 
-def _read_rows(path: Path) -> tuple[Row, ...]:
-    """The rows of a file; a broken one is named by the line where it starts, for a cell may hold line breaks."""
-    rows: list[Row] = []
+def _read_rows(path: Path) -> tuple[CsvQuestion, ...]:
+    """Read the rows of a file; a broken one is named by the line where it starts, for a cell may hold line breaks."""
+    rows: list[CsvQuestion] = []
     line = 1
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                rows.append(_row(cells, f"{path}, line {line}"))
-                line = reader.line_num + 1
+        text = decode(path.read_bytes().removeprefix(BOM_UTF8), path)
+        reader = csv.reader(StringIO(text, newline=""), strict=True)
+        for cells in reader:
+            rows.append(_row(cells, f"{path}, line {line}"))
+            line = reader.line_num + 1
     except csv.Error as error:
         raise UsageError(f"{path}, line {line}: the row's quotes or commas are broken ({error}).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as csv: {error}.") from error
+    except OSError as error:
+        raise UsageError(f"Cannot read '{path}': {error.strerror or error}.") from error
     return tuple(rows)
 
 
-def _row(cells: list[str], where: str) -> Row:
+def _row(cells: list[str], where: str) -> CsvQuestion:
     if len(cells) != len(LETTERS) + 2:
         raise UsageError(f"{where}: a row has 6 cells (question, four choices, letter), not {len(cells)}.")
     question, *choices, letter = cells
@@ -85,4 +94,4 @@ def _row(cells: list[str], where: str) -> Row:
         raise UsageError(f"{where}: the question or a choice is empty.")
     if letter.strip() not in LETTERS or len(letter.strip()) != 1:
         raise UsageError(f"{where}: the answer must be one of A, B, C, D, not '{letter}'.")
-    return Row(question, tuple(choices), LETTERS.index(letter.strip()))
+    return CsvQuestion(question, tuple(choices), LETTERS.index(letter.strip()))

@@ -22,7 +22,7 @@ is a token that is predicted from those before it in the window. Five rules say 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal
 
 import numpy as np
@@ -47,7 +47,7 @@ class Window:
 
     @property
     def run_length(self) -> int:
-        """How many tokens are run: those up to the last whose final state is wanted."""
+        """The number of tokens that are run: those up to the last whose final state is wanted."""
         return max(*self.kl_positions[-1:], *(position - 1 for position in self.nll_positions[-1:]), 0) + 1
 
 
@@ -67,17 +67,17 @@ class Windows:
 
     @property
     def kl_count(self) -> int:
-        """How many positions have a KL."""
+        """The number of positions that have a KL."""
         return sum(len(window.kl_positions) for window in self.windows)
 
     @property
     def nll_count(self) -> int:
-        """How many positions have an NLL."""
+        """The number of positions that have an NLL."""
         return sum(len(window.nll_positions) for window in self.windows)
 
     @property
     def token_count(self) -> int:
-        """How many tokens are run."""
+        """The number of tokens that are run."""
         return sum(window.run_length for window in self.windows)
 
 
@@ -91,55 +91,68 @@ def make_windows(
     bos_placement: BosPlacement = "window",
     max_windows: int | None = None,
 ) -> Windows:
-    """Cut a text's token ids (without special tokens) into windows of at most `window` tokens.
+    """Cut the token ids of a text into windows.
 
-    `bos` is the id of the BOS token, None for none; `max_windows` takes the first so many.
+    Args:
+        ids: Token ids without special tokens.
+        window: Tokens of a window at most, BOS included.
+        stride: Tokens between the starts of two windows.
+        scoring: Which positions of a window are scored.
+        bos: The id of the BOS token; None for none.
+        bos_placement: Where BOS goes.
+        max_windows: Take the first so many.
 
     Raises:
-        UsageError: the sizes don't fit each other, or the text is shorter than one window.
+        UsageError: The sizes don't fit each other, or the text is shorter than one window.
 
-    >>> made = make_windows(range(10, 16), window=4, stride=2)
-    >>> [w.tokens for w in made.windows], [w.nll_positions for w in made.windows]
+    >>> cut = make_windows(range(10, 16), window=4, stride=2)
+    >>> [w.tokens for w in cut.windows], [w.nll_positions for w in cut.windows]
     ([(10, 11, 12, 13), (12, 13, 14, 15)], [(1, 2, 3), (2, 3)])
     """
     placement = None if bos is None else bos_placement
     _check_sizes(window, stride, scoring, placement, max_windows)
     if len(ids) + (placement is not None) < window:
-        held = f"{len(ids)} tokens" + (" and a BOS" if placement else "")
+        content = f"{len(ids)} tokens" + (" and a BOS" if placement else "")
         raise UsageError(
-            f"The corpus holds {held}, fewer than one window of {window}; use a longer text or a smaller --window."
+            f"The corpus holds {content}, fewer than one window of {window}; use a longer text or a smaller --window."
         )
-    made = tuple(_cut(tuple(ids), window, stride, scoring, bos, placement))
-    return Windows(made[:max_windows], len(made), tokens_sha256(ids), placement)
+    windows = tuple(_cut(tuple(ids), window, stride, scoring, bos, placement))
+    return Windows(windows[:max_windows], len(windows), tokens_sha256(ids), placement)
 
 
 def rolling_windows(
     documents: Sequence[Sequence[int]], window: int, *, prefix: int, max_windows: int | None
 ) -> Windows:
-    """The windows of documents' token ids that score each token once, `prefix` before the first of each document.
+    """Cut documents into windows that score each token once.
 
-    `max_windows` takes as many documents as fit whole into so many windows.
+    Args:
+        documents: Token ids of each document, without special tokens.
+        window: Tokens that are run at a time.
+        prefix: The id that is put before the first token of each document.
+        max_windows: Take as many documents as fit whole into so many windows.
 
     Raises:
-        UsageError: the window leaves nothing, or no document fits whole into `max_windows`.
+        UsageError: The window leaves nothing, or no document fits whole into `max_windows`.
 
-    >>> made = rolling_windows([[10, 11, 12, 13, 14]], window=3, prefix=1, max_windows=None)
-    >>> [w.tokens for w in made.windows], [w.nll_positions for w in made.windows]
+    >>> cut = rolling_windows([[10, 11, 12, 13, 14]], window=3, prefix=1, max_windows=None)
+    >>> [w.tokens for w in cut.windows], [w.nll_positions for w in cut.windows]
     ([(1, 10, 11, 12), (11, 12, 13, 14)], [(1, 2, 3), (2, 3)])
     """
     _check_sizes(window, window, "rolling", None, max_windows)
     starts = accumulate((len(ids) for ids in documents), initial=0)
-    every = [list(_roll(tuple(ids), window, prefix, start)) for ids, start in zip(documents, starts, strict=False)]
-    ends = list(accumulate(len(found) for found in every))
+    by_document = [list(_roll(tuple(i), window, prefix, start)) for i, start in zip(documents, starts, strict=False)]
+
+    # a document is scored whole or not at all
+    ends = list(accumulate(map(len, by_document)))
     whole = sum(max_windows is None or end <= max_windows for end in ends)
     if not whole:
         raise UsageError(f"--max-windows {max_windows} holds no whole document; its first takes more windows.")
-    made = tuple(each for found in every[:whole] for each in found)
-    return Windows(made, ends[-1], tokens_sha256([token for ids in documents for token in ids]), "document", whole)
+    taken = tuple(chain.from_iterable(by_document[:whole]))
+    return Windows(taken, ends[-1], tokens_sha256(list(chain.from_iterable(documents))), "document", whole)
 
 
 def tokens_sha256(ids: Sequence[int]) -> str:
-    """The sha256 of token ids, as little-endian 64-bit integers, in hex."""
+    """Return the sha256 of token ids, as little-endian 64-bit integers, in hex."""
     return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()
 
 
@@ -176,7 +189,7 @@ def _cut(
 
 
 def _roll(ids: tuple[int, ...], window: int, prefix: int, start: int) -> Iterator[Window]:
-    """One document's windows; `start` is where it begins among all documents' ids."""
+    """Yield one document's windows; `start` is where it begins among all documents' ids."""
     stream = (prefix, *ids)
     for begin in range(0, len(ids), window):
         end = min(begin + window, len(ids))  # of the targets, which stand one place later in the stream
@@ -187,7 +200,7 @@ def _roll(ids: tuple[int, ...], window: int, prefix: int, start: int) -> Iterato
 
 
 def _spans(total: int, length: int, step: int, *, keep_tail: bool) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, how many at the end are new) of each window over `total` tokens."""
+    """Yield (begin, end, how many at the end are new) of each window over `total` tokens."""
     covered = 0
     for begin in range(0, total, step):
         end = min(begin + length, total)
@@ -200,7 +213,7 @@ def _spans(total: int, length: int, step: int, *, keep_tail: bool) -> Iterator[t
 
 
 def _scored(count: int, first: int, scoring: Scoring) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The KL and NLL positions of a window of `count` tokens, of which those from `first` on are new."""
+    """Return the KL and NLL positions of a window of `count` tokens, of which those from `first` on are new."""
     if scoring == "second_half":
         middle = count // 2
         return tuple(range(middle, count - 1)), tuple(range(middle + 1, count))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qeval.cli.app import run
+from qeval.cli.app import run_program
 from qeval.errors import QevalError
 from qeval.models.demo import demo_folder
 from qeval.paths import shipped
@@ -21,14 +21,26 @@ def folder(tmp_path_factory):
     except QevalError as error:
         pytest.skip(f"the demo model cannot be had: {error}")
     out = tmp_path_factory.mktemp("demo")
-    flags = ["--methods", "rtn,rtn:int8-channel", "--max-windows", "6", "--limit", "10", "--out", str(out), "--quiet"]
-    assert run(["compare", "--model", "demo", *flags]) == 0
+    flags = [
+        "--methods",
+        "rtn,rtn:int8-channel",
+        "--max-windows",
+        "6",
+        "--limit",
+        "10",
+        "--out",
+        str(out),
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
+    assert run_program(["compare", "--model", "demo", *flags]) == 0
     return out
 
 
 def judged(folder, variant, capfd):
     capfd.readouterr()
-    code = run(["gate", str(folder), "--policy", POLICY, "--variant", variant, "--json"])
+    code = run_program(["gate", str(folder), "--policy", POLICY, "--variant", variant, "--json"])
     return code, json.loads(capfd.readouterr().out)
 
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 from qeval.backends.torch import TorchBackend, TorchSession
-from qeval.compare.prepare import calibration_of, source_of_model
+from qeval.compare.loading import source_of_model
+from qeval.compare.plan import calibration_of
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop
 from qeval.config import parse_method
@@ -29,15 +29,16 @@ from qeval.score.choices import score_questions
 from qeval.store.variants import load_variant
 from qeval.tasks.harness import Question, load_suite
 from qeval.types import Request
+from tests.fixtures.data import data, needs
 
 for needed in ("onnx_ir", "onnxruntime", "onnxruntime_genai"):
     pytest.importorskip(needed)
 
+from qeval.backends.onnx.backend import OrtBackend
 from qeval.backends.onnx.session import OrtSession
-from qeval.compare.onnx import Runtime, runtime_of
+from qeval.compare.onnx import ort_backends
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-TEXT, MMLU = DATA / "wikitext2" / "test.txt", DATA / "mmlu"
+TEXT, MMLU = data("wikitext2/test.txt"), data("mmlu")
 TOKENS = 1024
 MOST_KL_NATS, MOST_LOGIT_DIFFERENCE, LEAST_SAME_ANSWERS = 1e-8, 1e-3, 0.999
 
@@ -54,7 +55,7 @@ MODELS = {"demo": "demo", "gemma": os.environ.get("QEVAL_GEMMA", "")}
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not TEXT.exists(), reason="no WikiText-2 beside the project"),
+    needs("wikitext2/test.txt", "mmlu"),
 ]
 
 
@@ -65,13 +66,13 @@ class Side:
     loaded: LoadedModel
     workshop: Workshop
     torch: TorchBackend
-    runtime: Runtime
+    ort: OrtBackend
 
     @contextmanager
     def sessions(self, method: str | None) -> Iterator[tuple[TorchSession, OrtSession]]:
         """The variant of a method, or the float model, on torch and on ONNX Runtime."""
         variant = load_variant(self.workshop.folder(parse_method(method))) if method else None
-        with self.torch.open(variant) as ours, self.runtime.backends[0].open(variant) as theirs:
+        with self.torch.open(variant) as ours, self.ort.open(variant) as theirs:
             yield ours, theirs
 
     @property
@@ -102,7 +103,7 @@ def side(name: str) -> Side:
     loaded, source = source_of_model(ModelChoice(MODELS[name]))
     workshop = Workshop(source, lambda: calibration_of(CALIBRATION, loaded), 0, Silent())
     backend = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype)
-    return Side(loaded, workshop, backend, runtime_of(BackendChoice(("ort",)), loaded, source.description))
+    return Side(loaded, workshop, backend, ort_backends(BackendChoice(("ort",)), loaded, source.description)[1])
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_the_kernels_give_the_logits_of_fake_quantization(model, method, show):
 def test_a_chunked_prefill_scores_as_a_whole_one(model):
     both = side(model)
     tokens, half = both.tokens, TOKENS // 2
-    with both.runtime.backends[0].open(None) as session:
+    with both.ort.open(None) as session:
         (whole,) = session.states([Request(tokens, tuple(range(half, TOKENS)))])
         prefix = session.prefill(tokens[:half])
         (chunk,) = session.states([Request(tokens[half:], tuple(range(TOKENS - half)))], prefix)

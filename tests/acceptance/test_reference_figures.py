@@ -6,38 +6,29 @@ the project.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 
-from qeval.cli.app import run
+from tests.fixtures.data import data, needs
+from tests.fixtures.demo_report import demo_report, metric
 
-SHARED = Path(__file__).parents[3] / "shared"
-DATA, REFERENCE = SHARED / "data" / "wikitext2", SHARED / "reference" / "modelopt_smollm2.json"
+REFERENCE = data("reference/modelopt_smollm2.json")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not REFERENCE.exists(), reason="no WikiText-2 and no reference figures beside the project"),
+    needs("wikitext2/test.txt", "wikitext2/valid.txt", "reference/modelopt_smollm2.json"),
 ]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    out = tmp_path_factory.mktemp("reference")
-    flags = "--methods rtn,rtn:int8-channel,awq --tasks kl,ppl --window 1024 --stride 1024 --max-windows 16 --bos never"
-    texts = ["--corpus", str(DATA / "test.txt"), "--calibration", str(DATA / "valid.txt")]
-    assert run(["compare", "--model", "demo", *flags.split(), *texts, "--out", str(out), "--quiet"]) == 0
-    return json.loads((out / "report.json").read_text())
+    methods = ("rtn", "rtn:int8-channel", "awq")
+    return demo_report(tmp_path_factory.mktemp("reference"), methods, "--tasks kl,ppl --max-windows 16")
 
 
 @pytest.fixture(scope="module")
 def reference():
     return json.loads(REFERENCE.read_text())["results"]
-
-
-def metric(report, variant, name):
-    (found,) = [v for v in report["variants"] if v["name"] == variant]
-    return found["metrics"][name]["value"]
 
 
 def test_the_baselines_perplexity(report, reference):

@@ -1,24 +1,25 @@
 """Recipes from names and from YAML: what they mean, what is refused, and that the shipped ones are sound."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from qeval.config import (
-    METHODS,
     Defaults,
+    GridRule,
     Recipe,
-    Rule,
     check_distinct,
-    load_recipes,
     parse_budget,
     parse_method,
     parse_methods,
 )
 from qeval.errors import UsageError
+from qeval.methods import METHODS
 from qeval.paths import shipped
 from qeval.quant.grid import parse
+from qeval.recipe_files import load_recipes
 
 NAMES = {
     "rtn": Recipe("rtn", "rtn"),
@@ -43,7 +44,7 @@ def test_a_name_means_a_recipe(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "clips", "calibrated", "uses_awq"),
+    ("name", "clips", "calibrated", "scales_inputs"),
     [
         ("rtn", False, False, False),
         ("rtn:clip", True, False, False),
@@ -57,11 +58,12 @@ def test_a_name_means_a_recipe(name):
         ("gptq:noclip", False, True, False),
     ],
 )
-def test_what_a_method_needs(name, clips, calibrated, uses_awq):
+def test_what_a_method_needs(name, clips, calibrated, scales_inputs):
     recipe = parse_method(name)
-    assert (recipe.clips, recipe.calibrated, recipe.uses_awq) == (clips, calibrated, uses_awq)
-    assert recipe.mixed == name.startswith("mixed")
-    assert recipe.uses_gptq == name.startswith("gptq")
+    assert (recipe.clips, recipe.calibrated) == (clips, calibrated)
+    assert recipe.quant_method.scales_inputs == scales_inputs
+    assert recipe.quant_method.mixes == name.startswith("mixed")
+    assert (recipe.quant_method.rounding == "sequential") == name.startswith("gptq")
 
 
 @pytest.mark.parametrize(
@@ -76,13 +78,13 @@ def test_what_a_method_needs(name, clips, calibrated, uses_awq):
     ],
 )
 def test_which_methods_need_statistics_of_every_input(name, needed):
-    assert parse_method(name).uses_statistics is needed
+    assert parse_method(name).needs_statistics is needed
 
 
 def test_every_method_has_a_line_and_a_recipe():
-    for name, line in METHODS.items():
-        assert line
-        assert parse_method(name).method == name
+    for name, method in METHODS.items():
+        assert method.description
+        assert parse_method(f"{name}+kv-int8").method == name
 
 
 def test_flags_say_what_a_name_leaves_out_and_no_more():
@@ -105,6 +107,56 @@ def test_a_name_alone_does_not_change_the_numbers():
         assert parse_method(other).identity() != recipe.identity()
 
 
+PLAIN = {
+    "method": "rtn",
+    "grid": "int4-g128",
+    "high": None,
+    "clip": False,
+    "budget": None,
+    "importance": "measured",
+    "quantize_head": False,
+    "rules": [],
+    "damping": None,
+    "act_order": None,
+}
+GPTQ = PLAIN | {"method": "gptq", "clip": True, "damping": 0.01, "act_order": True}
+MIXED = PLAIN | {"method": "mixed", "clip": True}
+IDENTITIES = {
+    "rtn": PLAIN,
+    "rtn:int8-channel": PLAIN | {"grid": "int8-channel"},
+    "rtn:int3-clip-g64": PLAIN | {"grid": "int3-g64", "clip": True},
+    "rtn:g32-asym-head": PLAIN | {"grid": "g32-asym", "quantize_head": True},
+    "awq": PLAIN | {"method": "awq", "clip": True},
+    "awq:g32-noclip": PLAIN | {"method": "awq", "grid": "g32"},
+    "gptq": GPTQ,
+    "gptq:int8-channel-noactorder": GPTQ | {"grid": "int8-channel", "act_order": False},
+    "gptq:g32-damp0.05-noclip": GPTQ | {"grid": "g32", "damping": 0.05, "clip": False},
+    "mixed": MIXED,
+    "mixed:g32-4.8bpw-fisher": MIXED | {"grid": "g32", "budget": 4.8, "importance": "fisher"},
+    "mixed:positional": MIXED | {"importance": "positional"},
+    "mixed-rtn:6bpw-clip": MIXED | {"method": "mixed-rtn", "budget": 6.0},
+    "modelopt": PLAIN | {"method": "modelopt", "algorithm": "awq_lite"},
+    "torchao:int8wo": PLAIN | {"method": "torchao", "grid": "int8-channel", "algorithm": "int8wo"},
+    "hqq:int3": PLAIN | {"method": "hqq", "grid": "g64-int3", "algorithm": None},
+    "autoround:int4-g64-asym": PLAIN | {"method": "autoround", "grid": "int4-g64-asym", "algorithm": None},
+    "mxfp4": PLAIN | {"grid": "mxfp4-floor"},
+    "awq:fp8-tensor": PLAIN | {"method": "awq", "grid": "fp8-tensor", "clip": True},
+    "rtn:int4-g32-signed": PLAIN | {"grid": "int4-g32-signed"},
+    "ort:k_quant-g128": PLAIN | {"method": "ort", "grid": "int4-asym-g128", "algorithm": "k_quant"},
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_an_identity_is_the_same_to_the_byte_in_every_release(name):
+    assert json.dumps(parse_method(name).identity()) == json.dumps(IDENTITIES[name])
+
+
+def test_the_identity_of_rules_is_the_same_to_the_byte_in_every_release():
+    recipe = Recipe("Ruled", "mixed-rtn", "int4-g64", high="int8-channel", rules=(GridRule("*v_proj*", "int8"),))
+    rules = {"grid": "int4-g64", "high": "int8-channel", "rules": [{"match": "*v_proj*", "grid": "int8"}]}
+    assert json.dumps(recipe.identity()) == json.dumps(PLAIN | {"method": "mixed-rtn"} | rules)
+
+
 def test_lists_of_names():
     assert [recipe.name for recipe in parse_methods("rtn, awq:g32,,mixed")] == ["rtn", "awq:g32", "mixed"]
     for nothing in ("", " , "):
@@ -113,6 +165,30 @@ def test_lists_of_names():
     with pytest.raises(UsageError, match="Two variants are named 'rtn'; names must be distinct"):
         check_distinct(parse_methods("rtn,awq,rtn"))
     check_distinct(parse_methods("rtn,awq"))
+
+
+@pytest.mark.parametrize(
+    ("name", "resolved"),
+    [
+        ("fp8", "fp8-channel"), ("mxfp4", "mxfp4-floor"), ("mxfp8-rceil", "mxfp8-rceil"), ("nvfp4", "nvfp4"),
+        ("mxfp6-e3m2", "mxfp6-e3m2-floor"), ("mxfp6-even", "mxfp6-e2m3-even"), ("fp8e5m2-tensor", "fp8e5m2-tensor"),
+    ],
+)  # fmt: skip
+def test_a_format_alone_is_rounding_to_it(name, resolved):
+    recipe = parse_method(name)
+    assert (recipe.name, recipe.method, recipe.grid) == (name, "rtn", resolved)
+    assert recipe.identity() == parse_method(f"rtn:{resolved}").identity()
+
+
+def test_a_short_name_in_a_file_has_the_identity_of_the_whole_one(tmp_path):
+    (recipe,) = load_recipes(config(tmp_path, "variants: [{name: a, method: gptq, grid: mxfp4}]"))
+    assert recipe.identity() == parse_method("gptq:mxfp4-floor").identity()
+
+
+def test_integers_among_floats_name_their_bits():
+    assert str(parse("int8-channel", parse("nvfp4"))) == "int8-channel"
+    with pytest.raises(UsageError, match="'g32' does not say which integers, and the rest is on nvfp4; say int4-g32"):
+        parse("g32", parse("nvfp4"))
 
 
 @pytest.mark.parametrize(("text", "bits"), [("4.8bpw", 4.8), ("4.8", 4.8), (" 6bpw ", 6.0), ("5", 5.0)])
@@ -131,6 +207,10 @@ def test_what_is_no_budget_is_refused(text):
     [
         ("rtm", "Unknown method 'rtm'; nearest: rtn, ort. Choices: autoround, awq, gptq"),
         ("", "Unknown method ''"),
+        ("nvfp4:int4", "'nvfp4:int4': nvfp4 is a format, not a method; say nvfp4 alone, or rtn:nvfp4."),
+        ("mxpf4", "Unknown method or format 'mxpf4'; nearest: mxfp4"),
+        ("mixed-rtn:mxfp4", "'mixed-rtn:mxfp4': mixed-rtn mixes widths of integers, not mxfp4-floor; take rtn, awq or"),
+        ("ort:default-g32-half", "'ort:default-g32-half': ort spans its range in a way of its own"),
         ("rtn:4bpw", "'rtn:4bpw': a budget or a high grid belongs to mixed methods, not to rtn."),
         ("gptq:4bpw", "'gptq:4bpw': a budget or a high grid belongs to mixed methods, not to gptq."),
         ("rtn:damp0.1", "'rtn:damp0.1': damping and act-order belong to gptq, not to rtn."),
@@ -152,7 +232,7 @@ def test_no_variant_takes_the_baselines_name(name):
 
 
 def test_the_first_rule_that_matches_counts():
-    recipe = Recipe("ruled", "rtn", rules=(Rule("*.0.*down_proj*", "float"), Rule("*down_proj*", "int8")))
+    recipe = Recipe("ruled", "rtn", rules=(GridRule("*.0.*down_proj*", "float"), GridRule("*down_proj*", "int8")))
     assert recipe.rule_for("model.layers.0.mlp.down_proj.weight") == "float"
     assert recipe.rule_for("model.layers.10.mlp.down_proj.weight") == "int8"
     assert recipe.rule_for("model.layers.0.mlp.up_proj.weight") is None
@@ -186,7 +266,7 @@ def test_a_file_gives_recipes(tmp_path):
         Recipe("Ours", "mixed", "int4-g64", high="int8-channel", budget=5.5, quantize_head=True),
         Recipe("Bits", "mixed", budget=6.0),
         Recipe("awq:g32", "awq", "g32", clip=False),
-        Recipe("Ruled", "rtn", rules=(Rule("*v_proj*", "int8"), Rule("*down_proj*", "float"))),
+        Recipe("Ruled", "rtn", rules=(GridRule("*v_proj*", "int8"), GridRule("*down_proj*", "float"))),
     ]
 
 
@@ -232,12 +312,12 @@ def test_a_broken_file_is_told_in_one_sentence(tmp_path, text):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"Cannot read the config .*none.yaml: No such file"):
+    with pytest.raises(UsageError, match=r"Cannot read .*none.yaml.: No such file"):
         load_recipes(tmp_path / "none.yaml")
-    with pytest.raises(UsageError, match=r"Cannot read the config .*: Is a directory"):
+    with pytest.raises(UsageError, match=r"Cannot read .*: Is a directory"):
         load_recipes(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("variants: [é]".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"latin.yaml is not valid YAML"):
+    with pytest.raises(UsageError, match=r"latin.yaml' is not"):
         load_recipes(tmp_path / "latin.yaml")
 
 
@@ -249,8 +329,8 @@ def test_the_shipped_files_are_sound(path):
     recipes = load_recipes(path)
     check_distinct(recipes)
     for recipe in recipes:
-        grids = [recipe.grid, *filter(None, [recipe.high]), *(r.grid for r in recipe.rules if r.grid != "float")]
-        assert all(parse(grid) for grid in grids)
+        assert recipe.low_grid.bits <= recipe.high_grid.bits
+        assert all(parse(rule.grid) for rule in recipe.rules if rule.grid != "float")
 
 
 def test_the_reference_columns_are_shipped():

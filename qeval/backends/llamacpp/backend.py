@@ -16,15 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Prefix
-from qeval.backends.llamacpp.library import INSTALL, MODULE, NAME, Context, Model, Token, version
+from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
+from qeval.backends.llamacpp.gguf_writer import GGUF_VERSION, written
+from qeval.backends.llamacpp.library import INSTALL, LLAMACPP, MODULE, Context, Model, Token, version
 from qeval.errors import QevalError, UsageError
 from qeval.metrics.tokens import block_rows
+from qeval.models.info import LoadedModel
+from qeval.progress import Progress
+from qeval.store.run import RuntimeRecord
+from qeval.store.variants import load_variant
 from qeval.types import Request
 
 _LEAST_ROOM = 512
 
-Parts = tuple[tuple[int, ...], ...]
+PrefixParts = tuple[tuple[int, ...], ...]
 """A prefix as it is run: part after part, so that its keys and values are the same however often they are made."""
 
 
@@ -35,7 +40,7 @@ def require_llama_cpp() -> None:
         UsageError: it says what installs it.
     """
     if find_spec(MODULE) is None:
-        raise UsageError(f"--backend {NAME} needs llama-cpp-python, not installed here: {INSTALL}.")
+        raise UsageError(f"--backend {LLAMACPP} needs llama-cpp-python, not installed here: {INSTALL}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,15 +48,15 @@ class LlamaPrefix:
     """Token ids that requests continue. Their keys and values are made when the first one does."""
 
     owner: object
-    parts: Parts
+    parts: PrefixParts
 
     @property
     def length(self) -> int:
-        """How many tokens the prefix holds."""
+        """The prefix's length in tokens."""
         return sum(map(len, self.parts))
 
 
-class LlamaSession:
+class LlamaSession(SessionDefaults):
     """An open GGUF file that answers one sequence after another; states are logits, [vocab] fp32 each."""
 
     packs = True
@@ -61,7 +66,7 @@ class LlamaSession:
         self._model, self._threads, self._width = model, threads, ids
         self._owner = object()
         self._context: Context | None = None
-        self._held: Parts = ()
+        self._held: PrefixParts = ()
 
     @property
     def max_length(self) -> int:
@@ -75,7 +80,7 @@ class LlamaSession:
 
     @property
     def weights(self) -> str:
-        """How the file's matrices are held, as `library.weights_told`."""
+        """The storage of the file's matrices, as `library.describe_weights`."""
         return self._model.weights
 
     @property
@@ -84,22 +89,22 @@ class LlamaSession:
         return block_rows(self.vocab_size)
 
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> LlamaPrefix:
-        """A prefix, after another if one is given.
+        """Return a prefix, after another if one is given.
 
         Raises:
             QevalError: it is longer than the context.
         """
-        prefix = LlamaPrefix(self._owner, (*self._own(outer), tuple(tokens)))
+        prefix = LlamaPrefix(self._owner, (*self._cast_prefix(outer), tuple(tokens)))
         self._check_length(prefix.length)
         return prefix
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
-        """The logits at each request's positions, [positions, vocab] fp32.
+        """Return the logits at each request's positions, [positions, vocab] fp32.
 
         Raises:
             QevalError: a sequence is longer than the context, or there is no room for it, or the forward pass failed.
         """
-        parts = self._own(prefix)
+        parts = self._cast_prefix(prefix)
         start = sum(map(len, parts))
         longest = start + max(len(request.tokens) for request in requests)
         self._check_length(longest)
@@ -110,7 +115,7 @@ class LlamaSession:
             raise QevalError(f"{error} It is one sequence of {longest} tokens; give a smaller --window.") from error
 
     def logits(self, states: Tensor) -> Tensor:
-        """The states, which are logits."""
+        """Return the states, which are logits."""
         return states.float()
 
     def close(self) -> None:
@@ -120,7 +125,7 @@ class LlamaSession:
         self._context, self._held = None, ()
         self._model.close()
 
-    def _states(self, context: Context, request: Request, parts: Parts, start: int) -> Tensor:
+    def _states(self, context: Context, request: Request, parts: PrefixParts, start: int) -> Tensor:
         self._hold(context, parts)
         wanted = set(request.positions)
         logits = context.run(
@@ -128,7 +133,7 @@ class LlamaSession:
         )
         return torch.from_numpy(logits[:, : self._width])
 
-    def _hold(self, context: Context, parts: Parts) -> None:
+    def _hold(self, context: Context, parts: PrefixParts) -> None:
         """Have the context hold a prefix and no more; parts that it holds already are not run again."""
         same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(self._held, parts, strict=False))])
         length = sum(map(len, parts[:same]))
@@ -153,7 +158,7 @@ class LlamaSession:
         if length > self.max_length:
             raise QevalError(f"A sequence of {length} tokens is longer than the context of {self.max_length}.")
 
-    def _own(self, prefix: Prefix | None) -> Parts:
+    def _cast_prefix(self, prefix: Prefix | None) -> PrefixParts:
         if prefix is None:
             return ()
         if not isinstance(prefix, LlamaPrefix) or prefix.owner is not self._owner:
@@ -161,37 +166,55 @@ class LlamaSession:
         return prefix.parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LlamaCppBackend:
-    """Opens GGUF files. `device` is torch's name: on `cuda` all layers run on the GPU. `ids`: the baseline's."""
+    """Opens GGUF files: those that variants were read from, and files that are written of all others.
 
+    Attributes:
+        loaded: The baseline, which files are written of.
+        ids: The size of the baseline's vocabulary.
+        threads: The CPU's.
+        device: As torch names it: on `cuda` all layers run on the GPU.
+        unwritten: Why no file can be written of this model, in a sentence; None where one can.
+    """
+
+    loaded: LoadedModel
+    ids: int
     threads: int
     device: str
-    ids: int
-    name = NAME
-
-    @property
-    def runtime(self) -> str:
-        """What runs them: `llama-cpp-python 0.3.36`."""
-        return version()
+    unwritten: str | None = None
+    name = LLAMACPP
+    fake_quantizes = False
 
     @property
     def provider(self) -> str:
-        """Where."""
+        """The device that files are run on."""
         return "CPU" if self.device == "cpu" else "GPU"
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """Everything about the backend that changes a number."""
-        return {"runtime": self.runtime, "provider": self.provider, "cache": "fp16", "flash": False}
+    def warnings(self) -> list[str]:
+        """That the baseline can't be run, where no file is written of it."""
+        lacks_floor = f"There is no noise floor of llama.cpp, the baseline in it: {self.unwritten}"
+        return [lacks_floor] if self.unwritten else []
+
+    def identity(self, target: Target) -> dict[str, Any]:
+        """Return everything about the library, and how the target's file came to be, that changes a number."""
+        backend = {"runtime": version(), "provider": self.provider, "cache": "fp16", "flash": False}
+        return {"backend": backend, "file": "given" if _gguf_of(target) else f"written {GGUF_VERSION}"}
+
+    def prepare(self, progress: Progress) -> None:
+        """Do nothing: each file is written when it is opened."""
 
     @contextmanager
-    def open(self, file: Path) -> Iterator[LlamaSession]:
-        """A session of a file; its memory is let go when the block ends.
+    def open(self, target: Target) -> Iterator[LlamaSession]:
+        """Open the file of a target, or one that is written of it; its memory is let go of when the block ends.
+
+        What is left in float in a file that is written is of fp32, as the other backends compute it.
 
         Raises:
-            UsageError: llama.cpp can't open it, or it has no logits for all of the baseline's ids.
+            UsageError: A GGUF can't hold the variant, llama.cpp can't open it, or it lacks logits for some of the ids.
         """
+        file = _gguf_of(target) or self._written(target)
         model = Model(file, self.device)
         session = LlamaSession(model, threads=self.threads, ids=self.ids)
         try:
@@ -203,3 +226,29 @@ class LlamaCppBackend:
             yield session
         finally:
             session.close()
+
+    def describe(self, session: LlamaSession, target: Target) -> RuntimeRecord:
+        """Return how an open file is run."""
+        return RuntimeRecord(
+            runtime=version(),
+            provider=self.provider,
+            nodes={},
+            exporter=None if _gguf_of(target) else "qeval",
+            format=None,
+            accuracy_level=None,
+            shares_prefixes="one",
+            facts=[
+                f"{session.weights}.",
+                "Products by quantized weights round activations to 8 bits; keys and values are fp16, "
+                "attention is not flash attention.",
+            ],
+        )
+
+    def _written(self, target: Target) -> Path:
+        variant = load_variant(target.folder) if isinstance(target, Saved) else target
+        return written(self.loaded, variant, "fp32")
+
+
+def _gguf_of(target: Target) -> Path | None:
+    """Return the GGUF file that a target was read from."""
+    return target.gguf if isinstance(target, Saved) else None

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeval.errors import QevalError, UsageError
-from qeval.models.gguf_reader import open_gguf
+from qeval.models.gguf.reader import open_gguf
 
-NAME = "llama.cpp"
+LLAMACPP = "llama.cpp"
 MODULE = "llama_cpp"
 INSTALL = "pip install 'qeval[llamacpp]'"
 _F32 = 0
@@ -59,7 +59,7 @@ class Model:
         self._log = self.library.llama_log_callback(_silent)  # kept: llama.cpp calls it for as long as it lives
         self.library.llama_log_set(self._log, ctypes.c_void_p(0))
         self.library.llama_backend_init()
-        self.weights, self.disk_bytes = weights_told(file), file.stat().st_size
+        self.weights, self.disk_bytes = describe_weights(file), file.stat().st_size
         parameters = self.library.llama_model_default_params()
         parameters.n_gpu_layers = _ALL_LAYERS if on_gpu else 0
         self.handle = self.library.llama_model_load_from_file(str(file).encode(), parameters)
@@ -83,7 +83,9 @@ class Context:
     def __init__(
         self, model: Model, sequences: int, capacity: int, *, threads: int, flash: bool = True, fp32: bool = False
     ) -> None:
-        """`flash`: attention as llama.cpp chooses; flash attention sums in fp16, so that logits depend on how a
+        """Open a context of a model.
+
+        `flash`: attention as llama.cpp chooses; flash attention sums in fp16, so that logits depend on how a
         sequence was cut into calls. `fp32`: keys and values in fp32, and not in fp16 as by its default.
 
         Raises:
@@ -106,12 +108,12 @@ class Context:
 
     @property
     def threads(self) -> int:
-        """What computes."""
+        """The number of threads that compute."""
         return int(self._library.llama_n_threads(self._handle))
 
     @property
     def cache_bytes(self) -> int:
-        """What llama.cpp's plain cache takes: layers x heads x (key and value) x tokens, for the whole context."""
+        """The bytes of llama.cpp's plain cache: layers x heads x (key and value) x tokens, for the whole context."""
         model, ask = self._model.handle, self._library
         width = ask.llama_model_n_embd(model) // ask.llama_model_n_head(model)
         values = 2 * ask.llama_model_n_layer(model) * ask.llama_model_n_head_kv(model) * width
@@ -127,7 +129,7 @@ class Context:
         return bool(self._library.llama_memory_seq_rm(memory, 0, length, -1))
 
     def run(self, tokens: Sequence[Token]) -> NDArray[np.float32]:
-        """The logits [wanted tokens, vocab] after each of the tokens whose logits are wanted, in their order.
+        """Return the logits [wanted tokens, vocab] after each of the tokens whose logits are wanted, in their order.
 
         Raises:
             MemoryError: there is no room for their keys and values. QevalError: the forward pass failed.
@@ -164,7 +166,7 @@ class Context:
 
 
 def version() -> str:
-    """Of the binding, which holds llama.cpp: `llama-cpp-python 0.3.36`.
+    """Return the version of the binding, which holds llama.cpp: `llama-cpp-python 0.3.36`.
 
     Raises:
         UsageError: it can't be loaded.
@@ -172,8 +174,8 @@ def version() -> str:
     return f"llama-cpp-python {_loaded().__version__}"
 
 
-def weights_told(file: Path) -> str:
-    """How a file's matrices are held, the commonest type first: `210 x Q4_0, scales in fp16; 1 x F32`.
+def describe_weights(file: Path) -> str:
+    """Say how a file's matrices are held, the commonest type first: `210 x Q4_0, scales in fp16; 1 x F32`.
 
     Raises:
         UsageError: it is torn or no GGUF.
@@ -192,7 +194,7 @@ def _loaded() -> Any:
 
 
 def _parts(tokens: Sequence[Token], most_wanted: int) -> Iterator[Sequence[Token]]:
-    """What is run at once: no more tokens, and no more wanted ones, than llama.cpp is to hold."""
+    """Yield what is run at once: no more tokens, and no more wanted ones, than llama.cpp is to hold."""
     start = wanted = 0
     for index, token in enumerate(tokens):
         if index - start == _MOST_TOKENS or (token.wanted and wanted == most_wanted):
@@ -210,4 +212,4 @@ def _check(code: int) -> None:
 
 
 def _silent(level: int, text: bytes, data: Any) -> None:
-    """What llama.cpp has to tell: nothing is read of it, since its functions say what failed."""
+    """Ignore what llama.cpp has to tell, since its functions say what failed."""

@@ -4,7 +4,9 @@ The body gathers the wanted positions inside the graph, so that only they reach 
 states at a time as its caller likes. Both are cut from the same file, so the kernels and their numbers are the file's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import onnx_ir as ir
 from qeval.backends.onnx.files import load_graph
 from qeval.backends.onnx.inspection import OnnxFacts, Port
 from qeval.errors import UsageError
+from qeval.parsing import one_sentence
 
 HIDDEN, SCORED, STATES, COUNT, LOGITS = ("qeval.hidden", "qeval.scored", "qeval.states", "qeval.count", "qeval.logits")
 """Names that the cut adds: the head's input, the wanted rows of [batch * sequence], their states, the number of all
@@ -22,6 +25,7 @@ rows, and the head's output in fp32."""
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm", "FusedMatMul")
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Tanh")
 _DTYPES: dict[str, type[np.floating]] = {"FLOAT": np.float32, "FLOAT16": np.float16}
+_INTEGERS: dict[str, type[np.integer]] = {"INT64": np.int64, "INT32": np.int32}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class PastInput:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a session must know of a graph."""
+    """The facts of a graph that a session needs."""
 
     ids: str
     mask: str | None
@@ -47,6 +51,8 @@ class Decoder:
     hidden_size: int
     body: bytes
     head: bytes
+    integers: Mapping[str, type[np.integer]] = field(default_factory=dict)
+    """The types of ids, mask and positions by their names; int64 where none is told."""
 
 
 class Widths(NamedTuple):
@@ -57,7 +63,7 @@ class Widths(NamedTuple):
 
 
 def read_decoder(facts: OnnxFacts) -> Decoder:
-    """The decoder of an ONNX folder whose logits cover every position.
+    """Return the decoder of an ONNX folder whose logits cover every position.
 
     Raises:
         UsageError: the graph isn't one that qeval can feed or cut; the sentence says why.
@@ -65,20 +71,27 @@ def read_decoder(facts: OnnxFacts) -> Decoder:
     path, ports = facts.files.model, facts.ports
     vocab, hidden = scorable(facts, load_graph(path).graph)
     logits = ports.logits.name
-    return Decoder(
-        ids=ports.ids.name,
-        mask=ports.mask.name if ports.mask else None,
-        positions=ports.positions.name if ports.positions else None,
-        pasts=past_inputs(facts),
-        vocab_size=vocab,
-        hidden_size=hidden,
-        body=_body(path, logits, hidden, unwindow=bool(facts.windowed_caches)),
-        head=_head(path, logits, hidden),
-    )
+    with broken_rules(path):
+        return Decoder(
+            ids=ports.ids.name,
+            mask=ports.mask.name if ports.mask else None,
+            positions=ports.positions.name if ports.positions else None,
+            pasts=past_inputs(facts),
+            vocab_size=vocab,
+            hidden_size=hidden,
+            body=_body(path, logits, hidden, unwindow=bool(facts.windowed_caches)),
+            head=_head(path, logits, hidden),
+            integers=integer_inputs(facts),
+        )
+
+
+def broken_rules(path: Path) -> AbstractContextManager[None]:
+    """Return what makes one sentence of whatever goes wrong with a graph in its block."""
+    return one_sentence(f"{path} breaks the rules of its operators", after="Export it again.")
 
 
 def scorable(facts: OnnxFacts, graph: ir.Graph) -> Widths:
-    """The widths of a graph that can be fed and cut, and whose logits cover every position.
+    """Return the widths of a graph that can be fed and cut, and whose logits cover every position.
 
     Raises:
         UsageError: it isn't one; the sentence says why.
@@ -86,10 +99,12 @@ def scorable(facts: OnnxFacts, graph: ir.Graph) -> Widths:
     path, logits = facts.files.model, facts.ports.logits.name
     refuse_other_inputs(facts)
     past_inputs(facts)
-    product = None if facts.gives_last_position_only else head_product(graph, logits, path)
-    if product is None or takes_last_position(product):
-        raise UsageError(_last_only(path))
-    return widths(graph, product, logits, path)
+    integer_inputs(facts)
+    with broken_rules(path):
+        product = None if facts.gives_last_position_only else head_product(graph, logits, path)
+        if product is None or takes_last_position(product):
+            raise UsageError(_last_only(path))
+        return widths(graph, product, logits, path)
 
 
 def refuse_other_inputs(facts: OnnxFacts) -> None:
@@ -105,8 +120,27 @@ def refuse_other_inputs(facts: OnnxFacts) -> None:
         )
 
 
+def integer_inputs(facts: OnnxFacts) -> dict[str, type[np.integer]]:
+    """Return the types of the inputs that are ids, mask and positions, by name: int64, or int32 as NPUs take them.
+
+    Raises:
+        UsageError: one is of another type.
+    """
+    ports = (facts.ports.ids, facts.ports.mask, facts.ports.positions)
+    types: dict[str, type[np.integer]] = {}
+    for port in ports:
+        if port is not None and port.dtype not in _INTEGERS:
+            raise UsageError(
+                f"{facts.files.model} takes '{port.name}' as {port.dtype or 'values of no type'}; qeval feeds int64 "
+                "and int32."
+            )
+        if port is not None:
+            types[port.name] = _INTEGERS[port.dtype]
+    return types
+
+
 def past_inputs(facts: OnnxFacts) -> tuple[PastInput, ...]:
-    """Every layer's keys and values.
+    """Return every layer's keys and values.
 
     Raises:
         UsageError: their number, type or shape is none that qeval knows.
@@ -139,7 +173,7 @@ def _last_only(path: Path) -> str:
 
 
 def head_product(graph: ir.Graph, logits: str, path: Path) -> ir.Node:
-    """The matrix product that makes logits of states, behind soft caps, scales and casts.
+    """Return the matrix product that makes logits of states, behind soft caps, scales and casts.
 
     Raises:
         UsageError: none is found.
@@ -163,7 +197,7 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def takes_last_position(product: ir.Node) -> bool:
-    """Whether the head of a graph is given some of the positions only."""
+    """Return whether the head of a graph is given some of the positions only."""
     source = product.inputs[0]
     while source is not None and (producer := source.producer()) is not None:
         if producer.op_type in ("Gather", "GatherND", "Slice", "GatherElements"):
@@ -175,7 +209,7 @@ def takes_last_position(product: ir.Node) -> bool:
 
 
 def widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> Widths:
-    """The widths on both sides of the head's product.
+    """Return the widths on both sides of the head's product.
 
     Raises:
         UsageError: the head's weight doesn't tell.
@@ -193,7 +227,7 @@ def widths(graph: ir.Graph, product: ir.Node, name: str, path: Path) -> Widths:
 
 
 def _matrix_shape(value: ir.Value | None) -> list[int]:
-    """The shape of a matrix behind transposes, casts and dequantization."""
+    """Return the shape of a matrix behind transposes, casts and dequantization."""
     while value is not None:
         if value.const_value is not None:
             return [int(dim) for dim in value.const_value.shape.numpy()]
@@ -203,7 +237,7 @@ def _matrix_shape(value: ir.Value | None) -> list[int]:
 
 
 def _body(path: Path, logits: str, hidden: int, *, unwindow: bool) -> bytes:
-    """The graph up to the head: states of the wanted rows, and how many rows there were."""
+    """Return the graph up to the head: states of the wanted rows, and how many rows there were."""
     model = load_graph(path)
     graph = model.graph
     if unwindow:
@@ -231,7 +265,7 @@ def take_plain_caches(graph: ir.Graph) -> None:
 
 
 def _head(path: Path, logits: str, hidden: int) -> bytes:
-    """The head alone: `HIDDEN` [1, n, hidden] fp32 to `LOGITS`."""
+    """Return the head alone: `HIDDEN` [1, n, hidden] fp32 to `LOGITS`."""
     model = load_graph(path)
     graph = model.graph
     product = head_product(graph, logits, path)
@@ -258,7 +292,7 @@ def _append(
 
 
 def serialized(model: ir.Model) -> bytes:
-    """The model without what its outputs don't need, as bytes; weights stay in the file that they are in."""
+    """Return the model without what its outputs don't need, as bytes; weights stay in the file that they are in."""
     graph = model.graph
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):

@@ -34,9 +34,9 @@ from pathlib import Path
 from signal import SIGKILL
 
 from qeval.errors import QevalError
+from qeval.models.trust import NO_HUB
 
 _CHILD = "qeval.backends.onnx.dynamo_child"
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def export_dynamo(checkpoint: Path, out: Path) -> None:
@@ -50,7 +50,7 @@ def export_dynamo(checkpoint: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-m", _CHILD, str(checkpoint.resolve()), str(out.resolve())],
-        env={**os.environ, **_OFFLINE},
+        env={**os.environ, **NO_HUB},
         capture_output=True,
         text=True,
         errors="replace",
@@ -61,7 +61,7 @@ def export_dynamo(checkpoint: Path, out: Path) -> None:
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The signal that ended the process, or the last line that it wrote to stderr."""
+    """Return the signal that ended the process, or the last line that it wrote to stderr."""
     if done.returncode < 0:
         cause = ", most likely for want of memory" if done.returncode == -SIGKILL else ""
         return f"its process was ended by signal {-done.returncode}{cause}"

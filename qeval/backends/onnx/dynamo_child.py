@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from qeval.errors import QevalError
-from qeval.models.quiet import quiet
+from qeval.models.silence_transformers import quiet
+from qeval.models.structure.forward import cache_arguments, returned_cache
 
 OPSET = 21
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -31,14 +32,14 @@ KeysValues = tuple[Tensor, Tensor]
 def main() -> int:
     """Export the folder argv[1] to the folder argv[2]; 1 with one line on stderr if that fails."""
     try:
-        export(Path(sys.argv[1]), Path(sys.argv[2]))
+        export_graph(Path(sys.argv[1]), Path(sys.argv[2]))
     except Exception as error:  # noqa: BLE001 - whatever torch's exporter meets is told by the parent process
-        print(_told(error), file=sys.stderr)  # noqa: T201
+        print(_error_line(error), file=sys.stderr)  # noqa: T201
         return 1
     return 0
 
 
-def export(checkpoint: Path, out: Path) -> None:
+def export_graph(checkpoint: Path, out: Path) -> None:
     """Write `out`/model.onnx and model.onnx.data, the model of the folder `checkpoint` in fp32.
 
     Raises:
@@ -47,7 +48,12 @@ def export(checkpoint: Path, out: Path) -> None:
     """
     with quiet(), torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True, attn_implementation="eager", local_files_only=True
+            checkpoint,
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
         _check_matrices(model)
         layers = _cache_layers(model)
@@ -60,7 +66,7 @@ def export(checkpoint: Path, out: Path) -> None:
     ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
 
 
-class Matrix(nn.Module):
+class TransposedLinear(nn.Module):
     """x @ weight + bias, the weight held as [inputs, outputs]: it reaches the graph as it is multiplied."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -69,7 +75,7 @@ class Matrix(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, states: Tensor) -> Tensor:
-        """The product, [..., outputs]."""
+        """Return the product, [..., outputs]."""
         product = states @ self.weight
         return product if self.bias is None else product + self.bias
 
@@ -88,7 +94,7 @@ class PastLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: a layer is made with its keys and values."""
+        """Do nothing: a layer is made with its keys and values."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> KeysValues:
         """Grow by the new tokens; all keys and values are returned."""
@@ -97,16 +103,16 @@ class PastLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
+        """Return the tokens held."""
         length: int = self.keys.shape[-2]
         return length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys a mask covers, and the position of the first."""
+        """Return how many keys a mask covers, and the position of the first."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return no maximum."""
         return -1
 
 
@@ -117,18 +123,19 @@ class WithPast(nn.Module):
         """`model` is called with a cache made of what `forward` is given."""
         super().__init__()
         self.model = model
+        self._cache_arguments = cache_arguments(model.forward)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: list[KeysValues]
     ) -> tuple[Tensor, list[KeysValues]]:
-        """The logits [batch, sequence, vocab], and each layer's keys and values with the new tokens'."""
+        """Return the logits [batch, sequence, vocab], and each layer's keys and values with the new tokens'."""
         cache = Cache(layers=[PastLayer(keys, values) for keys, values in past])
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **self._cache_arguments(cache))
         return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _check_matrices(model: Any) -> None:
-    """Experts are the case: many matrices in one tensor, of which each token picks a few."""
+    """Refuse experts: many matrices in one tensor, of which each token picks a few."""
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
         if parameter.dim() > 2 and not isinstance(owner, nn.Conv1d):
@@ -137,9 +144,9 @@ def _check_matrices(model: Any) -> None:
 
 
 def _cache_layers(model: Any) -> list[KeysValues]:
-    """Each layer's keys and values, [1, heads, 1, size], as the model makes them for one token."""
+    """Return each layer's keys and values, [1, heads, 1, size], as the model makes them for one token."""
     output = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+    layers = getattr(returned_cache(output), "layers", [])
     other = {type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)}
     if other or not layers:
         kept = ", ".join(sorted(other)) or "a state of its own"
@@ -148,18 +155,18 @@ def _cache_layers(model: Any) -> list[KeysValues]:
 
 
 def _turn_matrices(model: Any) -> None:
-    """Put a `Matrix` in the place of every linear whose weight is its own; a tied head keeps the embedding's layout."""
+    """Replace each linear whose weight is its own by a `TransposedLinear`; a tied head keeps the embedding's layout."""
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and uses[id(module.weight)] == 1:
             turned = nn.Parameter(module.weight.t().contiguous(), requires_grad=False)
-            model.set_submodule(name, Matrix(turned, module.bias))
+            model.set_submodule(name, TransposedLinear(turned, module.bias))
         elif type(module) is Conv1D:
-            model.set_submodule(name, Matrix(module.weight, module.bias))
+            model.set_submodule(name, TransposedLinear(module.weight, module.bias))
 
 
 def _traced(model: Any, layers: list[KeysValues]) -> ExportedProgram:
-    """The model traced with all sizes but the widths left open; 2, 3 and 5 are told apart and mean nothing."""
+    """Return the model traced with all sizes but the widths left open; 2, 3 and 5 are told apart and mean nothing."""
     batch, sequence, past = 2, 3, 5
     tokens, mask = torch.zeros(batch, sequence, dtype=torch.long), torch.ones(batch, past + sequence, dtype=torch.long)
     keys_values = [tuple(part.new_zeros(batch, part.shape[1], past, part.shape[3]) for part in kv) for kv in layers]
@@ -192,7 +199,7 @@ def _cache_names(kind: str, layers: int) -> list[str]:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """A norm's 1 + weight always, the embedding's transpose for its tied head never, the rest as the optimizer does."""
+    """Return whether to fold: a norm's 1 + weight, not a tied head's transpose; None: as the optimizer does."""
     given = [value for value in node.inputs if value is not None]
     if node.op_type == "Add" and all(value.shape is not None and value.shape.rank() <= 1 for value in given):
         return True
@@ -200,7 +207,7 @@ def _may_fold(node: ir.Node) -> bool | None:
 
 
 def _names(model: Any) -> dict[str, str]:
-    """What each traced tensor is called: the first of its names, which for a tied head is the embedding's."""
+    """Return what each traced tensor is called: the first of its names, which for a tied head is the embedding's."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     for name, tensor in tensors:
@@ -226,7 +233,7 @@ def _name_sizes(graph: ir.Graph) -> None:
 
 
 def _named(value: ir.Value) -> ir.Shape:
-    """The value's shape with the trace's symbols replaced by words, by what it is in the interface."""
+    """Return the value's shape with the trace's symbols replaced by words, by what it is in the interface."""
     words = {
         "input_ids": (BATCH, SEQUENCE),
         "attention_mask": (BATCH, TOTAL),
@@ -241,8 +248,8 @@ def _named(value: ir.Value) -> ir.Shape:
     return ir.Shape([size if word is None else word for word, size in zip(words, value.shape, strict=True)])
 
 
-def _told(error: BaseException) -> str:
-    """One line: the first that the innermost cause says."""
+def _error_line(error: BaseException) -> str:
+    """Return one line: the first that the innermost cause says."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = (line.strip() for line in str(error).splitlines())

@@ -5,12 +5,13 @@ torch's own exporter, for families that the builder doesn't take.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,35 +25,35 @@ import torch
 from qeval.backends.onnx import dynamo
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
 from qeval.backends.onnx.folder import opened
-from qeval.backends.onnx.locate import locate, read_places
+from qeval.backends.onnx.insert_weights import NBITS, Meant, Style, apply, make_exact
+from qeval.backends.onnx.match_parameters import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
-from qeval.backends.onnx.providers import choose
+from qeval.backends.onnx.providers import choose_provider
 from qeval.backends.onnx.settings import QDQ_LEVEL
-from qeval.backends.onnx.swap import NBITS, Meant, Style, apply, make_exact
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, UsageError
+from qeval.files.atomic import atomic_folder, write_text
 from qeval.identity import digest, digest_file
 from qeval.metrics.tokens import near_kl
-from qeval.models.cache import build_once
+from qeval.models.checkpoint.cache import build_once
 from qeval.models.info import LoadedModel
-from qeval.models.matrices import is_expert, weights_of
-from qeval.owners import temporary_prefix
+from qeval.models.load import load_model
+from qeval.models.source import resolve
+from qeval.models.structure.weight_views import is_expert, weights_of
+from qeval.models.trust import NO_HUB, clean_copy, known_files
 from qeval.paths import home
+from qeval.progress import Progress
 from qeval.quant.variant import Variant
-from qeval.store.atomic import write_text
-from qeval.types import Request
+from qeval.types import OnnxPrecision, Request
 
 EXPORT_VERSION = 1
 """Raise it when the same checkpoint gives another float graph."""
 
 Route = Literal["genai", "dynamo"]
-Precision = Literal["fp32", "fp16"]
 MODEL = "model.onnx"
 _DATA = "model.onnx.data"
 _PLACES = "places.json"
-_OWN = (MODEL, _DATA, _PLACES, "qeval.json")
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".onnx_data", ".data")
-_MOST_KL: Mapping[Precision, float] = {"fp32": 1e-8, "fp16": 1e-3}
+_MOST_KL: Mapping[OnnxPrecision, float] = {"fp32": 1e-8, "fp16": 1e-3}
 _BUILDER_EPS = {"cuda": "cuda", "tensorrt": "cuda", "trt-rtx": "NvTensorRtRtx", "dml": "dml", "webgpu": "webgpu"}
 """The builder's names of providers; the others run the graphs that it makes for the CPU."""
 
@@ -66,11 +67,11 @@ _TEXT = (
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a graph is made for: an execution provider, and the type of its activations and floats."""
+class ExportTarget:
+    """The execution provider that a graph is made for, and the type of its activations and floats."""
 
     ep: str = "cpu"
-    precision: Precision = "fp32"
+    precision: OnnxPrecision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,16 @@ class Parity:
     max_logit_difference: float
 
 
-class Exporter:
+class OnnxExporter:
     """Makes ONNX folders of one loaded model."""
 
     def __init__(
-        self, loaded: LoadedModel, names: Iterable[str], exporter: str, threads: int, target: Target = Target()
+        self,
+        loaded: LoadedModel,
+        names: Iterable[str],
+        exporter: str,
+        threads: int,
+        target: ExportTarget = ExportTarget(),
     ) -> None:
         """`names` are the parameters that quantizers touch, the head's included; `exporter` is auto, genai or dynamo.
 
@@ -108,32 +114,51 @@ class Exporter:
                 "one node that it rounds itself, and torch's exporter can't trace which of them run; leave ONNX out "
                 "(--backend torch)."
             )
-        self._parameters = {n: loaded.model.get_parameter(n) for n in names} | weights
+        self._names = tuple(names)
         self.route: Route | None = None
         """The route that made the float graph; None before it is made."""
         self.refused: str | None = None
         """Why the builder did not take the model, where `auto` went on to torch's exporter."""
+        self._failure: str | None = None
+        self._is_prepared = False
 
     @property
     def weights_sha256(self) -> str:
         """The identity of the checkpoint."""
         return self._loaded.info.weights_sha256
 
+    def prepare(self, progress: Progress) -> str | None:
+        """Make the float graph, if this was not tried before, and say how; return why it can't be made, if it can't."""
+        if self._is_prepared:
+            return self._failure
+        self._is_prepared = True
+        with progress.phase("export the float graph", 1) as advance:
+            try:
+                self.float_folder()
+            except QevalError as error:
+                self._failure = str(error)
+                progress.warn(f"ONNX export failed: {error}")
+                return self._failure
+            advance(1)
+        if self.refused:
+            progress.warn(f"{self.refused} torch's own exporter made the graph instead.")
+        return None
+
     def float_folder(self) -> Path:
-        """The float graph in fp32, made and compared with torch once, then kept in the cache.
+        """Return the float graph in fp32, made and compared with torch once, then kept in the cache.
 
         Raises:
             QevalError: no route takes the model, or the graph's answers are not torch's.
         """
         if self.asked == "auto" and self.refused is None:
             try:
-                return self._made("genai")
+                return self._cached_folder("genai")
             except QevalError as error:
                 if self.target.precision != "fp32":
                     raise
                 self.refused = str(error)
                 require_dynamo()
-        return self._made("genai" if self.asked == "genai" else "dynamo")
+        return self._cached_folder("genai" if self.asked == "genai" else "dynamo")
 
     def write(
         self, variant: Variant | None, style: Style, out: Path, finish: Callable[[Path], None] | None = None
@@ -147,13 +172,11 @@ class Exporter:
             UsageError: the kernel takes no block of a grid's size.
         """
         source = self.float_folder()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=temporary_prefix(out.name), dir=out.parent) as temporary:
-            part = Path(temporary) / "folder"
+        with atomic_folder(out) as part:
             if variant is None:
-                shutil.copytree(source, part, ignore=shutil.ignore_patterns("qeval.json", _PLACES))
+                without = shutil.ignore_patterns("qeval.json", _PLACES)
+                shutil.copytree(source, part, ignore=without, dirs_exist_ok=True)
             else:
-                part.mkdir()
                 _copy_others(source, part)
                 model = ir.load(source / MODEL)
                 places = read_places(model.graph, json.loads((source / _PLACES).read_text(encoding="utf-8")))
@@ -164,16 +187,14 @@ class Exporter:
                     _ask_level(part, style.accuracy_level)
             if finish is not None:
                 finish(part)
-            try:
-                part.rename(out)
-            except OSError as error:
-                raise QevalError(f"Cannot write {out}: {error.strerror or error}.") from error
+            if out.exists():  # its content is someone's, and would be replaced
+                raise QevalError(f"Cannot write {out}: it exists.")
 
     def parity(self, folder: Path, session: TorchSession) -> Parity:
-        """A folder's answers on the CPU against a torch session's, over a short text."""
+        """Compare a folder's answers on the CPU with a torch session's, over a short text."""
         ids = self._probe()
         request = Request(tuple(ids), tuple(range(len(ids))))
-        with opened(folder, choose("cpu"), threads=self._threads) as found, torch.inference_mode():
+        with opened(folder, choose_provider("cpu"), threads=self._threads) as found, torch.inference_mode():
             theirs, ours = found.session.states([request])[0], session.states([request])[0]
             kl = near_kl(session.logits, ours, found.session.logits, theirs)
             worst = max(
@@ -182,9 +203,9 @@ class Exporter:
             )
         return Parity(len(ids), float(kl.mean()), worst)
 
-    def _made(self, route: Route) -> Path:
+    def _cached_folder(self, route: Route) -> Path:
         self.route = route
-        files = {path.name: digest_file(path) for path in _others(self._loaded.folder)}
+        files = {path.name: digest_file(path) for path in known_files(self._loaded.folder)}
         made_from = {"weights": self.weights_sha256, "files": files}
         key = digest({"export": EXPORT_VERSION, "route": route, **made_from, **vars(self.target)})[:16]
         name = f"onnx-{route}-{key}"
@@ -208,24 +229,31 @@ class Exporter:
             raise
 
     def _build(self, route: Route, folder: Path) -> None:
-        checkpoint = self._loaded.folder
         raw = folder / "raw"
-        if route == "genai":
-            _run_builder(checkpoint, raw, self.target)
-        else:
-            dynamo.export_dynamo(checkpoint, raw)
-            _copy_others(checkpoint, raw)
-        _copy_others(raw, folder)
-        shutil.copyfile(checkpoint / CONFIG, folder / CONFIG)
+        with TemporaryDirectory(prefix="qeval-clean-") as clean:
+            checkpoint = clean_copy(self._loaded.folder, Path(clean))
+            try:
+                if route == "genai":
+                    _run_builder(checkpoint, raw, self.target)
+                else:
+                    dynamo.export_dynamo(checkpoint, raw)
+                    _copy_others(checkpoint, raw)
+            except QevalError as error:
+                raise QevalError(str(error).replace(str(checkpoint), str(self._loaded.folder))) from error
+            _copy_others(raw, folder)
+            shutil.copyfile(checkpoint / CONFIG, folder / CONFIG)
         model = ir.load(raw / MODEL)
         model.producer_version = (model.producer_version or "").partition("+")[0]  # the builder adds a git commit
-        places = locate(model.graph, self._parameters)
-        make_exact(places, self._parameters)
+        # The graph holds the checkpoint's exact values and is judged in fp32, whatever torch computes in here.
+        reference = _in_fp32(self._loaded)
+        parameters = {name: reference.get_parameter(name) for name in self._names} | weights_of(reference)
+        places = locate(model.graph, parameters)
+        make_exact(places, parameters)
         _save(model, folder)
         (folder / _PLACES).write_text(json.dumps(places.spelled()), encoding="utf-8")
         del model
         shutil.rmtree(raw)
-        parity = self.parity(folder, TorchSession(self._loaded.model))
+        parity = self.parity(folder, TorchSession(reference))
         most = _MOST_KL[self.target.precision]
         if not parity.kl_nats <= most:
             raise QevalError(
@@ -241,14 +269,25 @@ class Exporter:
         return (ids * (1 + length // len(ids)))[:length]
 
 
-def _run_builder(checkpoint: Path, out: Path, target: Target) -> None:
-    """The model builder in a process of its own: its memory, its noise and its hub client stay there."""
+def _in_fp32(loaded: LoadedModel) -> Any:
+    """Return the model in fp32: the loaded one where it is, else its checkpoint loaded again on the CPU.
+
+    In bf16 torch differs from itself in fp32 by more than a right graph may differ from it.
+    """
+    if loaded.info.compute_dtype == "float32":
+        return loaded.model
+    return load_model(resolve(str(loaded.folder)), device="cpu", dtype="float32").model
+
+
+def _run_builder(checkpoint: Path, out: Path, target: ExportTarget) -> None:
+    """Run the model builder in a process of its own: its memory, its noise and its hub client stay there."""
     ep = _BUILDER_EPS.get(target.ep, "cpu")
     arguments = [str(checkpoint.resolve()), str(out.resolve()), ep, target.precision]
     out.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("genai_child.py")), *arguments],
         cwd=out,
+        env={**os.environ, **NO_HUB},
         capture_output=True,
         text=True,
         errors="replace",
@@ -261,16 +300,11 @@ def _run_builder(checkpoint: Path, out: Path, target: Target) -> None:
         raise QevalError(f"The model builder of onnxruntime-genai did not take '{checkpoint}': {reason}.")
 
 
-def _others(folder: Path) -> Iterator[Path]:
-    """Configuration and tokenizer: everything small that is neither weights nor our own record."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in _OWN and path.suffix not in _WEIGHTS:
-            yield path
-
-
 def _copy_others(source: Path, out: Path) -> None:
+    """Copy configuration and tokenizer by their names; a library or a script that lies beside them stays there."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in _others(source):
+    genai = source / GENAI_CONFIG
+    for path in (*known_files(source), *([genai] if genai.is_file() else [])):
         shutil.copyfile(path, out / path.name)
 
 

@@ -1,6 +1,6 @@
-"""Which files an ONNX folder holds, and that none is missing or cut short; numbers are read only when asked for."""
+"""The files of an ONNX folder, none missing or cut short; numbers are read only when asked for."""
 
-import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from qeval.backends.onnx.safety import check_graph, check_graph_config, is_inside_folder
 from qeval.errors import UsageError
+from qeval.parsing import load_object, one_sentence
 
 GENAI_CONFIG, CONFIG = "genai_config.json", "config.json"
+logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # it would write names of the file's to the terminal
 _DATA = "qeval.data"
 """Under what a graph keeps, in memory, which files of its folder hold its external data."""
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
@@ -36,7 +38,7 @@ class Files:
 
 
 def find_files(folder: Path, *, needs_tokenizer: bool = True) -> Files:
-    """The files of a decoder's folder.
+    """Return the files of a decoder's folder.
 
     Raises:
         UsageError: the folder has no graph (or several, and no genai_config.json that names one), no configuration,
@@ -54,7 +56,7 @@ def find_files(folder: Path, *, needs_tokenizer: bool = True) -> Files:
 
 
 def load_graph(model_file: Path) -> ir.Model:
-    """A graph whose external data is all there, none of it read; links out of its folder are followed.
+    """Return a graph whose external data is all there, none of it read; links out of its folder are followed.
 
     The hub's cache is made of such links (`snapshots/REVISION/model.onnx.data` to `blobs/HASH`), and for a graph given
     as bytes neither ONNX Runtime nor onnx-ir goes along. So tensors name the folder and the file where data really is.
@@ -64,37 +66,37 @@ def load_graph(model_file: Path) -> ir.Model:
     """
     try:
         model = ir.load(model_file)
-    except (DecodeError, ir.serde.SerdeError, ValueError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # readers of protobuf raise what they like over broken bytes
         raise UsageError(f"{model_file} is no ONNX model, or is cut short: copy or export it again.") from error
     if not len(model.graph):
         raise UsageError(f"{model_file} holds no graph: copy or export it again.")
-    _check_external(model_file, model)
+    check_graph(model, model_file)
+    with one_sentence(f"{model_file} breaks the rules of ONNX", after="Export it again."):
+        _check_external(model_file, model)
     model.meta[_DATA] = sorted({model_file.parent / str(tensor.location) for tensor in _external(model)})
     _follow_links(model_file, model)
     return model
 
 
 def data_folder(model_file: Path, model: ir.Model) -> Path:
-    """The folder in which a graph of `load_graph` says that its external data lies."""
+    """Return the folder in which a graph of `load_graph` says that its external data lies."""
     return next((Path(tensor.base_dir) for tensor in _external(model)), model_file.parent)
 
 
 def content_files(files: Files, model: ir.Model) -> tuple[Path, ...]:
-    """All files that decide what a folder's model computes: configuration, graph, and the graph's external data."""
+    """Return the files that decide what a folder's model computes: configuration, graph, the graph's external data."""
     return files.config, files.model, *model.meta[_DATA]
 
 
 def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The configuration: genai_config.json, or transformers' config.json."""
+    """Return the configuration: genai_config.json, or transformers' config.json."""
     for name in (GENAI_CONFIG, CONFIG):
         file = folder / name
         if file.is_file():
-            try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UsageError(f"{file} is no JSON ({error}): copy or export it again.") from error
-            if not isinstance(config, dict):
-                raise UsageError(f"{file} holds no settings: copy or export it again.")
+            config = load_object(file)
+            check_graph_config(config, file)
             return file, config
     if not any(folder.glob("*.onnx")):
         raise UsageError(_no_model(folder))
@@ -102,7 +104,7 @@ def _config(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _decoder(config_file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The section of a genai_config.json about the decoder; empty for a config.json."""
+    """Return the section of a genai_config.json about the decoder; empty for a config.json."""
     if config_file.name != GENAI_CONFIG:
         return {}
     model = config.get("model")
@@ -116,7 +118,7 @@ def _decoder(config_file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model_file(folder: Path, decoder: Mapping[str, Any]) -> Path:
     if name := decoder.get("filename"):
-        if not (folder / name).is_file():
+        if not isinstance(name, str) or not (folder / name).is_file():
             raise UsageError(f"{folder} lacks {name}, the model that its {GENAI_CONFIG} names: copy it there.")
         return folder / str(name)
     files = sorted(folder.glob("*.onnx"))
@@ -152,7 +154,7 @@ def _check_external(model_file: Path, model: ir.Model) -> None:
         needed[location] = max(needed.get(location, 0), end)
     for location, size_bytes in needed.items():
         path = PurePosixPath(location)
-        if path.is_absolute() or ".." in path.parts:
+        if not is_inside_folder(location):
             raise UsageError(f"{model_file} points to data outside its folder ({location}): move it next to the model.")
         file = model_file.parent / path
         if not file.is_file():
@@ -180,7 +182,7 @@ def _follow_links(model_file: Path, model: ir.Model) -> None:
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
+    for graph in (*model.graphs(), *(function.graph for function in model.functions.values())):
         held = [value.const_value for value in graph.initializers.values()]
         attributes = (each for node in graph for each in node.attributes.values() if isinstance(each, ir.Attr))
         held += [each.as_tensor() for each in attributes if each.type == ir.AttributeType.TENSOR]
@@ -188,7 +190,7 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def array_of(tensor: Any) -> NDArray[Any]:
-    """A tensor's values. Those of external data are read anew: a graph would keep what it unpacked of each."""
+    """Return a tensor's values. Those of external data are read anew: a graph would keep what it unpacked of each."""
     if isinstance(tensor, ir.ExternalTensor):
         shape, name = ir.Shape(tensor.shape), tensor.name or ""
         tensor = ir.ExternalTensor(tensor.path, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=name)

@@ -4,17 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import torch
 
 from qeval.backends.onnx.decoder import Decoder, read_decoder
 from qeval.backends.onnx.inspection import inspect_folder
-from qeval.backends.onnx.packages import import_runtime
 from qeval.backends.onnx.providers import Assignment, Provider, open_session, recorded_assignment
 from qeval.backends.onnx.session import OrtSession
-from qeval.backends.onnx.settings import place_of, rope_limit, session_entries
+from qeval.backends.onnx.settings import onnx_rope_limit, place_of, session_entries
+from qeval.backends.onnx.values import DeviceValues
 from qeval.errors import UsageError
+from qeval.models.device import free_bytes, release_cached
+
+_SESSION_SHARE = 0.8
+"""The part of a GPU's free memory that a session may take; torch sweeps logits in the rest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class Opened:
 
 @contextmanager
 def opened(folder: Path, provider: Provider, *, threads: int, device_id: int = 0) -> Iterator[Opened]:
-    """The folder's model on `provider`; its memory is let go when the block ends.
+    """Open the folder's model on `provider`; its memory is let go when the block ends.
 
     Raises:
         UsageError: the folder or the graph can't be used.
@@ -39,17 +42,27 @@ def opened(folder: Path, provider: Provider, *, threads: int, device_id: int = 0
         raise UsageError(f"{facts.files.config} names no context length, so nothing can be scored safely.")
     decoder = read_decoder(facts)
     entries = session_entries(facts)
-    body = open_session(decoder.body, provider, threads=threads, entries=entries, device_id=device_id)
+    limit = _memory_limit(provider, device_id)
+    body = open_session(
+        decoder.body, provider, threads=threads, entries=entries, device_id=device_id, memory_limit=limit
+    )
     head = open_session(decoder.head, provider, threads=threads, entries=entries, device_id=device_id)
-    place = place_of(provider, device_id)
-    runtime = import_runtime()
-
-    def value_of(array: Any) -> Any:
-        return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *place)
-
-    session = OrtSession(decoder, body, head, value_of, facts.context_length, rope_limit=rope_limit(facts))
+    values = DeviceValues(provider, device_id)
+    session = OrtSession(decoder, body, head, values, facts.context_length, rope_limit=onnx_rope_limit(facts))
     session.find_sharing()
-    yield Opened(session, _both(recorded_assignment(body), recorded_assignment(head)), decoder)
+    assignment = _both(recorded_assignment(body), recorded_assignment(head))
+    session.nodes = assignment.providers
+    session.facts = [*facts.describe(), *([provider.note] if provider.note else [])]
+    yield Opened(session, assignment, decoder)
+
+
+def _memory_limit(provider: Provider, device_id: int) -> int | None:
+    """Return the bytes of a GPU that a session may take beside torch, once torch has given back what it doesn't use."""
+    kind, number = place_of(provider, device_id)
+    if kind != "cuda" or not torch.cuda.is_available():
+        return None
+    release_cached()
+    return int(free_bytes(torch.device(kind, number)) * _SESSION_SHARE)
 
 
 def _both(body: Assignment, head: Assignment) -> Assignment:

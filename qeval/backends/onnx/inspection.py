@@ -1,4 +1,4 @@
-"""What a folder with an ONNX decoder holds, whoever made it; read from the graph, never from names or claims.
+"""Facts of a folder with an ONNX decoder, whoever made it; read from the graph, never from names or claims.
 
 The weights stay on the disk: onnx-ir maps external data, and only zero points are looked at.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 
 from qeval.backends.onnx.files import Files, content_files, data_folder, find_files, load_graph
-from qeval.backends.onnx.matrices import Matrix, Quantization, Stored, quantized_activations, stored_in
+from qeval.backends.onnx.matrices import GraphMatrix, Quantization, Stored, quantized_activations, stored_in
 from qeval.errors import UsageError
 
 _ATTENTION = (
@@ -59,7 +59,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What an ONNX folder holds."""
+    """The facts of an ONNX folder."""
 
     files: Files
     contents: tuple[Path, ...]
@@ -74,7 +74,7 @@ class OnnxFacts:
     head_size: int | None
     """Width of a head in the caches, which the graph itself may leave open."""
     ports: Ports
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[GraphMatrix, ...]
     attention: Mapping[str, int]
     """Attention operators and how many there are."""
     windows: Mapping[int, int]
@@ -87,23 +87,23 @@ class OnnxFacts:
     """All initializers as stored."""
 
     @property
-    def quantized(self) -> tuple[Matrix, ...]:
+    def quantized(self) -> tuple[GraphMatrix, ...]:
         """The quantized matrices."""
         return tuple(matrix for matrix in self.matrices if matrix.quantization is not None)
 
     @property
-    def kept(self) -> tuple[tuple[Matrix, str], ...]:
+    def kept(self) -> tuple[tuple[GraphMatrix, str], ...]:
         """The matrices in floats, each with the reason."""
         floats = (matrix for matrix in self.matrices if matrix.quantization is None)
         return tuple((matrix, _reason(matrix)) for matrix in floats)
 
     @property
-    def head(self) -> Matrix | None:
+    def head(self) -> GraphMatrix | None:
         """The matrix that makes the logits."""
         return next((matrix for matrix in self.matrices if matrix.role == "head"), None)
 
     @property
-    def embedding(self) -> Matrix | None:
+    def embedding(self) -> GraphMatrix | None:
         """The matrix that token ids are looked up in."""
         return next((matrix for matrix in self.matrices if matrix.role == "embedding"), None)
 
@@ -119,19 +119,19 @@ class OnnxFacts:
 
     @property
     def gives_last_position_only(self) -> bool:
-        """Whether the logits are of the last position alone, as far as the graph's shapes say."""
+        """Return whether the logits are of the last position alone, as far as the graph's shapes say."""
         shape = self.ports.logits.shape
         return len(shape) < 3 or shape[1] == 1
 
     @property
     def weights(self) -> str:
-        """How the matrices are held, the commonest first: `5 x MatMulNBits: 4 bits, ...; 2 x MatMul: fp32`."""
+        """The storage of the matrices, the commonest first: `5 x MatMulNBits: 4 bits, ...; 2 x MatMul: fp32`."""
         own = {matrix.weight: matrix for matrix in self.matrices}.values()
         kinds = Counter(f"{matrix.op}: {_how_held(matrix)}" for matrix in own)
         return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
     def describe(self) -> list[str]:
-        """What a reader should know, a sentence each."""
+        """Return what a reader should know, a sentence each."""
         return list(_sentences(self))
 
 
@@ -144,7 +144,7 @@ class Parsed(NamedTuple):
 
 
 def inspect_folder(folder: Path, *, needs_tokenizer: bool = True) -> OnnxFacts:
-    """What a decoder's folder holds; the graph is read and its external data only measured.
+    """Return what a decoder's folder holds; the graph is read and its external data only measured.
 
     Raises:
         UsageError: as `find_files` and `load_graph`; or the graph is no decoder of token ids.
@@ -153,7 +153,7 @@ def inspect_folder(folder: Path, *, needs_tokenizer: bool = True) -> OnnxFacts:
 
 
 def parse_folder(folder: Path, *, needs_tokenizer: bool = True) -> Parsed:
-    """What a decoder's folder holds, with its graph.
+    """Return what a decoder's folder holds, with its graph.
 
     Raises:
         UsageError: as `inspect_folder`.
@@ -219,7 +219,7 @@ def _ports(files: Files, graph: ir.Graph) -> Ports:
 
 
 def _pairs(ports: Mapping[str, Port], key_pattern: str, value_pattern: str) -> tuple[tuple[Port, Port], ...]:
-    """The ports of patterns such as `present.%d.key`, in the order of their layers."""
+    """Return the ports of patterns such as `present.%d.key`, in the order of their layers."""
     expression = re.compile(re.escape(key_pattern).replace("%d", r"(\d+)"))
     layers = sorted(int(match[1]) for name in ports if (match := expression.fullmatch(name)))
     return tuple(
@@ -252,7 +252,7 @@ def _head_size(config: Mapping[str, Any]) -> int | None:
 
 
 def _size_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, those that lie in the same place of a file once."""
+    """Return the bytes of all initializers, those that lie in the same place of a file once."""
     found: dict[tuple[Any, ...], int] = {}
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -263,11 +263,11 @@ def _size_bytes(model: ir.Model) -> int:
     return sum(found.values())
 
 
-def _reason(matrix: Matrix) -> str:
+def _reason(matrix: GraphMatrix) -> str:
     return matrix.role if matrix.role != "body" else f"left in {_type(matrix)} by the exporter"
 
 
-def _type(matrix: Matrix) -> str:
+def _type(matrix: GraphMatrix) -> str:
     return _TYPES.get(matrix.dtype, matrix.dtype.lower())
 
 
@@ -302,13 +302,13 @@ def _quantized_sentences(facts: OnnxFacts) -> Iterator[str]:
         yield "No matrix is quantized."
 
 
-def _how(matrix: Matrix) -> str:
+def _how(matrix: GraphMatrix) -> str:
     if matrix.quantization is None:
         return f"in {_type(matrix)}"
     return f"quantized ({matrix.op}: {_spelled(matrix.quantization)})"
 
 
-def _how_held(matrix: Matrix) -> str:
+def _how_held(matrix: GraphMatrix) -> str:
     return _type(matrix) if matrix.quantization is None else _spelled(matrix.quantization)
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qeval.backends.onnx.files import array_of
 
-Granularity = Literal["block", "channel", "tensor"]
+GraphGranularity = Literal["block", "channel", "tensor"]
 Role = Literal["body", "head", "embedding"]
 
 _PASS = frozenset({"Cast", "Identity", "Reshape", "Transpose"})
@@ -30,10 +30,10 @@ _QUANTIZERS = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "TRT_FP8Quan
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a matrix's integers are to be read."""
+    """The rule by which a matrix's integers are read."""
 
     bits: int
-    granularity: Granularity
+    granularity: GraphGranularity
     """What shares a scale: a block of a row, a row (an output channel), or the whole matrix."""
     block: int | None
     """Weights in a block, along the input dimension; None for coarser scales."""
@@ -45,7 +45,7 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class GraphMatrix:
     """A stored matrix [rows, columns] (output, input; for an embedding vocabulary, width; experts stacked)."""
 
     node: str
@@ -71,7 +71,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class GraphMatrixParts:
     """The tensors that a matrix is stored in, none of them read, and how they lie."""
 
     node: ir.Node
@@ -95,12 +95,12 @@ class Parts:
 class Stored(NamedTuple):
     """A matrix and where its numbers are."""
 
-    matrix: Matrix
-    parts: Parts
+    matrix: GraphMatrix
+    parts: GraphMatrixParts
 
 
 def stored_in(graph: ir.Graph, ids: str, logits: str) -> tuple[Stored, ...]:
-    """Every matrix of a decoder graph in its order; `ids` and `logits` are the names of its input and output."""
+    """Return every matrix of a decoder graph in its order; `ids` and `logits` are the names of its input and output."""
     nodes = list(graph.all_nodes())
     head = _head_of(next((value for value in graph.outputs if value.name == logits), None))
 
@@ -115,9 +115,9 @@ def stored_in(graph: ir.Graph, ids: str, logits: str) -> tuple[Stored, ...]:
     )  # fmt: skip
 
 
-def _matrix(read: "_Read", role: Role) -> Matrix:
+def _matrix(read: "_Read", role: Role) -> GraphMatrix:
     parts = read.parts
-    return Matrix(
+    return GraphMatrix(
         node=parts.node.name or "",
         op=read.op,
         weight=read.weight,
@@ -131,7 +131,7 @@ def _matrix(read: "_Read", role: Role) -> Matrix:
 
 
 def quantized_activations(graph: ir.Graph) -> int:
-    """How many nodes round activations to integers in the graph itself."""
+    """Return how many nodes round activations to integers in the graph itself."""
     return sum(
         node.op_type == "DynamicQuantizeMatMul"
         or (node.op_type in _QUANTIZERS and (first := _input(node, 0)) is not None and _traced(first).tensor is None)
@@ -146,14 +146,14 @@ class _Read:
     rows: int
     columns: int
     quantization: Quantization | None
-    parts: Parts
+    parts: GraphMatrixParts
     indices: ir.Value | None = None
     """What is looked up, for an embedding."""
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Where a value comes from: a constant, perhaps dequantized, perhaps transposed."""
+    """The origin of a value: a constant, perhaps dequantized, perhaps transposed."""
 
     tensor: Any
     name: str
@@ -175,7 +175,7 @@ def _nbits(node: ir.Node) -> Iterator[_Read]:
     rows, columns = integer(node, "N", 0), integer(node, "K", 0)
     level = integer(node, "accuracy_level", 0)
     how = Quantization(bits, "block", block, _is_middle(zeros, bits, -(-columns // block)), level)
-    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, Parts(node, codes, scales, zeros))
+    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, GraphMatrixParts(node, codes, scales, zeros))
 
 
 def _bnb4(node: ir.Node) -> Iterator[_Read]:
@@ -184,7 +184,7 @@ def _bnb4(node: ir.Node) -> Iterator[_Read]:
         return
     how = Quantization(4, "block", integer(node, "block_size", 0), True, None)
     rows, columns = integer(node, "N", 0), integer(node, "K", 0)
-    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, Parts(node, codes, scales))
+    yield _Read(node.op_type, _weight_name(node, 1), rows, columns, how, GraphMatrixParts(node, codes, scales))
 
 
 def _gather_blocks(node: ir.Node) -> Iterator[_Read]:
@@ -200,7 +200,7 @@ def _gather_blocks(node: ir.Node) -> Iterator[_Read]:
     else:
         symmetric = _is_middle(zeros, bits, -(-columns // block))
     how = Quantization(bits, "block", block, symmetric, None)
-    parts = Parts(node, codes, scales, zeros)
+    parts = GraphMatrixParts(node, codes, scales, zeros)
     yield _Read(node.op_type, _weight_name(node, 0), rows, columns, how, parts, _input(node, 1))
 
 
@@ -217,7 +217,7 @@ def _experts(node: ir.Node) -> Iterator[_Read]:
         symmetric = _is_middle(zeros, bits, -(-columns // block) if block else 1)
         level = integer(node, "accuracy_level", 0)
         how = Quantization(bits, "block" if block else "channel", block, symmetric, level)
-        parts = Parts(node, codes, scales, zeros)
+        parts = GraphMatrixParts(node, codes, scales, zeros)
         yield _Read(node.op_type, _weight_name(node, weight), rows, columns, how, parts)
 
 
@@ -226,7 +226,7 @@ def _float_experts(node: ir.Node) -> Iterator[_Read]:
         stack = _constant(node, index)
         if stack is not None:
             rows, columns = int(stack.shape[0] * stack.shape[1]), int(stack.shape[2])
-            yield _Read("MoE", _weight_name(node, index), rows, columns, None, Parts(node, stack))
+            yield _Read("MoE", _weight_name(node, index), rows, columns, None, GraphMatrixParts(node, stack))
 
 
 _INTEGER_INPUTS = {
@@ -246,15 +246,15 @@ def _integers(node: ir.Node) -> Iterator[_Read]:
     if codes is None or len(codes.shape) != 2:
         return
     coarse = scales if scales is not None else zeros
-    granularity: Granularity = "channel" if coarse is not None and coarse.size > 1 else "tensor"
+    granularity: GraphGranularity = "channel" if coarse is not None and coarse.size > 1 else "tensor"
     how = Quantization(codes.dtype.bitwidth, granularity, None, _is_centred(codes, zeros), None)
     columns, rows = (int(size) for size in codes.shape)
-    parts = Parts(node, codes, scales, zeros, turned=True)
+    parts = GraphMatrixParts(node, codes, scales, zeros, turned=True)
     yield _Read(node.op_type, _weight_name(node, place), rows, columns, how, parts)
 
 
 def _scales_after(node: ir.Node) -> Any:
-    """The scales of the codes of a MatMulInteger: times those of its input, they are what its result is multiplied by.
+    """Return the scales of a MatMulInteger's codes: times its input's, they are what its result is multiplied by.
 
     None where it is used otherwise (source: onnxruntime/quantization/operators/matmul.py, 1.31).
     """
@@ -269,7 +269,7 @@ def _scales_after(node: ir.Node) -> Any:
 
 
 def _dense(node: ir.Node) -> Iterator[_Read]:
-    """A product by, or a lookup in, a constant of floats, or one that a DequantizeLinear makes."""
+    """Yield a product by, or a lookup in, a constant of floats, or one that a DequantizeLinear makes."""
     is_lookup = node.op_type == "Gather"
     value = _input(node, 0 if is_lookup else 1)
     trace = _traced(value) if value is not None else None
@@ -281,7 +281,7 @@ def _dense(node: ir.Node) -> Iterator[_Read]:
     by_rows = is_lookup or bool(integer(node, "transB", 0))
     rows, columns = (first, second) if by_rows != trace.transposed else (second, first)
     indices = _input(node, 1) if is_lookup else None
-    parts = Parts(node, trace.tensor, turned=by_rows == trace.transposed, plain=trace.plain)
+    parts = GraphMatrixParts(node, trace.tensor, turned=by_rows == trace.transposed, plain=trace.plain)
     op, how = node.op_type, None
     if (dequantizer := trace.dequantizer) is not None:
         scales, zeros = _constant(dequantizer, 1), _constant(dequantizer, 2)
@@ -290,11 +290,11 @@ def _dense(node: ir.Node) -> Iterator[_Read]:
     yield _Read(op, trace.name, rows, columns, how, parts, indices)
 
 
-def _dequantized(parts: Parts, node: ir.Node) -> Quantization:
-    """How a DequantizeLinear's matrix is read."""
+def _dequantized(parts: GraphMatrixParts, node: ir.Node) -> Quantization:
+    """Return how a DequantizeLinear's matrix is read."""
     codes, scales, zeros = parts.values, parts.scales, parts.zeros
     block = integer(node, "block_size", 0) or None
-    coarse: Granularity = "tensor" if scales is None or scales.size == 1 else "channel"
+    coarse: GraphGranularity = "tensor" if scales is None or scales.size == 1 else "channel"
     stored = zeros if codes.dtype.is_floating_point() and codes.dtype.bitwidth > 8 else codes  # rounded in the graph
     bits = stored.dtype.bitwidth if stored is not None else 8
     symmetric = _is_centred(stored, zeros) if stored is not None else False
@@ -315,7 +315,7 @@ _READERS: Mapping[str, Callable[[ir.Node], Iterator[_Read]]] = {
 
 
 def _traced(value: ir.Value) -> _Trace:
-    """The constant behind a value; `tensor` is None if it depends on the inputs."""
+    """Return the constant behind a value; `tensor` is None if it depends on the inputs."""
     dequantizer, transposed, plain = None, False, True
     while (tensor := ir.convenience.get_const_tensor(value)) is None:
         node = value.producer()
@@ -331,7 +331,7 @@ def _traced(value: ir.Value) -> _Trace:
 
 
 def _head_of(logits: ir.Value | None) -> ir.Node | None:
-    """The node whose matrix makes the logits, None if something else does."""
+    """Return the node whose matrix makes the logits, None if something else does."""
     waiting = [logits] if logits is not None else []
     while waiting:
         node = waiting.pop(0).producer()
@@ -345,7 +345,7 @@ def _head_of(logits: ir.Value | None) -> ir.Node | None:
 
 
 def _root(value: ir.Value) -> ir.Value:
-    """The value that another is a cast or a view of."""
+    """Return the value that another is a cast or a view of."""
     node = value.producer()
     while node is not None and node.op_type in _BEFORE_LOOKUP and node.inputs[0] is not None:
         value = node.inputs[0]
@@ -358,7 +358,7 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _constant(node: ir.Node, index: int) -> Any:
-    """The tensor of a constant input; None if it has none, or one that depends on the inputs."""
+    """Return the tensor of a constant input; None if it has none, or one that depends on the inputs."""
     value = _input(node, index)
     return None if value is None else _traced(value).tensor
 
@@ -369,13 +369,13 @@ def _weight_name(node: ir.Node, index: int) -> str:
 
 
 def integer(node: ir.Node | None, name: str, default: int) -> int:
-    """An attribute of a node, or what it is where it, or the node, is left out."""
+    """Return an attribute of a node, or what it is where it, or the node, is left out."""
     attribute = None if node is None else node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
 
 
 def _is_middle(zeros: Any, bits: int, count: int) -> bool:
-    """Whether zero points, packed or not, `count` a row, are all in the middle of the range; so are absent ones."""
+    """Return whether zero points, packed or not, `count` a row, are all mid-range; absent ones are."""
     if zeros is None:
         return True
     values = array_of(zeros)
@@ -388,7 +388,7 @@ def _is_middle(zeros: Any, bits: int, count: int) -> bool:
 
 
 def _is_centred(codes: Any, zeros: Any) -> bool:
-    """Whether the zero points of unpacked codes (0 where absent) are in the middle of the codes' range."""
+    """Return whether the zero points of unpacked codes (0 where absent) are in the middle of the codes' range."""
     is_unsigned = not codes.dtype.is_floating_point() and not codes.dtype.is_signed()
     middle = 1 << (codes.dtype.bitwidth - 1) if is_unsigned else 0
     values = np.zeros(1, np.float32) if zeros is None else array_of(zeros).astype(np.float32)

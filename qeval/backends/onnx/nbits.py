@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from qeval.errors import UsageError
-from qeval.quant.grid import Grid, PerBlock
+from qeval.quant.grid import FloatGrid, Grid, PerBlock, WeightGrid
 from qeval.quant.pack import Bytes, pack
 from qeval.quant.qweight import QWeight
 
@@ -45,22 +45,22 @@ class NBits:
         return len(self.codes)
 
     def packed_codes(self) -> Bytes:
-        """The operator's input B, [rows, blocks, block * bits / 8], the low bits first along a row."""
+        """Return the operator's input B, [rows, blocks, block * bits / 8], the low bits first along a row."""
         rows, blocks, block = self.codes.shape
         return pack(self.codes.reshape(rows * blocks, block), self.bits).reshape(rows, blocks, -1)
 
     def packed_zeros(self) -> Bytes | None:
-        """The operator's input zero_points, [rows, ceil(blocks * bits / 8)], each row on a whole byte."""
+        """Return the operator's input zero_points, [rows, ceil(blocks * bits / 8)], each row on a whole byte."""
         return None if self.zeros is None else pack(self.zeros, self.bits)
 
 
 def to_nbits(name: str, weight: QWeight, rows: slice = slice(None)) -> NBits:
-    """Some rows (all by default) of the weight `name` in the kernel's layout.
+    """Return some rows (all by default) of the weight `name` in the kernel's layout.
 
     Raises:
         UsageError: the kernel takes no block of the grid's size; the weight is named.
     """
-    grid = weight.grid
+    grid = integers_of(name, weight.grid)
     columns = weight.codes.shape[1]
     block = kernel_block(name, grid, columns)
     blocks = -(-columns // block)
@@ -77,16 +77,31 @@ def to_nbits(name: str, weight: QWeight, rows: slice = slice(None)) -> NBits:
 
 
 def container_bits(grid: Grid) -> int:
-    """The width that stores a grid's codes: the kernel has 4 and 8 bits."""
+    """Return the width that stores a grid's codes: the kernel has 4 and 8 bits."""
     return 4 if grid.bits <= 4 else 8
 
 
-def kernel_block(name: str, grid: Grid, columns: int) -> int:
-    """The kernel's block size for a row of `columns` weights of a grid.
+def integers_of(name: str, grid: WeightGrid) -> Grid:
+    """Return the grid of the weight `name`, which has to be one of integers.
 
     Raises:
-        UsageError: no block that the kernel takes divides the grid's.
+        UsageError: it is one of floats.
     """
+    if isinstance(grid, FloatGrid):
+        raise UsageError(
+            f"ONNX Runtime's MatMulNBits multiplies by integers of 4 or 8 bits, not by {grid} ({name}); take a grid of "
+            "integers such as int4-g32, or --backend torch."
+        )
+    return grid
+
+
+def kernel_block(name: str, grid: WeightGrid, columns: int) -> int:
+    """Return the kernel's block size for a row of `columns` weights of a grid.
+
+    Raises:
+        UsageError: the grid is one of floats, or no block that the kernel takes divides the grid's.
+    """
+    grid = integers_of(name, grid)
     size = grid.block_size(columns)
     if isinstance(grid.granularity, PerBlock) and grid.granularity.size < columns:
         found = next((block for block in BLOCKS if size % block == 0), None)
@@ -100,7 +115,7 @@ def kernel_block(name: str, grid: Grid, columns: int) -> int:
 
 
 def _spread(weight: QWeight, values: torch.Tensor, rows: slice, block: int, blocks: int) -> NDArray[Any]:
-    """Scales or zero points, one for each of the kernel's blocks, [rows, blocks]."""
+    """Return scales or zero points, one for each of the kernel's blocks, [rows, blocks]."""
     count, columns = weight.codes.shape
     per_row = values.expand(count, -1)[rows].cpu().numpy()
     repeat = -(-weight.grid.block_size(columns) // block)

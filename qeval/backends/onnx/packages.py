@@ -1,4 +1,4 @@
-"""What is installed of ONNX Runtime: one runtime, whole, or one sentence that says what to install.
+"""The installed packages of ONNX Runtime: one runtime, whole, or one sentence that says what to install.
 
 `onnxruntime`, `onnxruntime-gpu` and their like put their files into the same folder. pip installs two of them side
 by side without a word: the last one wins, and removing either leaves a folder that imports and holds nothing. So
@@ -31,7 +31,6 @@ _DISTRIBUTIONS = {"onnx_ir": "onnx-ir", "huggingface_hub": "huggingface-hub", "m
 """The distributions of modules that bear another name."""
 
 _CODE = re.compile(r".*\[ONNXRuntimeError\] : (\d+ : [A-Z_]+ : )?")
-_NO_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|OUT_OF_?MEMORY|not enough memory", re.IGNORECASE)
 _SOURCE = re.compile(r"^/\S+:\d+ [^()]*\([^()]*\)( const)? ")
 """A file, a line and a C++ signature."""
 
@@ -47,7 +46,7 @@ class RuntimeVersions:
 
 
 def require_runtime() -> RuntimeVersions:
-    """The one ONNX Runtime that is installed, and its GenAI if there is one; looks at metadata only.
+    """Return the one ONNX Runtime that is installed, and its GenAI if there is one; looks at metadata only.
 
     Raises:
         UsageError: there is none, or two distributions share its folder or GenAI's.
@@ -60,7 +59,7 @@ def require_runtime() -> RuntimeVersions:
 
 
 def require_genai() -> RuntimeVersions:
-    """Like `require_runtime`, and onnxruntime-genai must be there too.
+    """Do as `require_runtime`, and require onnxruntime-genai too.
 
     Raises:
         UsageError: either is missing or installed twice.
@@ -72,7 +71,7 @@ def require_genai() -> RuntimeVersions:
 
 
 def require_builder() -> RuntimeVersions:
-    """Like `require_genai`, and everything that GenAI's model builder imports beyond its own requirements.
+    """Do as `require_genai`, and require everything that GenAI's model builder imports beyond its own requirements.
 
     Raises:
         UsageError: names all that is missing.
@@ -83,7 +82,7 @@ def require_builder() -> RuntimeVersions:
 
 
 def require_dynamo() -> RuntimeVersions:
-    """Like `require_runtime`, and everything that `torch.onnx.export` imports.
+    """Do as `require_runtime`, and require everything that `torch.onnx.export` imports.
 
     Raises:
         UsageError: names all that is missing.
@@ -94,7 +93,7 @@ def require_dynamo() -> RuntimeVersions:
 
 
 def require_graphs() -> None:
-    """What reading and editing a graph needs; no ONNX Runtime.
+    """Require what reading and editing a graph needs; no ONNX Runtime.
 
     Raises:
         UsageError: names all that is missing.
@@ -113,7 +112,7 @@ def require_onnx() -> None:
 
 
 def import_runtime() -> Any:
-    """The module `onnxruntime`, known to be whole.
+    """Return the module `onnxruntime`, known to be whole.
 
     Raises:
         UsageError: as `require_runtime`; or it can't be imported, or it is a folder that an uninstall emptied.
@@ -123,7 +122,7 @@ def import_runtime() -> Any:
 
 
 def import_genai() -> Any:
-    """The module `onnxruntime_genai`, known to be whole.
+    """Return the module `onnxruntime_genai`, known to be whole.
 
     Raises:
         UsageError: as `require_genai`; or it can't be imported, or it is a folder that an uninstall emptied.
@@ -134,38 +133,37 @@ def import_genai() -> Any:
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its own exceptions derive from nothing but `Exception`."""
+    """Return what ONNX Runtime raises: its own exceptions derive from nothing but `Exception`."""
     state = vars(import_module("onnxruntime.capi.onnxruntime_pybind11_state"))
     own = (value for value in state.values() if isinstance(value, type) and issubclass(value, Exception))
     return (*own, RuntimeError, ValueError)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line, without ONNX Runtime's code, its source lines and the full stop."""
+def first_line_of(error: BaseException) -> str:
+    """Return what an error says in its first line, without ONNX Runtime's code, its source lines and the full stop."""
     text = str(error).strip() or type(error).__name__
     return _SOURCE.sub("", _CODE.sub("", text.splitlines()[0])).rstrip(". ")
 
 
-def says_no_memory(error: BaseException) -> bool:
-    """Whether an error of the runtime's means that memory ran out, in whatever words of its allocators."""
-    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+def owners(folder: str) -> list[str]:
+    """Return the distributions that own a folder of site-packages, by name."""
+    return sorted(set(_listed(metadata.packages_distributions).get(folder, ())))
 
 
 def _one_owner(folder: str) -> tuple[str, str] | None:
-    """The name and version of the distribution that owns a folder of site-packages; None if none does."""
-    owners = sorted(set(_listed(metadata.packages_distributions).get(folder, ())))
-    if len(owners) > 1:
-        names = " and ".join(owners)
+    """Return the name and version of the distribution that owns a folder of site-packages; None if none does."""
+    names = owners(folder)
+    if len(names) > 1:
         raise UsageError(
-            f"{names} are installed side by side and own the same folder '{folder}', where the last one installed "
-            f"has silently won: pip uninstall {' '.join(owners)}, then install one ({_INSTALL})."
+            f"{' and '.join(names)} are installed side by side and own the same folder '{folder}', where the last one "
+            f"installed has silently won: pip uninstall {' '.join(names)}, then install one ({_INSTALL})."
         )
-    return (owners[0], metadata.version(owners[0])) if owners else None
+    return (names[0], metadata.version(names[0])) if names else None
 
 
 @cache
 def _listed(listing: Callable[[], Mapping[str, list[str]]]) -> Mapping[str, list[str]]:
-    """The distributions that own each folder: listing them takes a second, and they stay for a process's life."""
+    """Return the distributions that own each folder; they are listed once a process, which takes a second."""
     return listing()
 
 
@@ -174,7 +172,7 @@ def _imported(folder: str, distribution: str, version: str) -> Any:
     try:
         module = import_module(folder)
     except ImportError as error:
-        raise UsageError(f"{distribution} {version} can't be imported ({first_line(error)}): {again}.") from error
+        raise UsageError(f"{distribution} {version} can't be imported ({first_line_of(error)}): {again}.") from error
     if not hasattr(module, _CLASSES[folder]):
         raise UsageError(
             f"{distribution} {version} is broken: its folder has no {_CLASSES[folder]}, as happens when another "

@@ -1,4 +1,4 @@
-"""Which of a graph's matrices is which of the baseline's: by name where exporters keep names, else by what they hold.
+"""Pair a graph's matrices with the baseline's: by name where exporters keep names, else by their values.
 
 Exporters that keep a layer's number and a linear's name in those of nodes (the model builder, optimum, torch) are
 believed, so that a matrix in another's place is found. Others are told apart by their first rows, in the order of the
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from qeval.backends.onnx.matrices import Stored
-from qeval.formats.beside import Baseline
-from qeval.models.graph import Group
-from qeval.models.matrices import is_expert
+from qeval.formats.match_baseline import BaselineWeights
+from qeval.models.structure.graph import Group
+from qeval.models.structure.weight_views import is_expert
 
 Peek = Callable[[int, int, int], Tensor]
 """Some rows (from, to) of a stored matrix (its place among all), fp32."""
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Where the rows of the baseline's matrices lie, by name, and the stored matrices left out, with the reasons."""
+    """The stored rows of the baseline's matrices, by name, and the stored matrices left out, with the reasons."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
     left: Mapping[int, str]
@@ -57,7 +57,7 @@ class _Part(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """What a stored matrix may be: rows of the baseline's linears one after the other, and what exporters call it.
+    """A stored matrix's possible content: rows of the baseline's linears in turn, and what exporters call it.
 
     `sure`: what has this name has these rows.
     """
@@ -68,8 +68,8 @@ class _Candidate(NamedTuple):
     sure: bool = True
 
 
-def pair(stored: Sequence[Stored], places: Sequence[int], baseline: Baseline, peek: Peek) -> Pairing:
-    """Which of the baseline's matrices those at `places` of `stored` are."""
+def pair(stored: Sequence[Stored], places: Sequence[int], baseline: BaselineWeights, peek: Peek) -> Pairing:
+    """Find which of the baseline's matrices those at `places` of `stored` are."""
     search = _Search(stored, baseline, peek)
     body = [place for place in places if stored[place].matrix.role == "body"]
     for place in places:
@@ -84,7 +84,7 @@ def pair(stored: Sequence[Stored], places: Sequence[int], baseline: Baseline, pe
 @dataclass
 class _Search:
     stored: Sequence[Stored]
-    baseline: Baseline
+    baseline: BaselineWeights
     peek: Peek
     claims: dict[int, _Candidate] = field(default_factory=dict)
 
@@ -95,7 +95,7 @@ class _Search:
         self._numbered = numbers == set(range(len(self.baseline.description.layers)))
 
     def take_vocabulary(self, place: int) -> None:
-        """The head or the embedding; rows beyond the baseline's are padding."""
+        """Take the head or the embedding; rows beyond the baseline's are padding."""
         matrix, about = self.stored[place].matrix, self.baseline.description
         name = about.head if matrix.role == "head" else about.embedding
         rows, columns = self.baseline.parameters[name].shape
@@ -103,14 +103,14 @@ class _Search:
             self.claims[place] = _Candidate(-1, name, (_Part(name, 0, rows),))
 
     def take_named(self, body: Sequence[int]) -> None:
-        """Those whose names say which layer's linear they are."""
+        """Take those whose names say which layer's linear they are."""
         for place in body if self._numbered else ():
             named = [each for each in self._options(place) if each.label in self._words(place) and each.sure]
             if len(named) == 1 and self._layer(place) is not None:
                 self.claims[place] = named[0]
 
     def take_alike(self, body: Sequence[int]) -> None:
-        """Those whose first rows are clearly nearest to one linear's. Layers come in the order of the computation."""
+        """Take those whose first rows are clearly nearest to one linear's, layers in the order of the computation."""
         found: dict[int, _Candidate] = {}
         for place in self._open(body):
             ranked = sorted(((self._alike(place, each), each) for each in self._options(place)), reverse=True)
@@ -123,7 +123,7 @@ class _Search:
             self.claims |= _in_order(found)
 
     def take_last(self, body: Sequence[int]) -> None:
-        """As many as are left of a shape (in a layer, where names tell layers) are in order what is left of it."""
+        """Take what is left of a shape (in a layer, where names tell layers) in order, if the counts agree."""
         last: dict[tuple[_Candidate, ...], list[int]] = defaultdict(list)
         for place in self._open(body):
             last[tuple(each for each in self._options(place) if each.sure)].append(place)
@@ -132,7 +132,7 @@ class _Search:
                 self.claims |= dict(zip(places, sorted(options, key=lambda each: each.layer), strict=True))
 
     def pairing(self, places: Sequence[int]) -> Pairing:
-        """What was found, and why the others were not."""
+        """Return what was found, and why the others were not."""
         pieces: dict[str, list[tuple[int, Piece]]] = defaultdict(list)
         for place, candidate in self.claims.items():
             first = 0
@@ -161,7 +161,7 @@ class _Search:
         return (place for place in body if place not in self.claims)
 
     def _options(self, place: int) -> list[_Candidate]:
-        """What a matrix may be by its shape and its layer, if its rows are not another's."""
+        """Return what a matrix may be by its shape and its layer, if its rows are not another's."""
         matrix = self.stored[place].matrix
         shape, layer = (matrix.rows, matrix.columns), self._layer(place) if self._numbered else None
         near = [each for each in self._candidates if layer in (None, each.layer)]
@@ -174,7 +174,7 @@ class _Search:
         return [each for each in fits if not any(_overlap(p, other) for p in each.parts for other in taken[p.name])]
 
     def _alike(self, place: int, candidate: _Candidate) -> float:
-        """The least cosine of the first rows of a candidate's parts with what is stored."""
+        """Return the least cosine of the first rows of a candidate's parts with what is stored."""
         found, first = [], 0
         for name, start, stop in candidate.parts:
             rows = min(_SAMPLE_ROWS, stop - start)
@@ -196,8 +196,8 @@ class _Search:
         return f"{matrix.node} {parts.node.metadata_props.get(_SCOPES, '')} {matrix.weight}".replace("'", " ")
 
 
-def _of_group(group: Group, baseline: Baseline) -> Iterator[_Candidate]:
-    """The linears of a group, and runs of them as one."""
+def _of_group(group: Group, baseline: BaselineWeights) -> Iterator[_Candidate]:
+    """Yield the linears of a group, and runs of them as one."""
     names = [name for name in group.names if not is_expert(name)]
     parts = [_Part(name, 0, len(baseline.parameters[name])) for name in names]
     for part in parts:
@@ -209,8 +209,8 @@ def _of_group(group: Group, baseline: Baseline) -> Iterator[_Candidate]:
         yield _Candidate(group.layer, f"{joined}_proj", run)
 
 
-def _apart(candidate: _Candidate, shape: tuple[int, int], baseline: Baseline) -> Iterator[_Candidate]:
-    """Rows of a linear that are gate or up, or queries, keys or values, of a stored matrix's shape."""
+def _apart(candidate: _Candidate, shape: tuple[int, int], baseline: BaselineWeights) -> Iterator[_Candidate]:
+    """Yield the rows of a linear that are gate or up, or queries, keys or values, of a stored matrix's shape."""
     rows, columns = shape
     whole, width = _shape_of(candidate, baseline)
     if len(candidate.parts) > 1 or columns != width or rows >= whole:
@@ -226,7 +226,7 @@ def _apart(candidate: _Candidate, shape: tuple[int, int], baseline: Baseline) ->
 
 
 def _in_order(found: Mapping[int, _Candidate]) -> dict[int, _Candidate]:
-    """What was found by likeness, those of a kind in the order of their layers: a layer's matrices follow another's.
+    """Return what was found by likeness, those of a kind in their layers' order: a layer's matrices follow another's.
 
     What two are alike is neither's: one of them is in another's place.
     """
@@ -242,7 +242,7 @@ def _in_order(found: Mapping[int, _Candidate]) -> dict[int, _Candidate]:
     return ordered
 
 
-def _shape_of(candidate: _Candidate, baseline: Baseline) -> tuple[int, int]:
+def _shape_of(candidate: _Candidate, baseline: BaselineWeights) -> tuple[int, int]:
     rows = sum(part.stop - part.start for part in candidate.parts)
     return rows, baseline.parameters[candidate.parts[0].name].shape[1]
 
@@ -252,5 +252,5 @@ def _overlap(one: _Part, other: _Part) -> bool:
 
 
 def _leaf(name: str) -> str:
-    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    """Return `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     return name.removesuffix(".weight").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Where a graph runs: ONNX Runtime's execution providers, and proof that the one asked for did the work.
+"""ONNX Runtime's execution providers, and proof that the one asked for did the work.
 
 ONNX Runtime falls back to the CPU in silence when a provider is unknown, its libraries are missing, or it takes no
 node; `get_providers()` may go on naming it. So every session records which provider each node was given, and a
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
-from qeval.backends.onnx.packages import first_line, import_runtime, runtime_errors
+from qeval.backends.onnx.packages import first_line_of, import_runtime, runtime_errors
 from qeval.errors import QevalError, UsageError, unknown
 
 WEIGHTY = frozenset({
@@ -56,7 +56,8 @@ class Provider:
     """What a reader of its numbers should know; for the report."""
 
 
-_CUDA_OPTIONS = {"use_tf32": "0"}
+_CUDA_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+"""fp32 stays fp32; and the arena takes what is asked for, not the next power of two, since torch needs memory too."""
 _INSTALL_CUDA = "pip uninstall onnxruntime onnxruntime-genai && pip install 'qeval[cuda]'"
 _FP32_ON = '{"INFERENCE_PRECISION_HINT": "f32"}'
 
@@ -109,7 +110,7 @@ PROVIDERS: Mapping[str, Provider] = MappingProxyType({
 
 @dataclass(frozen=True)
 class Assignment:
-    """How many nodes each provider was given, by (provider, operator).
+    """The number of nodes that ran on each provider, by (provider, operator).
 
     >>> Assignment({("CPUExecutionProvider", "MatMul"): 11, ("CPUExecutionProvider", "Mul"): 4}).weighty
     {'CPUExecutionProvider': 11}
@@ -119,7 +120,7 @@ class Assignment:
 
     @property
     def nodes(self) -> int:
-        """How many nodes were recorded."""
+        """The number of recorded nodes."""
         return sum(self.counts.values())
 
     @property
@@ -133,8 +134,8 @@ class Assignment:
         return _by_provider({key: count for key, count in self.counts.items() if key[1] in WEIGHTY})
 
 
-def choose(name: str) -> Provider:
-    """The provider of a name of ours.
+def choose_provider(name: str) -> Provider:
+    """Return the provider of a name of ours.
 
     Raises:
         UsageError: there is none of that name.
@@ -145,7 +146,7 @@ def choose(name: str) -> Provider:
 
 
 def assignment_of(subgraphs: Iterable[Any]) -> Assignment:
-    """The counts in what `InferenceSession.get_provider_graph_assignment_info()` returns.
+    """Return the counts in what `InferenceSession.get_provider_graph_assignment_info()` returns.
 
     That is a list of subgraphs with `ep_name` and `get_nodes()`, each node with `op_type`: those of the graph after
     the optimizations that no provider owns, before a provider fuses or compiles its own.
@@ -155,7 +156,7 @@ def assignment_of(subgraphs: Iterable[Any]) -> Assignment:
 
 
 def check_assignment(assignment: Assignment, provider: Provider) -> None:
-    """Every matrix and attention node must have gone to `provider`.
+    """Check that every matrix and attention node went to `provider`.
 
     Raises:
         QevalError: some went elsewhere, or none was recorded, so that nothing is known.
@@ -176,13 +177,20 @@ def check_assignment(assignment: Assignment, provider: Provider) -> None:
 
 
 def open_session(
-    model: str | bytes, provider: Provider, *, threads: int, entries: Mapping[str, str], device_id: int = 0
+    model: str | bytes,
+    provider: Provider,
+    *,
+    threads: int,
+    entries: Mapping[str, str],
+    device_id: int = 0,
+    memory_limit: int | None = None,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` whose matrix and attention nodes all run on `provider`.
+    """Return an `onnxruntime.InferenceSession` whose matrix and attention nodes all run on `provider`.
 
     `model` is a path, or a serialized graph; `entries` are session configuration entries; `device_id` counts the
     provider's devices from 0, a plugin's in the order of `Provider.devices`. The CPU alone is also given what a
-    provider leaves (masks, shapes). Sets ONNX Runtime's log to fatal errors for the process.
+    provider leaves (masks, shapes); `memory_limit` is the bytes of a CUDA device that the session may take. Sets ONNX
+    Runtime's log to fatal errors for the process.
 
     Raises:
         UsageError: the provider isn't installed, or has no device of this number.
@@ -193,18 +201,21 @@ def open_session(
     options = _session_options(runtime, threads, entries)
     trouble = _preload(runtime) if provider.onnx_name == "CUDAExecutionProvider" or provider.companions else ""
     try:
-        names = _attach(runtime, options, provider, device_id)
+        names = _attach(runtime, options, provider, device_id, memory_limit)
         session = runtime.InferenceSession(model, options, **names, enable_fallback=False)
         recorded = recorded_assignment(session)
     except runtime_errors() as error:
-        raise QevalError(f"ONNX Runtime could not open the model on {provider.name}: {first_line(error)}.") from error
+        raise QevalError(
+            f"ONNX Runtime could not open the model on {provider.name}: {first_line_of(error)}."
+        ) from error
     _check(recorded, provider, trouble)
     return session
 
 
 def require_provider(provider: Provider, device_id: int = 0) -> None:
-    """Refuse a provider that can't be had here, before a model is made for it; whether it takes the nodes is seen
-    when a model is opened.
+    """Refuse a provider that can't be had here, before a model is made for it.
+
+    Whether it takes the nodes is seen when a model is opened.
 
     Raises:
         UsageError: the provider isn't installed, or has no device of this number.
@@ -215,11 +226,11 @@ def require_provider(provider: Provider, device_id: int = 0) -> None:
     try:
         _attach(runtime, runtime.SessionOptions(), provider, device_id)
     except runtime_errors() as error:
-        raise QevalError(f"ONNX Runtime could not use {provider.name}: {first_line(error)}.") from error
+        raise QevalError(f"ONNX Runtime could not use {provider.name}: {first_line_of(error)}.") from error
 
 
 def recorded_assignment(session: Any) -> Assignment:
-    """The assignment that a session of `open_session` recorded.
+    """Return the assignment that a session of `open_session` recorded.
 
     Raises:
         QevalError: this ONNX Runtime can't tell.
@@ -241,8 +252,10 @@ def _session_options(runtime: Any, threads: int, entries: Mapping[str, str]) -> 
     return options
 
 
-def _attach(runtime: Any, options: Any, provider: Provider, device_id: int) -> dict[str, Any]:
-    """What InferenceSession takes as providers; a plugin's devices go into `options` instead."""
+def _attach(
+    runtime: Any, options: Any, provider: Provider, device_id: int, memory_limit: int | None = None
+) -> dict[str, Any]:
+    """Return what InferenceSession takes as providers; a plugin's devices go into `options` instead."""
     if provider.onnx_name not in runtime.get_available_providers():
         device = _device(runtime, provider, device_id)
         options.add_provider_for_devices([device], dict(provider.options))
@@ -250,13 +263,14 @@ def _attach(runtime: Any, options: Any, provider: Provider, device_id: int) -> d
     number = {"device_id": str(device_id)} if provider.has_device_id else {}
     if device_id and not number:
         raise UsageError(f"The {provider.name} provider has no device {device_id}: leave the device id at 0.")
-    wanted = [(provider.onnx_name, {**provider.options, **number})]
+    limit = {"gpu_mem_limit": str(memory_limit)} if memory_limit and provider.name == "cuda" else {}
+    wanted = [(provider.onnx_name, {**provider.options, **number, **limit})]
     companions = [(name, {**_CUDA_OPTIONS, **number}) for name in provider.companions]
     return {"providers": wanted + companions}
 
 
 def _device(runtime: Any, provider: Provider, device_id: int) -> Any:
-    """A device of a plugin provider, or of one that onnxruntime registered as a plugin itself."""
+    """Return a device of a plugin provider, or of one that onnxruntime registered as a plugin itself."""
     if provider.plugin is not None:
         _register(runtime, provider)
     found = [device for device in runtime.get_ep_devices() if device.ep_name == provider.onnx_name]
@@ -286,13 +300,20 @@ def _register(runtime: Any, provider: Provider) -> None:
     except failures as error:
         raise QevalError(
             f"The {provider.name} provider is installed and can't be loaded here, where it needs {provider.needs}: "
-            f"{first_line(error)}."
+            f"{first_line_of(error)}."
         ) from error
 
 
 @cache
 def _registered(register: Any, onnx_name: str, plugin: str) -> None:
-    register(onnx_name, import_module(plugin).get_library_path())
+    module = import_module(plugin)
+    names = list(module.get_ep_names()) if hasattr(module, "get_ep_names") else [onnx_name]
+    if onnx_name not in names:
+        raise QevalError(
+            f"The module {plugin} should bring {onnx_name}, and the plugin has {', '.join(names)}: install a version "
+            "of it that this qeval knows."
+        )
+    register(onnx_name, module.get_library_path())
 
 
 def _preload(runtime: Any) -> str:

@@ -1,5 +1,6 @@
-"""A graph's stored matrices as the readers of checkpoints give theirs: integers on a grid where one says the same, else
-values; and by what a graph multiplies the input of a product.
+"""A graph's stored matrices, as the readers of checkpoints return theirs: integers on a grid, else values.
+
+Also by what a graph multiplies the input of a product.
 
 Zero points that a graph leaves out are what the kernels take: 2^(bits-1) for MatMulNBits and packed bytes of
 GatherBlockQuantized, 0 for everything with a type of its own (INT4, UINT4, INT8).
@@ -18,7 +19,7 @@ from torch import Tensor
 from qeval.backends.onnx.files import array_of
 from qeval.backends.onnx.matrices import Stored, integer
 from qeval.backends.onnx.tensors import floats_of
-from qeval.formats.base import Matrix, Values, on_grid, read_bits
+from qeval.formats.base import DecodedMatrix, Values, on_grid, read_bits
 
 _GAINS = {
     "SimplifiedLayerNormalization": 1, "LayerNormalization": 1, "RMSNormalization": 1,
@@ -30,7 +31,7 @@ _UNCHANGED = frozenset({"Cast", "DequantizeLinear", "DynamicQuantizeLinear", "Id
 
 
 def why_unread(stored: Stored) -> str | None:
-    """Why a matrix's numbers are not read; None where `read` does."""
+    """Say why a matrix's numbers are not read; None where `read` does."""
     matrix, parts = stored
     if matrix.op not in _READERS:
         return f"{matrix.op} is not read"
@@ -47,8 +48,8 @@ def why_unread(stored: Stored) -> str | None:
     return None
 
 
-def read(stored: Stored) -> Matrix:
-    """The matrix [rows, columns] of what `why_unread` has nothing against.
+def read(stored: Stored) -> DecodedMatrix:
+    """Return the matrix [rows, columns] of what `why_unread` has nothing against.
 
     Raises:
         ValueError: its tensors do not fit each other.
@@ -57,7 +58,7 @@ def read(stored: Stored) -> Matrix:
 
 
 def input_gain(node: ir.Node, columns: int) -> Tensor | None:
-    """By what the input of a product is multiplied channel by channel, fp32 [columns]: a norm's gain, scales, both.
+    """Return what the input of a product is multiplied by, fp32 [columns]: a norm's gain, scales, both.
 
     None where nothing is found to. What comes before a norm is not its business.
     """
@@ -78,7 +79,7 @@ def input_gain(node: ir.Node, columns: int) -> Tensor | None:
 
 
 def _constant_side(node: ir.Node, columns: int) -> tuple[ir.Value | None, Tensor] | None:
-    """The input that is computed, and the vector that it is multiplied by or that is added (a norm's bias)."""
+    """Return the input that is computed, and the vector that it is multiplied by or that is added (a norm's bias)."""
     if node.op_type not in ("Mul", "Add"):
         return None
     for place in (0, 1):
@@ -89,7 +90,7 @@ def _constant_side(node: ir.Node, columns: int) -> tuple[ir.Value | None, Tensor
 
 
 def _vector(value: ir.Value | None, columns: int) -> Tensor | None:
-    """The constant floats [columns] behind a value, fp32; None if it is something else."""
+    """Return the constant floats [columns] behind a value, fp32; None if it is something else."""
     while value is not None and (tensor := ir.convenience.get_const_tensor(value)) is None:
         before = value.producer()
         value = before.inputs[0] if before is not None and before.op_type in ("Cast", "Identity") else None
@@ -98,7 +99,7 @@ def _vector(value: ir.Value | None, columns: int) -> Tensor | None:
     return floats_of(tensor).float().reshape(-1)
 
 
-def _blocks(stored: Stored) -> Matrix:
+def _blocks(stored: Stored) -> DecodedMatrix:
     """MatMulNBits and GatherBlockQuantized: blocks along a row, codes packed or of a type of their own."""
     matrix, parts = stored
     how = matrix.quantization
@@ -116,7 +117,7 @@ def _blocks(stored: Stored) -> Matrix:
 
 
 def _unpacked(tensor: Any, bits: int, rows: int, count: int) -> Tensor:
-    """Codes [rows, count] uint8 from 0 to 2^bits - 1; signed ones are moved up."""
+    """Return codes [rows, count] uint8 from 0 to 2^bits - 1; signed ones are moved up."""
     array = array_of(tensor).reshape(rows, -1)
     if tensor.dtype.bitwidth < 8 or tensor.dtype.is_signed():
         return _unsigned(array, tensor.dtype)[:, :count].contiguous()
@@ -128,7 +129,7 @@ def _unsigned(array: Any, dtype: ir.DataType) -> Tensor:
 
 
 def _middle(dtype: ir.DataType) -> int:
-    """By how much the codes of a type are moved up."""
+    """Return by how much the codes of a type are moved up."""
     return 1 << (dtype.bitwidth - 1) if dtype.is_signed() else 0
 
 
@@ -139,12 +140,12 @@ def _spread(codes: Tensor, zeros: Tensor, scales: Tensor, block: int) -> Tensor:
     return (codes.float() - zeros) * scales
 
 
-def _dense(stored: Stored) -> Matrix:
+def _dense(stored: Stored) -> DecodedMatrix:
     return _values(stored, _turned(stored, floats_of(stored.parts.values)))
 
 
-def _dequantized(stored: Stored) -> Matrix:
-    """A DequantizeLinear's: integers that lie either way, with a scale for all, a row, or a block."""
+def _dequantized(stored: Stored) -> DecodedMatrix:
+    """Return a DequantizeLinear's matrix: integers that lie either way, with a scale for all, a row, or a block."""
     matrix, parts = stored
     kind = parts.values.dtype
     if kind.is_floating_point() and kind.bitwidth > 8:  # rounded in the graph itself: its floats are what is stored
@@ -159,8 +160,8 @@ def _dequantized(stored: Stored) -> Matrix:
     return on_grid(codes, scales, zeros + _middle(kind), kind.bitwidth, block)
 
 
-def _integers(stored: Stored) -> Matrix:
-    """Codes [columns, rows] that an integer product multiplies by, with a scale for all or a row."""
+def _integers(stored: Stored) -> DecodedMatrix:
+    """Return the codes [columns, rows] that an integer product multiplies by, with a scale for all or a row."""
     matrix, parts = stored
     kind = parts.values.dtype
     codes = _unsigned(array_of(parts.values).T, kind).contiguous()
@@ -170,7 +171,7 @@ def _integers(stored: Stored) -> Matrix:
 
 
 def _along(stored: Stored, tensor: Tensor) -> Tensor:
-    """Scales or zero points as [1 or rows or blocks of rows, 1 or columns or blocks of columns]."""
+    """Return scales or zero points as [1 or rows or blocks of rows, 1 or columns or blocks of columns]."""
     if tensor.numel() == 1:
         return tensor.reshape(1, 1)
     parts = stored.parts
@@ -191,7 +192,7 @@ def _by_repeating(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
 
 
 def _numbers(tensor: Any) -> Tensor:
-    """Any numbers, fp32."""
+    """Return any numbers, fp32."""
     return torch.from_numpy(array_of(tensor).astype(np.float32))
 
 
@@ -204,7 +205,7 @@ def _values(stored: Stored, values: Tensor, how: str = "") -> Values:
     return Values(values.contiguous(), form, 8 * stored.matrix.size_bytes)
 
 
-_READERS: Mapping[str, Callable[[Stored], Matrix]] = {
+_READERS: Mapping[str, Callable[[Stored], DecodedMatrix]] = {
     "MatMulNBits": _blocks,
     "GatherBlockQuantized": _blocks,
     "DequantizeLinear": _dequantized,

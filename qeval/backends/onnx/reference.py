@@ -1,4 +1,4 @@
-"""What MatMulNBits computes at accuracy level 4, in torch: activations in int8, a scale a row and weight block.
+"""MatMulNBits at accuracy level 4, in torch: activations in int8, a scale a row and weight block.
 
 ONNX Runtime's CPU kernel (1.31) takes each block of a row of activations to int8, symmetric, the scale its largest
 magnitude / 127, and multiplies integers. In exact arithmetic that is a product of dequantized activations and
@@ -16,7 +16,7 @@ _LARGEST = 127.0
 
 
 def round_activations(x: Tensor, block: int) -> Tensor:
-    """Activations [..., columns] as int8 holds them, fp32: symmetric, absmax / 127 a block, ties to even.
+    """Return activations [..., columns] as int8 holds them, fp32: symmetric, absmax / 127 a block, ties to even.
 
     >>> import torch
     >>> round_activations(torch.tensor([[127.0, 0.6, 1.4, 254.0, 1.4]]), 3).tolist()
@@ -32,7 +32,7 @@ def round_activations(x: Tensor, block: int) -> Tensor:
 
 
 def int8_linear(x: Tensor, weight: QWeight) -> Tensor:
-    """`x` [..., columns] times a quantized matrix [rows, columns], [..., rows] fp32, as accuracy level 4 has it.
+    """Multiply `x` [..., columns] by a quantized matrix [rows, columns]: [..., rows] fp32, as accuracy level 4 has it.
 
     Raises:
         UsageError: the kernel takes no block of the grid's size.

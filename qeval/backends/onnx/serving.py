@@ -5,6 +5,7 @@ model builder does with `prune_lm_head=true` and as transformers' `generate` doe
 is the file's. A graph that gives the last position already stays as it is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,9 @@ import onnx_ir as ir
 
 from qeval.backends.onnx.decoder import (
     PastInput,
+    broken_rules,
     head_product,
+    integer_inputs,
     past_inputs,
     refuse_other_inputs,
     serialized,
@@ -29,7 +32,7 @@ _LAST, _WIDTH = "qeval.last", "qeval.last_state"
 
 @dataclass(frozen=True)
 class Served:
-    """What a generating session must know of a graph; `graph` is its serialized form."""
+    """The facts of a graph that a generating session needs; `graph` is its serialized form."""
 
     ids: str
     mask: str | None
@@ -38,13 +41,15 @@ class Served:
     logits: str
     vocab_size: int
     graph: bytes
+    integers: Mapping[str, type[np.integer]]
+    """The types of ids, mask and positions by their names."""
     in_place: bool
     """Whether keys and values are appended to the buffer that they lie in: GroupQueryAttention does, if it is given
     the same buffer as past and as present."""
 
 
 def read_served(facts: OnnxFacts) -> Served:
-    """The decoder of an ONNX folder, to generate with.
+    """Return the decoder of an ONNX folder, to generate with.
 
     Raises:
         UsageError: the graph isn't one that qeval can feed, or holds no keys and values; the sentence says why.
@@ -55,8 +60,10 @@ def read_served(facts: OnnxFacts) -> Served:
     if not pasts:
         raise UsageError(f"{path} takes no keys and values of earlier tokens: export it with a cache to generate.")
     model = load_graph(path)
-    product = head_product(model.graph, ports.logits.name, path)
-    vocab_size, _ = widths(model.graph, product, ports.logits.name, path)
+    with broken_rules(path):
+        product = head_product(model.graph, ports.logits.name, path)
+        vocab_size, _ = widths(model.graph, product, ports.logits.name, path)
+        graph = _of_last_position(model, product)
     return Served(
         ids=ports.ids.name,
         mask=ports.mask.name if ports.mask else None,
@@ -64,7 +71,8 @@ def read_served(facts: OnnxFacts) -> Served:
         pasts=pasts,
         logits=ports.logits.name,
         vocab_size=vocab_size,
-        graph=_of_last_position(model, product),
+        graph=graph,
+        integers=integer_inputs(facts),
         in_place=set(facts.attention) == {"GroupQueryAttention"},
     )
 

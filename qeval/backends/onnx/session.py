@@ -5,7 +5,7 @@ padding on the left without a word. Log-softmax and everything after it is the c
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,22 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qeval.backends.base import Prefix
+from qeval.backends.base import Prefix, SessionDefaults
 from qeval.backends.onnx.decoder import COUNT, HIDDEN, LOGITS, SCORED, STATES, Decoder
-from qeval.backends.onnx.packages import first_line, runtime_errors
+from qeval.backends.onnx.packages import first_line_of, runtime_errors
+from qeval.backends.onnx.values import DeviceValues, Feeds
 from qeval.errors import QevalError
 from qeval.metrics.tokens import block_rows
 from qeval.types import Request
 
-Sharing = Literal["batch", "one", "none"]
+GraphSharing = Literal["batch", "one", "none"]
 """How a graph continues a prefix: several rows at once, one at a time, or not at all (it is run again then)."""
 
 _CLOSE = 1e-2
 """Share of the largest state: beyond it a continuation is not a rounding but another answer."""
 _PREFIX, _REST = (1, 2, 3), (4, 5)
-
-Feeds = dict[str, Any]
-"""Values of ONNX Runtime by input name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +42,11 @@ class OrtPrefix:
 
     @property
     def length(self) -> int:
-        """How many tokens the prefix holds."""
+        """The prefix's length in tokens."""
         return len(self.tokens)
 
 
-class OrtSession:
+class OrtSession(SessionDefaults):
     """A decoder's body and head as two ONNX Runtime sessions; states are final hidden states, fp32."""
 
     def __init__(
@@ -56,23 +54,28 @@ class OrtSession:
         decoder: Decoder,
         body: Any,
         head: Any,
-        value_of: Callable[[Any], Any],
+        values: DeviceValues,
         max_length: int,
         *,
         rope_limit: float = math.inf,
     ) -> None:
-        """`body` and `head` are open sessions of the decoder's two graphs; `value_of` puts an array on a device.
+        """`body` and `head` are open sessions of the decoder's two graphs; `values` makes what they are fed with.
 
         A sequence longer than `rope_limit` is turned by other rotary frequencies from its first token on (LongRoPE).
         """
-        self._decoder, self._body, self._head, self._value_of = decoder, body, head, value_of
+        self._decoder, self._body, self._head, self._values = decoder, body, head, values
         self._max_length, self._rope_limit, self._width = max_length, rope_limit, decoder.vocab_size
         self._owner = object()
         self.packs = False
-        self.sharing: Sharing = "none"
+        self.sharing: GraphSharing = "none"
         """How prefixes are shared; `find_sharing` tries what the graph can do."""
+        self.nodes: Mapping[str, int] = {}
+        """Nodes by execution provider."""
+        self.facts: Sequence[str] = ()
+        """What the folder holds, in sentences."""
         self._empty = {
-            past.name: value_of(np.zeros((1, past.heads, 0, past.head_size), past.dtype)) for past in decoder.pasts
+            past.name: values.from_array(np.zeros((1, past.heads, 0, past.head_size), past.dtype))
+            for past in decoder.pasts
         }
 
     @property
@@ -93,7 +96,9 @@ class OrtSession:
         """Try a short continuation against the whole: attention kernels differ in what they take, and in silence."""
         request = Request(_REST, tuple(range(len(_REST))))
         whole = self._batch([Request(_PREFIX + _REST, (len(_PREFIX), len(_PREFIX) + 1))], None)[0]
-        tried: tuple[tuple[Sharing, int], ...] = (("batch", 2), ("one", 1)) if self._decoder.pasts else ()
+        if not torch.isfinite(whole).all():
+            return  # nothing can be compared, and whoever scores it says so
+        tried: tuple[tuple[GraphSharing, int], ...] = (("batch", 2), ("one", 1)) if self._decoder.pasts else ()
         for sharing, rows in tried:
             try:
                 found = self._batch([request] * rows, self._filled(_PREFIX))
@@ -114,7 +119,7 @@ class OrtSession:
         Raises:
             QevalError: it is longer than the context, or the forward failed.
         """
-        before = self._own(outer)
+        before = self._cast_prefix(outer)
         whole = (*(before.tokens if before else ()), *tokens)
         if self.sharing == "none":
             return OrtPrefix(self._owner, whole, {})
@@ -128,18 +133,18 @@ class OrtSession:
         whole = (*(before.tokens if before else ()), *tokens)
         return OrtPrefix(self._owner, whole, dict(zip(self._empty, found, strict=True)))
 
-    def _own(self, prefix: Prefix | None) -> OrtPrefix | None:
+    def _cast_prefix(self, prefix: Prefix | None) -> OrtPrefix | None:
         if prefix is not None and (not isinstance(prefix, OrtPrefix) or prefix.owner is not self._owner):
             raise TypeError("A prefix belongs to the session that made it.")
         return prefix
 
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
-        """The final hidden states at each request's positions, [positions, d_model] fp32.
+        """Return the final hidden states at each request's positions, [positions, d_model] fp32.
 
         Raises:
             QevalError: a sequence is longer than the context, the forward failed, or gave fewer positions than asked.
         """
-        kept = self._own(prefix)
+        kept = self._cast_prefix(prefix)
         skip = kept.length if kept else 0
         found: dict[int, Tensor] = {}
         for is_long in (False, True):
@@ -149,15 +154,15 @@ class OrtSession:
         return [found[index] for index in range(len(requests))]
 
     def logits(self, states: Tensor) -> Tensor:
-        """The fp32 logits [n, vocab] of states [n, d_model]."""
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
         if not len(states):
             return torch.empty(0, self.vocab_size)
-        rows = states.float().cpu().contiguous().numpy()[None]
-        result = self._run(self._head, [LOGITS], {HIDDEN: self._value_of(rows)})[0].numpy()
-        return torch.from_numpy(result.reshape(len(states), -1)[:, : self._width])
+        rows = states.float().contiguous().unsqueeze(0)
+        (found,) = self._run(self._head, [LOGITS], {HIDDEN: self._values.from_tensor(rows)})
+        return self._values.to_tensor(found).reshape(len(states), -1)[:, : self._width]
 
     def _one_side(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
-        """The states of requests that lie on one side of the rotary limit."""
+        """Return the states of requests that lie on one side of the rotary limit."""
         if prefix is not None and (self.sharing == "none" or self._turns(prefix, requests[0])):
             requests, prefix = [request.after(prefix.tokens) for request in requests], None
         if prefix is not None and self.sharing == "one":
@@ -165,29 +170,30 @@ class OrtSession:
         return self._batch(requests, prefix)
 
     def _turns(self, prefix: OrtPrefix, request: Request) -> bool:
-        """Whether a request is so long that the prefix's keys would have been turned otherwise."""
+        """Return whether a request is so long that the prefix's keys would have been turned otherwise."""
         return prefix.length <= self._rope_limit < prefix.length + len(request.tokens)
 
     def _batch(self, requests: Sequence[Request], prefix: OrtPrefix | None) -> list[Tensor]:
         longest = max(len(request.tokens) for request in requests)
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         wanted = [row * longest + position for row, r in enumerate(requests) for position in r.positions]
-        states = torch.from_numpy(self._forward(padded, wanted, prefix, [COUNT, STATES])[1].numpy())
+        states = self._values.to_tensor(self._forward(padded, wanted, prefix, [COUNT, STATES])[1])
         return list(torch.split(states, [len(request.positions) for request in requests]))
 
     def _forward(
         self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], prefix: OrtPrefix | None, outputs: Sequence[str]
     ) -> list[Any]:
-        """The outputs of one forward pass over [batch, length] tokens; the first, `COUNT`, has been checked."""
+        """Return the outputs of one forward pass over [batch, length] tokens; the first, `COUNT`, has been checked."""
         past = prefix.length if prefix else 0
         batch, length = len(tokens), len(tokens[0])
         if past + length > self.max_length:
             raise QevalError(f"A sequence of {past + length} tokens is longer than the context of {self.max_length}.")
-        feeds = {self._decoder.ids: self._ids(tokens), SCORED: self._ids(wanted)} | self._past(prefix, batch)
-        if self._decoder.mask:
-            feeds[self._decoder.mask] = self._ids(np.ones((batch, past + length)))
-        if self._decoder.positions:
-            feeds[self._decoder.positions] = self._ids(np.tile(np.arange(past, past + length), (batch, 1)))
+        feeds = {SCORED: self._integers(SCORED, wanted), **self._past(prefix, batch)}
+        feeds[self._decoder.ids] = self._integers(self._decoder.ids, tokens)
+        if mask := self._decoder.mask:
+            feeds[mask] = self._integers(mask, np.ones((batch, past + length)))
+        if positions := self._decoder.positions:
+            feeds[positions] = self._integers(positions, np.tile(np.arange(past, past + length), (batch, 1)))
         found = self._run(self._body, outputs, feeds)
         rows = int(found[0].numpy()[0])
         if rows != batch * length:
@@ -201,7 +207,7 @@ class OrtSession:
             return self._empty
         if prefix is None:
             return {
-                past.name: self._value_of(np.zeros((batch, past.heads, 0, past.head_size), past.dtype))
+                past.name: self._values.from_array(np.zeros((batch, past.heads, 0, past.head_size), past.dtype))
                 for past in self._decoder.pasts
             }
         if batch == 1:
@@ -209,17 +215,18 @@ class OrtSession:
         if batch not in prefix.spread:
             prefix.spread.clear()  # one size at a time: a copy of a long prefix for each row is large
             prefix.spread[batch] = {
-                name: self._value_of(np.repeat(value.numpy(), batch, axis=0)) for name, value in prefix.values.items()
+                name: self._values.from_tensor(self._values.to_tensor(value).repeat_interleave(batch, dim=0))
+                for name, value in prefix.values.items()
             }
         return prefix.spread[batch]
 
-    def _ids(self, values: Sequence[Any] | NDArray[Any]) -> Any:
-        return self._value_of(np.asarray(values, dtype=np.int64))
+    def _integers(self, name: str, values: Sequence[Any] | NDArray[Any]) -> Any:
+        """Return a value for the input of that name, in the type that the graph takes it in."""
+        return self._values.from_array(np.asarray(values, dtype=self._decoder.integers.get(name, np.int64)))
 
-    @staticmethod
-    def _run(session: Any, outputs: Sequence[str], feeds: Feeds) -> list[Any]:
+    def _run(self, session: Any, outputs: Sequence[str], feeds: Feeds) -> list[Any]:
+        """Return the outputs of a session, on the device but for the count of positions."""
         try:
-            found: list[Any] = session.run_with_ort_values(list(outputs), feeds)
+            return self._values.run(session, outputs, feeds, on_host=[COUNT])
         except runtime_errors() as error:
-            raise QevalError(f"ONNX Runtime failed in a forward pass: {first_line(error)}.") from error
-        return found
+            raise QevalError(f"ONNX Runtime failed in a forward pass: {first_line_of(error)}.") from error

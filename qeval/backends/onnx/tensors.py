@@ -15,7 +15,7 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def floats_of(tensor: Any) -> Tensor:
-    """The values of a tensor of floats, in its own type where torch has that, else in fp32."""
+    """Return the values of a tensor of floats, in its own type where torch has that, else in fp32."""
     array = array_of(tensor)
     if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE):
         return torch.from_numpy(array.copy())
@@ -24,7 +24,7 @@ def floats_of(tensor: Any) -> Tensor:
 
 
 def vectors_of(graph: ir.Graph, length: int) -> Iterator[Tensor]:
-    """Every float initializer of so many numbers (gains of norms, biases), fp32 [length]; nothing else is read."""
+    """Yield the float initializers of so many numbers (gains of norms, biases), fp32 [length]; no other is read."""
     for value in graph.initializers.values():
         held = value.const_value
         if held is not None and held.dtype in _FLOATS and math.prod(held.shape.numpy()) == length:

@@ -1,33 +1,35 @@
 """Opens a weightless model as sessions: the baseline's, or a saved variant's, read from its packed form."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qeval.backends.base import Saved, Target
+from qeval.backends.install import scaled_input
 from qeval.backends.memory import batch_tokens, token_activations
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead, head_of_parts
-from qeval.backends.stream.packed import SavedVariant, saved_variant
-from qeval.backends.stream.relay import Relay
+from qeval.backends.stream.layer_runner import Relay
+from qeval.backends.stream.proof import proven
 from qeval.backends.stream.session import LOGIT_ARRAYS, StreamSession
+from qeval.backends.stream.variant_reader import SavedVariant, saved_variant
 from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, layers_in_turn, load_buffer, load_whole
-from qeval.backends.torch import scaled_input
 from qeval.errors import QevalError, UsageError
-from qeval.models.graph import Description, Probe, describe
-from qeval.models.head import Head, head_of
+from qeval.models.checkpoint.fit import saved_buffers
+from qeval.models.checkpoint.safetensors_rows import Plain, StoredTensor
+from qeval.models.checkpoint.weight_map import map_weights
+from qeval.models.checkpoint.weights import TensorEntry
 from qeval.models.load import check_finite
-from qeval.models.places import kept_buffers, places_of
-from qeval.models.reader import Plain, Stored
-from qeval.models.trace import decoder_layers, probe_tokens
-from qeval.models.weights import TensorEntry
-from qeval.quant.variant import Variant
+from qeval.models.structure.graph import Description, Probe, describe_model
+from qeval.models.structure.head import Head, head_of
+from qeval.models.structure.trace import decoder_layers, probe_tokens
+from qeval.progress import Progress
 
 _STATE_BYTES = 4
 _PROBE_ROWS = 256
@@ -41,16 +43,18 @@ class Streamed:
     model: Any
     relay: Relay
     layers: tuple[str, ...]
-    checkpoint: Mapping[str, Stored]
+    checkpoint: Mapping[str, StoredTensor]
     head_name: str
     device: torch.device
     resident: int
     """Bytes of the parameters outside the layers."""
+    change: Callable[[str, Tensor], None] | None = None
+    """What changes each weight of a layer, by name, in place, when it is read."""
 
     def weights(self, variant: SavedVariant | None = None) -> LayerWeights:
-        """The decoder layers' weights, a variant's in place of the model's own."""
+        """Return the decoder layers' weights, a variant's in place of the model's own."""
         tensors = Tensors(self.checkpoint, variant.tensors if variant else {})
-        return LayerWeights(self.model, self.layers, tensors, self.device)
+        return LayerWeights(self.model, self.layers, tensors, self.device, self.change)
 
 
 def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compute: str) -> Streamed:
@@ -60,7 +64,7 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
         UsageError: its decoder is no plain list of layers, the checkpoint is not its own, or a weight is not finite.
     """
     name, layers = decoder_layers(model)
-    checkpoint = places_of(model, entries, str(entries[0].path.parent)).stored
+    checkpoint = map_weights(model, entries, str(entries[0].path.parent)).stored
     names = {id(module): module_name for module_name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
@@ -72,7 +76,7 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     def check(weight: str, value: Tensor) -> None:
         check_finite(weight, value, compute)
 
-    for buffer in kept_buffers(model):
+    for buffer in saved_buffers(model):
         load_buffer(model, buffer, checkpoint[buffer], device)
     resident = load_whole(model, outside, Tensors(checkpoint, {}), device, check)
     table = checkpoint[embedding_name]
@@ -83,8 +87,8 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
 
 
 @torch.inference_mode()
-def inspect(made: Streamed, compute: str, *, folds: bool = False) -> tuple[Description, Head]:
-    """The model's description and its head but for the matrix, found in one pass over a few tokens.
+def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Description, Head]:
+    """Return the model's description and its head but for the matrix, found in one pass over a few tokens.
 
     With `folds` the first layer of each kind is read again, to see what takes its inputs' scales.
 
@@ -92,14 +96,14 @@ def inspect(made: Streamed, compute: str, *, folds: bool = False) -> tuple[Descr
         UsageError: a weight is not finite, or the model computes between its layers.
         QevalError: the head is of a kind that qeval does not know.
     """
-    head = made.model.get_output_embeddings()
-    empty, stored = head.weight, made.checkpoint[made.head_name]
-    tied = empty is made.model.get_input_embeddings().weight
-    part = torch.empty(min(_PROBE_ROWS, stored.shape[0]), stored.shape[1], dtype=empty.dtype, device=made.device)
+    head = stream.model.get_output_embeddings()
+    empty, stored = head.weight, stream.checkpoint[stream.head_name]
+    tied = empty is stream.model.get_input_embeddings().weight
+    part = torch.empty(min(_PROBE_ROWS, stored.shape[0]), stored.shape[1], dtype=empty.dtype, device=stream.device)
     stored.decode(stored.fetch(0, len(part)), part)
     bias = head.bias
-    weights = made.weights()
-    made.relay.every_layer(
+    weights = stream.weights()
+    stream.relay.every_layer(
         lambda index: weights.install(index, None, lambda name, value: check_finite(name, value, compute)),
         weights.remove,
     )
@@ -107,8 +111,8 @@ def inspect(made: Streamed, compute: str, *, folds: bool = False) -> tuple[Descr
         head._parameters["weight"] = nn.Parameter(part, requires_grad=False)
         if bias is not None:
             head._parameters["bias"] = nn.Parameter(bias[: len(part)], requires_grad=False)
-        found = head_of(made.model)
-        description = describe(made.model, folds=folds, probed_at=partial(_probed_at, made))
+        found = head_of(stream.model)
+        description = describe_model(stream.model, folds=folds, probed_at=partial(_probed_at, stream))
     finally:
         head._parameters["weight"], head._parameters["bias"] = empty, bias
         weights.close()
@@ -116,17 +120,17 @@ def inspect(made: Streamed, compute: str, *, folds: bool = False) -> tuple[Descr
 
 
 @contextmanager
-def _probed_at(made: Streamed, layer: int) -> Iterator[Probe]:
-    """A few tokens through one layer, whose weights are in memory for the length of the block."""
-    ids = probe_tokens(made.model, made.device)
-    given: Tensor | None = None
-    with closing(layers_in_turn(made.weights(), range(layer + 1))) as turns:
+def _probed_at(stream: Streamed, layer: int) -> Iterator[Probe]:
+    """Run a few tokens through one layer, whose weights are in memory for the length of the block."""
+    ids = probe_tokens(stream.model, stream.device)
+    hidden: Tensor | None = None
+    with closing(layers_in_turn(stream.weights(), range(layer + 1))) as turns:
         for index in itertools.islice(turns, layer):
-            given = made.relay.run(index, given, None, ids)
+            hidden = stream.relay.run(index, hidden, None, ids)
         next(turns)
 
         def probe() -> Tensor:
-            return made.relay.run(layer, given, None, ids)[0].float()
+            return stream.relay.run(layer, hidden, None, ids)[0].float()
 
         yield probe
 
@@ -135,24 +139,50 @@ class StreamBackend:
     """Streams a model or its variants under a limit on memory, one at a time."""
 
     name = "torch"
+    fake_quantizes = True
 
-    def __init__(self, made: Streamed, description: Description, settings: Head, max_bytes: int) -> None:
+    def __init__(self, stream: Streamed, description: Description, settings: Head, max_bytes: int) -> None:
         """`settings` is the head but for its matrix; `max_bytes` may be taken by weights, activations and logits.
 
         Raises:
             UsageError: one layer does not fit.
         """
-        self.made, self._description, self._settings = made, description, settings
-        config, itemsize = made.model.config, settings.weight.element_size()
-        weights = made.weights()
+        self.stream, self._description, self._settings = stream, description, settings
+        config, itemsize = stream.model.config, settings.weight.element_size()
+        weights = stream.weights()
         largest = weights.largest_bytes
         weights.close()
-        width = int(settings.weight.shape[1])
+        width = max(int(settings.weight.shape[1]), int(config.get_text_config().hidden_size))
         activations = token_activations(config.get_text_config(), itemsize)
-        self.budget = Budget(max_bytes, largest, made.resident, width, itemsize, activations)
+        self.budget = Budget(max_bytes, largest, stream.resident, width, activations)
         self.budget.check()
+        self.sharing = proven(stream.model, stream.relay, stream.weights())
         self._baseline: StreamSession | None = None
         self._is_lent = False
+
+    @property
+    def warnings(self) -> list[str]:
+        """The faults that the trial of shared prefixes and packed batches found, if any."""
+        return [self.sharing.warning] if self.sharing.warning else []
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that weights, activations and logits may take."""
+        return self.budget.total
+
+    def identity(self, target: Target) -> dict[str, Any]:
+        """Return nothing: rows of a streamed model are those of the same model in memory."""
+        return {}
+
+    def prepare(self, progress: Progress) -> None:
+        """Do nothing: layers are read as they are run."""
+
+    def describe(self, session: StreamSession, target: Target) -> None:
+        """Return None: the run's environment says how torch runs."""
+
+    def change_weights(self, change: Callable[[str, Tensor], None]) -> None:
+        """Change each weight of a layer in place, whenever it is read."""
+        self.stream = replace(self.stream, change=change)
 
     def reserve(self, positions: int) -> None:
         """Count the final states of a job of so many positions too.
@@ -160,15 +190,15 @@ class StreamBackend:
         Raises:
             UsageError: too little is left.
         """
-        kept = positions * self.budget.width * _STATE_BYTES
-        self.budget = replace(self.budget, kept=kept)
+        state_bytes = positions * self.budget.width * _STATE_BYTES
+        self.budget = replace(self.budget, state_bytes=state_bytes)
         self.budget.check()
 
     @property
     def batch_tokens(self) -> int:
         """Tokens a batch: as without streaming where memory allows."""
-        config, itemsize = self.made.model.config.get_text_config(), self._settings.weight.element_size()
-        return min(self.budget.batch_tokens, batch_tokens(config, itemsize, self.made.device))
+        config, itemsize = self.stream.model.config.get_text_config(), self._settings.weight.element_size()
+        return min(self.budget.batch_tokens, batch_tokens(config, itemsize, self.stream.device))
 
     @property
     def logit_rows(self) -> int:
@@ -180,45 +210,42 @@ class StreamBackend:
         """The baseline's own head."""
         return self._head(None)
 
-    def head_for(self, variant: Variant) -> Head | StreamedHead:
-        """Refused: the head of a variant in memory is wanted where another backend is compared with.
+    def head_for(self, target: Target) -> Head | StreamedHead:
+        """Return the baseline's head; a variant's is wanted where another backend is compared with it.
 
         Raises:
-            UsageError: always.
+            UsageError: The target is a variant.
         """
-        raise UsageError(f"'{variant.key}' is compared with another backend, which --stream can't; leave it out.")
+        if target is None:
+            return self._head(None)
+        name = target.folder.name if isinstance(target, Saved) else target.key
+        raise UsageError(f"'{name}' is compared with another backend, which --stream can't; leave it out.")
 
     @contextmanager
-    def open(self, variant: None) -> Iterator[StreamSession]:
-        """The baseline's session, which keeps what it ran ahead until a variant's is opened.
+    def open(self, target: Target) -> Iterator[StreamSession]:
+        """Open a saved variant, or the baseline, which keeps what it ran ahead until a variant is opened.
 
         Raises:
-            QevalError: a variant is open.
-        """
-        if variant is not None or self._is_lent:
-            raise QevalError("The model's weights are those of another variant; close its session first.")
-        if self._baseline is None:
-            self._baseline = self._session(None)
-        yield self._baseline
-
-    @contextmanager
-    def open_saved(self, folder: Path) -> Iterator[StreamSession]:
-        """The session of the variant that lies in `folder`.
-
-        Raises:
-            QevalError: another variant is open.
+            QevalError: A variant is open, or the target is one in memory.
         """
         if self._is_lent:
             raise QevalError("The model's weights are those of another variant; close its session first.")
+        if target is None:
+            if self._baseline is None:
+                self._baseline = self._session(None)
+            yield self._baseline
+            return
+        if not isinstance(target, Saved):
+            raise QevalError(f"A streamed model opens variants from their folders, and '{target.key}' is in memory.")
         self.close()
         self._is_lent = True
-        variant = saved_variant(folder)
+        variant = saved_variant(target.folder)
         session = self._session(variant)
         try:
             with ExitStack() as stack:
                 for name, scales in variant.input_scales.items():
-                    module = self.made.model.get_submodule(name.removesuffix(".weight"))
-                    stack.enter_context(scaled_input(module, scales.to(self.made.device)))
+                    module = self.stream.model.get_submodule(name.removesuffix(".weight"))
+                    stack.enter_context(scaled_input(module, scales.to(self.stream.device)))
                 yield session
         finally:
             session.close()
@@ -232,11 +259,16 @@ class StreamBackend:
 
     def _session(self, variant: SavedVariant | None) -> StreamSession:
         return StreamSession(
-            self.made.model, self.made.relay, self.made.weights(variant), self._head(variant), self.budget
+            self.stream.model,
+            self.stream.relay,
+            self.stream.weights(variant),
+            self._head(variant),
+            self.budget,
+            self.sharing,
         )
 
     def _head(self, variant: SavedVariant | None) -> Head | StreamedHead:
-        names = (self._description.head, self.made.head_name)  # a tied head goes by the embedding's name too
-        own = next((variant.tensors[name] for name in names if name in variant.tensors), None) if variant else None
-        stored = own or self.made.checkpoint[self.made.head_name]
-        return head_of_parts(stored, self._settings, self.budget.head, self.made.device)
+        names = (self._description.head, self.stream.head_name)  # a tied head goes by the embedding's name too
+        replaced = next((variant.tensors[name] for name in names if name in variant.tensors), None) if variant else None
+        stored = replaced or self.stream.checkpoint[self.stream.head_name]
+        return head_of_parts(stored, self._settings, self.budget.head, self.stream.device)

@@ -1,4 +1,4 @@
-"""How the memory that a streamed model may take is divided."""
+"""Divide the memory that a streamed model may take."""
 
 from dataclasses import dataclass
 
@@ -21,9 +21,8 @@ class Budget:
     layer: int
     resident: int
     width: int
-    itemsize: int
     token_activations: int
-    kept: int = 0
+    state_bytes: int = 0
     """Bytes of a job's final states: the baseline's are there while layers run, a variant's too while logits are."""
 
     @property
@@ -42,24 +41,24 @@ class Budget:
         return max(1, self._spare // 3 // self.token_activations)
 
     def pass_tokens(self, batch_tokens: int) -> int:
-        """Tokens, padding included, whose hidden states and results fit beside a layer and a batch."""
+        """Return the tokens, padding included, whose hidden states and results fit beside a layer and a batch."""
         spare = self._spare - batch_tokens * self.token_activations
-        return max(0, spare // (self.width * (self.itemsize + _STATE_BYTES)))
+        return max(0, spare // (self.width * 2 * _STATE_BYTES))
 
     @property
     def _without_layers(self) -> int:
-        return self.total - self.total // _RESERVE - self.resident - 2 * self.kept
+        return self.total - self.total // _RESERVE - self.resident - 2 * self.state_bytes
 
     @property
     def _spare(self) -> int:
-        return self.total - self.total // _RESERVE - self.resident - self.kept - self.layer
+        return self.total - self.total // _RESERVE - self.resident - self.state_bytes - self.layer
 
-    def left_beside(self, working: int) -> int:
-        """Bytes that are left beside a layer and what working on it takes; below 0 where that does not fit."""
+    def left_for_states(self, working: int) -> int:
+        """Return the bytes left beside a layer and what working on it takes; below 0 where that does not fit."""
         return self.total - self.total // _RESERVE - self.resident - self.layer - working
 
     def least_for(self, working: int) -> int:
-        """The smallest total that leaves room for working on a layer."""
+        """Return the smallest total that leaves room for working on a layer."""
         return (self.resident + self.layer + working) * _RESERVE // (_RESERVE - 1) + _RESERVE
 
     def check(self) -> None:
@@ -68,7 +67,7 @@ class Budget:
         Raises:
             UsageError: it names the least that would do.
         """
-        least = self.resident + self.kept + max(self.kept, self.layer) + 64 * self.token_activations
+        least = self.resident + self.state_bytes + max(self.state_bytes, self.layer) + 64 * self.token_activations
         least = least * _RESERVE // (_RESERVE - 1)
         if self.total < least:
             raise UsageError(

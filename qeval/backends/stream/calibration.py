@@ -13,13 +13,13 @@ from torch import Tensor
 
 from qeval.backends.stream.backend import Streamed
 from qeval.backends.stream.weights import layers_in_turn
-from qeval.calibrate.groups import Search
-from qeval.calibrate.in_order import Reached, Stream
-from qeval.calibrate.recall import layers_of
-from qeval.calibrate.stream import listening
-from qeval.models.graph import Description, Group
-from qeval.models.matrices import weight_of, weights_of
+from qeval.models.structure.graph import Description, Group
+from qeval.models.structure.weight_views import weight_of, weights_of
 from qeval.quant.statistics import Accumulator, InputStatistics
+from qeval.quantize.patching import layers_of
+from qeval.quantize.scaling import Search
+from qeval.quantize.sequential import StopPass, Stream
+from qeval.quantize.statistics import listening
 from qeval.store.spill import Spill
 
 
@@ -32,17 +32,17 @@ class Live(Mapping[str, Tensor]):
         self._names = dict.fromkeys([*weights_of(model), head])
 
     def __getitem__(self, name: str) -> Tensor:
-        """The weight of that name."""
+        """Return the weight of that name."""
         if name not in self._names:
             raise KeyError(name)
         return weight_of(self._model, name)
 
     def __iter__(self) -> Iterator[str]:
-        """The names, in the model's order."""
+        """Yield the names, in the model's order."""
         return iter(self._names)
 
     def __len__(self) -> int:
-        """How many weights there are."""
+        """Return how many weights there are."""
         return len(self._names)
 
 
@@ -50,12 +50,12 @@ class RelayedText(Stream):
     """The calibration text on its way through layers that are in memory one at a time."""
 
     def __init__(
-        self, made: Streamed, description: Description, samples: Sequence[Sequence[int]], states: Spill
+        self, stream: Streamed, description: Description, samples: Sequence[Sequence[int]], states: Spill
     ) -> None:
         """No layer is passed yet; `states` takes each sample's."""
-        super().__init__(made.model, layers_of(made.model, description), samples, made.device)
-        self.parameters = Live(made.model, description.head)
-        self._relay, self._spill = made.relay, states
+        super().__init__(stream.model, layers_of(stream.model, description), samples, stream.device)
+        self.parameters = Live(stream.model, description.head)
+        self._relay, self._spill = stream.relay, states
 
     @property
     def passed(self) -> int:
@@ -69,20 +69,20 @@ class RelayedText(Stream):
         self._next += 1
 
     def _run(self, sample: int) -> None:
-        with suppress(Reached):
+        with suppress(StopPass):
             self._through(sample)
 
     def _through(self, sample: int) -> Tensor:
-        given = self._spill.get(sample) if self._next else None
-        return self._relay.run(self._next, given, None, self._ids[sample])
+        hidden = self._spill.get(sample) if self._next else None
+        return self._relay.run(self._next, hidden, None, self._ids[sample])
 
 
 class LayerStatistics(Mapping[str, InputStatistics]):
     """The statistics of one layer's inputs at a time; those of layers that the text has passed wait in a spill."""
 
-    def __init__(self, text: RelayedText, made: Streamed, groups: Sequence[Group], seed: int, kept: Spill) -> None:
+    def __init__(self, text: RelayedText, stream: Streamed, groups: Sequence[Group], seed: int, sums: Spill) -> None:
         """Nothing is collected yet; as `calibrate.stream.collect`, `seed` and a group's place decide the sketch."""
-        self._text, self._made, self._seed, self._kept = text, made, seed, kept
+        self._text, self._stream, self._seed, self._sums = text, stream, seed, sums
         self._places = dict(enumerate(groups))
         self._tokens: dict[str, int] = {}
         self._now: dict[str, InputStatistics] = {}
@@ -97,53 +97,53 @@ class LayerStatistics(Mapping[str, InputStatistics]):
         self._now = {name: self._read(name) for name in reached}
 
     def _collect(self, groups: Mapping[int, Group]) -> None:
-        device = self._made.device
+        device = self._stream.device
         sums = {g.names[0]: Accumulator(g.columns, self._seed + place, device) for place, g in groups.items()}
-        with listening(self._made.model, list(groups.values()), sums):
+        with listening(self._stream.model, list(groups.values()), sums):
             self._text.pass_layer()
         for name in list(sums):
             if not sums[name].tokens:  # an expert that none was routed to
                 continue
             found = sums.pop(name).statistics()
             self._tokens[name] = found.tokens
-            self._kept.put((name, "magnitude"), found.magnitude)
-            self._kept.put((name, "sketch"), found.sketch)
+            self._sums.put((name, "magnitude"), found.magnitude)
+            self._sums.put((name, "sketch"), found.sketch)
 
     def _read(self, name: str) -> InputStatistics:
-        magnitude, sketch = (self._kept.get((name, part)) for part in ("magnitude", "sketch"))
+        magnitude, sketch = (self._sums.get((name, part)) for part in ("magnitude", "sketch"))
         return InputStatistics(self._tokens[name], magnitude, sketch)
 
     def __getitem__(self, name: str) -> InputStatistics:
-        """Of the group in the layer that was reached, by the name of its first linear."""
+        """Return the statistics of the group in the layer that was reached, by the name of its first linear."""
         return self._now[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the layer's groups."""
+        """Yield the names of the layer's groups."""
         return iter(self._now)
 
     def __len__(self) -> int:
-        """How many groups the layer has."""
+        """Return how many groups the layer has."""
         return len(self._now)
 
 
 class Passes:
     """Passes over the layers: each in memory in turn, its statistics at hand, and nothing kept of the layer before."""
 
-    def __init__(self, made: Streamed, search: Search, statistics: LayerStatistics | None) -> None:
+    def __init__(self, stream: Streamed, search: Search, statistics: LayerStatistics | None) -> None:
         """`search` looks at the layer in memory."""
-        self._made, self._search, self._statistics = made, search, statistics
+        self._stream, self._search, self._statistics = stream, search, statistics
 
     def forward(self) -> AbstractContextManager[Iterator[int]]:
-        """The layers' indices, from the first on."""
-        return self._turns(range(len(self._made.layers)))
+        """Return the layers' indices, from the first on."""
+        return self._turns(range(len(self._stream.layers)))
 
     def backward(self) -> AbstractContextManager[Iterator[int]]:
-        """The layers' indices, from the last on."""
-        return self._turns(range(len(self._made.layers))[::-1])
+        """Return the layers' indices, from the last on."""
+        return self._turns(range(len(self._stream.layers))[::-1])
 
     @contextmanager
     def _turns(self, order: Sequence[int]) -> Iterator[Iterator[int]]:
-        with closing(layers_in_turn(self._made.weights(), order)) as turns:
+        with closing(layers_in_turn(self._stream.weights(), order)) as turns:
             yield self._reached(turns)
 
     def _reached(self, turns: Generator[int, None, None]) -> Iterator[int]:

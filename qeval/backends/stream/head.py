@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qeval.models.head import Head
-from qeval.models.reader import Stored
+from qeval.models.checkpoint.safetensors_rows import StoredTensor
+from qeval.models.structure.head import Head
 
 
 @dataclass(frozen=True, eq=False)
 class StreamedHead:
     """Reads `block` rows of the head's matrix at a time; `settings` say all but the matrix."""
 
-    stored: Stored
+    stored: StoredTensor
     settings: Head
     block: int
     device: torch.device
@@ -25,7 +25,7 @@ class StreamedHead:
         return self.stored.shape[0]
 
     def logits(self, states: Tensor) -> Tensor:
-        """fp32 logits [n, vocab] of states [n, d_model]."""
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
         found = torch.empty(len(states), self.vocab_size, device=self.device)
         for rows, head in self._blocks():
             found[:, rows] = head.logits(states.to(self.device))
@@ -33,7 +33,7 @@ class StreamedHead:
         return found
 
     def transposed(self, back: Tensor) -> Tensor:
-        """`back` [n, vocab] through the matrix the other way: [n, d_model] in the weight's type, summed in fp32."""
+        """Multiply `back` [n, vocab] by the matrix the other way: [n, d_model] in the weight's type, summed in fp32."""
         width = self.stored.shape[1]
         found = torch.zeros(len(back), width, device=self.device)
         for rows, head in self._blocks():
@@ -43,7 +43,7 @@ class StreamedHead:
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """The factor of the product."""
         return self.settings.scale
 
     @property
@@ -57,14 +57,16 @@ class StreamedHead:
             yield rows, self._part(rows)
 
     def _part(self, rows: slice) -> Head:
-        given = self.settings
-        weight = torch.empty(rows.stop - rows.start, self.stored.shape[1], dtype=given.weight.dtype, device=self.device)
+        settings = self.settings
+        weight = torch.empty(
+            rows.stop - rows.start, self.stored.shape[1], dtype=settings.weight.dtype, device=self.device
+        )
         self.stored.decode(self.stored.fetch(rows.start, rows.stop), weight)
-        return Head(weight, None if given.bias is None else given.bias[rows], given.scale, given.cap)
+        return Head(weight, None if settings.bias is None else settings.bias[rows], settings.scale, settings.cap)
 
 
-def head_of_parts(stored: Stored, settings: Head, most_bytes: int, device: torch.device) -> Head | StreamedHead:
-    """The head in memory where `most_bytes` hold it, else in blocks of it.
+def head_of_parts(stored: StoredTensor, settings: Head, most_bytes: int, device: torch.device) -> Head | StreamedHead:
+    """Return the head in memory where `most_bytes` hold it, else in blocks of it.
 
     A row is counted as it is read, as it is computed with, and as the product's library lays it out for itself.
     """

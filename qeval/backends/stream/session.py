@@ -1,7 +1,7 @@
 """A session that runs what it is asked for, and what it was told to expect, in one pass over the layers."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qeval.backends.base import Prefix
+from qeval.backends.base import Prefix, SessionDefaults
 from qeval.backends.prefix import PrefixLayer, cache_of
-from qeval.backends.shared import can_share, shared_attention
+from qeval.backends.shared import shared_attention
+from qeval.backends.sharing import Sharing
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead
-from qeval.backends.stream.relay import Relay
-from qeval.backends.stream.steps import Path, Step, is_inside, steps_of
+from qeval.backends.stream.layer_runner import Relay
+from qeval.backends.stream.steps import Path, Step, is_inside, plan_steps
 from qeval.backends.stream.weights import LayerWeights
 from qeval.backends.torch import check_length, rope_limit
-from qeval.models.head import Head
+from qeval.models.structure.head import Head
+from qeval.models.structure.supported import context_length
+from qeval.models.structure.trace import text_config
 from qeval.types import Call, Request
 
 
@@ -30,19 +33,25 @@ class StreamPrefix:
 
     @property
     def length(self) -> int:
-        """How many tokens the prefix holds."""
+        """The prefix's length in tokens."""
         return sum(len(part) for part in self.path)
 
 
-class StreamSession:
+class StreamSession(SessionDefaults):
     """A language model whose layers are read one after the other, each run over every token that memory holds."""
 
     def __init__(
-        self, model: Any, relay: Relay, weights: LayerWeights, head: Head | StreamedHead, budget: Budget
+        self,
+        model: Any,
+        relay: Relay,
+        weights: LayerWeights,
+        head: Head | StreamedHead,
+        budget: Budget,
+        sharing: Sharing,
     ) -> None:
-        """`weights` are put into the model that `relay` runs."""
+        """`weights` are put into the model that `relay` runs; `sharing` was proven for it."""
         config = model.config
-        self._model, self._shares = model, can_share(model)
+        self._model, self._sharing, self._shares = model, sharing, sharing.apart
         self._config, self._relay, self._weights, self._head, self._budget = config, relay, weights, head, budget
         self._rope_limit = rope_limit(config)
         self._expected: deque[Call] = deque()
@@ -54,7 +63,7 @@ class StreamSession:
     @property
     def max_length(self) -> int:
         """The context length that the model's configuration states."""
-        return int(self._config.max_position_embeddings)
+        return context_length(text_config(self._model), type(self._model).__name__)
 
     @property
     def vocab_size(self) -> int:
@@ -66,19 +75,19 @@ class StreamSession:
         """The positions whose logits are made at a time."""
         return max(1, self._budget.logits // (LOGIT_ARRAYS * 4 * self.vocab_size))
 
-    def expect(self, calls: Sequence[Call]) -> None:
-        """The calls to come, in their order: what a pass runs ahead. Others may come all the same."""
+    def expect(self, calls: Iterable[Call]) -> None:
+        """Note the calls to come, in their order: what a pass runs ahead. Others may come all the same."""
         self._expected, self._done = deque(calls), {}
 
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> StreamPrefix:
-        """A prefix; it is run with what continues it."""
+        """Return a prefix; it is run with what continues it."""
         path = (*_path(outer), tuple(tokens))
         check_length(sum(len(part) for part in path), self.max_length)
         return StreamPrefix(path)
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
-        """The final hidden states at each request's positions, [positions, d_model] fp32, on the CPU.
+        """Return the final hidden states at each request's positions, [positions, d_model] fp32, on the CPU.
 
         Raises:
             QevalError: a sequence is longer than the model's context.
@@ -95,7 +104,7 @@ class StreamSession:
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
-        """The fp32 logits [n, vocab] of states [n, d_model]."""
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
         return self._head.logits(states)
 
     def close(self) -> None:
@@ -104,7 +113,7 @@ class StreamSession:
         self._done.clear()
 
     def _batch(self, first: Call) -> list[Call]:
-        """The call, and as many of those expected after it as memory holds beside them."""
+        """Return the call, and as many of those expected after it as memory holds beside them."""
         if first not in self._expected:
             return [first]
         while self._expected.popleft() != first:
@@ -121,17 +130,17 @@ class StreamSession:
         return calls
 
     def _run(self, calls: Sequence[Call]) -> None:
-        """One pass: every layer over every step."""
+        """Run one pass: every layer over every step."""
         self.passes += 1
-        steps = steps_of(calls, self._rope_limit)
+        steps = plan_steps(calls, self._rope_limit, prefixes=self._sharing.prefixes)
         found: list[dict[int, Tensor]] = [{} for _ in calls]
         for index in range(self._weights.count):
             last = index + 1 == self._weights.count
             self._weights.install(index, None if last else index + 1)
-            kept: dict[Path, PrefixLayer] = {}
+            prefixes: dict[Path, PrefixLayer] = {}
             for step in steps:
-                kept = {path: layer for path, layer in kept.items() if is_inside(path, step.path)}
-                output = self._step(index, step, kept)
+                prefixes = {path: layer for path, layer in prefixes.items() if is_inside(path, step.path)}
+                output = self._step(index, step, prefixes)
                 if last:
                     _answer(step, output, found)
                 elif step.hidden is None:
@@ -143,14 +152,14 @@ class StreamSession:
         for call, rows in zip(calls, found, strict=True):
             self._done.setdefault(call, deque()).append([rows[row] for row in range(len(call.requests))])
 
-    def _step(self, index: int, step: Step, kept: dict[Path, PrefixLayer]) -> Tensor:
-        outer = kept.get(step.path)
+    def _step(self, index: int, step: Step, prefixes: dict[Path, PrefixLayer]) -> Tensor:
+        outer = prefixes.get(step.path)
         layer = PrefixLayer(outer, apart=self._shares) if step.keeps else outer
         cache = None if layer is None else cache_of([layer] * self._weights.count)
         with shared_attention(self._model) if outer and not step.keeps and self._shares else nullcontext():
             output = self._relay.run(index, step.hidden, cache, step.ids(self._weights.device))
         if step.keeps and layer is not None:
-            kept[step.kept_path] = layer
+            prefixes[step.kept_path] = layer
         return output
 
 
@@ -167,7 +176,7 @@ def _path(prefix: Prefix | None) -> Path:
 
 
 def _tokens(call: Call) -> int:
-    """Tokens of a call's batch, padding and prefix included."""
+    """Return the tokens of a call's batch, padding and prefix included."""
     longest = max(len(request.tokens) for request in call.requests)
     return longest * len(call.requests) + sum(len(part) for part in call.path)
 

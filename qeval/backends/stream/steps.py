@@ -1,4 +1,4 @@
-"""What one pass over the layers runs: the calls of a scorer as forward passes, their prefixes before them."""
+"""Steps of one pass over the layers: the calls of a scorer as forward passes, their prefixes before them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qeval.backends.stream.relay import padded
+from qeval.backends.stream.layer_runner import padded
 from qeval.backends.torch import one_sided
 from qeval.types import Call, Request
 
@@ -38,16 +38,19 @@ class Step:
         return (*self.path, tuple(self.sequences[0]))
 
     def ids(self, device: torch.device) -> Tensor:
-        """Token ids [batch, tokens], filled up on the right."""
+        """Return token ids [batch, tokens], filled up on the right."""
         return padded(self.sequences, device)
 
 
-def steps_of(calls: Sequence[Call], rope_limit: float) -> list[Step]:
-    """The forward passes of some calls, in their order; a prefix that is open already is not run again."""
+def plan_steps(calls: Sequence[Call], rope_limit: float, *, prefixes: bool = True) -> list[Step]:
+    """Return the forward passes of some calls, in their order; a prefix that is open already is not run again.
+
+    Without `prefixes` none is kept: every request is run whole.
+    """
     steps: list[Step] = []
     open_path: Path = ()
     for number, call in enumerate(calls):
-        for path, requests, rows in _parts(call, rope_limit):
+        for path, requests, rows in _parts(call, rope_limit, prefixes=prefixes):
             if path:
                 steps += _prefixes(open_path, path)
                 open_path = path
@@ -57,7 +60,7 @@ def steps_of(calls: Sequence[Call], rope_limit: float) -> list[Step]:
 
 
 def is_inside(path: Path, inner: Path) -> bool:
-    """Whether `inner` is `path` or continues it."""
+    """Return whether `inner` is `path` or continues it."""
     return inner[: len(path)] == path
 
 
@@ -69,10 +72,11 @@ def _prefixes(open_path: Path, path: Path) -> Iterator[Step]:
         yield Step(path[:depth], [path[depth]], keeps=True)
 
 
-def _parts(call: Call, rope_limit: float) -> Iterator[tuple[Path, list[Request], list[int]]]:
-    """The requests of a call on either side of the rotary limit, and the prefix that they can continue."""
+def _parts(call: Call, rope_limit: float, *, prefixes: bool) -> Iterator[tuple[Path, list[Request], list[int]]]:
+    """Yield the requests of a call on either side of the rotary limit, and the prefix that they can continue."""
     length = sum(len(part) for part in call.path)
-    for rows, shares in one_sided(call.requests, length, rope_limit):
+    for rows, fits in one_sided(call.requests, length, rope_limit):
+        shares = fits and prefixes
         requests = [call.requests[row] for row in rows]
         if not shares:
             whole = tuple(token for part in call.path for token in part)

@@ -15,14 +15,14 @@ from torch import Tensor
 from qeval.backends.stream.backend import Streamed
 from qeval.backends.stream.calibration import Live, Passes
 from qeval.backends.stream.head import StreamedHead
-from qeval.calibrate import accept, fisher, sensitivity
-from qeval.calibrate.recall import replaced_by
-from qeval.calibrate.sensitivity import Effective
 from qeval.metrics.tokens import mean_kl
-from qeval.models.graph import Description, Group
-from qeval.models.head import Head
-from qeval.models.matrices import is_expert, one_by_one, watching
+from qeval.models.structure.graph import Description, Group
+from qeval.models.structure.head import Head
+from qeval.models.structure.weight_views import is_expert, one_by_one, watch_products
 from qeval.progress import Advance, in_parts
+from qeval.quantize import fisher, select_mix, sensitivity
+from qeval.quantize.patching import replace_values
+from qeval.quantize.sensitivity import Effective
 from qeval.store.spill import Spill
 
 _BASE = "base"
@@ -36,7 +36,7 @@ class StreamedTrials:
     `spill` a place for hidden states.
     """
 
-    made: Streamed
+    stream: Streamed
     description: Description
     samples: Sequence[Sequence[int]]
     passes: Passes
@@ -46,49 +46,51 @@ class StreamedTrials:
 
     @torch.inference_mode()
     def measure(self, effective: Effective, advance: Advance) -> dict[str, float]:
-        """Mean KL of every group quantized alone; `advance` is told the passes of each layer once it is passed."""
-        kept = [list(sample[: sensitivity.LENGTH]) for sample in self.samples[: sensitivity.SAMPLES]]
-        ids = torch.tensor(kept, device=self.made.device)
+        """Return the mean KL of every group quantized alone; `advance` is told the passes of each finished layer."""
+        texts = [
+            list(sample[: sensitivity.SENSITIVITY_LENGTH]) for sample in self.samples[: sensitivity.SENSITIVITY_SAMPLES]
+        ]
+        ids = torch.tensor(texts, device=self.stream.device)
         tried: list[str] = []
         with self._states() as states, self.passes.forward() as layers:
             for layer in layers:
-                given = states.get(_BASE) if layer else None
+                hidden = states.get(_BASE) if layer else None
                 for name in tried:
-                    states.put(name, self.made.relay.run(layer, states.get(name), None, ids))
-                tried += self._try_groups(layer, given, ids, effective, states)
-                states.put(_BASE, self.made.relay.run(layer, given, None, ids))
+                    states.put(name, self.stream.relay.run(layer, states.get(name), None, ids))
+                tried += self._try_groups(layer, hidden, ids, effective, states)
+                states.put(_BASE, self.stream.relay.run(layer, hidden, None, ids))
                 advance(sum(unit.layer <= layer for unit in self.description.units))
-            return self._kls(states, {name: [name] for name in tried}, [_BASE], sensitivity.compared)
+            return self._kls(states, {name: [name] for name in tried}, [_BASE], sensitivity.measured_states)
 
     def _try_groups(
-        self, layer: int, given: Tensor | None, ids: Tensor, effective: Effective, states: Spill
+        self, layer: int, hidden: Tensor | None, ids: Tensor, effective: Effective, states: Spill
     ) -> list[str]:
-        """Each group of a layer quantized in turn, its states kept; the first names of those that are quantized."""
+        """Quantize each group of a layer in turn and keep its states; the first names of those that are quantized."""
         tried = []
-        parameters = Live(self.made.model, self.description.head)
+        parameters = Live(self.stream.model, self.description.head)
         for group in (group for group in self.description.units if group.layer == layer):
             replaced = effective(group)
             if replaced:
-                with replaced_by(parameters, replaced):
-                    states.put(group.names[0], self.made.relay.run(layer, given, None, ids))
+                with replace_values(parameters, replaced):
+                    states.put(group.names[0], self.stream.relay.run(layer, hidden, None, ids))
                 tried.append(group.names[0])
         return tried
 
     @torch.inference_mode()
-    def measure_ways(self, ways: Mapping[str, Effective], advance: Advance) -> dict[str, float]:
-        """Mean KL of all groups quantized together, each way, over the last samples."""
+    def measure_mixes(self, mixes: Mapping[str, Effective], advance: Advance) -> dict[str, float]:
+        """Return the mean KL of all groups quantized together, each way, over the last samples."""
         done = self._by_layers(advance)
-        held_out = [list(sample[: accept.LENGTH]) for sample in self.samples[-accept.SAMPLES :]]
-        ids = [torch.tensor([sample], device=self.made.device) for sample in held_out]
-        parameters = Live(self.made.model, self.description.head)
-        every: dict[str, Effective] = {_BASE: lambda group: {}, **ways}
+        held_out = [list(sample[: select_mix.MIX_LENGTH]) for sample in self.samples[-select_mix.MIX_SAMPLES :]]
+        ids = [torch.tensor([sample], device=self.stream.device) for sample in held_out]
+        parameters = Live(self.stream.model, self.description.head)
+        every: dict[str, Effective] = {_BASE: lambda group: {}, **mixes}
         with self._states() as states, self.passes.forward() as layers:
             for layer in layers:
                 groups = [group for group in self.description.groups if group.layer == layer]
                 for name, way in every.items():
                     with ExitStack() as quantized:
                         for group in groups:
-                            quantized.enter_context(replaced_by(parameters, way(group)))
+                            quantized.enter_context(replace_values(parameters, way(group)))
                         self._pass_on(layer, name, ids, states)
                 done()
             keys = {name: [(name, place) for place in range(len(ids))] for name in every}
@@ -96,9 +98,9 @@ class StreamedTrials:
             return self._kls(states, keys, base, lambda hidden: hidden[0])
 
     def _pass_on(self, layer: int, name: str, ids: Sequence[Tensor], states: Spill) -> None:
-        for place, own in enumerate(ids):
-            given = states.get((name, place)) if layer else None
-            states.put((name, place), self.made.relay.run(layer, given, None, own))
+        for place, tokens in enumerate(ids):
+            hidden = states.get((name, place)) if layer else None
+            states.put((name, place), self.stream.relay.run(layer, hidden, None, tokens))
 
     def _kls(
         self,
@@ -107,72 +109,74 @@ class StreamedTrials:
         base: Sequence[object],
         compared: Callable[[Tensor], Tensor],
     ) -> dict[str, float]:
-        """The mean KL of final states kept under `keys` against those under `base`, by name."""
+        """Return the mean KL of final states kept under `keys` against those under `base`, by name."""
         logits = self.head().logits
         final = torch.cat([compared(states.get(key)) for key in base])
         return {
-            name: mean_kl(logits, final, logits, torch.cat([compared(states.get(key)) for key in own]), self.logit_rows)
-            for name, own in keys.items()
+            name: mean_kl(
+                logits, final, logits, torch.cat([compared(states.get(key)) for key in places]), self.logit_rows
+            )
+            for name, places in keys.items()
         }
 
     def predict(self, effective: Effective, advance: Advance) -> dict[str, float]:
-        """The predicted mean KL of every group quantized alone; `advance` is told on the way back."""
+        """Return the predicted mean KL of every group quantized alone; `advance` is told on the way back."""
         done = self._by_layers(advance)
-        texts = [list(sample[: fisher.LENGTH]) for sample in self.samples[: fisher.SAMPLES]]
-        parameters, units = Live(self.made.model, self.description.head), self.description.units
+        texts = [list(sample[: fisher.FISHER_LENGTH]) for sample in self.samples[: fisher.FISHER_SAMPLES]]
+        parameters, units = Live(self.stream.model, self.description.head), self.description.units
         watched = [fisher.Watched(parameters, group, effective) for group in units]
         with torch.inference_mode(False), self._states() as states, self._as_watched(units):
-            ids = [torch.tensor([text], device=self.made.device) for text in texts]
+            ids = [torch.tensor([text], device=self.stream.device) for text in texts]
             with torch.no_grad():
                 self._forth(ids, states)
                 self._turn(ids, states)
             with torch.enable_grad(), self.passes.backward() as layers:
                 for layer in layers:
-                    own = [each for each, g in zip(watched, units, strict=True) if g.layer == layer]
-                    self._back(layer, ids, own, states)
+                    sums = [product for product, g in zip(watched, units, strict=True) if g.layer == layer]
+                    self._back(layer, ids, sums, states)
                     done()
-        return {each.name: each.total / (2 * sum(map(len, texts))) for each in watched}
+        return {product.name: product.total / (2 * sum(map(len, texts))) for product in watched}
 
     def _by_layers(self, advance: Advance) -> Callable[[], None]:
-        """What is called as each layer is done with, where all of them cost alike."""
+        """Return what is called as each layer is done with, where all of them cost alike."""
         return in_parts(advance, sensitivity.trial_passes(self.description), len(self.description.layers))
 
     def _as_watched(self, units: Sequence[Group]) -> AbstractContextManager[None]:
-        """Experts run on the way forth as they do when they are watched on the way back."""
+        """Run experts on the way forth as they do when they are watched on the way back."""
         experts = any(is_expert(name) for group in units for name in group.names)
-        return one_by_one(self.made.model) if experts else nullcontext()
+        return one_by_one(self.stream.model) if experts else nullcontext()
 
     def _forth(self, ids: Sequence[Tensor], states: Spill) -> None:
-        """Every sample's states before each layer are kept; after the last one they are the model's final states."""
+        """Keep every sample's states before each layer; after the last one they are the model's final states."""
         with self.passes.forward() as layers:
             for layer in layers:
-                for place, own in enumerate(ids):
-                    given = states.get((layer, place)) if layer else None
-                    states.put((layer + 1, place), self.made.relay.run(layer, given, None, own))
+                for place, tokens in enumerate(ids):
+                    hidden = states.get((layer, place)) if layer else None
+                    states.put((layer + 1, place), self.stream.relay.run(layer, hidden, None, tokens))
 
     def _turn(self, ids: Sequence[Tensor], states: Spill) -> None:
-        """The gradients at the final states."""
-        generator, head = torch.Generator(self.made.device).manual_seed(0), self.head()
+        """Compute the gradients at the final states."""
+        generator, head = torch.Generator().manual_seed(0), self.head()
         positions = min(fisher.POSITIONS, self.logit_rows)
         for place in range(len(ids)):
-            final = states.get((len(self.made.layers), place))
+            final = states.get((len(self.stream.layers), place))
             states.put(("gradient", place), fisher.label_gradient(head, final, generator, positions))
 
     def _back(self, layer: int, ids: Sequence[Tensor], watched: Sequence[fisher.Watched], states: Spill) -> None:
-        """One layer run again for every sample, and the gradients taken back through it."""
+        """Run one layer again for every sample, and take the gradients back through it."""
         with ExitStack() as hooks:
-            after = {name: call for each in watched for name, call in each.listeners().items()}
-            hooks.enter_context(watching(self.made.model, after=after))
-            embedding = self.made.model.get_input_embeddings()
+            after = {name: call for product in watched for name, call in product.listeners().items()}
+            hooks.enter_context(watch_products(self.stream.model, after=after))
+            embedding = self.stream.model.get_input_embeddings()
             hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
-            for place, own in enumerate(ids):
-                given = states.get((layer, place)).detach().requires_grad_() if layer else None
-                output = self.made.relay.run(layer, given, None, own)
+            for place, tokens in enumerate(ids):
+                hidden = states.get((layer, place)).detach().requires_grad_() if layer else None
+                output = self.stream.relay.run(layer, hidden, None, tokens)
                 output.backward(states.get(("gradient", place)))  # type: ignore[no-untyped-call]
-                for each in watched:
-                    each.end_pass()
-                if given is not None and given.grad is not None:
-                    states.put(("gradient", place), given.grad)
+                for product in watched:
+                    product.end_pass()
+                if hidden is not None and hidden.grad is not None:
+                    states.put(("gradient", place), hidden.grad)
 
     @contextmanager
     def _states(self) -> Iterator[Spill]:

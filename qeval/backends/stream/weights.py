@@ -9,31 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qeval.models.matrices import weight_of, weights_of
-from qeval.models.reader import Plain, Raw, Stored, gather
-from qeval.models.skeleton import put
+from qeval.models.checkpoint.meta_model import set_parameter
+from qeval.models.checkpoint.safetensors_rows import Plain, Raw, StoredTensor, gather_rows
+from qeval.models.structure.precision import outside_autocast
+from qeval.models.structure.weight_views import weight_of, weights_of
 
 Raws = dict[str, Raw]
-Check = Callable[[str, Tensor], None]
+TensorCheck = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """Where each weight of a model lies: a variant's own first, then the checkpoint's."""
+    """The location of each weight of a model: a variant's folder first, then the checkpoint."""
 
-    checkpoint: Mapping[str, Stored]
-    variant: Mapping[str, Stored]
+    checkpoint: Mapping[str, StoredTensor]
+    variant: Mapping[str, StoredTensor]
 
-    def __getitem__(self, name: str) -> Stored:
-        """The tensor of a weight's name."""
+    def __getitem__(self, name: str) -> StoredTensor:
+        """Return the tensor of a weight's name."""
         return self.variant.get(name) or self.checkpoint[name]
 
 
 class LayerWeights:
     """Puts a layer's parameters into a weightless model and takes them out again; the next layer is read ahead."""
 
-    def __init__(self, model: Any, layers: Sequence[str], tensors: Tensors, device: torch.device) -> None:
-        """`layers` are the names of the model's decoder layers, in order."""
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[str],
+        tensors: Tensors,
+        device: torch.device,
+        change: TensorCheck | None = None,
+    ) -> None:
+        """`layers` are the names of the model's decoder layers, in order; `change` may change in place what is read."""
+        self._change = change
         self._model, self._tensors, self.device = model, tensors, device
         every, weights = dict(model.named_parameters()), weights_of(model)
         self._prefixes = tuple(f"{layer}." for layer in layers)
@@ -46,7 +55,7 @@ class LayerWeights:
 
     @property
     def count(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         return len(self._parameters)
 
     @property
@@ -60,14 +69,16 @@ class LayerWeights:
         raw = (sum(self._tensors[name].raw_bytes for name in names) for names in self._weights)
         return sum(places.values()) + max(raw, default=0)
 
-    def install(self, index: int, ahead: int | None, check: Check | None = None) -> None:
-        """The parameters of layer `index`; then layer `ahead` starts to be read. `check` sees each parameter."""
+    def install(self, index: int, ahead: int | None, check: TensorCheck | None = None) -> None:
+        """Install the parameters of layer `index`; then start to read layer `ahead`. `check` sees each parameter."""
         raws = self._take(index)
         for name in self._parameters[index]:
-            put(self._model, name, self._memory(index, name))
+            set_parameter(self._model, name, self._memory(index, name))
         for name in self._weights[index]:
             weight = weight_of(self._model, name).detach()
             self._tensors[name].decode(raws.pop(name), weight)
+            if self._change:
+                self._change(name, weight)
             if check:
                 check(name, weight)
         if ahead is not None:
@@ -76,7 +87,7 @@ class LayerWeights:
     def remove(self, index: int) -> None:
         """Layer `index` is weightless again."""
         for name in self._parameters[index]:
-            put(self._model, name, self._empty[name])
+            set_parameter(self._model, name, self._empty[name])
 
     def release(self) -> None:
         """Let go of the memory that layers used; what was read ahead is dropped."""
@@ -117,7 +128,7 @@ class LayerWeights:
 
 
 def layers_in_turn(weights: LayerWeights, order: Sequence[int]) -> Generator[int, None, None]:
-    """Each layer of `order` while its weights are in the model; the next one's are read meanwhile. Closes `weights`."""
+    """Yield each layer of `order` while its weights are in the model and the next one's are read; close `weights`."""
     try:
         for index, ahead in zip(order, [*order[1:], None], strict=True):
             weights.install(index, ahead)
@@ -140,9 +151,11 @@ class LookedUp:
         self._dtype = self._empty.dtype
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """The embeddings of `ids`, in the shape and type of the module's own."""
+        """Return the embeddings of `ids`, in the shape and type of the module's own."""
         rows, places = torch.unique(ids, return_inverse=True)
-        table = gather(self._stored.entry, rows.tolist()).to(device=ids.device, dtype=self._dtype)
+        table = outside_autocast(gather_rows)(self._stored.entry, rows.tolist()).to(
+            device=ids.device, dtype=self._dtype
+        )
         self._module._parameters["weight"] = nn.Parameter(table, requires_grad=False)
         try:
             found: Tensor = type(self._module).forward(self._module, places)
@@ -151,25 +164,25 @@ class LookedUp:
         return found
 
 
-def load_whole(model: Any, names: Sequence[str], tensors: Tensors, device: torch.device, check: Check) -> int:
+def load_whole(model: Any, names: Sequence[str], tensors: Tensors, device: torch.device, check: TensorCheck) -> int:
     """Load some parameters for good; returns their bytes."""
     parameters = dict(model.named_parameters())
     for name in names:
         stored, empty = tensors[name], parameters[name]
         value = _whole(stored, empty, device)
         check(name, value)
-        put(model, name, nn.Parameter(value, requires_grad=False))
+        set_parameter(model, name, nn.Parameter(value, requires_grad=False))
     return sum(prod(parameters[name].shape) * parameters[name].element_size() for name in names)
 
 
-def load_buffer(model: Any, name: str, stored: Stored, device: torch.device) -> None:
+def load_buffer(model: Any, name: str, stored: StoredTensor, device: torch.device) -> None:
     """Load a buffer for good, such as the biases that balance a layer's experts."""
     holder, _, leaf = name.rpartition(".")
     module, empty = model.get_submodule(holder), model.get_buffer(name)
     module._buffers[leaf] = _whole(stored, empty, device)
 
 
-def _whole(stored: Stored, empty: Tensor, device: torch.device) -> Tensor:
+def _whole(stored: StoredTensor, empty: Tensor, device: torch.device) -> Tensor:
     value = torch.empty(empty.shape, dtype=empty.dtype, device=device)
     stored.decode(stored.fetch(0, stored.shape[0] if stored.shape else 1), value)
     return value

@@ -1,4 +1,4 @@
-"""Whether an engine's tokens are those of the model that it claims to run: no speed is told of one whose aren't."""
+"""Check that an engine's tokens are those of the model that it claims to run; the speed of others is withheld."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,16 +34,16 @@ class Correctness:
 
     @property
     def broken(self) -> bool:
-        """Whether so few tokens are the reference's that this can't be the same model."""
+        """Return whether so few tokens are the reference's that this can't be the same model."""
         return self.equal.value is None or self.equal.value < LEAST_EQUAL
 
 
 def correctness(drifts: Sequence[Drift], seed: int) -> dict[System, Correctness]:
-    """Each checked system's record, by system."""
-    found: dict[System, list[Drift]] = defaultdict(list)
+    """Return each checked system's record, by system."""
+    by_system: dict[System, list[Drift]] = defaultdict(list)
     for drift in drifts:
-        found[System(drift.engine, drift.variant)].append(drift)
-    return {system: _summary(system, each, seed) for system, each in found.items()}
+        by_system[System(drift.engine, drift.variant)].append(drift)
+    return {system: _summary(system, each, seed) for system, each in by_system.items()}
 
 
 def _summary(system: System, drifts: Sequence[Drift], seed: int) -> Correctness:

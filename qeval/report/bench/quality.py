@@ -1,4 +1,4 @@
-"""What each variant of a benchmark lost, from a comparison of the same model's variants: speed and quality joined."""
+"""Join speed and quality: the loss of a benchmark's variants, from a comparison of the same model's variants."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qeval.errors import UsageError
-from qeval.report.bench.rows import Row
+from qeval.report.bench.rows import MeasuredRow
 from qeval.report.bench.summary import Summary
 from qeval.report.build import quality
 from qeval.report.model import Metric, Report
@@ -25,14 +25,14 @@ class Losses(NamedTuple):
 class Point:
     """A measured cell with its variant's loss; `value` is the speed, or the memory in bytes."""
 
-    row: Row
+    row: MeasuredRow
     value: Metric
     loss: Metric
     front: bool
 
 
 def losses(folder: Path, record: BenchRecord) -> Losses:
-    """What each ranked variant lost: KL, else the perplexity ratio, as a comparison ranks them.
+    """Return each ranked variant's loss: KL, else the perplexity ratio, as a comparison ranks them.
 
     Raises:
         UsageError: `folder` holds no report, or one of another model, or none of the benchmark's variants.
@@ -55,45 +55,45 @@ def losses(folder: Path, record: BenchRecord) -> Losses:
     return Losses(name, lost)
 
 
-def own_losses(out: Path, found: Summary) -> tuple[Losses | None, list[str]]:
-    """Those of a comparison in the benchmark's own folder, if it holds one; why they don't fit, where they don't."""
+def find_losses(out: Path, summary: Summary) -> tuple[Losses | None, list[str]]:
+    """Return the losses of a comparison in the benchmark's own folder, None without one; why they don't fit, if so."""
     if not (out / REPORT).exists():
         return None, []
     try:
-        return losses(out, found.record), []
+        return losses(out, summary.record), []
     except UsageError as error:
         return None, [f"No quality is laid beside speed: {error}"]
 
 
-def speed_points(found: Summary, lost: Mapping[str, Metric]) -> list[Point]:
-    """Generated tokens a second, in the cell that most systems share, with the front marked."""
-    rows = [row for row in shared_rows(found) if row.cell.variant in lost and "whole_tps" in row.figures]
+def speed_points(summary: Summary, lost: Mapping[str, Metric]) -> list[Point]:
+    """Return generated tokens a second, in the cell that most systems share, with the front marked."""
+    rows = [row for row in shared_rows(summary) if row.cell.variant in lost and "whole_tps" in row.figures]
     return _marked([(row, row.figures["whole_tps"], lost[row.cell.variant]) for row in rows], more_is_better=True)
 
 
-def memory_points(found: Summary, lost: Mapping[str, Metric]) -> list[Point]:
-    """Peak memory while generating, in bytes, in the same cell; read once, so it has no interval."""
-    rows = [row for row in shared_rows(found) if row.cell.variant in lost and row.cell.peak_generate_bytes]
+def memory_points(summary: Summary, lost: Mapping[str, Metric]) -> list[Point]:
+    """Return peak memory while generating, in bytes, in the same cell; read once, so it has no interval."""
+    rows = [row for row in shared_rows(summary) if row.cell.variant in lost and row.cell.peak_generate_bytes]
     values = [(row, _bytes(row.cell.peak_generate_bytes or 0), lost[row.cell.variant]) for row in rows]
     return _marked(values, more_is_better=False)
 
 
-def shared_rows(found: Summary) -> list[Row]:
-    """The rows of one cell: that which most systems have, and of these the smallest batch and the shortest prompt."""
-    places = sorted({row.place for row in found.shown})
+def shared_rows(summary: Summary) -> list[MeasuredRow]:
+    """Return the rows of the cell that most systems have, and of such cells the smallest one."""
+    places = sorted({row.place for row in summary.shown})
     if not places:
         return []
-    best = max(places, key=lambda place: sum(row.place == place for row in found.shown))
-    return [row for row in found.shown if row.place == best]
+    best = max(places, key=lambda place: sum(row.place == place for row in summary.shown))
+    return [row for row in summary.shown if row.place == best]
 
 
-def _marked(points: Sequence[tuple[Row, Metric, Metric]], *, more_is_better: bool) -> list[Point]:
-    """A point is on the front where no other is as good on both axes and better on one."""
+def _marked(points: Sequence[tuple[MeasuredRow, Metric, Metric]], *, more_is_better: bool) -> list[Point]:
+    """Mark the points that are on the front: no other is as good on both axes and better on one."""
     sign = -1.0 if more_is_better else 1.0
     costs = [(sign * (value.value or 0.0), loss.value or 0.0) for _, value, loss in points]
     front = [
-        not any(x <= own[0] and y <= own[1] and (x, y) != own for x, y in costs)
-        for own in costs
+        not any(x <= cost[0] and y <= cost[1] and (x, y) != cost for x, y in costs)
+        for cost in costs
     ]  # fmt: skip
     return [Point(*point, on) for point, on in zip(points, front, strict=True)]
 

@@ -1,39 +1,39 @@
-"""A benchmark's tables as plain records: what summary.json and the CSV files hold, each value beside its interval."""
+"""A benchmark's tables as plain records: what summary.json and the CSV files hold, each value with its interval."""
 
 import csv
 from collections.abc import Sequence
 from io import StringIO
 from typing import Any
 
-from qeval.report.bench.rows import FIGURES, Row
+from qeval.report.bench.rows import FIGURES, MeasuredRow
 from qeval.report.bench.summary import Summary
 from qeval.report.model import Metric
 
 Record = dict[str, str | int | float | bool | None]
 
-SCHEMA_VERSION = 1
+BENCH_SCHEMA_VERSION = 1
 
 
-def tables(found: Summary) -> dict[str, list[Record]]:
-    """Every table by its file's stem, one record a row."""
+def records_by_table(summary: Summary) -> dict[str, list[Record]]:
+    """Return every table by its file's stem, one record a row."""
     return {
-        "engines": _engines(found),
-        "speeds": [_speed(found, row) for row in found.rows],
-        "savings": _savings(found),
-        "memory": [_memory(found, row) for row in found.rows],
-        "correctness": _correct(found),
+        "engines": _engines(summary),
+        "speeds": [_speed(summary, row) for row in summary.rows],
+        "savings": _savings(summary),
+        "memory": [_memory(summary, row) for row in summary.rows],
+        "correctness": _correct(summary),
     }
 
 
-def as_json(found: Summary) -> dict[str, Any]:
-    """All of summary.json."""
-    base = None if found.base is None else found.base._asdict()
-    kept = found.record.model_dump(mode="json", include={"command", "model", "environment", "settings", "seed"})
-    return {"schema_version": SCHEMA_VERSION, **kept, "base": base, **tables(found)}
+def bench_json(summary: Summary) -> dict[str, Any]:
+    """Return all of summary.json."""
+    base = None if summary.base is None else summary.base._asdict()
+    record = summary.record.model_dump(mode="json", include={"command", "model", "environment", "settings", "seed"})
+    return {"schema_version": BENCH_SCHEMA_VERSION, **record, "base": base, **records_by_table(summary)}
 
 
 def as_csv(records: Sequence[Record]) -> str:
-    """Records with the same keys as a CSV file; an undefined value is an empty cell."""
+    """Return records with the same keys as a CSV file; an undefined value is an empty cell."""
     text = StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -41,13 +41,13 @@ def as_csv(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
-def _engines(found: Summary) -> list[Record]:
-    return [dict(vars(each)) for each in found.record.opened]
+def _engines(summary: Summary) -> list[Record]:
+    return [dict(vars(each)) for each in summary.record.opened]
 
 
-def _speed(found: Summary, row: Row) -> Record:
-    """A broken model's figures are left out: its tokens are not the model's, so their speed says nothing."""
-    broken = found.broken(row.system)
+def _speed(summary: Summary, row: MeasuredRow) -> Record:
+    """Return a row's speed; a broken model's is left out: its tokens are not the model's, so it says nothing."""
+    broken = summary.broken(row.system)
     figures = {} if broken else row.figures
     record = _where(row) | {
         "generated": row.generated or None,
@@ -58,11 +58,11 @@ def _speed(found: Summary, row: Row) -> Record:
     for name in (*FIGURES, "energy_joules"):
         record |= _flat(name, figures.get(name))
     for latency in ("prompt", "whole", "wall"):
-        record |= _flat(f"{latency}_times_base", None if broken else found.against_base(row, latency))
+        record |= _flat(f"{latency}_times_base", None if broken else summary.against_base(row, latency))
     return record
 
 
-def _savings(found: Summary) -> list[Record]:
+def _savings(summary: Summary) -> list[Record]:
     return [
         _where(saving.row)
         | {
@@ -72,12 +72,12 @@ def _savings(found: Summary) -> list[Record]:
             "memory_saving": saving.memory,
         }
         | _flat("speedup", saving.speed_up)
-        for saving in found.savings
+        for saving in summary.savings
     ]
 
 
-def _memory(found: Summary, row: Row) -> Record:
-    opened = found.opened.get(row.system)
+def _memory(summary: Summary, row: MeasuredRow) -> Record:
+    opened = summary.opened.get(row.system)
     return _where(row) | {
         "disk_bytes": None if opened is None else opened.disk_bytes,
         "weights_bytes": None if opened is None else opened.weights_bytes,
@@ -87,9 +87,9 @@ def _memory(found: Summary, row: Row) -> Record:
     }
 
 
-def _correct(found: Summary) -> list[Record]:
+def _correct(summary: Summary) -> list[Record]:
     records = []
-    for each in found.correct.values():
+    for each in summary.correct.values():
         record: Record = each.system._asdict()
         record |= {"prompts": each.prompts, "tokens": each.tokens, "broken": each.broken}
         record |= _flat("equal", each.equal)
@@ -100,7 +100,7 @@ def _correct(found: Summary) -> list[Record]:
     return records
 
 
-def _where(row: Row) -> Record:
+def _where(row: MeasuredRow) -> Record:
     cell = row.cell
     return {"engine": cell.engine, "variant": cell.variant, "batch": cell.batch, "prompt": cell.prompt}
 

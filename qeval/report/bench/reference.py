@@ -1,4 +1,4 @@
-"""Published tables that can be laid beside one's own: `reports/reference/*.csv`, facts with source and hardware.
+"""Published tables to compare with: `reports/reference/*.csv`, facts with source and hardware.
 
 Two kinds, told by their columns: speeds as in ONNX Runtime's LLaMA-2 table, savings as in Model Optimizer's. Nothing in
 them was measured here, so a page marks every such row as other hardware.
@@ -55,13 +55,13 @@ class Reference:
 
 
 def references() -> Mapping[str, Path]:
-    """The published tables that are shipped, by name."""
-    found = sorted(shipped("reports/reference").glob("*.csv"))
-    return MappingProxyType({path.stem: path for path in found})
+    """Return the published tables that are shipped, by name."""
+    shipped_tables = sorted(shipped("reports/reference").glob("*.csv"))
+    return MappingProxyType({path.stem: path for path in shipped_tables})
 
 
 def read_references(names: Sequence[str]) -> list[Reference]:
-    """Tables by name, in the order asked for.
+    """Read tables by name, in the order asked for.
 
     Raises:
         UsageError: there is none of that name. BrokenRecordError: a table has other columns, or a cell that can't be.
@@ -74,7 +74,7 @@ def read_references(names: Sequence[str]) -> list[Reference]:
 
 
 def read_reference(path: Path) -> Reference:
-    """One table.
+    """Read one table.
 
     Raises:
         BrokenRecordError: it has other columns, or a cell that can't be; the sentence names the line.
@@ -84,8 +84,8 @@ def read_reference(path: Path) -> Reference:
     columns = tuple(lines[0]) if lines else ()
     if columns not in _COLUMNS:
         raise BrokenRecordError(f"{path} has other columns than a published table: {', '.join(columns) or 'none'}.")
-    found = [_published(path, at, columns, line) for at, line in enumerate(lines[1:], start=2)]
-    return Reference(path.stem, _COLUMNS[columns] == SAVINGS, found)
+    rows = [_published(path, at, columns, line) for at, line in enumerate(lines[1:], start=2)]
+    return Reference(path.stem, _COLUMNS[columns] == SAVINGS, rows)
 
 
 def _published(path: Path, at: int, columns: Sequence[str], line: Sequence[str]) -> Published:
@@ -102,9 +102,9 @@ def _published(path: Path, at: int, columns: Sequence[str], line: Sequence[str])
     missing = [name for name in (*_SHARED, "hardware", "source") if not cells[name]]
     if missing or not (oom or figures):
         raise BrokenRecordError(f"{path}, line {at} lacks {', '.join(missing) or 'figures'}.")
-    told = {name: cells[name] for name in (*_SHARED, *_SOURCE)}
+    texts = {name: cells[name] for name in (*_SHARED, *_SOURCE)}
     return Published(
-        **told, base=cells.get("base"), batch=batch, prompt=prompt, generated=generated, figures=figures, oom=oom
+        **texts, base=cells.get("base"), batch=batch, prompt=prompt, generated=generated, figures=figures, oom=oom
     )
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark's records say, cell by cell: medians of the repeats with their intervals, ratios of two medians."""
+"""A benchmark's figures, cell by cell: medians of the repeats with their intervals, ratios of two medians."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from qeval.errors import BrokenRecordError
 from qeval.report.model import Metric, Metrics
 from qeval.stats.bootstrap import Floats
 from qeval.stats.median import median, median_ratio
-from qeval.store.timings import Cell, Timing
+from qeval.store.timings import CellRecord, Timing
 
 
 class System(NamedTuple):
@@ -21,19 +21,19 @@ class System(NamedTuple):
     variant: str
 
     def __str__(self) -> str:
-        """As a plot names it."""
+        """Return its name in plots."""
         return f"{self.engine} {self.variant}"
 
 
 @dataclass(frozen=True)
-class Row:
+class MeasuredRow:
     """A cell: what became of it and, where it was measured, its figures.
 
     `figures` holds medians over repeats under the names of `FIGURES`, fewer where too few tokens were generated;
     `seconds` each repeat's own latencies [repeats], from which ratios of two cells are made.
     """
 
-    cell: Cell
+    cell: CellRecord
     generated: int
     repeats: int
     figures: Metrics
@@ -63,8 +63,8 @@ FIGURES = {
 """Figure: the latency that it is made of, and what a second of it counts; None: a throughput in tokens a second."""
 
 
-def rows(cells: Sequence[Cell], timings: Sequence[Timing]) -> list[Row]:
-    """One row a cell, in the order of the records.
+def rows(cells: Sequence[CellRecord], timings: Sequence[Timing]) -> list[MeasuredRow]:
+    """Return one row a cell, in the order of the records.
 
     Raises:
         BrokenRecordError: repeats of one cell generated different numbers of tokens, or a measured cell has none.
@@ -75,16 +75,16 @@ def rows(cells: Sequence[Cell], timings: Sequence[Timing]) -> list[Row]:
     return [_row(cell, repeats[System(cell.engine, cell.variant), cell.batch, cell.prompt]) for cell in cells]
 
 
-def times(row: Row, base: Row, latency: str, seed: int) -> Metric | None:
-    """How many times as fast as `base` a row is: the ratio of the medians of a latency; None where one lacks it."""
+def times(row: MeasuredRow, base: MeasuredRow, latency: str, seed: int) -> Metric | None:
+    """Return how many times as fast as `base` a row is, by medians of a latency; None where one lacks it."""
     if latency not in row.seconds or latency not in base.seconds:
         return None
     return Metric.of(median_ratio(base.seconds[latency], row.seconds[latency], better="higher", seed=seed))
 
 
-def _row(cell: Cell, timings: Sequence[Timing]) -> Row:
+def _row(cell: CellRecord, timings: Sequence[Timing]) -> MeasuredRow:
     if cell.outcome != "measured":
-        return Row(cell, 0, 0, {}, {})
+        return MeasuredRow(cell, 0, 0, {}, {})
     counts = {len(timing.step_seconds) + 1 for timing in timings}
     if len(counts) != 1:
         raise BrokenRecordError(
@@ -93,28 +93,28 @@ def _row(cell: Cell, timings: Sequence[Timing]) -> Row:
         )
     generated = counts.pop()
     seconds = _seconds(timings, generated)
-    figures = {name: made for name in FIGURES if (made := _figure(name, seconds, cell, generated)) is not None}
+    figures = {name: metric for name in FIGURES if (metric := _figure(name, seconds, cell, generated)) is not None}
     joules = [timing.energy_joules for timing in timings]
     if joules and all(joule is not None for joule in joules):
         figures["energy_joules"] = Metric.of(median(np.asarray(joules), unit="J", better="lower"))
-    return Row(cell, generated, len(timings), figures, seconds)
+    return MeasuredRow(cell, generated, len(timings), figures, seconds)
 
 
 def _seconds(timings: Sequence[Timing], generated: int) -> dict[str, Floats]:
-    """Latencies by repeat: the prompt, the mean step of the first half and of all tokens, prompt and steps together.
+    """Return latencies by repeat: the prompt, the mean step of the first half and of all tokens, all together.
 
     The first token comes with the prompt, so the first n generated tokens take n - 1 steps.
     """
     steps = np.asarray([timing.step_seconds for timing in timings], np.float64)
     prompt = np.asarray([timing.prompt_seconds for timing in timings], np.float64)
-    found: dict[str, Floats] = {"prompt": prompt, "wall": prompt + steps.sum(axis=1)}
+    seconds: dict[str, Floats] = {"prompt": prompt, "wall": prompt + steps.sum(axis=1)}
     for name, tokens in (("half", generated // 2), ("whole", generated)):
         if tokens >= 2:
-            found[name] = steps[:, : tokens - 1].mean(axis=1)
-    return found
+            seconds[name] = steps[:, : tokens - 1].mean(axis=1)
+    return seconds
 
 
-def _figure(name: str, seconds: Mapping[str, Floats], cell: Cell, generated: int) -> Metric | None:
+def _figure(name: str, seconds: Mapping[str, Floats], cell: CellRecord, generated: int) -> Metric | None:
     latency, scale = FIGURES[name]
     if latency not in seconds:
         return None
@@ -126,7 +126,7 @@ def _figure(name: str, seconds: Mapping[str, Floats], cell: Cell, generated: int
 
 
 def _rate(latency: Metric, tokens: int) -> Metric:
-    """Tokens a second from the seconds they take: the reciprocal, whose interval has its ends exchanged."""
+    """Return tokens a second from the seconds they take: the reciprocal, whose interval has its ends exchanged."""
     value, low, high = (tokens / each if each else None for each in (latency.value, latency.high, latency.low))
     return latency.model_copy(
         update={"value": value, "low": low, "high": high, "unit": "tokens/s", "better": "higher"},

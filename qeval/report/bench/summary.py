@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from qeval.errors import UsageError, unknown
 from qeval.report.bench.correct import Correctness, correctness
-from qeval.report.bench.rows import Row, System, rows, times
+from qeval.report.bench.rows import MeasuredRow, System, rows, times
 from qeval.report.model import Metric
-from qeval.store.timings import BenchRecord, Opened, Timing
+from qeval.store.timings import BenchRecord, EngineRecord, Timing
 
 FULL = ("fp16", "bf16", "fp32")
 """Variants that aren't quantized, the first that an engine has being its base."""
@@ -21,7 +21,7 @@ class Saving:
     ratio has no interval.
     """
 
-    row: Row
+    row: MeasuredRow
     base: System
     memory: float | None
     speed_up: Metric | None
@@ -29,7 +29,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Summary:
-    """What tables, plots and files are made of; `base` is what 'x times' refers to.
+    """The figures that tables, plots and files are made of; `base` is what 'x times' refers to.
 
     `missing_base` was asked for as that, and nothing of it was measured.
     """
@@ -37,32 +37,32 @@ class Summary:
     record: BenchRecord
     base: System | None
     missing_base: str | None
-    rows: Sequence[Row]
+    rows: Sequence[MeasuredRow]
     savings: Sequence[Saving]
     correct: Mapping[System, Correctness]
 
     @property
-    def shown(self) -> list[Row]:
-        """The measured rows whose speed may be told: those of models whose tokens are not known to be wrong."""
+    def shown(self) -> list[MeasuredRow]:
+        """The measured rows whose speed may be shown: those of models whose tokens are not known to be wrong."""
         return [row for row in self.rows if row.figures and not self.broken(row.system)]
 
     @property
-    def told(self) -> list[Row]:
+    def runnable(self) -> list[MeasuredRow]:
         """The rows of systems that could run; of the others their reason says all."""
         failed = {system for system, each in self.opened.items() if each.reason is not None}
         return [row for row in self.rows if row.figures or row.system not in failed]
 
     @property
-    def opened(self) -> dict[System, Opened]:
+    def opened(self) -> dict[System, EngineRecord]:
         """By system."""
         return {System(each.engine, each.variant): each for each in self.record.opened}
 
     def broken(self, system: System) -> bool:
-        """Whether a system's tokens were checked and are not the reference's."""
+        """Return whether a system's tokens were checked and are not the reference's."""
         return system in self.correct and self.correct[system].broken
 
-    def against_base(self, row: Row, latency: str) -> Metric | None:
-        """How many times as fast as the base a row is in its own cell."""
+    def against_base(self, row: MeasuredRow, latency: str) -> Metric | None:
+        """Return how many times as fast as the base a row is in its own cell."""
         other = next((each for each in self.shown if (each.system, each.place) == (self.base, row.place)), None)
         return None if other is None else times(row, other, latency, self.record.seed)
 
@@ -76,22 +76,22 @@ def summarize(record: BenchRecord, timings: Sequence[Timing], base: str | None =
     """
     engines, variants = ([getattr(cell, name) for cell in record.cells] for name in ("engine", "variant"))
     check_base(base, list(dict.fromkeys(engines)), list(dict.fromkeys(variants)))
-    found, correct = rows(record.cells, timings), correctness(record.drifts, record.seed)
-    measured = [row for row in found if row.figures and not (row.system in correct and correct[row.system].broken)]
+    all_rows, correct = rows(record.cells, timings), correctness(record.drifts, record.seed)
+    measured = [row for row in all_rows if row.figures and not (row.system in correct and correct[row.system].broken)]
     chosen = _base([row.system for row in measured], base)
-    savings = [made for row in measured if (made := _saving(row, measured, chosen, record.seed)) is not None]
-    return Summary(record, chosen, base if chosen is None else None, found, savings, correct)
+    savings = [saving for row in measured if (saving := _saving(row, measured, chosen, record.seed)) is not None]
+    return Summary(record, chosen, base if chosen is None else None, all_rows, savings, correct)
 
 
-def check_base(asked: str | None, engines: Sequence[str], variants: Sequence[str]) -> None:
+def check_base(base: str | None, engines: Sequence[str], variants: Sequence[str]) -> None:
     """Refuse a base that a benchmark of these engines and variants can't have.
 
     Raises:
         UsageError: the engine or the variant is not among them, or no variant is unquantized and none is named.
     """
-    if asked is None:
+    if base is None:
         return
-    engine, _, variant = asked.partition("/")
+    engine, _, variant = base.partition("/")
     if engine not in engines:
         raise unknown("engine in --base", engine, engines)
     if variant and variant not in variants:
@@ -103,29 +103,29 @@ def check_base(asked: str | None, engines: Sequence[str], variants: Sequence[str
         )
 
 
-def _base(systems: Sequence[System], asked: str | None) -> System | None:
-    """The run's base: what was asked for, else the first of `FULL` that any engine has, in the engines' order.
+def _base(systems: Sequence[System], base: str | None) -> System | None:
+    """Return the run's base: what was asked for, else the first of `FULL` that any engine has, in the engines' order.
 
     None where that was not measured.
     """
-    if asked is None:
+    if base is None:
         return _first_full(systems)
-    engine, _, variant = asked.partition("/")
-    own = [system for system in systems if system.engine == engine and variant in ("", system.variant)]
-    return own[0] if variant and own else _first_full(own)
+    engine, _, variant = base.partition("/")
+    candidates = [system for system in systems if system.engine == engine and variant in ("", system.variant)]
+    return candidates[0] if variant and candidates else _first_full(candidates)
 
 
 def _first_full(systems: Sequence[System]) -> System | None:
     return next((system for kind in FULL for system in systems if system.variant == kind), None)
 
 
-def _saving(row: Row, measured: Sequence[Row], base: System | None, seed: int) -> Saving | None:
-    """None where the row is a base itself, or there is nothing to compare it with."""
-    own = _first_full([each.system for each in measured if each.system.engine == row.system.engine]) or base
-    if own is None or row.system == own or row.system.variant in FULL:
+def _saving(row: MeasuredRow, measured: Sequence[MeasuredRow], base: System | None, seed: int) -> Saving | None:
+    """Return what a row saves; None where it is a base itself, or there is nothing to compare it with."""
+    unquantized = _first_full([each.system for each in measured if each.system.engine == row.system.engine]) or base
+    if unquantized is None or row.system == unquantized or row.system.variant in FULL:
         return None
-    other = next((each for each in measured if (each.system, each.place) == (own, row.place)), None)
+    other = next((each for each in measured if (each.system, each.place) == (unquantized, row.place)), None)
     if other is None:
         return None
-    ours, theirs = row.cell.peak_generate_bytes, other.cell.peak_generate_bytes
-    return Saving(row, own, theirs / ours if ours and theirs else None, times(row, other, "whole", seed))
+    size, base_size = row.cell.peak_generate_bytes, other.cell.peak_generate_bytes
+    return Saving(row, unquantized, base_size / size if size and base_size else None, times(row, other, "whole", seed))

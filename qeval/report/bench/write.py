@@ -1,26 +1,28 @@
-"""`write_bench` writes a benchmark's page beside its records: bench.html, bench.md, summary.json, tables and plots."""
+"""`write_bench` writes a benchmark's page into its folder: bench.html, bench.md, summary.json, tables and plots."""
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from qeval.report import words
+from qeval.files.atomic import write_text
+from qeval.report import formatting
 from qeval.report.bench import records, tables
-from qeval.report.bench.planes import trade_offs
+from qeval.report.bench.pareto import trade_offs
 from qeval.report.bench.plots import throughputs
-from qeval.report.bench.quality import losses, own_losses
+from qeval.report.bench.quality import find_losses, losses
 from qeval.report.bench.reference import Reference, read_references
 from qeval.report.bench.summary import Summary, summarize
-from qeval.report.page import Cell, Heading, Plot, Section, Table
-from qeval.report.render import page, write_plots
-from qeval.store.atomic import write_text
-from qeval.store.timings import BenchRecord, read_bench, read_timings
+from qeval.report.document import Heading, Plot, Section, Table, TableCell
+from qeval.report.privacy import short_names, strip_model, strip_paths, strip_record
+from qeval.report.render import html_page, write_plots
+from qeval.store.timings import BenchRecord, read_bench_record, read_timings
 
 
 def write_bench(
     out: Path, *, quality: Path | None = None, reference: Sequence[str] = (), base: str | None = None
 ) -> Path:
-    """Write the page of the benchmark in `out` beside its records; where it is.
+    """Write the page of the benchmark in `out` next to its records, and return its path.
 
     `quality` is a finished comparison of the same model's variants (that in `out` itself, where there is one and none
     is given), `reference` names published tables, `base` is what 'x times' refers to: an engine, or ENGINE/VARIANT.
@@ -30,136 +32,170 @@ def write_bench(
         BrokenRecordError: records contradict one another, or are torn.
     """
     published = read_references(reference)
-    record = read_bench(out)
-    found = summarize(record, read_timings(out, record.timings), base)
-    plots = throughputs(found)
-    lost, warnings = (losses(quality, record), []) if quality is not None else own_losses(out, found)
-    planes = [] if lost is None else trade_offs(found, *lost)
+    record = _strip_places(read_bench_record(out))
+    summary = summarize(record, read_timings(out, record.timings), base)
+    plots = throughputs(summary)
+    lost, warnings = (losses(quality, record), []) if quality is not None else find_losses(out, summary)
+    planes = [] if lost is None else trade_offs(summary, *lost)
     write_plots([*plots, *planes], out)
-    _write_tables(found, out)
-    heading, parts = _heading(found, warnings), sections(found, plots, planes, published)
-    write_text(out / "bench.md", page("report.md.j2", heading, parts))
-    write_text(out / "bench.html", page("report.html.j2", heading, parts))
+    _write_tables(summary, out)
+    heading = _heading(summary)
+    parts = bench_sections(summary, plots, planes, published, [*_warnings(summary), *warnings])
+    write_text(out / "bench.md", html_page("report.md.j2", heading, parts))
+    write_text(out / "bench.html", html_page("report.html.j2", heading, parts))
     return out / "bench.html"
 
 
-def sections(
-    found: Summary, plots: Sequence[Plot], planes: Sequence[Plot], published: Sequence[Reference]
+def _strip_places(record: BenchRecord) -> BenchRecord:
+    """Return a record whose texts tell no place of the machine."""
+    names = short_names(record.model)
+    return record.model_copy(
+        update={
+            "model": strip_model(strip_record(record.model, names)),
+            "command": strip_paths(record.command, names),
+            "warnings": [strip_paths(warning, names) for warning in record.warnings],
+            "opened": [
+                each if each.reason is None else replace(each, reason=strip_paths(each.reason, names))
+                for each in record.opened
+            ],
+        }
+    )
+
+
+def bench_sections(
+    summary: Summary,
+    plots: Sequence[Plot],
+    planes: Sequence[Plot],
+    published: Sequence[Reference],
+    warnings: Sequence[str],
 ) -> list[Section]:
-    """All sections in the order of reading."""
-    missing = [table for table in (tables.unmeasured(found),) if table is not None]
-    gains = tuple(table for table in (tables.savings(found, published),) if table.rows)
-    spent = [table for table in (tables.energy(found),) if table is not None]
+    """Return all sections in the order of reading."""
+    missing = [table for table in (tables.unmeasured_table(summary),) if table is not None]
+    gains = tuple(table for table in (tables.savings_table(summary, published),) if table.rows)
+    spent = [table for table in (tables.energy_table(summary),) if table is not None]
     return [
-        Section("summary", "Summary", tuple(_sentences(found)), tuple(planes), gains),
-        Section("speed", "Speed", (), tuple(plots), (tables.speeds(found, published), *missing, *spent)),
-        Section("memory", "Memory", tables=(tables.memory(found),)),
-        Section("tokens", "Generated tokens", tables=(tables.correctness(found),)),
-        Section("provenance", "Provenance", tables=(tables.engines(found), _facts(found))),
+        Section(
+            "summary",
+            "Summary",
+            tuple(_sentences(summary)),
+            tuple(planes),
+            gains,
+            warnings=tuple(warnings),
+            notes=tuple(summary.record.model.notes),
+        ),
+        Section("speed", "Speed", (), tuple(plots), (tables.speeds_table(summary, published), *missing, *spent)),
+        Section("memory", "Memory", tables=(tables.memory_table(summary),)),
+        Section("tokens", "Generated tokens", tables=(tables.correctness_table(summary),)),
+        Section("provenance", "Provenance", tables=(tables.engines_table(summary), _facts(summary))),
     ]
 
 
-def _write_tables(found: Summary, out: Path) -> None:
-    for name, rows in records.tables(found).items():
+def _write_tables(summary: Summary, out: Path) -> None:
+    for name, rows in records.records_by_table(summary).items():
         if rows:
             write_text(out / "tables" / f"{name}.csv", records.as_csv(rows))
-    write_text(out / "summary.json", json.dumps(records.as_json(found), indent=2, allow_nan=False) + "\n")
+    write_text(out / "summary.json", json.dumps(records.bench_json(summary), indent=2, allow_nan=False) + "\n")
 
 
-def _heading(found: Summary, warnings: Sequence[str]) -> Heading:
-    failed = tuple(
-        f"{engine} could not run {words.listed(variants)}: {reason}" for (engine, reason), variants in _failed(found)
-    )
-    broken = tuple(
-        f"{each.system} is broken, and its speed is withheld: {words.percent(each.equal.value or 0.0)} of its tokens "
-        "are those of its own variant's reference."
-        for each in found.correct.values()
-        if each.broken
-    )
-    record = found.record
+def _heading(summary: Summary) -> Heading:
+    record = summary.record
     about = (
         record.model.architecture,
         record.environment.processor,
         record.started[:10],
         f"qeval {record.environment.qeval}",
     )
-    unfinished = () if record.finished else ("The benchmark was stopped; the same command goes on with it.",)
-    return Heading(
-        f"{record.model.name}: what quantization buys",
-        about,
-        tuple(record.model.notes),
-        (*unfinished, *record.warnings, *warnings, *broken, *failed),
-    )
+    return Heading(f"{record.model.name}: what quantization buys", about)
 
 
-def _failed(found: Summary) -> Iterable[tuple[tuple[str, str], list[str]]]:
-    """The variants that an engine could not run, by engine and reason."""
+def _warnings(summary: Summary) -> list[str]:
+    """Return what was not measured, and what of it is withheld."""
+    unfinished = [] if summary.record.finished else ["The benchmark was stopped; the same command goes on with it."]
+    broken = [
+        f"{each.system} is broken, and its speed is withheld: {formatting.percent(each.equal.value or 0.0)} of its "
+        "tokens are those of its own variant's reference."
+        for each in summary.correct.values()
+        if each.broken
+    ]
+    failed = [
+        f"{engine} could not run {formatting.listed(variants)}: {reason}"
+        for (engine, reason), variants in _failed(summary)
+    ]
+    return [*unfinished, *summary.record.warnings, *broken, *failed]
+
+
+def _failed(summary: Summary) -> Iterable[tuple[tuple[str, str], list[str]]]:
+    """Yield the variants that an engine could not run, by engine and reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
-    for each in found.record.opened:
+    for each in summary.record.opened:
         if each.reason is not None:
             reasons.setdefault((each.engine, each.reason), []).append(each.variant)
     return reasons.items()
 
 
-def _sentences(found: Summary) -> list[str]:
-    """What was measured, what the base is, who gained most, and how to read the intervals."""
-    systems = {row.system for row in found.shown}
-    places = {row.place for row in found.rows}
+def _sentences(summary: Summary) -> list[str]:
+    """Return what was measured, what the base is, who gained most, and how to read the intervals."""
+    systems = {row.system for row in summary.shown}
+    places = {row.place for row in summary.rows}
     engines = {system.engine for system in systems}
-    said = [
+    sentences = [
         f"{len(engines)} engines ran {len({system.variant for system in systems})} variants of "
-        f"{found.record.model.name} in {len(places)} "
+        f"{summary.record.model.name} in {len(places)} "
         f"{'cell' if len(places) == 1 else 'cells'} of batch size and prompt length."
     ]
-    if found.missing_base is not None:
-        said.append(f"Nothing was measured of {found.missing_base}, the base that was asked for.")
-    said.append(
+
+    # what ratios are against
+    if summary.missing_base is not None:
+        sentences.append(f"Nothing was measured of {summary.missing_base}, the base that was asked for.")
+    sentences.append(
         "Nothing is told in times: there is nothing unquantized to tell it against."
-        if found.base is None
-        else f"'Times' are against {found.base} in the same cell; savings against each engine's own unquantized "
+        if summary.base is None
+        else f"'Times' are against {summary.base} in the same cell; savings against each engine's own unquantized "
         "variant, where it has one."
     )
-    gains = [(saving.speed_up.value, saving) for saving in found.savings if saving.speed_up and saving.speed_up.value]
+
+    gains = [(saving.speed_up.value, saving) for saving in summary.savings if saving.speed_up and saving.speed_up.value]
     if gains:
         _, best = max(gains, key=lambda pair: pair[0])
         speed_up = tables.times_cell(best.speed_up)
         batch, prompt = best.row.place
-        said.append(
+        sentences.append(
             f"{best.row.system} gains most in generating: {speed_up.text} {speed_up.interval or ''} against "
             f"{best.base} at batch {batch}, prompt {prompt}."
         )
-    said.append(
+    sentences.append(
         "Brackets hold 95 % intervals: of a median by order statistics, of a ratio of two medians by a bootstrap over "
-        f"repeats (seed {found.record.seed})."
+        f"repeats (seed {summary.record.seed})."
     )
-    return said
+    return sentences
 
 
-def _facts(found: Summary) -> Table:
-    rows = tuple((Cell(key), Cell(value)) for key, value in facts(found.record))
+def _facts(summary: Summary) -> Table:
+    rows = tuple((TableCell(key), TableCell(value)) for key, value in facts(summary.record))
     return Table("What it takes to measure this again", ("What", "Value"), rows)
 
 
 def facts(record: BenchRecord) -> list[tuple[str, str]]:
-    """What was measured on what, by which command; key and value."""
-    model, env, asked = record.model, record.environment, record.settings
+    """Return the facts of a benchmark, key and value: the model, the texts, the machine, the command."""
+    model, env, settings = record.model, record.environment, record.settings
     return [
         ("Command", record.command),
         ("Model", f"{model.name} ({model.source}), {model.architecture}, {model.parameters:,} parameters"),
         ("Weights, sha256", model.weights_sha256),
-        ("Prompts", f"{asked.corpus}, sha256 {asked.corpus_sha256}"),
+        ("Prompts", f"{settings.corpus}, sha256 {settings.corpus_sha256}"),
         (
             "Grid",
-            f"batch {_numbers(asked.batches)}; prompt {_numbers(asked.prompts)}; {asked.generate} generated tokens",
+            f"batch {_numbers(settings.batches)}; prompt {_numbers(settings.prompts)}; "
+            f"{settings.generate} generated tokens",
         ),
         (
             "Repeats",
-            f"interleaved in random order (seed {record.seed}), {words.duration(asked.budget_seconds)} at most",
+            f"interleaved in random order (seed {record.seed}), {formatting.duration(settings.budget_seconds)} at most",
         ),
         ("Started, finished", f"{record.started}, {record.finished or 'not finished'}"),
-        ("Time", words.duration(record.seconds)),
-        ("Machine", f"{env.processor}, {env.cores} cores, {words.size(env.memory_bytes)}; {env.platform}"),
-        ("Device", f"{asked.device}, {asked.provider}, {asked.threads} threads"),
+        ("Time", formatting.duration(record.seconds)),
+        ("Machine", f"{env.processor}, {env.cores} cores, {formatting.size(env.memory_bytes)}; {env.platform}"),
+        ("Device", f"{settings.device}, {settings.provider}, {settings.threads} threads"),
         ("Software", f"qeval {env.qeval}, Python {env.python}, torch {env.torch}, transformers {env.transformers}"),
     ]
 

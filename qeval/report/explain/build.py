@@ -7,12 +7,13 @@ import numpy as np
 
 from qeval.errors import BrokenRecordError
 from qeval.report import notes
+from qeval.report.align import FEW_TOKEN_COLUMNS
 from qeval.report.explain.layers import layers_loss
-from qeval.report.explain.model import Changed, Explanation, LayersLoss, TaskLoss, TokensLoss
-from qeval.report.explain.questions import changed, task_loss
+from qeval.report.explain.model import ChangedQuestion, Explanation, LayersLoss, TaskLoss, TokensLoss
+from qeval.report.explain.questions import changed_questions, task_loss
 from qeval.report.explain.tokens import tokens_loss
-from qeval.report.paired import PairedRun
-from qeval.report.pairing import FEW_TOKEN_COLUMNS
+from qeval.report.run_rows import PairedRun
+from qeval.report.soundness import not_quantized
 from qeval.store.run import TaskRecord, VariantRecord
 from qeval.store.texts import Texts, read_texts
 
@@ -30,13 +31,13 @@ class Highlights(NamedTuple):
     """A variant's rows for the report's page: changed answers by task, worst tokens, layers."""
 
     variant: str
-    changed: dict[str, list[Changed]]
+    changed: dict[str, list[ChangedQuestion]]
     tokens: TokensLoss | None
     layers: LayersLoss | None
 
 
-def explain(run_dir: Path, name: str) -> Explanation:
-    """Why the variant called `name` lost what it lost.
+def build_explanation(run_dir: Path, name: str) -> Explanation:
+    """Return why the variant called `name` lost what it lost.
 
     Raises:
         UsageError: `run_dir` holds no run, or the run has no such variant.
@@ -61,7 +62,7 @@ def explain(run_dir: Path, name: str) -> Explanation:
 
 
 def highlights(run: PairedRun, tokens: int) -> list[Highlights]:
-    """The rows of every variant that has any; `tokens` is how many of the worst are wanted of each."""
+    """Return the rows of every variant that has any; `tokens` is how many of the worst are wanted of each."""
     texts = read_texts(run.folder)
     return [
         Highlights(
@@ -89,11 +90,11 @@ def _tokens(run: PairedRun, record: VariantRecord, texts: Texts | None, count: i
     return tokens_loss(rows, run.baseline_tokens, texts, count)
 
 
-def _changed(run: PairedRun, record: VariantRecord, task: TaskRecord, texts: Texts | None) -> list[Changed]:
+def _changed(run: PairedRun, record: VariantRecord, task: TaskRecord, texts: Texts | None) -> list[ChangedQuestion]:
     rows, baseline = run.items(task, record), run.baseline_items(task)
     if rows.non_finite().any() or baseline.non_finite().any():
         return []
-    return changed(task, rows, baseline, texts.task(task.name) if texts else {})
+    return changed_questions(task, rows, baseline, texts.task(task.name) if texts else {})
 
 
 def _task(run: PairedRun, record: VariantRecord, task: TaskRecord, texts: Texts | None) -> TaskLoss | None:
@@ -104,22 +105,25 @@ def _task(run: PairedRun, record: VariantRecord, task: TaskRecord, texts: Texts 
 
 
 def _notes(run: PairedRun, record: VariantRecord, tasks: list[TaskLoss], texts: Texts | None) -> list[str]:
-    found = [_FLOOR] if record.role == "floor" else []
-    found += [notes.chance_sentence(task.title, task.chance) for task in tasks if task.baseline_at_chance]
-    found += [_NO_TEXTS] if texts is None else []
-    return found + _not_finite(run, record)
+    sentences = [_FLOOR] if record.role == "floor" else []
+    sentences += [notes.chance_sentence(task.title, task.chance) for task in tasks if task.baseline_at_chance]
+    sentences += [_NO_TEXTS] if texts is None else []
+    sentences += [*filter(None, [run.missing_chain]), *run.repeat_notes]
+    if record.role == "variant" and (reason := not_quantized(run, record)):
+        sentences.append(reason)
+    return sentences + _not_finite(run, record)
 
 
 def _not_finite(run: PairedRun, record: VariantRecord) -> list[str]:
-    """What is left out because some of it is NaN or infinite, counted."""
-    found = []
+    """Return what is left out because some of it is NaN or infinite, counted."""
+    sentences = []
     if run.protocol and "kl" in run.record.metrics:
         kl = run.tokens(record).of("kl_nats")
-        found += _broken("Tokens", int((~np.isfinite(kl)).sum()), len(kl))
+        sentences += _broken("Tokens", int((~np.isfinite(kl)).sum()), len(kl))
     for task in run.record.tasks:
         bad = run.items(task, record).non_finite() | run.baseline_items(task).non_finite()
-        found += _broken(task.title, int(bad.sum()), len(bad))
-    return found
+        sentences += _broken(task.title, int(bad.sum()), len(bad))
+    return sentences
 
 
 def _broken(what: str, count: int, total: int) -> list[str]:

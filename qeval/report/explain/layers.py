@@ -1,4 +1,4 @@
-"""How the damage is spread over layers, from the sensitivities that a mixed variant was made by."""
+"""Spread the damage over layers, from the sensitivities that a mixed variant was made by."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ _LOW_BITS = 4
 
 
 def layers_loss(groups: Sequence[GroupRecord], mean_kl_nats: float | None) -> LayersLoss | None:
-    """Every layer's share of the summed KL of groups quantized alone, the largest first; None without any.
+    """Return every layer's share of the summed KL of groups quantized alone, the largest first; None without any.
 
     Each group counts at the width that it was given. `mean_kl_nats` is the whole variant's, where measured.
     """
@@ -18,23 +18,23 @@ def layers_loss(groups: Sequence[GroupRecord], mean_kl_nats: float | None) -> La
     if not total:
         return None
     layers = sorted({group.layer for group in groups})
-    found = [_layer(layer, [(g, kl) for g, kl in alone if g.layer == layer], total) for layer in layers]
+    losses = [_layer(layer, [(g, kl) for g, kl in alone if g.layer == layer], total) for layer in layers]
     return LayersLoss(
         sum_kl_nats=total,
         additivity=None if not mean_kl_nats else total / mean_kl_nats,
         unmeasured=sum(kl is None for _, kl in alone),
-        layers=sorted(found, key=lambda layer: -layer.share),
+        layers=sorted(losses, key=lambda layer: -layer.share),
     )
 
 
 def _layer(layer: int, groups: Sequence[tuple[GroupRecord, float | None]], total: float) -> LayerLoss:
-    own = sum(kl for _, kl in groups if kl is not None)
+    layer_kl = sum(kl for _, kl in groups if kl is not None)
     kinds = {group.kind: None if kl is None else kl / total for group, kl in groups}
-    return LayerLoss(layer=layer, share=own / total, kl_nats=own, kinds=kinds)
+    return LayerLoss(layer=layer, share=layer_kl / total, kl_nats=layer_kl, kinds=kinds)
 
 
 def _at_its_width(group: GroupRecord, groups: Sequence[GroupRecord]) -> float | None:
-    """The KL of the group alone at its width; of one width for all, more than four bits is the high one."""
+    """Return the KL of the group alone at its width; of one width for all, more than four bits is the high one."""
     widths = {each.bits for each in groups}
     high = group.bits == max(widths) if len(widths) > 1 else group.bits > _LOW_BITS
     return group.kl_high if high else group.kl_low

@@ -1,4 +1,4 @@
-"""What `qeval explain --json` prints, schema version 1: one variant's loss, row by row and group by group."""
+"""The output of `qeval explain --json`, schema version 1: one variant's loss, row by row and group by group."""
 
 import json
 from typing import Literal
@@ -14,7 +14,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Changed(_Part):
+class ChangedQuestion(_Part):
     """A question whose answer changed. Probabilities are the softmax of the choices' log-likelihoods.
 
     `question` and `choices` are None where the run kept no texts. Choices are counted from 0.
@@ -63,7 +63,7 @@ class TaskLoss(_Part):
     variant: Metric
     difference: Metric
     flips: Flips
-    changed: list[Changed]
+    changed: list[ChangedQuestion]
     subjects: list[GroupLoss]
     categories: list[GroupLoss]
 
@@ -111,7 +111,7 @@ class LayerLoss(_Part):
 
 
 class LayersLoss(_Part):
-    """How the KL of groups quantized alone is spread over layers, each group at the width it was given.
+    """The KL of groups quantized alone, layer by layer, each group at the width that it has in the variant.
 
     `sum_kl_nats` adds them up; beside the variant's own mean KL it says how far they add (`additivity` is the one
     over the other). `unmeasured` groups have no KL at their width and count as none.
@@ -138,5 +138,5 @@ class Explanation(_Part):
 
 
 def explanation_json(explanation: Explanation) -> str:
-    """The explanation as text."""
+    """Return the explanation as text."""
     return json.dumps(explanation.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

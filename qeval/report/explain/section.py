@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
-from qeval.report import words
+from qeval.report import formatting
+from qeval.report.document import Section, Table, TableCell, metric_cell
 from qeval.report.explain import tables
 from qeval.report.explain.build import Highlights
-from qeval.report.explain.model import Changed
+from qeval.report.explain.model import ChangedQuestion
 from qeval.report.measure_items import at_chance as is_at_chance
-from qeval.report.model import Report, Task, Variant
-from qeval.report.notes import at_chance
-from qeval.report.page import Cell, Section, Table, metric_cell
-from qeval.report.tables import groups
+from qeval.report.model import Report, Task, VariantReport
+from qeval.report.notes import at_chance_note
+from qeval.report.tables import group_scores
 
 TOKENS_SHOWN = 25
 _CHANGED_SHOWN = 100
@@ -18,14 +18,14 @@ _CHANGED_SHOWN = 100
 
 
 def rows_section(report: Report, rows: list[Highlights]) -> Section | None:
-    """The tables over all variants; None where there is nothing to show."""
-    found = [table for task in report.tasks for table in _task(report, task, rows)]
-    found += _tokens(rows)
+    """Return the tables over all variants; None where there is nothing to show."""
+    parts = [table for task in report.tasks for table in _task(report, task, rows)]
+    parts += _tokens(rows)
     layers = [(each.variant, each.layers) for each in rows if each.layers]
-    found += [tables.layers(layers)] if layers else []
-    if not found:
+    parts += [tables.layers_table(layers)] if layers else []
+    if not parts:
         return None
-    return Section(id="rows", title="Which rows", sentences=tuple(_sentences(report)), tables=tuple(found))
+    return Section(id="rows", title="Which rows", sentences=tuple(_sentences(report)), tables=tuple(parts))
 
 
 def _sentences(report: Report) -> Iterator[str]:
@@ -33,7 +33,7 @@ def _sentences(report: Report) -> Iterator[str]:
         f"The answers that changed (at most {_CHANGED_SHOWN} of each variant), the {TOKENS_SHOWN} tokens of each with "
         "the largest KL, categories, subjects and layers. The command qeval explain RUN VARIANT lists all of one."
     )
-    yield from (at_chance(task) for task in report.tasks if task.baseline_at_chance)
+    yield from (at_chance_note(task) for task in report.tasks if task.baseline_at_chance)
 
 
 def _task(report: Report, task: Task, rows: list[Highlights]) -> Iterator[Table]:
@@ -41,15 +41,15 @@ def _task(report: Report, task: Task, rows: list[Highlights]) -> Iterator[Table]
     if changed:
         changed.sort(key=lambda pair: pair[1].gold_change)
         total = sum(len(each.changed[task.record.name]) for each in rows)
-        yield tables.changed(task.record.title, changed, total=total)
+        yield tables.changed_table(task.record.title, changed, total=total)
     if rows and task.record.categories:
         yield _groups(report, task, "category")
     if rows and len(task.record.subjects) > 1:
         yield _groups(report, task, "subject")
 
 
-def _worst(changed: list[Changed]) -> list[Changed]:
-    """As many as are shown; the flips before what went from one wrong answer to another."""
+def _worst(changed: list[ChangedQuestion]) -> list[ChangedQuestion]:
+    """Return as many as are shown; the flips before what went from one wrong answer to another."""
     flips = [one for one in changed if one.went != "wrong_to_other"]
     others = [one for one in changed if one.went == "wrong_to_other"]
     return [*flips, *others][:_CHANGED_SHOWN]
@@ -61,15 +61,18 @@ def _tokens(rows: list[Highlights]) -> list[Table]:
         return []
     worst = [(name, token) for name, tokens in shares for token in tokens.worst]
     worst.sort(key=lambda pair: -pair[1].kl_nats)
-    return [tables.worst_shares(shares), tables.tokens(worst, total=sum(tokens.positions for _, tokens in shares))]
+    return [
+        tables.worst_shares(shares),
+        tables.tokens_table(worst, total=sum(tokens.positions for _, tokens in shares)),
+    ]
 
 
 def _groups(report: Report, task: Task, what: str) -> Table:
-    """Every subject or category of every variant by loss of accuracy, from what the report holds already."""
+    """Return every subject or category of every variant by loss of accuracy, from what the report holds already."""
     variants = [variant for variant in report.variants if variant.role == "variant"]
-    found = [(loss, row) for variant in variants for loss, row in _of_variant(report, task, variant, what)]
+    losses = [(loss, row) for variant in variants for loss, row in _of_variant(report, task, variant, what)]
     plural = {"category": "categories", "subject": "subjects"}[what]
-    count = len({row[0].text for _, row in found})
+    count = len({row[0].text for _, row in losses})
     note = (
         f"{count} {plural} are scanned here, so the worst of them looks bad by chance: the command qeval explain has a "
         "test that knows how many there are."
@@ -77,25 +80,27 @@ def _groups(report: Report, task: Task, what: str) -> Table:
     return Table(
         f"{task.record.title}: {plural} by loss",
         (what.capitalize(), "Variant", "Questions", "Baseline", "Variant's accuracy", "Difference"),
-        tuple(row for _, row in sorted(found, key=lambda pair: pair[0])),
+        tuple(row for _, row in sorted(losses, key=lambda pair: pair[0])),
         note,
         live=True,
         filters=(1,),
     )
 
 
-def _of_variant(report: Report, task: Task, variant: Variant, what: str) -> Iterator[tuple[float, tuple[Cell, ...]]]:
-    base = groups(report.baseline, task.record.name, what)
-    word = words.category if what == "category" else words.subject
-    for name, score in groups(variant, task.record.name, what).items():
+def _of_variant(
+    report: Report, task: Task, variant: VariantReport, what: str
+) -> Iterator[tuple[float, tuple[TableCell, ...]]]:
+    base = group_scores(report.baseline, task.record.name, what)
+    word = formatting.category if what == "category" else formatting.subject
+    for name, score in group_scores(variant, task.record.name, what).items():
         loss = 0.0 if score.difference is None or score.difference.value is None else score.difference.value
         remark = "at chance" if is_at_chance(base[name].acc, task.chance) else None
         yield (
             loss,
             (
-                Cell(word(name)),
-                Cell(variant.name),
-                Cell(str(score.acc.n)),
+                TableCell(word(name)),
+                TableCell(variant.name),
+                TableCell(str(score.acc.n)),
                 metric_cell(base[name].acc, remark=remark),
                 metric_cell(score.acc),
                 metric_cell(score.difference, signed=True),

@@ -2,9 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 
-from qeval.report import words
-from qeval.report.explain.model import Changed, Explanation, GroupLoss, LayersLoss, TaskLoss, TokenLoss, TokensLoss
-from qeval.report.page import NOTHING, Cell, Table, metric_cell
+from qeval import escape
+from qeval.report import formatting
+from qeval.report.document import NOTHING, Table, TableCell, metric_cell
+from qeval.report.explain.model import (
+    ChangedQuestion,
+    Explanation,
+    GroupLoss,
+    LayersLoss,
+    TaskLoss,
+    TokenLoss,
+    TokensLoss,
+)
 
 _CONTEXT_LETTERS = 100
 _QUESTION_LETTERS = 400
@@ -17,24 +26,24 @@ WENT = {
 
 
 def explanation_tables(explanation: Explanation, limit: int) -> list[Table]:
-    """Everything that an explanation holds, `limit` rows of each kind at most."""
-    found = []
+    """Return everything that an explanation holds, `limit` rows of each kind at most."""
+    tables = []
     for task in explanation.tasks:
-        found.append(changed(task.title, [(None, one) for one in task.changed], limit))
-        found += [groups(task, what, limit) for what in ("category", "subject") if _of(task, what)]
+        tables.append(changed_table(task.title, [(None, one) for one in task.changed], limit))
+        tables += [group_losses_table(task, what, limit) for what in ("category", "subject") if _of(task, what)]
     if explanation.tokens:
-        found.append(
-            tokens([(None, one) for one in explanation.tokens.worst], limit, total=explanation.tokens.positions)
+        tables.append(
+            tokens_table([(None, one) for one in explanation.tokens.worst], limit, total=explanation.tokens.positions)
         )
     if explanation.layers:
-        found.append(layers([(None, explanation.layers)], limit))
-    return found
+        tables.append(layers_table([(None, explanation.layers)], limit))
+    return tables
 
 
-def changed(
-    title: str, rows: Sequence[tuple[str | None, Changed]], limit: int | None = None, total: int | None = None
+def changed_table(
+    title: str, rows: Sequence[tuple[str | None, ChangedQuestion]], limit: int | None = None, total: int | None = None
 ) -> Table:
-    """The answers that changed, with both models' probabilities; each row may name its variant.
+    """Return the answers that changed, with both models' probabilities; each row may name its variant.
 
     `total` says how many there are where `rows` are not all of them.
     """
@@ -45,22 +54,24 @@ def changed(
         "Right choice, baseline", "Right choice, variant", "Change", "Baseline's margin",
         *(["Asked"] if texts else []),
     )  # fmt: skip
+
     cells = tuple(
         (
-            Cell(f"{words.subject(one.subject)} {one.item}"),
+            TableCell(f"{formatting.subject(one.subject)} {one.item}"),
             *_name(name),
-            Cell(WENT[one.went]),
-            Cell(words.letter(one.gold)),
+            TableCell(WENT[one.went]),
+            TableCell(formatting.letter(one.gold)),
             _answer(one.baseline_answer, one.baseline_probabilities),
             _answer(one.variant_answer, one.variant_probabilities),
-            Cell(words.number(one.baseline_probabilities[one.gold], 3)),
-            Cell(words.number(one.variant_probabilities[one.gold], 3)),
-            Cell(words.number(one.gold_change, 3, signed=True)),
-            Cell(words.number(one.baseline_margin, 3)),
-            *([_asked(one)] if texts else []),
+            TableCell(formatting.number(one.baseline_probabilities[one.gold], 3)),
+            TableCell(formatting.number(one.variant_probabilities[one.gold], 3)),
+            TableCell(formatting.number(one.gold_change, 3, signed=True)),
+            TableCell(formatting.number(one.baseline_margin, 3)),
+            *([_question_cell(one)] if texts else []),
         )
         for name, one in shown
     )
+
     note = (
         f"{_of_all(len(shown), total or len(rows), 'answers that changed')}, the largest loss of the right choice "
         "first. In brackets the probability of the answer given, over the choices. The margin is the baseline's first "
@@ -69,52 +80,54 @@ def changed(
     return Table(f"{title}: answers that changed", columns, cells, note, live=True, filters=_filters(rows, 1))
 
 
-def groups(task: TaskLoss, what: str, limit: int | None = None) -> Table:
-    """Subjects or categories by loss of accuracy, with a test of their flips that knows how many were scanned."""
-    found = _of(task, what)
-    shown, word = found[:limit], words.category if what == "category" else words.subject
+def group_losses_table(task: TaskLoss, what: str, limit: int | None = None) -> Table:
+    """Return subjects or categories by loss of accuracy, with tests of their flips corrected for their number."""
+    losses = _of(task, what)
+    shown, word = losses[:limit], formatting.category if what == "category" else formatting.subject
     cells = tuple(
         (
-            Cell(word(group.name)),
-            Cell(str(group.questions)),
+            TableCell(word(group.name)),
+            TableCell(str(group.questions)),
             metric_cell(group.baseline, remark="at chance" if group.baseline_at_chance else None),
             metric_cell(group.variant),
             metric_cell(group.difference, signed=True),
-            Cell(str(group.right_to_wrong)),
-            Cell(str(group.wrong_to_right)),
-            Cell(words.number(group.choice_kl_nats, 4)),
-            Cell(f"{group.p_adjusted:.2g}"),
+            TableCell(str(group.right_to_wrong)),
+            TableCell(str(group.wrong_to_right)),
+            TableCell(formatting.number(group.choice_kl_nats, 4)),
+            TableCell(f"{group.p_adjusted:.2g}"),
         )
         for group in shown
     )
+
     columns = (
         what.capitalize(), "Questions", "Baseline", "Variant", "Difference", WENT["right_to_wrong"],
         WENT["wrong_to_right"], "KL over the choices, nats", "p, adjusted",
     )  # fmt: skip
     plural = {"category": "categories", "subject": "subjects"}[what]
     note = (
-        f"{_of_all(len(shown), len(found), plural)}, the largest loss first. p: McNemar's exact test on the flips, "
-        f"after Holm over all {len(found)}, since the worst of many looks bad by chance."
+        f"{_of_all(len(shown), len(losses), plural)}, the largest loss first. p: McNemar's exact test on the flips, "
+        f"after Holm over all {len(losses)}, since the worst of many looks bad by chance."
     )
     return Table(f"{task.title}: {plural} by loss", columns, cells, note)
 
 
-def tokens(rows: Sequence[tuple[str | None, TokenLoss]], limit: int | None = None, *, total: int) -> Table:
-    """The positions with the largest KL, of `total`, in their context; each row may name its variant."""
+def tokens_table(rows: Sequence[tuple[str | None, TokenLoss]], limit: int | None = None, *, total: int) -> Table:
+    """Return the positions with the largest KL, of `total`, in their context; each row may name its variant."""
     shown = rows[:limit]
     cells = tuple(
         (
-            Cell(f"{one.window}:{one.position}"),
+            TableCell(f"{one.window}:{one.position}"),
             *_name(name),
-            Cell(words.number(one.kl_nats, 3)),
-            Cell(f"token {one.token}" if one.before is None else words.visible(one.before, _CONTEXT_LETTERS)),
-            Cell(_next(one)),
+            TableCell(formatting.number(one.kl_nats, 3)),
+            TableCell(f"token {one.token}" if one.before is None else escape.visible(one.before, _CONTEXT_LETTERS)),
+            TableCell(_next(one)),
             _probability(one.baseline_probability),
             _probability(one.variant_probability),
-            Cell("yes" if one.top1_agreement else "no"),
+            TableCell("yes" if one.top1_agreement else "no"),
         )
         for name, one in shown
     )
+
     columns = (
         "Window:token", *_named(rows), "KL, nats", "What was read, to this token", "What follows",
         "Its probability, baseline", "Its probability, variant", "Same top token",
@@ -128,15 +141,15 @@ def tokens(rows: Sequence[tuple[str | None, TokenLoss]], limit: int | None = Non
     )
 
 
-def layers(rows: Sequence[tuple[str | None, LayersLoss]], limit: int | None = None) -> Table:
-    """Every layer's share of the damage, by kind of linear; each row may name its variant."""
+def layers_table(rows: Sequence[tuple[str | None, LayersLoss]], limit: int | None = None) -> Table:
+    """Return every layer's share of the damage, by kind of linear; each row may name its variant."""
     kinds = list(dict.fromkeys(kind for _, one in rows for layer in one.layers for kind in layer.kinds))
     cells = tuple(
         (
-            Cell(f"Layer {layer.layer}"),
+            TableCell(f"Layer {layer.layer}"),
             *_name(name),
-            Cell(words.percent(layer.share, 1)),
-            Cell(f"{layer.kl_nats:.3g}"),
+            TableCell(formatting.percent(layer.share, 1)),
+            TableCell(f"{layer.kl_nats:.3g}"),
             *(_share(layer.kinds.get(kind)) for kind in kinds),
         )
         for name, one in rows
@@ -147,44 +160,48 @@ def layers(rows: Sequence[tuple[str | None, LayersLoss]], limit: int | None = No
 
 
 def task_sentence(task: TaskLoss) -> str:
-    """What became of a task's accuracy and answers, in a sentence."""
+    """Return what became of a task's accuracy and answers, in a sentence."""
     chance = " (at chance)" if task.baseline_at_chance else ""
-    difference, flips = words.metric_text(task.difference, signed=True), task.flips
+    difference, flips = formatting.metric_text(task.difference, signed=True), task.flips
     return (
-        f"{task.title}: {words.metric_text(task.baseline)}{chance} of the baseline and "
-        f"{words.metric_text(task.variant)} of the variant, difference {difference}; of {task.questions} answers "
+        f"{task.title}: {formatting.metric_text(task.baseline)}{chance} of the baseline and "
+        f"{formatting.metric_text(task.variant)} of the variant, difference {difference}; of {task.questions} answers "
         f"{flips.right_to_wrong} went from right to wrong, {flips.wrong_to_right} from wrong to right and "
         f"{flips.wrong_to_other} from one wrong answer to another."
     )
 
 
 def worst_shares(rows: Sequence[tuple[str, TokensLoss]]) -> Table:
-    """How much of all KL the worst positions of each variant hold."""
-    levels = [f"Worst {words.percent(level, 1 if level < 0.01 else 0)}" for level in rows[0][1].worst_levels]
+    """Return how much of all KL the worst positions of each variant hold."""
+    levels = [f"Worst {formatting.percent(level, 1 if level < 0.01 else 0)}" for level in rows[0][1].worst_levels]
     cells = tuple(
-        (Cell(name), *(Cell(words.percent(share, 1)) for share in one.worst_shares), Cell(str(one.positions)))
+        (
+            TableCell(name),
+            *(TableCell(formatting.percent(share, 1)) for share in one.worst_shares),
+            TableCell(str(one.positions)),
+        )
         for name, one in rows
     )
     return Table("Share of all KL in the worst positions", ("Variant", *levels, "Positions"), cells)
 
 
 def worst_sentence(tokens: TokensLoss) -> str:
-    """How much of all KL the worst positions hold, in a sentence."""
+    """Return how much of all KL the worst positions hold, in a sentence."""
     shares = [
-        f"the worst {words.percent(level, 1 if level < 0.01 else 0)} of positions hold {words.percent(share)}"
+        f"the worst {formatting.percent(level, 1 if level < 0.01 else 0)} of positions hold {formatting.percent(share)}"
         for level, share in zip(tokens.worst_levels, tokens.worst_shares, strict=True)
     ]
-    return f"of the KL over {tokens.positions} positions {words.listed(shares)}"
+    return f"of the KL over {tokens.positions} positions {formatting.listed(shares)}"
 
 
 def _layers_note(rows: Iterable[tuple[str | None, LayersLoss]]) -> str:
-    said = [_additivity(name, one) for name, one in rows if one.additivity is not None]
+    sums = [_additivity(name, one) for name, one in rows if one.additivity is not None]
     unmeasured = sum(one.unmeasured for _, one in rows)
     missing = f" {unmeasured} groups have no KL measured at their width and count as none." if unmeasured else ""
     return (
         "Share of the KL of groups quantized alone, each at the width it was given, on the calibration text."
         + missing
-        + "".join(said)
+        + "".join(sums)
     )
 
 
@@ -208,41 +225,43 @@ def _named(rows: Sequence[tuple[str | None, object]]) -> list[str]:
     return ["Variant"] if any(name for name, _ in rows) else []
 
 
-def _name(name: str | None) -> list[Cell]:
-    return [] if name is None else [Cell(name)]
+def _name(name: str | None) -> list[TableCell]:
+    return [] if name is None else [TableCell(name)]
 
 
 def _filters(rows: Sequence[tuple[str | None, object]], *columns: int) -> tuple[int, ...]:
-    """The variant's column where rows name one, and further ones, which it moves by one place."""
+    """Return the variant's column where rows name one, and further ones, which it moves by one place."""
     if not _named(rows):
         return columns
     return (1, *(column + 1 if column == 1 else column for column in columns))
 
 
-def _answer(choice: int, probabilities: list[float]) -> Cell:
-    return Cell(f"{words.letter(choice)} ({words.number(probabilities[choice], 3)})")
+def _answer(choice: int, probabilities: list[float]) -> TableCell:
+    return TableCell(f"{formatting.letter(choice)} ({formatting.number(probabilities[choice], 3)})")
 
 
-def _asked(one: Changed) -> Cell:
+def _question_cell(one: ChangedQuestion) -> TableCell:
     if one.question is None:
         return NOTHING
-    asked = words.visible(one.question)
-    return Cell(
-        asked if len(asked) <= _QUESTION_LETTERS else f"{asked[: _QUESTION_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+    question = escape.visible(one.question)
+    return TableCell(
+        question
+        if len(question) <= _QUESTION_LETTERS
+        else f"{question[: _QUESTION_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
     )
 
 
 def _next(one: TokenLoss) -> str:
     if one.next:
-        return words.visible(one.next)
+        return escape.visible(one.next)
     if one.next is None and one.next_token is not None:
         return f"token {one.next_token}"
     return "the window ends" if one.next_token is None else "part of a character"
 
 
-def _probability(value: float | None) -> Cell:
-    return NOTHING if value is None else Cell(words.number(value, 4) if value >= 5e-5 else f"{value:.1e}")
+def _probability(value: float | None) -> TableCell:
+    return NOTHING if value is None else TableCell(formatting.number(value, 4) if value >= 5e-5 else f"{value:.1e}")
 
 
-def _share(value: float | None) -> Cell:
-    return NOTHING if value is None else Cell(words.percent(value, 1))
+def _share(value: float | None) -> TableCell:
+    return NOTHING if value is None else TableCell(formatting.percent(value, 1))

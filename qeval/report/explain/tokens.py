@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qeval.errors import BrokenRecordError
+from qeval.report.align import TokenRows
 from qeval.report.explain.model import TokenLoss, TokensLoss
-from qeval.report.pairing import TokenRows
 from qeval.stats.bootstrap import Floats, Ints
 from qeval.store.texts import Texts, WindowText
 
@@ -16,7 +16,7 @@ _AFTER = 10
 
 
 def tokens_loss(rows: TokenRows, baseline: TokenRows, texts: Texts | None, count: int) -> TokensLoss:
-    """The `count` positions with the largest KL, and how much of all KL the worst ones hold.
+    """Return the `count` positions with the largest KL, and how much of all KL the worst ones hold.
 
     All KL values must be finite.
 
@@ -38,14 +38,14 @@ def tokens_loss(rows: TokenRows, baseline: TokenRows, texts: Texts | None, count
 
 
 def _largest(values: Floats, count: int) -> Ints:
-    """Where the `count` largest values are, the largest first, equal ones in their order."""
+    """Return where the `count` largest values are, the largest first, equal ones in their order."""
     edge = np.partition(values, -count)[-count] if count < len(values) else -np.inf
     above = np.flatnonzero(values >= edge)
     return above[np.argsort(-values[above], kind="stable")][:count]
 
 
 class _Following(NamedTuple):
-    """What follows a position: its token, where it is known, and both models' probability of it, where scored."""
+    """The token after a position, where it is known, and both models' probability of it, where scored."""
 
     token: int | None
     baseline: float | None
@@ -59,6 +59,7 @@ def _token(rows: TokenRows, baseline: TokenRows, texts: Texts | None, at: int) -
         _check(text, rows, at)
     following = _following(rows, baseline, at, text)
     place = position + 1
+
     return TokenLoss(
         window=window,
         position=position,

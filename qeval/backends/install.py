@@ -1,0 +1,130 @@
+"""A variant's weights in the place of a transformers model's own: for good, or until a `with` block ends."""
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qeval.models.device import free_bytes
+from qeval.models.structure.head import Head
+from qeval.models.structure.weight_views import weights_of
+from qeval.quant.variant import Variant
+
+
+def variant_head(model: Any, variant: Variant, head: Head, name: str) -> Head:
+    """Return the baseline's `head`, named `name`, or the variant's; a tied embedding's owner may hold it as a float."""
+    owners = (owner for owner, tensor in model.named_parameters() if tensor is head.weight)
+    floats = (variant.floats[each] for each in (name, *owners) if each in variant.floats)
+    weight = variant.weights[name].dequantize() if name in variant.weights else next(floats, None)
+    return head if weight is None else replace(head, weight=weight.to(head.weight))
+
+
+@torch.inference_mode()
+def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head:
+    """Put the variant's weights in place of the model's own for good, which takes no copy of these; its head."""
+    parameters, own = weights_of(model), variant_head(model, variant, head, head_name)
+    aside = _aside(model, variant, parameters)
+    _put(parameters, variant, {head_name, *aside}, lambda _: None)
+    for name in aside:
+        _replace(model, name, variant.floats[name])
+    for name, scales in variant.input_scales.items():
+        _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
+    return own
+
+
+@contextmanager
+def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtype) -> Iterator[None]:
+    """Install the variant's weights in place of the model's own, which are restored bit for bit at the end."""
+    parameters = weights_of(model)
+    aside = _aside(model, variant, parameters)
+    replaced = [parameters[name] for name in variant.weights if name in parameters]
+    place = with_room(model.device, sum(weight.numel() * weight.element_size() for weight in replaced))
+    saved: dict[str, Tensor] = {}
+
+    def keep(name: str) -> None:
+        if name not in saved:
+            saved[name] = _compact(parameters[name], keep_dtype).to(place)
+
+    with ExitStack() as stack, torch.inference_mode():
+        try:
+            _put(parameters, variant, {skip, *aside}, keep)
+            for name in aside:
+                stack.enter_context(_in_place_of(model, name, variant.floats[name]))
+            for name, scales in variant.input_scales.items():
+                module = model.get_submodule(name.removesuffix(".weight"))
+                stack.enter_context(scaled_input(module, scales.to(model.device)))
+            del variant
+            yield
+        finally:
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+
+
+def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], keep: Callable[[str], None]) -> None:
+    """Write a variant's weights over the parameters, each of which `keep` is told before."""
+    for name, weight in variant.weights.items():
+        if name not in skip:
+            keep(name)
+            parameters[name].copy_(weight.dequantize())
+    for name, value in variant.floats.items():
+        if name not in skip:
+            keep(name)
+            parameters[name].copy_(value)
+
+
+def _aside(model: Any, variant: Variant, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Return the variant's floats that stand for the head, tied or not: it makes the baseline's logits meanwhile."""
+    head = model.get_output_embeddings().weight
+    return [name for name in variant.floats if parameters.get(name, head) is head]
+
+
+def _replace(model: Any, name: str, value: Tensor) -> nn.Parameter:
+    """Put another tensor under a parameter's name; the parameter that was there, left as it is."""
+    place, _, leaf = name.rpartition(".")
+    module = model.get_submodule(place)
+    own: nn.Parameter = module._parameters[leaf]
+    module._parameters[leaf] = nn.Parameter(value.to(own), requires_grad=False)
+    return own
+
+
+@contextmanager
+def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
+    own = _replace(model, name, value)
+    try:
+        yield
+    finally:
+        place, _, leaf = name.rpartition(".")
+        model.get_submodule(place)._parameters[leaf] = own
+
+
+def with_room(device: torch.device, size_bytes: int) -> torch.device:
+    """Return a device, or the CPU where a CUDA GPU has not twice the room for so many bytes."""
+    lacks = device.type == "cuda" and free_bytes(device) <= 2 * size_bytes
+    return torch.device("cpu") if lacks else device
+
+
+def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy in the checkpoint's type if that loses nothing, else in the parameter's own."""
+    copy = parameter.detach().to(dtype, copy=True)
+    return copy if torch.equal(copy.to(parameter.dtype), parameter) else parameter.detach().clone()
+
+
+@contextmanager
+def scaled_input(module: nn.Module, scales: Tensor) -> Iterator[None]:
+    """Multiply a linear's input by `scales` [columns]."""
+    handle = _scale_input(module, scales)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _scale_input(module: nn.Module, scales: Tensor) -> RemovableHandle:
+    def multiply(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * scales.to(args[0].dtype), *args[1:])
+
+    return module.register_forward_pre_hook(multiply)

@@ -1,0 +1,97 @@
+"""A variant's scheme in a transformers model: the inputs of its quantized linears rounded, and keys and values."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from qeval.models.structure.kv_cache import KvChange
+from qeval.models.structure.precision import outside_autocast
+from qeval.models.structure.trace import text_config
+from qeval.quant.fake_quant import fake_quantize_heads, fake_quantize_rows
+from qeval.quant.scheme import Scheme, TensorFormat
+from qeval.quant.variant import Variant
+
+
+def kv_changes(model: Any, variant: Variant) -> list[KvChange]:
+    """Return what rounds each layer's keys and values; none where the variant's scheme leaves both as they are."""
+    if not variant.scheme.caches:
+        return []
+    ranges = {name: amax.to(model.device) for name, amax in variant.ranges.items()}
+    layers = range(int(text_config(model).num_hidden_layers))
+    return [_kv_change(variant.scheme, ranges.get(f"{layer}.keys"), ranges.get(f"{layer}.values")) for layer in layers]
+
+
+def _kv_change(scheme: Scheme, key_range: Tensor | None, value_range: Tensor | None) -> KvChange:
+    def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        # what is computed in half precision is rounded in fp32 and handed on in its own type
+        if scheme.keys is not None:
+            keys = fake_quantize_heads(keys, scheme.keys, key_range, of_keys=True).to(keys.dtype)
+        if scheme.values is not None:
+            values = fake_quantize_heads(values, scheme.values, value_range, of_keys=False).to(values.dtype)
+        return keys, values
+
+    return outside_autocast(change)
+
+
+@contextmanager
+def rounded_inputs(
+    model: Any, how: TensorFormat | None, names: Sequence[str], ranges: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Round the inputs of linears inside a `with` block.
+
+    Hooks are called in the order in which they were set, so enter it after what multiplies inputs by scales.
+
+    Args:
+        model: The model.
+        how: The format; with None nothing is done.
+        names: The weights of the linears; the head's input stays in float.
+        ranges: The largest magnitudes of static formats by the weight's name.
+    """
+    if how is None:
+        yield
+        return
+    head, slot = model.get_output_embeddings(), _LastInput()
+    with ExitStack() as stack:
+        stack.callback(slot.clear)
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            if module is not head:
+                stack.callback(_round_input(module, slot, how, ranges.get(name)))
+        yield
+
+
+class _LastInput:
+    """The input that was rounded last, so that linears which read one tensor have it rounded once."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of both tensors."""
+        self._input: Tensor | None = None
+        self._rounded: Tensor | None = None
+
+    def rounded(self, inputs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rounded `inputs`, computed unless they are the last ones."""
+        if self._input is not inputs or self._rounded is None:
+            self._rounded = compute(inputs)
+            self._input = inputs
+        return self._rounded
+
+
+def _round_input(module: nn.Module, slot: _LastInput, how: TensorFormat, amax: Tensor | None) -> Callable[[], None]:
+    """Have a module's input rounded from now on; return what undoes it."""
+    weight = next(module.parameters())
+    compute = outside_autocast(partial(_rounded, how=how, amax=None if amax is None else amax.to(weight.device)))
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (slot.rounded(args[0], compute), *args[1:])
+
+    return module.register_forward_pre_hook(hook).remove
+
+
+def _rounded(inputs: Tensor, how: TensorFormat, amax: Tensor | None) -> Tensor:
+    return fake_quantize_rows(inputs, how, amax).to(inputs.dtype)

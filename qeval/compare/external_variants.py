@@ -1,0 +1,54 @@
+"""Open what `--variant` names, once it lies on this machine: qeval's variants, checkpoints, ONNX folders."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qeval.backends.base import Backend
+from qeval.backends.onnx.packages import require_onnx
+from qeval.backends.onnx.providers import choose_provider, require_provider
+from qeval.compare.external_checkpoints import TokenCheck, baseline_of, import_checkpoints, is_external_checkpoint
+from qeval.compare.external_paths import VariantPath
+from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, given_entry, is_variant
+from qeval.models.info import LoadedModel
+from qeval.models.onnx_layout import is_onnx
+
+if TYPE_CHECKING:
+    from qeval.compare.onnx import OnnxVariant
+
+
+def read_variants(
+    places: Sequence[VariantPath],
+    loaded: LoadedModel,
+    source: BaselineModel,
+    backend: Backend[Any],
+    token_check: TokenCheck,
+    fits: Sequence[FitsKernel],
+) -> tuple[VariantEntry, ...]:
+    """Return the variants of --variant that are no ONNX folders: qeval's own, and other tools' checkpoints."""
+    variants = [place for place in places if is_variant(place.path) or not is_onnx(place.path)]
+    checkpoints = [place for place in variants if not is_variant(place.path) and is_external_checkpoint(place.path)]
+    imported = {
+        entry.name: entry for entry in import_checkpoints(checkpoints, loaded, source, backend, token_check, fits)
+    }
+    weights = loaded.info.weights_sha256
+    return tuple(imported.get(place.name) or given_entry(place.name, place.path, weights, *fits) for place in variants)
+
+
+def read_onnx_folders(
+    places: Sequence[VariantPath], ep: str, loaded: LoadedModel, source: BaselineModel, token_check: TokenCheck
+) -> "tuple[OnnxVariant, ...]":
+    """Return the ONNX folders among --variant, each checked to read this run's texts as the baseline's tokens."""
+    folders = [place for place in places if not is_variant(place.path) and is_onnx(place.path)]
+    if not folders:
+        return ()
+    require_onnx()
+    from qeval.backends.onnx.backend import FolderBackend  # noqa: PLC0415 - an extra
+    from qeval.compare.onnx import read_onnx_folder  # noqa: PLC0415
+
+    provider = choose_provider(ep)
+    require_provider(provider)
+    baseline = baseline_of(loaded, source)
+    backend = FolderBackend(provider, torch.get_num_threads(), ids=int(source.head.weight.shape[0]))
+    return tuple(read_onnx_folder(place, loaded, baseline, token_check, backend) for place in folders)

@@ -1,0 +1,155 @@
+"""Schemes of recipes and variants: what can't be run is refused before any work; calibration; words for reports."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qeval.backends.install import installed
+from qeval.config import Recipe
+from qeval.errors import QevalError, UsageError
+from qeval.models.structure.graph import Description
+from qeval.models.structure.kv_cache import HeadShape, check_cache
+from qeval.models.structure.weight_views import is_expert
+from qeval.progress import Advance
+from qeval.quant.scheme import Scheme, scheme_of
+from qeval.quant.variant import Variant
+from qeval.quantize.ranges import collect_ranges
+from qeval.store.variants import MANIFEST, read_manifest
+
+_TORCH = "torch"
+
+
+def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
+    """Refuse schemes where weights alone are taken.
+
+    Args:
+        schemes: By the variant's name.
+        where: What takes weights alone, as the beginning of a sentence: `qeval bench times`.
+
+    Raises:
+        UsageError: It names the variants.
+    """
+    named = ", ".join(name for name, scheme in schemes.items() if scheme)
+    if named:
+        raise UsageError(
+            f"{where} weights alone, and these round activations, keys or values: {named}. Leave the parts after the "
+            "first + out, or score them by compare with torch and without --stream."
+        )
+
+
+def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[str]) -> None:
+    """Refuse schemes on backends that have no kernels for them in qeval.
+
+    Raises:
+        UsageError: It names backends and variants.
+    """
+    if others := [name for name in backends if name != _TORCH]:
+        refuse_schemes(schemes, f"--backend {','.join(others)} runs")
+
+
+def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[str, Scheme]:
+    """Return the schemes by variant of recipes, and of folders (by their names) that hold variants made before."""
+    stored = {name: folder for name, folder in folders.items() if (folder / MANIFEST).is_file()}
+    return {recipe.name: recipe.scheme for recipe in recipes} | {
+        name: scheme_of(read_manifest(folder).scheme) for name, folder in stored.items()
+    }
+
+
+def check_scheme(scheme: Scheme, model: Any, description: Description) -> None:
+    """Refuse a scheme that a model can't be run with, before any work.
+
+    Raises:
+        UsageError: Experts lie in stacks, attention is of an unknown kind, or heads don't divide into blocks.
+    """
+    names = [name for group in description.groups for name in group.names]
+    if scheme.activations and (experts := next(filter(is_expert, names), None)):
+        raise UsageError(
+            f"{type(model).__name__} keeps its experts in stacks ({experts}), whose inputs qeval does not round; leave "
+            "the +a part out."
+        )
+    if not scheme.caches:
+        return
+    shapes = check_cache(model)
+    for part, how in (("keys", scheme.keys), ("values", scheme.values)):
+        sizes = {getattr(shape, part)[1] for shape in shapes}
+        if how is not None and how.divides_heads and any(size % how.size for size in sizes):
+            raise UsageError(
+                f"{how.kind} has blocks of {how.size}, which don't divide the {part} of this model (a head of "
+                f"{', '.join(map(str, sorted(sizes)))}); llama.cpp refuses them too."
+            )
+
+
+def with_scheme(
+    variant: Variant,
+    recipe: Recipe,
+    model: Any,
+    description: Description,
+    samples: Sequence[Sequence[int]],
+    advance: Advance,
+) -> Variant:
+    """Return a variant of weights alone with its recipe's scheme: calibrated, and described in its details.
+
+    Static ranges are those of the float model's inputs, as Model Optimizer has them; where the method folds scales into
+    its weights, whose inputs then are others, those of the quantized model.
+
+    Args:
+        variant: The weights.
+        recipe: What names the scheme.
+        model: The model.
+        description: Its structure.
+        samples: The calibration text, where the scheme is static.
+        advance: Called with the tokens of each pass over it.
+    """
+    scheme = recipe.scheme
+    ranges: Mapping[str, Tensor] = {}
+    if scheme.is_static:
+        names = [name for name in variant.quantized_matrices if name != description.head]
+        with _as_run(model, variant, description.head):
+            ranges = collect_ranges(model, names, scheme, samples, advance)
+        _check_reached(recipe, ranges, names)
+    return replace(variant, scheme=scheme, ranges=ranges, details={**variant.details, **scheme_details(scheme, model)})
+
+
+def _check_reached(recipe: Recipe, ranges: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Refuse static activations of a linear that no calibration token reached, as an expert's may be."""
+    if recipe.scheme.has_static_inputs and (missing := [name for name in names if name not in ranges]):
+        raise QevalError(
+            f"'{recipe.name}': no calibration token reached {missing[0]} ({len(missing)} in all), so its input has no "
+            "range; give more --calibration-samples, or a dynamic format such as a-int8-token."
+        )
+
+
+def _as_run(model: Any, variant: Variant, head: str) -> AbstractContextManager[None]:
+    """Have the model's linears see the inputs that they will see, up to rounding."""
+    if not variant.input_scales and not (variant.floats and not variant.stored):
+        return nullcontext()
+    return installed(model, variant, skip=head, keep_dtype=next(model.parameters()).dtype)
+
+
+def scheme_details(scheme: Scheme, model: Any) -> dict[str, str]:
+    """Return a scheme in a report's words, with the bits of a cached token where keys or values are rounded."""
+    details = {}
+    if scheme.activations:
+        details["activations"] = scheme.activations.describe("token")
+    if scheme.keys:
+        details["keys"] = scheme.keys.describe("token and head")
+    if scheme.values:
+        details["values"] = scheme.values.describe("token and head")
+    if scheme.caches:
+        bits, numbers = _cache_bits(scheme, check_cache(model), next(model.parameters()).element_size() * 8)
+        details["bits per cached token"] = f"{bits:,.0f} ({bits / numbers:.2f} a number)"
+    return details
+
+
+def _cache_bits(scheme: Scheme, shapes: Sequence[HeadShape], float_bits: int) -> tuple[float, int]:
+    """Return the bits of one token's keys and values in all layers, dynamic scales counted, and how many they are."""
+    bits, numbers = 0.0, 0
+    for shape in shapes:
+        for (heads, size), how in ((shape.keys, scheme.keys), (shape.values, scheme.values)):
+            bits += heads * size * (how.bits_per_number(size) if how else float_bits)
+            numbers += heads * size
+    return bits, numbers

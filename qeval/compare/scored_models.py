@@ -1,0 +1,350 @@
+"""The models of a run: each is scored on one backend and put on record; what others are compared with keeps states.
+
+From a run to a session's forward pass: `score_all`, `ScoredModel.score`, `run_jobs`, a job's `run`, `window_states`.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from qeval.backends.base import Backend, BaselineBackend, Session, Target
+from qeval.backends.memory import reason_of
+from qeval.compare.exact import ExactBackend
+from qeval.compare.plan import Plan
+from qeval.compare.record import FloatModel, failed_record
+from qeval.compare.variants import VariantEntry
+from qeval.config import BASELINE
+from qeval.errors import BrokenRecordError, QevalError, UsageError
+from qeval.executors.local import run_jobs
+from qeval.files.atomic import write_text
+from qeval.files.locks import alone
+from qeval.identity import digest
+from qeval.metrics.tokens import Logits
+from qeval.models.device import free_bytes, release_cached
+from qeval.paths import home
+from qeval.progress import Advance, Progress
+from qeval.score.corpus import Shard, window_states
+from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, part_states
+from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ScoringJob, Work
+from qeval.store.ledger import JobId, Ledger
+from qeval.store.rows import RowKind, RowStore
+from qeval.store.run import RuntimeRecord, VariantRecord
+from qeval.store.states import StateStore
+
+_LABELS: dict[RowKind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations"}
+_STATES_SHARE = 8
+"""The part of a GPU's free memory that the baseline's states may take: an eighth."""
+
+
+class ScoredSubject(Protocol):
+    """A model of a run: a variant, a folder that another tool made, or the float model."""
+
+    @property
+    def method(self) -> str:
+        """The method that quantized it."""
+        ...
+
+    @property
+    def target(self) -> Target:
+        """The target that a backend opens."""
+        ...
+
+    def record(self, name: str, backend: str, seconds: float) -> VariantRecord:
+        """Return what the run says of it; `seconds` is how long scoring took."""
+        ...
+
+
+@dataclass(eq=False, kw_only=True)
+class ScoredModel:
+    """One model of a run on one backend: its rows, or why it failed.
+
+    Attributes:
+        name: As rows and reports have it.
+        variant: What it is.
+        backend: What runs it.
+        key: What of the weights and the backend changes numbers.
+        out: The run's folder.
+        twin: The same weights on the baseline's backend, which it is compared with too.
+        error: Why it can't be scored.
+        seconds: How long scoring took here.
+    """
+
+    name: str
+    variant: ScoredSubject
+    backend: Backend[Any]
+    key: Mapping[str, Any]
+    out: Path
+    twin: "ReferenceModel | None" = None
+    error: str | None = None
+    is_baseline: bool = False
+    seconds: float = field(default=0.0, init=False)
+    _records: dict[RowKind, list[Path | None]] = field(default_factory=dict, init=False)
+    _jobs: list[ScoringJob] = field(default_factory=list, init=False)
+    _session: Session | None = field(default=None, init=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False)
+
+    @property
+    def backend_name(self) -> str:
+        """The backend's name in rows."""
+        return self.backend.name
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether another process was at one of the jobs when they were last looked at."""
+        return any(None in paths for paths in self._records.values())
+
+    def score(self, work: Work, *, wait: bool) -> None:
+        """Score what is missing; a failure is told and kept, but for the baseline's.
+
+        Args:
+            work: What it is scored on.
+            wait: Whether what other processes are at is waited for; without, it stays missing.
+
+        Raises:
+            UsageError: What was asked for can't be done.
+            QevalError, RuntimeError: A job of the baseline failed.
+        """
+        if self.error is not None or (self._records and not self.is_open):
+            return
+        start = time.perf_counter()
+        records: dict[RowKind, list[Path | None]] = {kind: [] for kind in _LABELS}
+        try:
+            jobs = self.jobs(work)
+            # One set of weights is in memory at a time: the baseline is done before a variant takes its place.
+            for job in () if self.is_baseline else self._jobs:
+                if job.find() is None:
+                    job.require_baseline()
+            for kind, label in _LABELS.items():
+                if units := sum(job.units for job in jobs[kind]):
+                    with work.progress.phase(f"score {self.name}: {label}", units) as advance:
+                        records[kind] = run_jobs(jobs[kind], work.ledger, advance, wait=wait)
+            self._records = records
+            self.seconds += time.perf_counter() - start
+            return
+        except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
+            if self.is_baseline or isinstance(error, UsageError):
+                raise
+            self.error = reason_of(error, f"scoring {self.name}", work.device)
+        finally:
+            self.close()
+        release_cached()
+        work.progress.warn(f"{self.name} failed: {self.error}")
+
+    def jobs(self, work: Work) -> dict[RowKind, list[ScoringJob]]:
+        """Return the jobs on everything, which the next session will be told of."""
+        jobs: dict[RowKind, list[ScoringJob]] = {
+            "tokens": [CorpusJob(self, work, shard) for shard in work.shards],
+            "items": [QuestionJob(self, work, suite, part) for suite in work.suites for part in suite.parts()],
+            "drift": [DriftJob(self, work, part) for part in work.parts],
+        }
+        self._jobs = [job for each in jobs.values() for job in each]
+        return jobs
+
+    def expect_only(self, ids: Collection[JobId]) -> None:
+        """Tell the next session of these jobs alone."""
+        self._jobs = [job for job in self._jobs if job.id in ids]
+
+    def job_ids(self, work: Work) -> set[tuple[str, str]]:
+        """Return the kind and key of every job; none where it can't be scored."""
+        if self.error is not None:
+            return set()
+        return {(job.id.kind, job.id.key) for jobs in self.jobs(work).values() for job in jobs}
+
+    def paths(self, kind: RowKind) -> list[Path]:
+        """Return the records of a kind that are there."""
+        return [path for path in self._records.get(kind, []) if path is not None]
+
+    def record(self) -> VariantRecord:
+        """Return what the run says of it."""
+        if self.error is not None:
+            return failed_record(self.name, self.variant.method, self.backend.name, self.error)
+        record = self.variant.record(self.name, self.backend.name, self.seconds)
+        details = dict(record.details)
+        if not self.backend.fake_quantizes:
+            details.pop("computed", None)  # that is said of torch
+        twin = self.twin.name if self.twin else None
+        return record.model_copy(update={"runtime": self._runtime(), "twin": twin, "details": details})
+
+    @contextmanager
+    def open(self) -> Iterator[Session]:
+        """Open the model for the length of the block, and write down how it is run."""
+        with self.backend.open(self.variant.target) as session:
+            if record := self.backend.describe(session, self.variant.target):
+                write_text(self._runtime_path, record.model_dump_json(indent=1) + "\n")
+            yield session
+
+    def session(self) -> Session:
+        """Return the model's session, which stays open until `close`."""
+        if self._session is None:
+            self._session = self._open.enter_context(self.open())
+            session = self._session
+            session.expect(call for job in self._jobs if job.find() is None for call in job.calls(session))
+        return self._session
+
+    def close(self) -> None:
+        """Close the session, which puts the baseline's weights back."""
+        self._open.close()
+        self._session = None
+
+    def keep_states(self, shard: Shard, states: Tensor) -> None:
+        """Do nothing: no other model is compared with this one."""
+
+    @property
+    def _runtime_path(self) -> Path:
+        return self.out / "runtimes" / f"{digest(self.key)}.json"
+
+    def _runtime(self) -> RuntimeRecord | None:
+        """Return how the model ran; None where it never did, since there was nothing to score, and for torch."""
+        try:
+            return RuntimeRecord.model_validate_json(self._runtime_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise BrokenRecordError(f"{self._runtime_path} is torn; delete it and the rows beside it.") from error
+
+
+@dataclass(eq=False, kw_only=True)
+class ReferenceModel(ScoredModel):
+    """A model that others are compared with: its final states are kept in `store`, and computed where they lack."""
+
+    backend: BaselineBackend[Any]
+    store: StateStore
+
+    def logits(self) -> Logits:
+        """Return the head that makes logits of the states."""
+        return self.backend.head_for(self.variant.target).logits
+
+    def states(self, shard: Shard, batch_tokens: int, advance: Advance) -> Tensor:
+        """Return the states of a shard's windows, [positions, width]; one process at a time computes them."""
+        compute = partial(window_states, windows=shard.windows, batch_tokens=batch_tokens, advance=advance)
+        return self._kept(self._states_key(shard), compute)
+
+    def continuation(self, part: DriftPart, batch_tokens: int, advance: Advance) -> Continuation:
+        """Return what the model says greedily after a part's prompts, kept as states are: an id is exact in fp32."""
+        key = digest({"continuation": dict(self.key), "version": DRIFT_VERSION, **part.key()})
+        tokens = self._kept(key, lambda session: session.greedy(part.prompts, part.count)).cpu().long()
+        compute = partial(part_states, part=part, tokens=tokens, batch_tokens=batch_tokens, advance=advance)
+        return Continuation(tokens, self._kept(digest({"states along": key}), compute))
+
+    def keep_states(self, shard: Shard, states: Tensor) -> None:
+        """Keep the states of a shard."""
+        self.store.write(self._states_key(shard), states)
+
+    def _states_key(self, shard: Shard) -> str:
+        return digest({"states": dict(self.key), **shard.key()})
+
+    def _kept(self, key: str, compute: Callable[[Session], Tensor]) -> Tensor:
+        states = self.store.read(key)
+        if states is not None:
+            return states
+        with alone(f"states-{key[:2]}"):  # a lock a key would leave as many files as there are shards
+            states = self.store.read(key)
+            if states is None:
+                with torch.inference_mode(), self.open() as session:
+                    states = compute(session)
+                self.store.write(key, states)
+        return states
+
+
+def baseline_model(plan: Plan, progress: Progress, states: Path | None = None) -> ReferenceModel:
+    """Return the baseline, which all others are compared with; its states are in the cache, or in a folder `states`."""
+    return ReferenceModel(
+        name=BASELINE,
+        variant=FloatModel(plan.baseline_key, float(plan.source.float_bits), plan.baseline_size_bytes),
+        backend=plan.backend,
+        key={"weights": plan.baseline_key},
+        out=plan.settings.out,
+        store=_baseline_states(plan, states or home() / "states" / plan.baseline_key, progress),
+        is_baseline=True,
+    )
+
+
+def _baseline_states(plan: Plan, folder: Path, progress: Progress) -> StateStore:
+    """Return the store of the baseline's states, which may take a share of a GPU's free memory."""
+    device = plan.source.device
+    room = free_bytes(device) // _STATES_SHARE if device.type == "cuda" else 0
+    return StateStore(folder, progress.warn, device, room)
+
+
+def work_of(plan: Plan, baseline: ReferenceModel, ledger: Ledger, progress: Progress) -> Work:
+    """Return what every model of the plan is scored on."""
+    return Work(
+        shards=plan.shards,
+        corpus=plan.protocol.corpus if plan.protocol else "",
+        suites=plan.suites,
+        parts=plan.parts,
+        continued=plan.drift.corpus if plan.drift else "",
+        rows=RowStore(plan.settings.out),
+        ledger=ledger,
+        baseline=baseline,
+        batch_tokens=plan.batch_tokens,
+        device=plan.source.device,
+        progress=progress,
+    )
+
+
+def scored_models(
+    plan: Plan, entries: Sequence[VariantEntry], baseline: ReferenceModel, progress: Progress
+) -> Iterator[ScoredModel]:
+    """Yield the models to score, in the order of the report: noise floors, variants, folders that other tools made."""
+    for backend in plan.floors:
+        yield _floor(plan, backend, f"{BASELINE}@{backend.name}", baseline, backend.prepare(progress))
+    if plan.rounds:
+        yield _floor(plan, ExactBackend(plan), f"{BASELINE}@fp32", None, None)
+    for entry in entries:
+        yield from _on_every_backend(plan, entry, progress)
+    for each in plan.onnx_variants:
+        weights = {"weights": each.sha256, "baseline": plan.baseline_key}
+        key = {**weights, **each.backend.identity(each.target)}
+        yield ScoredModel(name=each.name, variant=each, backend=each.backend, key=key, out=plan.settings.out)
+
+
+def states_folder(out: Path) -> Path:
+    """Return where a run keeps the variants' final states until every backend has been compared with them."""
+    return out / "states"
+
+
+def score_all(baseline: ScoredModel, models: Sequence[ScoredModel], work: Work) -> None:
+    """Score the models that come after the baseline, then wait for what others are at, the baseline's part first."""
+    for model in models:
+        model.score(work, wait=False)
+    if any(each.is_open for each in (baseline, *models)) and (others := work.ledger.at_work()):
+        work.progress.tell(f"Waiting for {' and '.join(others)}: at work on what is left of this run.")
+    for model in (baseline, *models):
+        model.score(work, wait=True)
+
+
+def _on_every_backend(plan: Plan, entry: VariantEntry, progress: Progress) -> Iterator[ScoredModel]:
+    """Yield a variant on every backend: on the first by the name that was typed, then by that with `@backend`."""
+    twin: ReferenceModel | None = None
+    for place, backend in enumerate(plan.backends):
+        name = f"{entry.name}@{backend.name}" if place else entry.name
+        error = entry.error or backend.prepare(progress)
+        key = {} if error else {"weights": plan.baseline_key, **entry.identity, **backend.identity(entry.target)}
+        if backend is plan.backend and len(plan.backends) > 1:
+            store = StateStore(states_folder(plan.settings.out), progress.warn)
+            twin = ReferenceModel(
+                name=name, variant=entry, backend=plan.backend, key=key, out=plan.settings.out, error=error, store=store
+            )
+            yield twin
+        else:
+            yield ScoredModel(
+                name=name, variant=entry, backend=backend, key=key, out=plan.settings.out, twin=twin, error=error
+            )
+
+
+def _floor(plan: Plan, backend: Backend[Any], name: str, twin: ReferenceModel | None, error: str | None) -> ScoredModel:
+    """Return the baseline itself in other arithmetic: the least that a run can see."""
+    key = {"weights": plan.baseline_key, **backend.identity(None)}
+    variant = FloatModel(digest(key), float(plan.source.float_bits), plan.baseline_size_bytes)
+    return ScoredModel(
+        name=name, variant=variant, backend=backend, key=key, out=plan.settings.out, twin=twin, error=error
+    )

@@ -1,0 +1,83 @@
+"""Read a run's data before its model: the hub's texts and the tasks of questions; then both in the model's tokens."""
+
+from collections.abc import Sequence
+
+from qeval.compare.hub_access import needs_of
+from qeval.compare.settings import Settings
+from qeval.compare.tokens import each_corpus, protocol_of
+from qeval.errors import UsageError
+from qeval.models.info import LoadedModel
+from qeval.models.vocabulary import check_ids
+from qeval.score.drift import DriftPart, parts_of
+from qeval.store.run import DriftRecord
+from qeval.tasks.corpus import bos_token, encode, load_corpus
+from qeval.tasks.drift import prompts_of
+from qeval.tasks.harness import Suite, TaskData, encode_task, load_task
+from qeval.tasks.windows import tokens_sha256
+
+
+def drift_of(settings: Settings, loaded: LoadedModel) -> tuple[DriftRecord, tuple[DriftPart, ...]]:
+    """Return the prompts that are continued greedily: the record of them, and their parts.
+
+    Raises:
+        UsageError: They and what follows do not fit the context, or the corpus is too short.
+    """
+    choice = settings.drift
+    whole = choice.prompt_tokens + choice.tokens
+    if whole > loaded.info.context_length:
+        raise UsageError(
+            f"Prompts of {choice.prompt_tokens} tokens and {choice.tokens} more are longer than the model's context of "
+            f"{loaded.info.context_length}; give smaller --drift-prompt-tokens or --drift-tokens."
+        )
+    corpus = load_corpus(protocol_of(each_corpus(settings.corpus)[0], loaded).corpus)
+    bos = bos_token(loaded.tokenizer, settings.corpus.bos)
+    prompts = prompts_of(encode(loaded.tokenizer, corpus.text), choice.prompts, choice.prompt_tokens, bos)
+    used = (token for prompt in prompts for token in prompt)
+    check_ids(used, loaded.info.vocab_size, loaded.tokenizer, f"The text '{corpus.name}'")
+    record = DriftRecord(
+        corpus=corpus.name,
+        corpus_sha256=corpus.sha256,
+        tokens_sha256=tokens_sha256([token for prompt in prompts for token in prompt]),
+        prompts=len(prompts),
+        prompt_tokens=choice.prompt_tokens,
+        generated=choice.tokens,
+        bos=bos is not None,
+    )
+    return record, parts_of(prompts, choice.tokens)
+
+
+def load_tasks(settings: Settings) -> list[TaskData]:
+    """Have every text of the hub here, and the data of the tasks of questions.
+
+    Raises:
+        UsageError: Something that was named is not there.
+    """
+    for need in needs_of(settings):
+        need.fetch()
+    choice = settings.questions
+    return [
+        load_task(name, shots=choice.shots, folder=choice.mmlu_dir, subjects=choice.subjects)
+        for name in settings.question_tasks
+    ]
+
+
+def suites_of(settings: Settings, loaded: LoadedModel, tasks: Sequence[TaskData]) -> tuple[Suite, ...]:
+    """Return the tasks' questions in a model's tokens.
+
+    Raises:
+        UsageError: A question does not fit the context.
+    """
+    suites = tuple(
+        encode_task(
+            data,
+            loaded.tokenizer,
+            max_length=loaded.info.context_length,
+            bos=settings.corpus.bos,
+            limit=settings.questions.limit,
+        )
+        for data in tasks
+    )
+    for suite in suites:
+        used = (token for question in suite.questions for pair in question.pairs for part in pair for token in part)
+        check_ids(used, loaded.info.vocab_size, loaded.tokenizer, f"A question of {suite.info.name}")
+    return suites

@@ -1,0 +1,1 @@
+"""Files and folders: atomic writes, locks, hashes, records and the shared database."""

@@ -1,0 +1,102 @@
+"""Metrics that a policy may limit, each with its unit, its direction and what a run must hold for it.
+
+Names are those of `report.json` where the figure is the same; `TASK_` stands for a task's name (`mmlu_flips`).
+Of greedy continuations what every prompt has is limited; the KL, the margin and the rejoining where a run leaves are
+not: the better a variant, the fewer it has, and one that never leaves has none.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qeval.errors import UsageError, unknown
+
+Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens"]
+Limit = Literal["at_most", "at_least"]
+MetricSource = Literal["kl", "ppl", "drift", "task", "size"]
+
+SCALE: dict[Unit, float] = {"points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0}
+"""What a margin's number is multiplied with to stand in a figure's own unit (shares, nats, bytes)."""
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """A metric: its words, the unit of its margin, the side that is limited, and where its rows come from."""
+
+    title: str
+    unit: Unit
+    limit: Limit
+    source: MetricSource
+    signed: bool = False  # whether it can lie below zero
+
+
+METRICS: dict[str, MetricKind] = {
+    "kl_nats": MetricKind("mean KL", "nats", "at_most", "kl"),
+    "kl_nats_p50": MetricKind("median KL", "nats", "at_most", "kl"),
+    "kl_nats_p90": MetricKind("p90 KL", "nats", "at_most", "kl"),
+    "kl_nats_p99": MetricKind("p99 KL", "nats", "at_most", "kl"),
+    "kl_nats_p99_9": MetricKind("p99.9 KL", "nats", "at_most", "kl"),
+    "reverse_kl_nats": MetricKind("mean reverse KL", "nats", "at_most", "kl"),
+    "kl_abs_modelopt": MetricKind("Model Optimizer's KL", "nats", "at_most", "kl"),
+    "top1_agreement": MetricKind("top-1 agreement", "%", "at_least", "kl"),
+    "ppl_increase": MetricKind("increase of perplexity", "%", "at_most", "ppl", signed=True),
+    "nll_diff_nats": MetricKind("increase of NLL", "nats", "at_most", "ppl", signed=True),
+    "drift_equal": MetricKind("tokens equal along continuations", "%", "at_least", "drift"),
+    "drift_diverged": MetricKind("prompts whose continuation leaves the baseline's", "%", "at_most", "drift"),
+    "drift_first_tokens": MetricKind("continuation before leaving the baseline's", "tokens", "at_least", "drift"),
+    "size_ratio": MetricKind("size, times smaller", "times", "at_least", "size"),
+    "size_bytes": MetricKind("size", "MB", "at_most", "size"),
+    "bits_per_weight": MetricKind("bits per weight", "bits", "at_most", "size"),
+}
+QUANTILES = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
+
+TASK_METRICS: dict[str, MetricKind] = {
+    "acc_drop": MetricKind("drop", "points", "at_most", "task", signed=True),
+    "flips": MetricKind("flipped answers", "%", "at_most", "task"),
+    "right_to_wrong": MetricKind("answers gone wrong", "%", "at_most", "task"),
+    "choice_kl_nats": MetricKind("mean KL over the choices", "nats", "at_most", "task"),
+}
+
+
+def split(metric: str) -> tuple[str | None, str]:
+    """Return the task (None where there is none) and the metric's own name.
+
+    Raises:
+        UsageError: no metric of that name is known; the nearest are listed.
+
+    >>> split("kl_nats"), split("mmlu_acc_drop")
+    ((None, 'kl_nats'), ('mmlu', 'acc_drop'))
+    """
+    if metric in METRICS:
+        return None, metric
+    for name in TASK_METRICS:
+        task = metric.removesuffix(f"_{name}")
+        if task and task != metric:
+            return task, name
+    raise unknown("metric", metric, [*METRICS, *(f"TASK_{name}" for name in TASK_METRICS)])
+
+
+def kind_of(metric: str) -> MetricKind:
+    """Return a metric's kind; raises as `split` does."""
+    task, name = split(metric)
+    return METRICS[name] if task is None else TASK_METRICS[name]
+
+
+def margin_of(text: str, kind: MetricKind, metric: str) -> float:
+    """Return a margin such as '1.0 points' in the figure's own unit (0.01).
+
+    Raises:
+        UsageError: it is no number, or its unit is not the metric's.
+    """
+    words = text.split()
+    try:
+        number = float(words[0])
+        unit = " ".join(words[1:])
+    except (IndexError, ValueError):
+        number, unit = float("nan"), ""
+    if unit != kind.unit or not abs(number) < float("inf"):
+        raise UsageError(
+            f"The margin of {metric} must be a number of {kind.unit}, such as '1.5 {kind.unit}', not '{text}'."
+        )
+    if number < 0 and not kind.signed:
+        raise UsageError(f"The margin of {metric} cannot be below zero, as '{text}' is.")
+    return number * SCALE[kind.unit]

@@ -1,0 +1,1 @@
+"""The jobs besides `compare`: quantize, export, sensitivity, verify, selfcheck and conformance."""

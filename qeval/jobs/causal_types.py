@@ -1,0 +1,154 @@
+"""`qeval models --check --all`: every causal model type of transformers, tiny and random.
+
+Each is scored in each way that qeval has and by full forward passes. It agrees, is refused in a sentence, or can't be
+built here, with the reason. One that gives other scores, or fails in another way, is a fault.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from qeval.backends.base import Session
+from qeval.backends.torch import TorchBackend
+from qeval.errors import QevalError, first_line
+from qeval.models.silence_transformers import quiet
+from qeval.models.structure.graph import describe_model
+from qeval.models.structure.head import head_of
+from qeval.models.structure.supported import check_supported, support_notes
+from qeval.models.tiny import TINY_VOCABULARY, tiny_config, tiny_model
+from qeval.progress import Progress
+from qeval.types import Request
+
+TypeOutcome = Literal["agrees", "refused", "not buildable", "wrong", "crash"]
+OUTCOMES: tuple[TypeOutcome, ...] = ("agrees", "refused", "not buildable", "wrong", "crash")
+ALLOWED_NATS = 1e-3
+"""What a token's log-probability may differ by from that of a full forward pass."""
+_PREFIX, _RESTS, _WINDOWS = 23, (11, 1, 6), (40, 24, 33)
+"""Tokens of a shared prefix, of what continues it, and of windows: most longer than the tiny models' windows of 8."""
+_BATCH = 12
+"""Types that one process goes through: what they leave in memory ends with it."""
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """The result of one model type: `line` is the largest difference in nats, or the reason."""
+
+    model_type: str
+    outcome: TypeOutcome
+    line: str
+
+
+def check_type(model_type: str) -> TypeRow:
+    """Return how qeval's scores of a tiny model of a type compare with full forward passes."""
+    try:
+        with quiet():
+            check_supported(CONFIG_MAPPING[model_type](), Path(model_type))
+    except QevalError as error:
+        return TypeRow(model_type, "refused", str(error))
+    except Exception as error:  # noqa: BLE001 - its own default configuration can't be made
+        return TypeRow(model_type, "not buildable", f"{type(error).__name__}: {first_line(error)}")
+    try:
+        model = tiny_model(tiny_config(model_type))
+    except QevalError as error:
+        return TypeRow(model_type, "not buildable", str(error))
+    try:
+        with quiet():
+            off = _difference(model)
+    except QevalError as error:
+        return TypeRow(model_type, "refused", str(error))
+    except Exception as error:  # noqa: BLE001 - whatever a model's code raises is its row's
+        return TypeRow(model_type, "crash", f"{type(error).__name__}: {first_line(error)}")
+    return TypeRow(model_type, "agrees" if off <= ALLOWED_NATS else "wrong", f"{off:.1e} nats")
+
+
+def check_types(names: Sequence[str], progress: Progress) -> list[TypeRow]:
+    """Go through model types, some in one process at a time.
+
+    Args:
+        names: Of `CAUSAL_TYPES`.
+        progress: Is told of each type that is done.
+    """
+    found = []
+    with progress.phase("check model types", len(names)) as advance:
+        for start in range(0, len(names), _BATCH):
+            for row in _in_a_process(names[start : start + _BATCH]):
+                found.append(row)
+                advance(1)
+    return found
+
+
+def lines_of(rows: Sequence[TypeRow]) -> list[str]:
+    """Return the rows as the lines of a table, and a last line of how many came to what."""
+    counts = Counter(row.outcome for row in rows)
+    widths = [max(len(row.model_type) for row in rows), max(map(len, OUTCOMES))]
+    table = [f"| {row.model_type:{widths[0]}} | {row.outcome:{widths[1]}} | {row.line} |" for row in rows]
+    head = f"| {'model type':{widths[0]}} | {'outcome':{widths[1]}} | largest difference, or why |"
+    ruler = f"| {'-' * widths[0]} | {'-' * widths[1]} | --- |"
+    totals = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
+    return [head, ruler, *table, "", f"{len(rows)} causal model types: {totals}."]
+
+
+def any_fault(rows: Iterable[TypeRow]) -> bool:
+    """Return whether any type gives other scores, or fails without a sentence."""
+    return any(row.outcome in ("wrong", "crash") for row in rows)
+
+
+def _in_a_process(names: Sequence[str]) -> Iterator[TypeRow]:
+    """Yield the rows of some types; where the process is killed, each is tried in one of its own."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            yield from [*pool.map(check_type, names)]
+    except BrokenProcessPool:
+        if len(names) == 1:
+            yield TypeRow(names[0], "crash", "its process was killed")
+        else:
+            for name in names:
+                yield from _in_a_process([name])
+
+
+@torch.inference_mode()
+def _difference(model: Any) -> float:
+    """Return the largest difference of a token's log-probability between qeval's scores and full forward passes."""
+    description, head = describe_model(model), head_of(model)
+    support_notes(model, description)
+    backend = TorchBackend(model, description, head, torch.float32)
+    with backend.open(None) as session:
+        return max(_of_windows(model, session), _of_prefix(model, session))
+
+
+def _of_windows(model: Any, session: Session) -> float:
+    """Score windows of unequal length in one batch."""
+    windows = [_tokens(count, seed=count) for count in _WINDOWS]
+    states = session.states([Request(window, tuple(range(len(window)))) for window in windows])
+    return max(_off(session, s, _full(model, window)) for s, window in zip(states, windows, strict=True))
+
+
+def _of_prefix(model: Any, session: Session) -> float:
+    """Score continuations of a prefix that ran once."""
+    prefix, rests = _tokens(_PREFIX, seed=1), [_tokens(count, seed=10 + count) for count in _RESTS]
+    states = session.states([Request(rest, tuple(range(len(rest)))) for rest in rests], session.prefill(prefix))
+    return max(_off(session, s, _full(model, prefix + rest)[_PREFIX:]) for s, rest in zip(states, rests, strict=True))
+
+
+def _off(session: Session, states: Tensor, expected: Tensor) -> float:
+    found = torch.log_softmax(session.logits(states).double(), -1)
+    return float((found - torch.log_softmax(expected.double(), -1)).abs().max())
+
+
+def _full(model: Any, tokens: tuple[int, ...]) -> Tensor:
+    logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def _tokens(count: int, seed: int) -> tuple[int, ...]:
+    drawn = torch.randint(3, TINY_VOCABULARY - 16, (count,), generator=torch.Generator().manual_seed(seed))
+    return tuple(drawn.tolist())

@@ -1,0 +1,1 @@
+"""Checkpoints: which stored tensors make each weight of a model, and how they are read."""

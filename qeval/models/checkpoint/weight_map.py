@@ -1,0 +1,88 @@
+"""The places of a model's weights in a checkpoint: under their own names, others', or expert by expert.
+
+`fit.py` finds which tensors make which weight; here each becomes something that can be read by rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from qeval.errors import UsageError
+from qeval.models.checkpoint.fit import Sources, fit_of, saved_buffers
+from qeval.models.checkpoint.safetensors_rows import Plain, RowsOfParts, StoredTensor, Transposed
+from qeval.models.checkpoint.weights import TensorEntry, check_complete
+from qeval.models.structure.weight_views import expert_name, stacks_of, transposed_weights, weights_of
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMap:
+    """The places of a model's weights in a checkpoint, and of the buffers that are stored with them.
+
+    Weights are named as by `weight_views.weights_of`. Also sentences on what else the checkpoint holds, and heads that
+    are no longer their embedding.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    notes: tuple[str, ...]
+    untied: tuple[str, ...]
+
+
+def map_weights(model: Any, entries: Sequence[TensorEntry], where: str) -> WeightMap:
+    """Find every weight of `model`, which may be without numbers, among the tensors of a checkpoint.
+
+    Raises:
+        UsageError: The checkpoint lacks a tensor, holds another shape, or keeps a weight in a form that can't be read
+            by rows.
+    """
+    fit = fit_of(model, entries, where)
+    stacks, turned = stacks_of(model), transposed_weights(model)
+    stored: dict[str, StoredTensor] = {}
+    for name, sources in fit.sources.items():
+        pattern, parts = next(iter(sources.items()))
+        if pattern in fit.converters:
+            stored |= _experts(name, sources, fit.converters[pattern], len(stacks.get(name, ())), where)
+        elif name in stacks:
+            stored |= {expert_name(name, index): part for index, part in enumerate(_stack_slices(parts[0]))}
+        else:
+            stored[name] = Transposed(Plain(parts[0])) if name in turned else Plain(parts[0])
+    _check(model, stored, where)
+    return WeightMap(stored, fit.notes, fit.untied)
+
+
+def _experts(name: str, sources: Sources, how: WeightConverter, count: int, where: str) -> dict[str, StoredTensor]:
+    """Return the matrices of a stack whose parts lie expert by expert, `count` of each kind."""
+    steps = [(type(step), getattr(step, "dim", None)) for step in how.operations]
+    if not count or steps not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        raise UsageError(
+            f"'{where}' keeps {name} in a form that is converted as it is loaded "
+            f"({', '.join(type(step).__name__ for step in how.operations)}), which --stream can't read; leave it out."
+        )
+    kinds = [sources.get(pattern, []) for pattern in how.source_patterns]
+    if wrong := [
+        (pattern, len(kind)) for pattern, kind in zip(how.source_patterns, kinds, strict=True) if len(kind) != count
+    ]:
+        raise UsageError(f"'{where}' holds {wrong[0][1]} tensors *{wrong[0][0]} for {name}, its model needs {count}.")
+    parts = [tuple(map(Plain, pieces)) for pieces in zip(*kinds, strict=True)]
+    return {
+        expert_name(name, i): pieces[0] if len(pieces) == 1 else RowsOfParts(pieces) for i, pieces in enumerate(parts)
+    }
+
+
+def _stack_slices(entry: TensorEntry) -> Iterator[Plain]:
+    """Yield every matrix of a stack that is stored as one tensor."""
+    step = (entry.end - entry.start) // entry.shape[0]
+    for start in range(entry.start, entry.end, step):
+        yield Plain(replace(entry, shape=entry.shape[1:], start=start, end=start + step))
+
+
+def _check(model: Any, stored: Mapping[str, StoredTensor], where: str) -> None:
+    """Refuse a checkpoint in which a weight is missing or of another shape."""
+    weights = weights_of(model) | saved_buffers(model)
+    check_complete(weights.keys() - stored.keys(), where)
+    for name, weight in weights.items():
+        if stored[name].shape != tuple(weight.shape):
+            raise UsageError(
+                f"'{where}' holds {name} as {list(stored[name].shape)}, its model needs {list(weight.shape)}."
+            )

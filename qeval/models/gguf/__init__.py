@@ -1,0 +1,1 @@
+"""GGUF files: their header, settings, tokenizer and tensors as transformers takes them."""

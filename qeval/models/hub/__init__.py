@@ -1,0 +1,1 @@
+"""Models by name: aliases, and the hub's files in the cache."""

@@ -1,0 +1,1 @@
+"""The structure of a model, traced: its linears, groups, head and weights."""

@@ -1,0 +1,119 @@
+"""The limits of what qeval scores and quantizes, seen in a configuration before any weight is read, and by tracing.
+
+Sessions keep keys and values of every token and share them between rows; layers that keep a running state instead
+(Mamba, linear attention, short convolutions) would give wrong answers after a shared prefix, so they are refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qeval.errors import UsageError
+from qeval.escape import cut
+from qeval.models.structure.graph import Description
+from qeval.models.structure.weight_views import stack_of, weights_of
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_MOST_FLOAT, _TOLD_FLOAT = 0.5, 0.01
+"""Shares of the decoder layers' weights that may stay in float, and that are told of."""
+_NAMED_AT_MOST = 3
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length")
+"""What configurations call the length of a context: most, MPT's, BLOOM's."""
+
+
+def check_supported(config: Any, where: Path | str) -> None:
+    """Refuse a configuration whose model qeval can't score.
+
+    Raises:
+        UsageError: It says what the model is.
+    """
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UsageError(f"'{where}' names architectures that are no names: {cut(named)}.")
+    what = ", ".join(named) or config.model_type
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (named and known.isdisjoint(named)):
+        raise UsageError(f"'{where}' names {what}, which is no causal language model that transformers can run.")
+
+    try:
+        text = config.get_text_config()
+    except ValueError as error:  # it has several
+        raise UsageError(f"'{where}' names {what}, of several language models; qeval takes one alone.") from error
+    if text.is_encoder_decoder:
+        raise UsageError(f"'{where}' names {what}, an encoder with a decoder; qeval takes decoders alone.")
+
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION)
+    if others or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful:
+        kinds = f"layers of {', '.join(others)}" if others else "layers"
+        raise UsageError(
+            f"'{where}' names {what}, whose {kinds} keep a running state in the place of each token's keys and values; "
+            "qeval takes models whose every layer attends."
+        )
+    if sizes := sorted(getattr(text, "per_layer_attributes", None) or ()):
+        raise UsageError(
+            f"'{where}' names {what}, whose layers are not of one size (they differ in {', '.join(sizes)}); qeval "
+            "takes models whose layers have one."
+        )
+    context_length(text, where)
+
+
+def context_length(config: Any, where: Path | str) -> int:
+    """Return the tokens that a model's context holds.
+
+    Args:
+        config: The language model's own configuration.
+        where: What messages call the file that it comes from.
+
+    Raises:
+        UsageError: It states none.
+    """
+    for name in _CONTEXT:
+        length = getattr(config, name, None)
+        if isinstance(length, int) and not isinstance(length, bool) and length > 0:
+            return length
+    raise UsageError(f"'{where}' names no context length ({_CONTEXT[0]}).")
+
+
+def support_notes(model: Any, description: Description) -> tuple[str, ...]:
+    """Return sentences on what of a model is neither scored nor quantized.
+
+    Raises:
+        UsageError: Most weights of the decoder layers are in modules that qeval can't quantize.
+    """
+    return (*_parts_beside_text(model, description), *_left_in_float(model, description))
+
+
+def _parts_beside_text(model: Any, description: Description) -> list[str]:
+    """Return a sentence on what is not in the decoder: vision towers and the like."""
+    decoder = model.get_decoder()
+    if decoder is None or model.config.get_text_config() is model.config:
+        return []
+    inside = {id(parameter) for parameter in decoder.parameters()} | {id(model.get_output_embeddings().weight)}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return [
+        f"{type(model).__name__} takes more than text; its language model of {len(description.layers)} layers alone is "
+        f"scored and quantized, and the {outside:,} parameters beside it stay in float."
+    ]
+
+
+def _left_in_float(model: Any, description: Description) -> list[str]:
+    prefixes = tuple(f"{layer}." for layer in description.layers)
+    inside = {n: w.numel() for n, w in weights_of(model).items() if w.dim() >= 2 and n.startswith(prefixes)}
+    quantized = {name for group in description.groups for name in group.names}
+    left = {name: count for name, count in inside.items() if name not in quantized}
+
+    share = sum(left.values()) / sum(inside.values())
+    if share <= _TOLD_FLOAT:
+        return []
+
+    kinds = list(dict.fromkeys(stack_of(name).rpartition(".layers.")[2].partition(".")[2] for name in left))
+    named = ", ".join(kinds[:_NAMED_AT_MOST]) + (" ..." if len(kinds) > _NAMED_AT_MOST else "")
+    sentence = (
+        f"{share:.0%} of the weights in {type(model).__name__}'s decoder layers are in modules that qeval can't "
+        f"quantize ({named})"
+    )
+    if share > _MOST_FLOAT:
+        raise UsageError(f"{sentence}, so no comparison would mean much.")
+    return [f"{sentence}; they stay in float."]

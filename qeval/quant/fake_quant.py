@@ -1,0 +1,142 @@
+"""Activations, keys and values rounded and returned as floats: what a runtime computes with, in fp32.
+
+Integers are symmetric, rounded half to even, with qmax = 2^(bits-1) - 1 from the largest magnitude: `q =
+clamp(round(x * (qmax / amax)))` and `q * (amax / qmax)`, as weights are. Small floats follow `quant/floats.py`. ggml's
+block types follow `ggml-quants.c` (`quantize_row_q8_0_ref`, `quantize_row_q4_0_ref`): scales are stored in fp16.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qeval.quant.floats import (
+    block_scales,
+    fake_quantize_blocks,
+    global_scale_of,
+    largest_magnitude,
+    over_blocks,
+    round_to_element,
+)
+from qeval.quant.rtn import inverse_and_scale
+from qeval.quant.scheme import TensorFormat
+
+_LLAMA_ROTATION = 64
+
+
+def fake_quantize_rows(values: Tensor, how: TensorFormat, amax: Tensor | None = None) -> Tensor:
+    """Quantize and dequantize along the last dimension.
+
+    Args:
+        values: [..., columns], any float type: inputs [batch, tokens, columns], or keys [batch, heads, tokens, size].
+        how: The format; its rotation is `rotate`'s.
+        amax: The largest magnitudes that a static format's scales come from, to be broadcast over `values`: one number,
+            or [heads, 1, size] for a scale a channel.
+
+    Returns:
+        fp32, of the same shape. Rows don't depend on each other.
+
+    Raises:
+        ValueError: The format is static and no largest magnitude is there.
+    """
+    if how.is_static and amax is None:
+        raise ValueError(f"{how} takes its scales from calibration text, and there are none.")
+    wide = values.float()
+    if how.span != "block":
+        return _on_one_scale(wide, largest_magnitude(wide).unsqueeze(-1) if amax is None else amax, how)
+    if how.element is not None:
+        whole = None if amax is None else global_scale_of(amax, how.element, how.rule)
+        return fake_quantize_blocks(wide, how.element, how.size, how.rule, whole)
+
+    if how.kind in _GGML:
+        return over_blocks(wide, how.size, _GGML[how.kind])
+    return over_blocks(
+        wide, how.size, lambda blocks: _on_one_scale(blocks, largest_magnitude(blocks).unsqueeze(-1), how)
+    )
+
+
+def rotate(heads: Tensor, size: int) -> Tensor:
+    """Multiply each `size` consecutive numbers of the last dimension by a Hadamard matrix over sqrt(size).
+
+    The matrix is symmetric and orthogonal, so a second call undoes the first. Queries that are rotated as keys are give
+    the same products; an output of rotated values is rotated back. So rounding inside a rotation is all there is to do.
+    """
+    parts = heads.float().reshape(*heads.shape[:-1], -1, size)
+    return torch.matmul(parts, _hadamard(size, heads.device)).flatten(-2)
+
+
+def rotation_size(head_size: int, *, of_keys: bool) -> int:
+    """Return the size of the Hadamard matrix that rotates a head: llama.cpp's where it has one.
+
+    llama.cpp (`llama-kv-cache.cpp`) rotates heads that 64 divides: keys by the largest power of two that does, values
+    64 at a time. Other heads are rotated here by the largest power of two that divides them.
+    """
+    largest = head_size & -head_size
+    return largest if of_keys else min(largest, _LLAMA_ROTATION)
+
+
+def fake_quantize_heads(heads: Tensor, how: TensorFormat, amax: Tensor | None = None, *, of_keys: bool) -> Tensor:
+    """Quantize and dequantize keys or values as a cache holds them: after the rotary embedding.
+
+    Args:
+        heads: [batch, heads, tokens, head size].
+        how: The format.
+        amax: As `fake_quantize_rows` takes it; of rotated heads, where the format rotates.
+        of_keys: Whether they are keys.
+
+    Returns:
+        fp32, of the same shape.
+    """
+    if not how.hadamard:
+        return fake_quantize_rows(heads, how, amax)
+    size = rotation_size(heads.shape[-1], of_keys=of_keys)
+    return rotate(fake_quantize_rows(rotate(heads, size), how, amax), size)
+
+
+def _on_one_scale(values: Tensor, amax: Tensor, how: TensorFormat) -> Tensor:
+    """Round values [..., n] on scales from `amax`, which is broadcast over them."""
+    if how.element is not None:
+        scales = block_scales(values, amax, how.element, "fp32")
+        return round_to_element(values / scales, how.element).mul_(scales)
+    largest = (1 << (how.bits - 1)) - 1
+    inverse, scales = inverse_and_scale(amax, largest)
+    return (values * inverse).round_().clamp_(-largest - 1, largest).mul_(scales)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    """Round blocks [..., 32] to ggml's Q8_0: half away from zero, scale amax / 127."""
+    amax = largest_magnitude(blocks).unsqueeze(-1)
+    scale = amax / torch.full_like(amax, 127.0)
+    scaled = blocks * _inverse(scale)
+    magnitude = scaled.abs()
+    whole = magnitude.floor()
+    codes = (whole + (2 * (magnitude - whole)).floor()).copysign(scaled)
+    return codes * scale.half().float()
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    """Round blocks [..., 32] to ggml's Q4_0: the number of largest magnitude goes to code -8, and keeps its sign."""
+    extreme = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
+    scale = extreme / torch.full_like(extreme, -8.0)
+    codes = (blocks * _inverse(scale) + 8.5).trunc_().clamp_(0, 15).sub_(8.0)
+    return codes * scale.half().float()
+
+
+_GGML: Mapping[str, Callable[[Tensor], Tensor]] = {"q8_0": _q8_0, "q4_0": _q4_0}
+"""Roundings of ggml's block types, by name."""
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Return 1 / scale, and 0 for 0."""
+    return torch.where(scale == 0, 0.0, torch.ones_like(scale) / scale)
+
+
+@lru_cache
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    """Return Sylvester's Hadamard matrix of a power of two, over sqrt(size)."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix / math.sqrt(size)).to(device)

@@ -1,0 +1,1 @@
+"""Quantization of whole models: calibration statistics, methods, and variants from recipes."""

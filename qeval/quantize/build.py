@@ -1,0 +1,184 @@
+"""From a recipe and a model to a variant; every weight of the model is accounted for."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from qeval.config import Recipe
+from qeval.errors import UsageError
+from qeval.models.structure.graph import Description
+from qeval.models.structure.head import Head
+from qeval.models.structure.weight_views import weights_of
+from qeval.progress import Advance
+from qeval.quant.grid import FloatGrid, PerBlock, WeightGrid, parse
+from qeval.quant.qweight import QWeight, check_fits
+from qeval.quant.variant import FloatWeight, Variant
+from qeval.quantize.context import InMemory, Source
+from qeval.quantize.mix import MixedGrids, mix_grids, mixed_budget
+from qeval.quantize.quantizers import QUANTIZERS, quantize_plan
+from qeval.quantize.scaling import Parameters, Search
+
+_FLOAT = "float"
+
+
+def source_of(
+    model: Any,
+    description: Description,
+    head: Head,
+    samples: Sequence[Sequence[int]],
+    statistics: Mapping[str, Any],
+) -> Source:
+    """Return a source over `model`; a tied head is listed under its own name too.
+
+    Args:
+        model: A transformers model.
+        description: Its structure.
+        head: Its output projection.
+        samples: Token ids of the calibration text; empty where none is needed.
+        statistics: Of every layer's input, by group; empty where none are needed.
+    """
+    parameters = weights_of(model)
+    parameters.setdefault(description.head, head.weight)
+    trials = InMemory(model, description, head, samples)
+    return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials)
+
+
+@torch.inference_mode()
+def build_variant(source: Source, recipe: Recipe, key: str, advance: Advance) -> Variant:
+    """Return the variant of a recipe.
+
+    Args:
+        source: The model, with the calibration that the recipe needs.
+        recipe: What to make.
+        key: The identity of the variant.
+        advance: Called with `trial_units` in all, then with `rounding_units`.
+
+    Raises:
+        UsageError: A block is larger than a row, no choice meets the budget, or a rule matches nothing.
+    """
+    grids, plan = plan_variant(source, recipe, key, advance)
+    return quantize_plan(source, recipe, grids, plan, advance)
+
+
+def plan_variant(source: Source, recipe: Recipe, key: str, advance: Advance) -> tuple[dict[str, WeightGrid], Variant]:
+    """Return the grids of a recipe, and its variant before any number is known: its matrices are on the meta device.
+
+    Args:
+        source: The model, with the calibration that the recipe needs.
+        recipe: What to make.
+        key: The identity of the variant.
+        advance: Called with `trial_units` in all.
+
+    Raises:
+        UsageError: As `build_variant`.
+    """
+    grids, kept = assign_grids(source, recipe)
+    choice = mix_grids(source, recipe, grids, advance) if recipe.quant_method.mixes else MixedGrids(grids, (), {})
+    grids = choice.grids
+
+    # the linears in the order of the computation, the head last
+    names = [*quantizable(source.description), source.description.head]
+    weights = {name: _meta_weight(source.search.parameters[name], grids[name]) for name in names if name in grids}
+    return grids, Variant(key, weights, {}, {}, kept, choice.choices, _details(recipe) | choice.details)
+
+
+def possible_grids(source: Source, recipe: Recipe) -> dict[str, tuple[WeightGrid, ...]]:
+    """Return the grids that each quantized weight may come out on: one, or the two that a mix chooses between.
+
+    What `build_variant` would refuse is refused here, before any calibration.
+
+    Raises:
+        UsageError: As `build_variant`.
+    """
+    method = recipe.quant_method
+    QUANTIZERS[method.rounding].check(recipe)
+    grids, _ = assign_grids(source, recipe)
+    if not method.mixes:
+        return {name: (grid,) for name, grid in grids.items()}
+    mixed_budget(source, recipe, grids)
+    return {name: (grid, recipe.high_grid) for name, grid in grids.items()}
+
+
+def quantizable(description: Description) -> list[str]:
+    """Return the names of all linears in decoder layers, in the order of the computation."""
+    return [name for group in description.groups for name in group.names]
+
+
+def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid], tuple[FloatWeight, ...]]:
+    """Return the grid of every quantized weight, and every other weight with its reason.
+
+    Raises:
+        UsageError: A rule matches nothing, a block is larger than a row, or nothing is quantized.
+    """
+    inside = set(quantizable(source.description))
+    _check_rules(recipe, source.search.parameters)
+
+    grids: dict[str, WeightGrid] = {}
+    kept = []
+    in_float = recipe.quant_method.rounding == "none"
+    for name, parameter in source.search.parameters.items():
+        rule = recipe.rule_for(name)
+        reason = _reason(source, recipe, name, parameter.dim(), name in inside and not in_float, rule)
+        if in_float and name in inside:
+            reason = "the recipe leaves the weights in float"
+        if reason is not None:
+            kept.append(FloatWeight(name, parameter.numel(), reason))
+            continue
+        grids[name] = recipe.low_grid if rule is None else parse(rule, recipe.low_grid)
+        check_fits(name, parameter.shape[1], grids[name])
+
+    # a tied head that stays in float is the embedding, which is listed already
+    head = source.description.head
+    if source.description.tied and head not in grids:
+        kept = [each for each in kept if each.name != head]
+    if not grids and not in_float:
+        raise UsageError(f"'{recipe.name}' leaves every weight in float; there is nothing to compare.")
+    return grids, tuple(kept)
+
+
+def _reason(source: Source, recipe: Recipe, name: str, dim: int, inside: bool, rule: str | None) -> str | None:
+    """Return why a weight stays in float, or None when it is quantized."""
+    description = source.description
+    if rule == _FLOAT:
+        return "the recipe's rules leave it in float"
+    if inside:
+        return None
+    if name in description.routers:
+        return "a router: it decides which experts run"
+    if name == description.head:
+        wanted = recipe.quantize_head or rule is not None
+        return None if wanted else "the head stays in float unless --quantize-head"
+    if name == description.embedding:
+        tied = ", tied with the head" if description.tied else ""
+        return f"the embedding is looked up, not multiplied{tied}"
+    return "not a matrix (a norm's gain or a bias)" if dim < 2 else "not a linear layer of a decoder layer"
+
+
+def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
+    for rule in recipe.rules:
+        if not any(fnmatchcase(name, rule.match) for name in parameters):
+            raise UsageError(f"'{recipe.name}': the rule '{rule.match}' matches no weight of this model.")
+
+
+def _meta_weight(parameter: torch.Tensor, grid: WeightGrid) -> QWeight:
+    """Return a quantized matrix of the shapes that `parameter` takes on `grid`, without numbers."""
+    rows, columns = parameter.shape
+    shape = grid.scale_shape(rows, columns)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    zeros = None if grid.symmetric else torch.empty(shape, dtype=torch.uint8, device="meta")
+    has_global = isinstance(grid, FloatGrid) and grid.has_global_scale
+    global_scale = torch.empty(1, 1, device="meta") if has_global else None
+    return QWeight(grid, codes, torch.empty(shape, device="meta"), zeros, global_scale)
+
+
+def _details(recipe: Recipe) -> dict[str, str]:
+    if recipe.quant_method.rounding == "none":
+        return {}
+    details = {"clip search": "per block" if recipe.clips else "none"}
+    if recipe.quantize_head:
+        details["head"] = "rounded to nearest"
+    blocks = isinstance(recipe.low_grid.granularity, PerBlock)
+    details["short blocks"] = "a width that the block does not divide ends in a short block" if blocks else "none"
+    return details

@@ -1,0 +1,59 @@
+"""Patch a model for the length of a `with` block: known outputs in place of layers, other values of parameters."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from qeval.models.structure.graph import Description
+
+
+def layers_of(model: Any, description: Description) -> nn.ModuleList:
+    """Return the list of the model's decoder layers."""
+    layers: nn.ModuleList = model.get_submodule(description.layers[0].rpartition(".")[0])
+    return layers
+
+
+@contextmanager
+def skip_layers(layers: nn.ModuleList, first: int, output: Any) -> Iterator[None]:
+    """Replace the layers before `first` by `output`, which the last of them returned (unused where first is 0)."""
+    originals = list(layers)[:first]
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = _KnownOutput(layer, output)
+        yield
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+@contextmanager
+def replace_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """Set other values of some parameters; the block gets the model's own, which are put back bit for bit."""
+    saved = {name: parameters[name].detach().clone() for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].copy_(value)
+        yield saved
+    finally:
+        for name, value in saved.items():
+            parameters[name].copy_(value)
+
+
+class _KnownOutput(nn.Module):
+    """Stands for a layer whose output is known."""
+
+    def __init__(self, layer: nn.Module, output: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "_layer", layer)  # not a submodule: only attributes that the model reads of it
+        self._output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)

@@ -1,0 +1,53 @@
+"""Statistics of the input of each group of linears, from one pass of the calibration text."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qeval.models.structure.forward import run_samples
+from qeval.models.structure.graph import Description, Group
+from qeval.models.structure.weight_views import Before, watch_products
+from qeval.progress import Advance
+from qeval.quant.statistics import Accumulator, InputStatistics
+
+Statistics = dict[str, InputStatistics]
+"""By the name of the first linear of a group; an expert that no token reached has none."""
+
+
+@torch.inference_mode()
+def collect(
+    model: Any, description: Description, samples: Sequence[Sequence[int]], seed: int, advance: Advance
+) -> Statistics:
+    """Collect the statistics of every group's input, one sample a forward pass.
+
+    Args:
+        model: The float model.
+        description: Its structure.
+        samples: Token ids of the calibration text.
+        seed: Of the sketches; the result depends on it and on the samples alone.
+        advance: Called with the tokens of each pass.
+    """
+    accumulators = {
+        group.names[0]: Accumulator(group.columns, seed + index, model.device)
+        for index, group in enumerate(description.groups)
+    }
+    with listening(model, description.groups, accumulators):
+        run_samples(model, samples, advance)
+    return {name: accumulator.statistics() for name, accumulator in accumulators.items() if accumulator.tokens}
+
+
+def listening(
+    model: Any, groups: Sequence[Group], accumulators: Mapping[str, Accumulator]
+) -> AbstractContextManager[None]:
+    """Add the inputs of groups to their accumulators (by the name of the first linear) inside a `with` block."""
+    return watch_products(model, before={group.seen_at: _listener(accumulators[group.names[0]]) for group in groups})
+
+
+def _listener(accumulator: Accumulator) -> Before:
+    def listen(inputs: Tensor) -> None:
+        accumulator.add(inputs.reshape(-1, inputs.shape[-1]))
+
+    return listen

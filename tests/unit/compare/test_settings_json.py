@@ -1,0 +1,70 @@
+"""What a run was asked for, to plain values and back; what of it two commands on one run may differ in."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from qeval.compare.settings import (
+    BackendChoice,
+    CalibrationChoice,
+    CorpusChoice,
+    DriftChoice,
+    ModelChoice,
+    Settings,
+    TaskChoice,
+)
+from qeval.compare.settings_json import identity_of, settings_json, settings_of
+from qeval.config import GridRule, Recipe
+from qeval.store.run import read_run
+from tests.fixtures.runs import make_run
+
+SETTINGS = Settings(
+    model=ModelChoice("org/m", "main", "cuda:1", "bfloat16"),
+    recipes=(
+        Recipe("a", "mixed", "int3-g64", "int8-channel", None, 4.8, "positional", True, (GridRule("*q*", "float"),)),
+    ),
+    variants=(("v", Path("some/folder")),),
+    tasks=("kl", "mmlu"),
+    corpus=CorpusChoice("file.txt", None, 64, 32, 3, "always"),
+    questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2),
+    drift=DriftChoice(4, 5, 6),
+    calibration=CalibrationChoice("text.txt", 3, 77),
+    out=Path("out"),
+    backends=BackendChoice(("torch", "ort"), (1, 4), "cpu", "dynamo", "qdq", "fp32"),
+    batch_tokens=100,
+    threads=3,
+    seed=9,
+    workers=2,
+    executor="ray",
+    command="qeval compare",
+)
+FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,
+        "executor": "local", "worker_gpus": 0.5}  # fmt: skip
+BOUND = {
+    "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
+    "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
+    "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(),
+}  # fmt: skip
+
+
+def test_settings_come_back_from_a_record_as_they_were(tmp_path):
+    record = read_run(make_run(tmp_path)).model_copy(
+        update={"settings": json.loads(json.dumps(settings_json(SETTINGS)))}
+    )
+    assert settings_of(record) == (Path.cwd(), SETTINGS)
+
+
+def test_every_setting_either_may_differ_or_may_not():
+    assert {field.name for field in fields(Settings)} == FREE.keys() | BOUND.keys()
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_changes_no_row_keeps_a_runs_identity(name):
+    assert identity_of(replace(SETTINGS, **{name: FREE[name]})) == identity_of(SETTINGS)
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_what_changes_rows_makes_another_run(name):
+    assert identity_of(replace(SETTINGS, **{name: BOUND[name]})) != identity_of(SETTINGS)

@@ -1,0 +1,31 @@
+"""The keys of cached variants, pinned: with another one, every variant that a user has would be made again."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from qeval.compare.variants import variant_key
+from qeval.config import parse_method
+
+KEYS = {
+    "rtn": "7604f275c2561765a1b8b9af3d4f0c16",
+    "rtn:int8-channel": "6262131584ce09af0daf93f9ff4955ba",
+    "rtn:int3-clip-g64": "d06007f5f7a2f2c1aa7937349855455f",
+    "rtn:g32-asym-head": "f28dae1fc5d2e8d17fc780310afa1766",
+    "awq": "20f2cfa02e50247de0d937f4a9f29c2e",
+    "awq:g32-noclip": "9068db55bfc133e40a5762ecadc193c0",
+    "gptq": "894930cc10abe3a5ebe24c72c9603655",
+    "gptq:int8-channel-noactorder": "9d034dd4c07d3d8944ce38d8870de03d",
+    "gptq:g32-damp0.05-noclip": "1dce2249f564df039bc79f17a8f2b9ab",
+    "mixed": "ca99b5542014c63e45690177222d76ab",
+    "mixed:g32-4.8bpw-fisher": "ca16759743d8b45ac17008f398ca091a",
+    "mixed:positional": "7d6c5f678df9617837e08cb9ada159d1",
+    "mixed-rtn:6bpw-clip": "aa3737ccd6ef4955fee17705393bccdf",
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_the_key_of_a_variant_is_the_same_in_every_release(name):
+    model = SimpleNamespace(arithmetic={}, weights_sha256="w", config_sha256="c")
+    calibration = SimpleNamespace(record={"tokens_sha256": "t"})
+    assert variant_key(parse_method(name), model, calibration, seed=7) == KEYS[name]
