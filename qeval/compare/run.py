@@ -52,11 +52,11 @@ def membership(plan: Plan, progress: Progress, *, shared: bool = True) -> Iterat
     """This process as one that works on the run in the plan's folder; it lasts until the report is written.
 
     Another command of the same settings joins it; one of other settings waits, and so does every other command where
-    the run is not `shared`. What killed processes left in the folder and in the cache is removed first.
+    the run is not `shared`. What killed processes left in the folder and in the cache is removed first, and at the end
+    what workers left that were killed meanwhile.
     """
     out = plan.settings.out
-    for folder in (out, *(home() / name for name in _CACHES)):
-        remove_abandoned(folder)
+    _remove_abandoned(out)
     settings, command = identity_of(plan.settings) if shared else uuid4().hex, plan.settings.command
     has_entered = False
     try:
@@ -67,6 +67,13 @@ def membership(plan: Plan, progress: Progress, *, shared: bool = True) -> Iterat
     finally:
         if not has_entered:
             withdraw(out)
+        _remove_abandoned(out)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove the temporary files of dead processes from OUT and from the cache."""
+    for folder in (out, *(home() / name for name in _CACHES)):
+        remove_abandoned(folder)
 
 
 def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:

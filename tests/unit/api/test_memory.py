@@ -9,7 +9,7 @@ import qeval
 from qeval.backends import memory
 from qeval.models.checkpoint.weights import read_entries, weight_files, weights_sha256
 from qeval.models.in_memory import memory_model
-from tests.fixtures.bench import Bench, keywords, row_files
+from tests.fixtures.bench import Bench, keywords, row_differences
 from tests.fixtures.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -54,7 +54,7 @@ def test_a_loaded_model_gives_the_rows_of_its_folder_and_is_left_as_it_was(place
     assert_unchanged(model, before)
     assert torch.get_num_threads() == threads
     saved = qeval.compare(str(folder), **keywords(place, out=tmp_path / "saved"))
-    assert row_files(mine.folder) == row_files(saved.folder)
+    assert row_differences(mine.folder, saved.folder) == []
     assert mine.record.model.weights_sha256 == saved.record.model.weights_sha256
     assert mine.record.model.source == "memory"
     assert mine.record.settings is None

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from qeval.cli.app import run_program
-from tests.fixtures.bench import CONTEXT, Bench, row_files
+from tests.fixtures.bench import CONTEXT, Bench, row_differences
 from tests.fixtures.tiny import save_tiny
 
 METHODS = "rtn:g32,rtn:int8-channel,gptq:g32"
@@ -70,7 +70,7 @@ def test_models_compared_at_once_end_on_the_same_page(place, tmp_path, capfd):
     assert [each["error"] is None for each in found["models"]] == [True, False, True]
     assert swept(place, [models[0], models[2]], tmp_path / "alone", "--quiet") == 0
     for name in ("model", "other"):
-        assert row_files(tmp_path / "abreast" / name) == row_files(tmp_path / "alone" / name)
+        assert row_differences(tmp_path / "abreast" / name, tmp_path / "alone" / name) == []
 
 
 @pytest.mark.parametrize(

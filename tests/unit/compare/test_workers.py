@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from qeval.errors import QevalError
 from qeval.executors import processes
 from qeval.executors.processes import helping
+from qeval.files.process_id import this_process
 from qeval.identity import digest_file
 from qeval.progress import Silent
 from qeval.score import jobs as score_jobs
 from qeval.store.ledger import LEDGER, read_ledger
 from qeval.store.rows import RowStore
 from qeval.store.seal import seal
-from tests.fixtures.bench import Bench, row_files
+from tests.fixtures.bench import Bench, row_differences, row_files
 from tests.fixtures.kills import CONTEXT, SHARD_TOKENS, Place, finish
 
 METHODS = "rtn:g32,rtn:int8-channel"
@@ -55,7 +57,7 @@ def test_two_workers_give_the_rows_of_one_and_do_each_job_once(place, tmp_path, 
     flags = {"methods": METHODS, "max_windows": "32", "out": str(out), "threads": "2", "workers": "2"}
     assert place.compare("--quiet", **flags) == 0
     assert "warning" not in capfd.readouterr().err
-    assert row_files(out) == row_files(place.out)
+    assert row_differences(out, place.out) == []
     tried = attempts(out)
     assert set(Counter((each.kind, each.key) for each in tried).values()) == {1}
     assert {each.outcome for each in tried} == {"done"}
@@ -140,7 +142,10 @@ def test_a_worker_that_is_killed_amid_a_job_costs_nothing_but_its_help(place, tm
         until = time.monotonic() + 60
         while not killed and time.monotonic() < until:  # in this process alone: the other was forked before
             for number in others_at_work(out):
+                other = replace(this_process(), pid=number, started=psutil.Process(number).create_time())
                 os.kill(number, signal.SIGKILL)
+                (out / "rows" / "tokens").mkdir(parents=True, exist_ok=True)
+                (out / "rows" / "tokens" / f".k.parquet.q-{other.token}.0").write_text("half")  # as if amid its writing
                 killed.append(number)
         return original(*args)
 
@@ -149,7 +154,7 @@ def test_a_worker_that_is_killed_amid_a_job_costs_nothing_but_its_help(place, tm
     assert len(killed) == 1
     said = "A worker ended early: it was killed (exit code -9). What it had not finished was done by others."
     assert f"warning: {said}\n" in capfd.readouterr().err
-    assert row_files(out) == row_files(place.out)
+    assert row_differences(out, place.out) == []
     assert Counter(each.outcome for each in attempts(out))["died"] <= 1
     assert sum(Counter((each.kind, each.key) for each in attempts(out)).values()) <= len(row_files(out))
 
@@ -170,7 +175,7 @@ def test_a_job_that_fails_in_one_worker_is_done_by_another(place, tmp_path, monk
     monkeypatch.setattr(score_jobs, "variant_columns", fail_once)
     assert compare(place, out, tmp_path, monkeypatch) == 0
     assert "warning" not in capfd.readouterr().err
-    assert row_files(out) == row_files(place.out)
+    assert row_differences(out, place.out) == []
     assert Counter(each.outcome for each in attempts(out))["failed"] == 1
 
 
