@@ -126,8 +126,8 @@ class Recipe:
             return
         if not scheme:
             raise UsageError(f"'{self.name}' rounds nothing; name what it rounds, for example {self.method}+kv-int8.")
-        if scheme.activations or self.quantize_head or self.rules:
-            raise UsageError(f"'{self.name}': activations, rules and the head go with quantized weights.")
+        if self.quantize_head or self.rules:
+            raise UsageError(f"'{self.name}': rules and the head go with quantized weights.")
 
     def _check_grids(self) -> None:
         """Refuse grids that the method can't take."""

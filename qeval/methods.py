@@ -69,7 +69,9 @@ METHODS: Mapping[str, QuantMethod] = {
         calibrated=True,
         words="int8-w8a8",
     ),
-    "none": QuantMethod("the weights as they are, for keys and values alone; fp16 and bf16 mean the same", "none"),
+    "none": QuantMethod(
+        "the weights as they are, for activations, keys and values alone; fp16 and bf16 mean the same", "none"
+    ),
     "modelopt": QuantMethod(
         "NVIDIA Model Optimizer's awq_lite (calibrated; needs nvidia-modelopt)",
         rounding="external",

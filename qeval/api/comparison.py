@@ -68,6 +68,7 @@ def compare(
     workers: int = 0,
     executor: str = "local",
     worker_gpus: float | None = None,
+    split: bool = False,
     seed: int = 0,
     out: PathLike | None = None,
     progress: Progress | None = None,
@@ -125,6 +126,7 @@ def compare(
         workers: Processes that score; 0: one on each GPU, else one.
         executor: Where workers run: local or ray.
         worker_gpus: GPUs of a Ray worker.
+        split: Score the parts of each recipe alone too: weights, activations, keys, values.
         seed: Decides the calibration sketch and the bootstrap.
         out: The run's folder; default: reports/ and the model's name.
         progress: Hears of phases and warnings; default: warnings go to the logger "qeval".

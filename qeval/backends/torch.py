@@ -307,7 +307,7 @@ class TorchBackend:
         head = self.head_for(variant)
         weights = installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype)
         changes = kv_changes(self._model, variant)
-        rounded = rounded_inputs(self._model, variant.scheme.activations, variant.quantized_matrices, variant.ranges)
+        rounded = rounded_inputs(self._model, variant.scheme.activations, variant.activation_inputs, variant.ranges)
         del variant, target  # its integers need not lie in memory beside what they stand for
         self._is_lent = True
         try:

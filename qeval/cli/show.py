@@ -35,7 +35,7 @@ def show_plan(plan: Plan, console: Console) -> None:
             f"{', '.join(near)}: losses of 8 bits come near the noise of {plan.model.compute_dtype}, which "
             "baseline@fp32 shows; --compute fp32 has none",
         )
-    names = [recipe.name for recipe in plan.settings.recipes] + [entry.name for entry in plan.given]
+    names = [recipe.name for recipe in plan.settings.every_recipe] + [entry.name for entry in plan.given]
     table.add_row("variants", ", ".join(names))
     if plan.protocol:
         p = plan.protocol
@@ -43,7 +43,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         table.add_row("convention", f"{p.convention}; {formatting.bos(p)}")
     for task in plan.tasks:
         table.add_row("questions", f"{task.title}: {task.items} in {len(task.subjects)} subjects")
-    if any(recipe.calibrated for recipe in plan.settings.recipes):
+    if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         seen = plan.settings.calibration
         table.add_row("calibration", f"{seen.source}: {seen.samples} x {seen.length} tokens")
     memory = f"{cost.peak_bytes / 2**30:.1f} GiB"

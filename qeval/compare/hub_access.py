@@ -51,7 +51,7 @@ def needs_of(settings: Settings) -> list[Need]:
             found.append(Need(_PROBE, lambda: False, lambda: None, ()))
         elif str(settings.questions.mmlu_dir) == HUB:
             found.append(_of_mmlu(settings.questions.subjects))
-    return [*found, *needs_of_calibration(settings.calibration, settings.recipes)]
+    return [*found, *needs_of_calibration(settings.calibration, settings.every_recipe)]
 
 
 def needs_of_calibration(choice: CalibrationChoice, recipes: Sequence[Recipe] | None = None) -> list[Need]:

@@ -123,7 +123,7 @@ class Plan:
             return []
         return [
             each.name
-            for each in self.settings.recipes
+            for each in self.settings.every_recipe
             if not each.quant_method.mixes and each.low_grid.bits >= _FINE_BITS
         ]
 
@@ -151,7 +151,7 @@ class Plan:
     @property
     def models(self) -> int:
         """The number of scored models: the baseline, and every variant on every backend."""
-        variants = len(self.settings.recipes) + len(self.given)
+        variants = len(self.settings.every_recipe) + len(self.given)
         return 1 + len(self.floors) + self.rounds + len(self.backends) * variants + len(self.onnx_variants)
 
 
@@ -172,10 +172,10 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     tasks = load_tasks(settings)  # what the hub lacks is told before a model is loaded
     places = local_places(settings.variants)
     _check_schemes(settings, places)
-    folds = any(recipe.quant_method.scales_inputs for recipe in settings.recipes)
+    folds = any(recipe.quant_method.scales_inputs for recipe in settings.every_recipe)
     loaded, source, backend = loaded_model(settings.model, memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
-    check_recipes(settings.recipes, source, settings.calibration.samples, *fits)
+    check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
     protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = suites_of(settings, loaded, tasks)
     drift, parts = drift_of(settings, loaded) if settings.continues else (None, ())
@@ -183,9 +183,9 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
-    if any(recipe.calibrated for recipe in settings.recipes):
+    if any(recipe.calibrated for recipe in settings.every_recipe):
         calibration()
-    for recipe in settings.recipes:
+    for recipe in settings.every_recipe:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
     given = read_variants(places, loaded, source, backend, token_check, fits)
@@ -230,7 +230,7 @@ def _check_machine(settings: Settings) -> None:
 
 def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     """Refuse rounded activations, keys and values where only weights are."""
-    schemes = schemes_of(settings.recipes, {place.name: place.path for place in places})
+    schemes = schemes_of(settings.every_recipe, {place.name: place.path for place in places})
     refuse_schemes_off_torch(schemes, settings.backends.names)
     if settings.model.stream:
         refuse_schemes(schemes, "--stream runs")

@@ -19,6 +19,7 @@ from qeval.compare.scored_models import (
     states_folder,
     work_of,
 )
+from qeval.compare.settings import Settings
 from qeval.compare.settings_json import identity_of, settings_json
 from qeval.compare.variants import VariantEntry
 from qeval.compare.workers import all_threads, helped, wait_for
@@ -29,6 +30,7 @@ from qeval.models.checkpoint.weights import read_entries, weight_files, weights_
 from qeval.paths import home
 from qeval.progress import Progress
 from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES
+from qeval.recipe_parts import names_of_parts
 from qeval.report.align import TOKEN_COLUMNS, item_rows, select, token_rows
 from qeval.report.soundness import NO_BASELINE, impossible_answers, impossible_tokens
 from qeval.score.choices import shared_tokens
@@ -102,7 +104,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
     witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
-    variants = [model.record().model_copy(update={"witness": witness}) for model in models]
+    variants = [_with_parts(model.record(), plan.settings, witness) for model in models]
     record = RunRecord(
         run_version=RUN_VERSION,
         command=plan.settings.command,
@@ -130,6 +132,14 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     return _write(plan, work, [baseline, *models], record, _manifests(entries))
 
 
+def _with_parts(record: VariantRecord, settings: Settings, witness: str) -> VariantRecord:
+    """Return the record with what it was asked, whether it is a part of others, and which variants are parts of it."""
+    recipe = next((each for each in settings.recipes if each.name == record.name), None)
+    parts = {} if recipe is None else dict(names_of_parts(recipe, settings.every_recipe))
+    is_part = any(each.name == record.name for each in settings.parts)
+    return record.model_copy(update={"witness": witness, "parts": parts, **({"role": "part"} if is_part else {})})
+
+
 def estimate(plan: Plan) -> Cost:
     """Estimate what the whole run costs from nothing; what the cache and OUT hold already is not taken off."""
     shape, models = plan.shape, plan.models
@@ -139,10 +149,10 @@ def estimate(plan: Plan) -> Cost:
     along, said = sum(part.tokens for part in plan.parts), sum(len(part.prompts) * part.count for part in plan.parts)
     flops = models * shape.forward_flops(plan.corpus_tokens + asked + along, 2 * (scored + said) + items)
     flops += shape.forward_flops(along, said)  # of generating
-    if any(recipe.calibrated for recipe in plan.settings.recipes):
+    if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.units)
-    for recipe in plan.settings.recipes:
+    for recipe in plan.settings.every_recipe:
         if recipe.quant_method.rounding == "sequential":
             flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
         if recipe.quant_method.mixes and recipe.importance == "measured":
@@ -163,7 +173,7 @@ def estimate(plan: Plan) -> Cost:
 def _make(plan: Plan, progress: Progress) -> list[VariantEntry]:
     """Return the variants in the order asked for; the calibration's statistics are let go when the last is made."""
     with all_threads(plan.settings), plan.workshop(progress) as workshop:
-        return [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
+        return [*(workshop.entry(recipe) for recipe in plan.settings.every_recipe), *plan.given]
 
 
 def _check_baseline(plan: Plan, baseline: ScoredModel) -> None:
@@ -249,7 +259,7 @@ def _note_overlap(plan: Plan, progress: Progress) -> None:
 
 
 def _calibration(plan: Plan) -> CalibrationRecord | None:
-    if not any(recipe.calibrated for recipe in plan.settings.recipes):
+    if not any(recipe.calibrated for recipe in plan.settings.every_recipe):
         return None
     return CalibrationRecord.model_validate({**plan.calibration().record, "overlap": plan.overlap()})
 

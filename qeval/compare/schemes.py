@@ -107,7 +107,7 @@ def with_scheme(
     scheme = recipe.scheme
     ranges: Mapping[str, Tensor] = {}
     if scheme.is_static:
-        names = [name for name in variant.quantized_matrices if name != description.head]
+        names = [name for name in variant.activation_inputs if name != description.head]
         with _as_run(model, variant, description.head):
             ranges = collect_ranges(model, names, scheme, samples, advance)
         _check_reached(recipe, ranges, names)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from qeval.compare.options import Checked, Option
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
+from qeval.recipe_parts import added_parts
 from qeval.types import OnnxFormat, OnnxPrecision
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
@@ -238,6 +240,9 @@ class Settings(Checked):
     ] = 0
     executor: Annotated[Executor, Option("Where workers run: this machine, or a Ray cluster.")] = "local"
     worker_gpus: Annotated[float | None, Option("GPUs of a Ray worker; default: 1 on --device cuda, else 0.")] = None
+    split: Annotated[
+        bool, Option("Score the parts of each recipe alone too: its weights, activations, keys and values.")
+    ] = False
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -246,7 +251,7 @@ class Settings(Checked):
         Raises:
             UsageError: Nothing to compare or to score, two variants of one name, numbers below one, a file as --out.
         """
-        check_distinct((*self.recipes, *(Recipe(name, "rtn") for name, _ in self.variants)))
+        check_distinct((*self.every_recipe, *(Recipe(name, "rtn") for name, _ in self.variants)))
         if not self.recipes and not self.variants:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
@@ -285,6 +290,16 @@ class Settings(Checked):
     def worker_count(self) -> int:
         """The number of processes that score; one until `settings_here` has counted the GPUs."""
         return max(self.workers, 1)
+
+    @cached_property
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipes that `split` adds: parts of the others, scored alone to tell where their loss comes from."""
+        return added_parts(self.recipes) if self.split else ()
+
+    @property
+    def every_recipe(self) -> tuple[Recipe, ...]:
+        """The recipes that were asked for, and the parts of them."""
+        return (*self.recipes, *self.parts)
 
     @property
     def scores_tokens(self) -> bool:

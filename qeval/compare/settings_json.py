@@ -57,6 +57,8 @@ def identity_of(settings: Settings) -> str:
 def _plain(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, without fields that a recipe doesn't use and older runs don't have."""
     values: dict[str, Any] = _SETTINGS.dump_python(settings, mode="json")
+    if not settings.split:
+        del values["split"]
     for recipe in values["recipes"]:
         for part in ("alpha", *FORMAT_FIELDS):
             if recipe[part] is None:

@@ -192,13 +192,19 @@ def _stepwise(judges: dict[str, _Judge]) -> list[VariantVerdict]:
     return [verdicts[name] for name in judges]
 
 
+_NEVER_GATED = {
+    "floor": "the run's noise floor, the baseline against itself",
+    "part": "a part of another variant, scored to tell losses apart",
+}
+
+
 def _gated(run: PairedRun, names: Sequence[str]) -> list[VariantRecord]:
-    variants = {record.name: record for record in run.record.variants if record.role != "floor"}
+    variants = {record.name: record for record in run.record.variants if record.role == "variant"}
     if not variants:
         raise QevalError(f"The run '{run.folder}' has no variant: there is nothing to gate.")
     for name in names:
-        if name not in variants and any(record.name == name for record in run.record.variants):
-            raise UsageError(f"'{name}' is the run's noise floor, the baseline against itself; it is never gated.")
+        if name not in variants and (record := next((r for r in run.record.variants if r.name == name), None)):
+            raise UsageError(f"'{name}' is {_NEVER_GATED[record.role]}; it is never gated.")
         if name not in variants:
             raise unknown(f"variant of the run '{run.folder}'", name, variants)
     return [variants[name] for name in dict.fromkeys(names)] or list(variants.values())

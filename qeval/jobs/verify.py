@@ -215,7 +215,7 @@ def _check_same(plan: Plan, record: RunRecord) -> None:
 def _models(plan: Plan, baseline: ReferenceModel, progress: Progress) -> list[ScoredModel]:
     """Return every model of the run but the baseline, its variants made again where the cache lacks them."""
     with plan.workshop(progress) as workshop:
-        entries = [*(workshop.entry(recipe) for recipe in plan.settings.recipes), *plan.given]
+        entries = [*(workshop.entry(recipe) for recipe in plan.settings.every_recipe), *plan.given]
     return list(scored_models(plan, entries, baseline, progress))
 
 

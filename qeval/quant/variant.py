@@ -8,6 +8,9 @@ from torch import Tensor
 from qeval.quant.qweight import QWeight
 from qeval.quant.scheme import Scheme
 
+LEFT_IN_FLOAT = "the recipe leaves the weights in float"
+"""The reason of a linear in a variant that rounds activations, keys or values alone."""
+
 
 @dataclass(frozen=True)
 class FloatWeight:
@@ -71,6 +74,12 @@ class Variant:
     def quantized_matrices(self) -> tuple[str, ...]:
         """The names of the matrices on a grid, or quantized in a form of their own."""
         return (*self.weights, *(each.name for each in self.stored))
+
+    @property
+    def activation_inputs(self) -> tuple[str, ...]:
+        """The names of the linears whose inputs the scheme's activations are: the quantized ones, or all in float."""
+        in_float = (each.name for each in self.kept if each.reason == LEFT_IN_FLOAT)
+        return (*self.quantized_matrices, *in_float)
 
     @property
     def quantized_parameters(self) -> int:

@@ -14,7 +14,7 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.progress import Advance
 from qeval.quant.grid import FloatGrid, PerBlock, WeightGrid, parse
 from qeval.quant.qweight import QWeight, check_fits
-from qeval.quant.variant import FloatWeight, Variant
+from qeval.quant.variant import LEFT_IN_FLOAT, FloatWeight, Variant
 from qeval.quantize.context import InMemory, Source
 from qeval.quantize.mix import MixedGrids, mix_grids, mixed_budget
 from qeval.quantize.quantizers import QUANTIZERS, quantize_plan
@@ -122,7 +122,7 @@ def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid],
         rule = recipe.rule_for(name)
         reason = _reason(source, recipe, name, parameter.dim(), name in inside and not in_float, rule)
         if in_float and name in inside:
-            reason = "the recipe leaves the weights in float"
+            reason = LEFT_IN_FLOAT
         if reason is not None:
             kept.append(FloatWeight(name, parameter.numel(), reason))
             continue

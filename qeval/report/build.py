@@ -10,6 +10,8 @@ from qeval.report import corpora, measure_drift, measure_items, measure_tokens
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
+from qeval.report.measure_parts import sum_over_joint
+from qeval.report.measure_positions import kl_by_position
 from qeval.report.model import (
     BaselineReport,
     ComparisonReport,
@@ -19,6 +21,7 @@ from qeval.report.model import (
     Kept,
     Metrics,
     Mix,
+    PositionBucket,
     Provenance,
     Report,
     Task,
@@ -37,12 +40,13 @@ _CLUSTERS = "windows for tokens; subjects for questions, and questions where the
 
 
 class _Tokens(NamedTuple):
-    """Statistics of the token rows, by model; `kl` holds the rows of variants whose KL is finite."""
+    """Statistics of the token rows, by model; `kl` holds the rows of variants and parts whose KL is finite."""
 
     metrics: dict[str, Metrics]
     curves: dict[str, Curve | None]
     by_entropy: dict[str, list[EntropyBucket]]
     by_corpus: dict[str, dict[str, Metrics]]
+    by_position: dict[str, list[PositionBucket]]
     kl: dict[str, Floats]
     windows: Clusters | None
 
@@ -92,7 +96,7 @@ def build_paired(rows: PairedRun) -> Report:
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),
-        comparisons=_comparisons(tokens, run.seed),
+        comparisons=_comparisons(tokens, [each.name for each in run.variants if each.role == "variant"], run.seed),
         protocol=run.protocol,
         drift=run.drift,
         tasks=tasks,
@@ -128,7 +132,7 @@ def mark_pareto(variants: list[VariantReport]) -> list[VariantReport]:
     return [variant.model_copy(update={"pareto": variant.name in front}) for variant in variants]
 
 
-_NO_TOKENS = _Tokens({}, {}, {}, {}, {}, None)
+_NO_TOKENS = _Tokens({}, {}, {}, {}, {}, {}, None)
 
 
 def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
@@ -142,6 +146,7 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
     curves: dict[str, Curve | None] = {}
     by_entropy: dict[str, list[EntropyBucket]] = {}
     by_corpus: dict[str, dict[str, Metrics]] = {}
+    by_position: dict[str, list[PositionBucket]] = {}
     kl: dict[str, Floats] = {}
     windows = None
     for variant in paired.done:
@@ -151,9 +156,10 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
             by_entropy[name] = kl_by_entropy(rows, baseline, run.seed)
-            if variant.role == "variant" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
+            by_position[name] = kl_by_position(rows, run.seed)
+            if variant.role != "floor" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
-    return _Tokens(metrics, curves, by_entropy, by_corpus, kl, windows)
+    return _Tokens(metrics, curves, by_entropy, by_corpus, by_position, kl, windows)
 
 
 def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protocol: ProtocolRecord) -> Metrics:
@@ -246,7 +252,7 @@ def _variant(
     copied = (
         "name", "role", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
         "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
-        "twin", "runtime",
+        "twin", "runtime", "parts",
     )  # fmt: skip
     return VariantReport(
         **{name: getattr(record, name) for name in copied},
@@ -259,6 +265,8 @@ def _variant(
         kl_curve=tokens.curves.get(record.name),
         by_corpus=tokens.by_corpus.get(record.name, {}),
         kl_by_entropy=tokens.by_entropy.get(record.name, []),
+        kl_by_position=tokens.by_position.get(record.name, []),
+        parts_over_joint=sum_over_joint(record, tokens.kl, tokens.windows, run.seed),
         mix=mix,
         kept=_float_weights(record),
         void=void(run, record),
@@ -275,11 +283,11 @@ def _float_weights(record: VariantRecord) -> list[Kept]:
     ]
 
 
-def _comparisons(tokens: _Tokens, seed: int) -> list[ComparisonReport]:
+def _comparisons(tokens: _Tokens, names: list[str], seed: int) -> list[ComparisonReport]:
     """Compare each variant with the next in KL, paired."""
     if tokens.windows is None:
         return []
-    ranked = sorted(tokens.kl, key=lambda name: float(tokens.kl[name].mean()))
+    ranked = sorted(tokens.kl.keys() & set(names), key=lambda name: (float(tokens.kl[name].mean()), names.index(name)))
     return [
         ComparisonReport(
             metric="kl_nats",

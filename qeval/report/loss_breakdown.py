@@ -1,5 +1,6 @@
 """The loss of a variant on another runtime, split: what the export, the quantizer and the kernel each cost."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qeval.report import formatting, style
@@ -67,31 +68,51 @@ def loss_section(report: Report, plot: Plot | None) -> Section:
     )
 
 
+class StackedRow(NamedTuple):
+    """One bar: its name, its shares in the order of their labels, and what the whole came to."""
+
+    name: str
+    shares: tuple[Metric | None, ...]
+    whole: Metric
+
+
 def bars(report: Report) -> Drawing | None:
     """Draw the shares of every variant that has them all, stacked; None where none has."""
     complete = [split for split in splits(report) if all(m is not None and m.value is not None for m in split.shares)]
-    if not complete:
+    rows = [StackedRow(split.variant.name, split.shares, split.whole) for split in complete]
+    return stacked_bars(rows, _SHARES, "onnx-split", "Where the loss comes from")
+
+
+def stacked_bars(rows: Sequence[StackedRow], labels: Sequence[str], name: str, title: str) -> Drawing | None:
+    """Draw shares of KL as stacked bars, and each whole as a tick; None without rows.
+
+    Args:
+        rows: The bars; a share that is absent has no width.
+        labels: The shares' names; one that no bar has is left out.
+        name: The stem of the plot's file.
+        title: Of the plot.
+    """
+    if not rows:
         return None
+    figure, axes = style.figure(1.2 + _ROW * len(rows))
+    left = [0.0] * len(rows)
+    for place, label in enumerate(labels):
+        if any(row.shares[place] is not None for row in rows):
+            widths = [max(0.0, _value(row.shares[place])) for row in rows]
+            axes.barh(range(len(rows)), widths, left=left, height=0.62, color=style.colour(place), label=label)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+    whole = [_value(row.whole) for row in rows]
+    axes.plot(whole, range(len(rows)), "|", color=style.ink(), markersize=14, markeredgewidth=1.6, label="All")
 
-    # the shares, stacked, and the whole as a tick
-    figure, axes = style.figure(1.2 + _ROW * len(complete))
-    left = [0.0] * len(complete)
-    for place, share in enumerate(_SHARES):
-        widths = [max(0.0, _value(split.shares[place])) for split in complete]
-        axes.barh(range(len(complete)), widths, left=left, height=0.62, color=style.colour(place), label=share)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    whole = [_value(split.whole) for split in complete]
-    axes.plot(whole, range(len(complete)), "|", color=style.ink(), markersize=14, markeredgewidth=1.6, label="All")
-
-    axes.set_yticks(range(len(complete)), [split.variant.name for split in complete])
-    axes.set_ylim(len(complete) - 0.45, -0.55)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(True, axis="x")
     axes.set_xlim(left=0)
     axes.set_xlabel("KL from the baseline (nats)")
-    figure.legend(loc="outside lower center", ncols=4)
-    sentences = "; ".join(f"{split.variant.name}: {_shares_text(split)}" for split in complete)
-    return Drawing(figure, "onnx-split", "Where the loss comes from", f"Stacked shares of KL in nats. {sentences}.")
+    figure.legend(loc="outside lower center", ncols=len(labels) + 1)
+    sentences = "; ".join(f"{row.name}: {_shares_text(row, labels)}" for row in rows)
+    return Drawing(figure, name, title, f"Stacked shares of KL in nats. {sentences}.")
 
 
 _KERNELS = {
@@ -159,8 +180,9 @@ def _contents(ran: list[VariantReport]) -> Table:
     return Table("What the files of each model hold", ("Model", "Contents"), rows, folded=True)
 
 
-def _shares_text(split: Split) -> str:
-    return ", ".join(f"{name.lower()} {_text(m)}" for name, m in zip(_SHARES, split.shares, strict=True))
+def _shares_text(row: StackedRow, labels: Sequence[str]) -> str:
+    known = [(label, share) for label, share in zip(labels, row.shares, strict=True) if share is not None]
+    return ", ".join(f"{label.lower()} {_text(share)}" for label, share in known)
 
 
 def _level(variant: VariantReport) -> str:

@@ -135,6 +135,15 @@ class EntropyBucket(_Part):
     top1_agreement: Metric
 
 
+class PositionBucket(_Part):
+    """The scored positions of all windows from `first` to `last`, both counted in their window."""
+
+    first: int
+    last: int
+    positions: int
+    kl_nats: Metric
+
+
 class TaskResult(_Part):
     """One task, taken apart. All tables are empty, and the rest is None, where rows are not finite.
 
@@ -177,7 +186,8 @@ class VariantReport(_Part):
     """One variant: how it was made, how big it is, what it lost."""
 
     name: str
-    role: Literal["variant", "floor"] = "variant"  # the baseline itself in another type or backend: the noise floor
+    role: Literal["variant", "floor", "part"] = "variant"
+    """`floor`: the baseline itself in another type or backend; `part`: scored to tell others' losses apart."""
     method: str
     backend: str
     status: Literal["done", "broken", "failed"]
@@ -196,6 +206,8 @@ class VariantReport(_Part):
     kl_curve: Curve | None
     by_corpus: dict[str, Metrics] = {}  # each text apart, and `macro`, their mean; empty where there is one
     kl_by_entropy: list[EntropyBucket] = []  # the surest fifth first; empty where KL was not asked for or is not finite
+    kl_by_position: list[PositionBucket] = []  # empty where windows are short, or as `kl_by_entropy`
+    parts_over_joint: Metric | None = None  # the sum of the KLs of `parts` over its own; None where it was not split
     mix: Mix | None
     kept: list[Kept]
     input_scales: list[str]
@@ -203,6 +215,7 @@ class VariantReport(_Part):
     quantize_seconds: float
     score_seconds: float
     twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with
+    parts: dict[str, str] = {}  # the variants that are a part of this one alone: weights, activations, keys, values
     runtime: RuntimeRecord | None = None  # how ONNX Runtime or llama.cpp ran it; None on torch
     void: str | None = None  # why its figures say nothing: it was calibrated on what it was scored on
 

@@ -17,6 +17,7 @@ from qeval.report.build import quality
 from qeval.report.document import Plot
 from qeval.report.floors import largest_floor
 from qeval.report.model import Metric, Report, Task, VariantReport
+from qeval.report.part_tables import parts_bars
 from qeval.report.plot_labels import label_points, plain_ticks
 from qeval.report.style import Drawing
 from qeval.report.tables import baseline_name
@@ -249,6 +250,7 @@ def all_plots(report: Report) -> list[Plot]:
         partial(kl_distribution, report),
         partial(perplexity_bars, report),
         partial(loss_breakdown.bars, report),
+        partial(parts_bars, report),
         *(partial(accuracy_by_category, report, task) for task in report.tasks),
         *(partial(layer_map, index, variant) for index, variant in enumerate(report.variants)),
     ]

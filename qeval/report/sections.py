@@ -1,6 +1,6 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, tables
+from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, part_tables, tables
 from qeval.report.document import Plot, Section, Table, TableCell
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
@@ -84,8 +84,15 @@ def _kl(report: Report, drawn: dict[str, Plot]) -> Section:
     return Section(
         id="kl",
         title="KL-divergence",
-        plots=_pick(drawn, "kl-distribution"),
-        tables=(tables.kl_table(report), tables.kl_tail(report), *confidence.by_entropy(report), *compared),
+        plots=(*_pick(drawn, "parts"), *_pick(drawn, "kl-distribution")),
+        tables=(
+            *part_tables.parts_table(report),
+            tables.kl_table(report),
+            tables.kl_tail(report),
+            *part_tables.positions_table(report),
+            *confidence.by_entropy(report),
+            *compared,
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from qeval.report.frontier import by_method, frontier, frontiers, model_frontier
 from qeval.report.model import Report, VariantReport
 from qeval.report.privacy import strip_paths
 from qeval.report.render import html_page, write_plots
+from qeval.report.tables import ROLE_REMARKS
 
 REPORT = "report.json"
 """The name of a comparison's own report in its folder."""
@@ -136,7 +137,7 @@ def _holds(reports: Sequence[Report], name: str) -> bool:
 
 
 def _row(report: Report, variant: VariantReport, names: Sequence[str]) -> tuple[TableCell, ...]:
-    remark = {"floor": "noise floor"}.get(variant.role, variant.status if variant.status != "done" else None)
+    remark = ROLE_REMARKS.get(variant.role, variant.status if variant.status != "done" else None)
     cells = [metric_cell(variant.metrics.get(name), signed=name.endswith("_diff")) for name in names]
     bits, size = TableCell(f"{variant.bits_per_weight:.2f}"), TableCell(formatting.size(variant.size_bytes))
     return TableCell(report.model.name), TableCell(variant.name, remark=remark), bits, size, *cells

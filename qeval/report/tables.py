@@ -302,6 +302,10 @@ def weights_in_float(report: Report) -> Table:
     return Table("Weights that stay in float", columns, tuple(rows), folded=len(rows) >= _FOLD_FROM)
 
 
+ROLE_REMARKS = {"floor": "noise floor", "part": "a part alone"}
+"""What is said beside the name of a model that doesn't stand for itself."""
+
+
 def floor_remark(report: Report, variant: VariantReport, name: str) -> str | None:
     """Return a remark such as `floor 0.00030` for a KL under three times the noise floor of the variant's own backend.
 
@@ -319,7 +323,7 @@ def floor_remark(report: Report, variant: VariantReport, name: str) -> str | Non
 
 
 def _overview_row(report: Report, variant: VariantReport, names: list[str]) -> tuple[TableCell, ...]:
-    remark = "noise floor" if variant.role == "floor" else None
+    remark = ROLE_REMARKS.get(variant.role)
     remark = remark if variant.status == "done" else variant.status
     remark = VOID if variant.void else remark
     return (

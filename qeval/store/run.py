@@ -154,7 +154,8 @@ class VariantRecord(_Record):
     name: str  # unique in the run, as typed: "awq", "rtn:int8-channel"
     method: str  # "rtn", "awq", "mixed", "mixed-rtn"
     backend: str  # "torch"
-    role: Literal["variant", "floor"] = "variant"  # "floor": the baseline itself in another type or backend
+    role: Literal["variant", "floor", "part"] = "variant"
+    """`floor`: the baseline itself in another type or backend; `part`: scored to tell others' losses apart."""
     status: Literal["done", "failed"]
     error: str | None
     key: str  # the identity of the quantized weights
@@ -176,6 +177,7 @@ class VariantRecord(_Record):
     score_seconds: float
     twin: str | None = None  # the same weights on torch: what `kernel_kl_nats` compares with
     runtime: RuntimeRecord | None = None  # None on torch
+    parts: dict[str, str] = {}  # the variants that are a part of this one alone: weights, activations, keys, values
     witness: str | None = None  # of what it was asked; None in older records
     calibration_sha256: str | None = None  # of the token ids that its quantizer saw; None where it saw none
     overlap: OverlapRecord | None = None  # by the fingerprint of a variant made before; None: that has none

@@ -72,7 +72,7 @@ def highlights(run: PairedRun, tokens: int) -> list[Highlights]:
             layers=layers_loss(record.groups, worst.mean_kl_nats if worst else None),
         )
         for record in run.done
-        if record.role != "floor"
+        if record.role == "variant"
     ]
 
 

@@ -128,7 +128,7 @@ class Explanation(_Part):
 
     schema_version: Literal[1]
     variant: str
-    role: Literal["variant", "floor"]
+    role: Literal["variant", "floor", "part"]
     backend: str
     model: str
     tasks: list[TaskLoss]

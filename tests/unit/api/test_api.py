@@ -48,7 +48,7 @@ SIGNATURES = {
     "compare": "model *tokenizer revision methods config variants backend accuracy_level ep exporter format precision "
     "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
     "limit shots drift_prompts drift_prompt_tokens drift_tokens calibration calibration_samples calibration_length "
-    "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus seed out progress "
+    "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus split seed out progress "
     "on_plan command",
     "diff": "run_a run_b *variants",
     "export": "model *method revision device ep exporter format accuracy_level precision calibration "

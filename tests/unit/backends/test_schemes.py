@@ -117,6 +117,25 @@ def test_rounded_keys_and_values_are_what_a_forward_pass_by_hand_attends_to():
     assert (plain - expected).abs().max() > 10 * TOLERANCE
 
 
+def test_activations_alone_are_the_rounded_inputs_of_every_linear_but_the_head():
+    model, ids = tiny_llama(), tokens(12)
+    with backend_of(model).open(variant_of(model, "fp16+a-int8-token")) as session:
+        (found,) = logits_of(session, [Request(ids, tuple(range(12)))])
+
+    def rounded(_, args):
+        return (int8_loops(args[0]),)
+
+    linears = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    plain = model(torch.tensor([ids])).logits[0]
+    hooks = [module.register_forward_pre_hook(rounded) for module in linears]
+    expected = model(torch.tensor([ids])).logits[0]
+    for hook in hooks:
+        hook.remove()
+    assert len(linears) == 7 * model.config.num_hidden_layers
+    assert torch.allclose(found, expected, atol=TOLERANCE)
+    assert (plain - expected).abs().max() > 10 * TOLERANCE
+
+
 def test_keys_alone_and_values_alone_are_apart():
     model, ids = tiny_llama(), tokens(12)
     q4 = parse_format("int4", "keys")

@@ -65,6 +65,7 @@ COMPARE = SHARED | {
     "--workers": 0,
     "--executor": "local",
     "--worker-gpus": None,
+    "--split": False,
 }
 QUANTIZE = SHARED | {"--method": None, "--stream": False, "--max-memory": None}
 _TORCH_ONLY = ("--compute", "--stream", "--max-memory")

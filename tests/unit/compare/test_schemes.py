@@ -144,7 +144,6 @@ def test_commands_for_weights_alone_refuse_a_scheme(place, tmp_path, command, ca
         ("rtn+a-fp8-tokn", "nearest: token"),
         ("rtn+q-int8", "Unknown prefix"),
         ("none", "rounds nothing"),
-        ("fp16+a-int8", "go with quantized weights"),
         ("fp16:int4+kv-int8", "takes no words"),
         ("rtn:int4-w8a8", "8 bits"),
     ],
