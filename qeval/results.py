@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
 
-_COMPARED = ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats")
+_COMPARED = ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats")
 """Columns of token rows that are distances from the baseline already."""
 
 

@@ -74,7 +74,7 @@ class Figures:
         if bound is None:
             raise QevalError(f"The run scored no row for {metric}.")
         clusters = "windows" if self._run.windows_are_apart else "stretches of text"
-        return Figure(bound.value, bound, "tokens", clusters, unchanged=float(name == "top1_agreement"))
+        return Figure(bound.value, bound, "tokens", clusters, unchanged=float(name in ("top1_agreement", "overlap")))
 
     def _require_finite(self) -> None:
         """Refuse every metric of a variant whose KL is not finite: what is compared with numbers that are none is none.

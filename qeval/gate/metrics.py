@@ -38,6 +38,7 @@ METRICS: dict[str, MetricKind] = {
     "reverse_kl_nats": MetricKind("mean reverse KL", "nats", "at_most", "kl"),
     "kl_abs_modelopt": MetricKind("Model Optimizer's KL", "nats", "at_most", "kl"),
     "top1_agreement": MetricKind("top-1 agreement", "%", "at_least", "kl"),
+    "overlap": MetricKind("overlap of distributions", "%", "at_least", "kl"),
     "ppl_increase": MetricKind("increase of perplexity", "%", "at_most", "ppl", signed=True),
     "nll_diff_nats": MetricKind("increase of NLL", "nats", "at_most", "ppl", signed=True),
     "drift_equal": MetricKind("tokens equal along continuations", "%", "at_least", "drift"),

@@ -21,7 +21,8 @@ class Swept(NamedTuple):
     """A model against its base at n positions: columns [n] in fp64, in nats, on the device of the logits.
 
     `top1_agreement` is 1 where the likeliest tokens are the same and 0 elsewhere; `base_log_p` and `log_p` are the
-    target token's log-probabilities, NaN where there is no target.
+    target token's log-probabilities, NaN where there is no target. `overlap` is the sum of min(p, q), 1 minus the total
+    variation distance.
     """
 
     kl_nats: Tensor
@@ -31,13 +32,14 @@ class Swept(NamedTuple):
     base_log_p: Tensor
     log_p: Tensor
     entropy_nats: Tensor
+    overlap: Tensor
 
 
 COLUMNS = len(Swept._fields)
 
 
 def sweep_logits(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
-    """Return what `Swept` names of each position, [7, n] fp64, on the logits' device (MPS has no fp64: on the CPU).
+    """Return what `Swept` names of each position, [8, n] fp64, on the logits' device (MPS has no fp64: on the CPU).
 
     Args:
         base: The base's logits [n, vocabulary] fp32.
@@ -60,10 +62,13 @@ def plain_sweep(base: Tensor, other: Tensor, targets: Tensor) -> Swept:
 
     # from here on log_p and log_q are used up: each holds the next step's terms
     difference = log_p - log_q
-    reverse = -row_sums(log_q.exp_().mul_(difference))
-    weighted = log_p.exp_().mul_(difference)
+    p, q = log_p.exp_(), log_q.exp_()
+    terms = q * difference
+    reverse = -row_sums(terms)
+    overlap = row_sums(torch.minimum(p, q, out=terms)).clamp_(max=1)  # rounding alone goes beyond
+    weighted = p.mul_(difference)
     kl = row_sums(weighted)
-    return Swept(kl, reverse, row_sums(weighted.abs_()), agreement, base_target, target, entropy)
+    return Swept(kl, reverse, row_sums(weighted.abs_()), agreement, base_target, target, entropy, overlap)
 
 
 def plain_numbers(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The first pass finds both largest logits, where they are, and both sums of exponentials (rescaled whenever a larger
 logit comes, as Milakov and Gimelshein do, arXiv 1805.02867); the second adds up the terms of every divergence. Terms
-are fp32 and sums fp64, as in `metrics.sweep.plain_sweep`. Nothing is written but seven numbers a position.
+are fp32 and sums fp64, as in `metrics.sweep.plain_sweep`. Nothing is written but eight numbers a position.
 """
 
 import torch
@@ -47,6 +47,7 @@ def _sweep_kernel(base, other, targets, out, base_stride, other_stride, vocabula
     base_log_sum, other_log_sum = tl.log(base_sum).to(tl.float32), tl.log(other_sum).to(tl.float32)
     kl, reverse = tl.full((1,), 0.0, tl.float64), tl.full((1,), 0.0, tl.float64)
     absolute, entropy = tl.full((1,), 0.0, tl.float64), tl.full((1,), 0.0, tl.float64)
+    overlap = tl.full((1,), 0.0, tl.float64)
     for start in range(0, vocabulary, tile):
         columns = start + lane
         inside = columns < vocabulary
@@ -58,6 +59,7 @@ def _sweep_kernel(base, other, targets, out, base_stride, other_stride, vocabula
         absolute += tl.sum(tl.abs(weighted).to(tl.float64), axis=0)
         reverse -= tl.sum(tl.where(inside, q * difference, 0.0).to(tl.float64), axis=0)
         entropy -= tl.sum(tl.where(inside, q * log_q, 0.0).to(tl.float64), axis=0)
+        overlap += tl.sum(tl.where(inside, tl.minimum(p, q), 0.0).to(tl.float64), axis=0)
 
     # the target's log-probabilities: NaN where there is none
     one = tl.arange(0, 1)
@@ -74,6 +76,7 @@ def _sweep_kernel(base, other, targets, out, base_stride, other_stride, vocabula
     tl.store(place + 4 * positions, (a - base_top - base_log_sum).to(tl.float64))
     tl.store(place + 5 * positions, (b - other_top - other_log_sum).to(tl.float64))
     tl.store(place + 6 * positions, entropy)
+    tl.store(place + 7 * positions, tl.minimum(overlap, 1.0))
 
 
 def kernel_sweep(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:

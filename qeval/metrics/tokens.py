@@ -46,6 +46,7 @@ class Distance:
     reverse_kl_nats: Tensor
     kl_abs_modelopt: Tensor
     top1_agreement: Tensor
+    overlap: Tensor
     numbers: ModelNumbers
     base_log_p: Tensor
     twin_kl_nats: Tensor | None
@@ -115,6 +116,7 @@ def distance(
         swept.reverse_kl_nats,
         swept.kl_abs_modelopt,
         swept.top1_agreement.bool(),
+        swept.overlap,
         ModelNumbers(swept.log_p, swept.entropy_nats),
         swept.base_log_p,
         None if twin is None else near[0].cpu(),

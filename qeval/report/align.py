@@ -19,13 +19,15 @@ from qeval.store.run import DriftRecord, ProtocolRecord, TaskRecord
 BASELINE_NAME = "baseline"
 Mask = NDArray[np.bool_]
 
-_FLOAT_COLUMNS = ("nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats", "entropy_nats")
+_FLOAT_COLUMNS = (
+    "nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats", "entropy_nats",
+)  # fmt: skip
 TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
 """What of a token row a report needs."""
 FEW_TOKEN_COLUMNS = tuple(
     name
     for name in TOKEN_COLUMNS
-    if name not in ("reverse_kl_nats", "kl_abs_modelopt", "delta_p", "kernel_kl_nats", "entropy_nats")
+    if name not in ("reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats", "entropy_nats")
 )
 """What an explanation and a diff need: reading takes most of their time."""
 
@@ -205,7 +207,8 @@ def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
     scored = int(variant.scored["kl_nats"].sum())
     if scored != protocol.kl_positions:
         raise BrokenRecordError(f"'{who}' has {scored} KL values; the run scored {protocol.kl_positions}.")
-    for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement"):
+    has_overlap = "overlap" in variant.scored and variant.scored["overlap"].any()  # older runs have none
+    for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement", *(["overlap"] if has_overlap else [])):
         if column in variant.scored and (variant.scored[column] != variant.scored["kl_nats"]).any():
             raise BrokenRecordError(f"'{who}' has {column} at other positions than kl_nats.")
 

@@ -16,6 +16,7 @@ _KL_MEANS: dict[str, tuple[str, Better]] = {
     "reverse_kl_nats": ("nats", "lower"),
     "kl_abs_modelopt": ("nats", "lower"),
     "top1_agreement": ("fraction", "higher"),
+    "overlap": ("fraction", "higher"),
 }
 _NLL_KINDS: dict[str, tuple[str, Better]] = {
     "ppl": ("ppl", "lower"),
@@ -42,6 +43,7 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     metrics = {
         name: estimates.mean(rows.of(name), clusters, unit=unit, better=better, seed=seed)
         for name, (unit, better) in _KL_MEANS.items()
+        if rows.scored[name].any()  # runs from before a column was kept have none of it
     }
 
     # the tail

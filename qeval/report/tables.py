@@ -120,6 +120,7 @@ def kl_table(report: Report) -> Table:
     names = {
         "kl_nats": "KL mean, nats",
         "top1_agreement": "Same top token",
+        "overlap": "Overlap",
         "reverse_kl_nats": "Reverse KL, nats",
         "kl_abs_modelopt": "kl_abs_modelopt, nats",
     }
@@ -135,7 +136,9 @@ def kl_table(report: Report) -> Table:
     ]
     columns = ("Variant", "Method", "Granularity", *names.values(), "Backend")
     note = (
-        "KL(baseline ‖ variant) over the whole vocabulary, every position. kl_abs_modelopt is the sum of "
+        "KL(baseline ‖ variant) over the whole vocabulary, every position. Overlap is the sum of min(p, q): of 100 "
+        "sampled tokens so many stay the same under the best coupling, and speculative decoding accepts so many of the "
+        "variant's drafts. kl_abs_modelopt is the sum of "
         "p·|log p − log q| that Model Optimizer's benchmark page prints as 'KL-divergence': an upper bound, "
         "not a KL; compare it with that page and with nothing else."
     )

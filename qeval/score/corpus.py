@@ -18,7 +18,7 @@ from qeval.store.schema import TOKENS_SCHEMA, constant_column
 from qeval.tasks.windows import Window
 from qeval.types import Call, Request
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 """Part of every key: raise it when a metric's definition changes."""
 
 
@@ -105,6 +105,7 @@ def variant_columns(
         "reverse_kl_nats": compared.reverse_kl_nats,
         "kl_abs_modelopt": compared.kl_abs_modelopt,
         "top1_agreement": compared.top1_agreement,
+        "overlap": compared.overlap,
     }
     if compared.twin_kl_nats is not None:
         values["kernel_kl_nats"] = compared.twin_kl_nats

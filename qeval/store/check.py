@@ -11,7 +11,7 @@ from qeval.errors import BrokenRecordError, QevalError
 from qeval.files.records import verify_record
 from qeval.identity import digest_file
 from qeval.store.ledger import LEDGER, Finished, read_ledger
-from qeval.store.rows import ROW_KINDS, SCHEMAS, read_index, row_kind_of
+from qeval.store.rows import ROW_KINDS, has_known_columns, read_index, row_kind_of
 from qeval.store.texts import read_texts
 
 
@@ -52,7 +52,7 @@ def _shard_problems(path: Path) -> Iterator[str]:
         yield str(error)
         return
     try:
-        if not pq.read_schema(path).equals(SCHEMAS[row_kind_of(path)]):
+        if not has_known_columns(row_kind_of(path), pq.read_schema(path)):
             yield f"{path} has other columns than this version of qeval writes."
     except pa.ArrowInvalid as error:
         yield f"{path} is no Parquet file ({error})."

@@ -18,7 +18,7 @@ from qeval.files.atomic import write_text
 from qeval.files.records import find_record, verify_record, write_record
 from qeval.parsing import error_reason
 from qeval.progress import Notify
-from qeval.store.schema import DRIFT_SCHEMA, ITEMS_SCHEMA, READ_ERRORS, TOKENS_SCHEMA
+from qeval.store.schema import DRIFT_SCHEMA, ITEMS_SCHEMA, OLDER_TOKENS_SCHEMA, READ_ERRORS, TOKENS_SCHEMA
 
 RowKind = Literal["tokens", "items", "drift"]
 SCHEMAS: dict[RowKind, pa.Schema] = {"tokens": TOKENS_SCHEMA, "items": ITEMS_SCHEMA, "drift": DRIFT_SCHEMA}
@@ -113,16 +113,31 @@ def concat(kind: RowKind, paths: Iterable[Path], columns: Sequence[str] | None =
     return pa.concat_tables(tables).unify_dictionaries()
 
 
+def has_known_columns(kind: RowKind, schema: pa.Schema) -> bool:
+    """Return whether a shard has the columns of its kind, as this version of qeval or the one before writes them."""
+    return bool(schema.equals(SCHEMAS[kind]) or (kind == "tokens" and schema.equals(OLDER_TOKENS_SCHEMA)))
+
+
 def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.Table:
     if not path.exists():
         raise BrokenRecordError(f"{path} is missing; run the same command again to make it.")
     verify_record(path)
     try:
         file = pq.ParquetFile(path)  # read_table looks for a data set of many files first, which takes longer
-        if not file.schema_arrow.equals(SCHEMAS[kind]):
+        if not has_known_columns(kind, file.schema_arrow):
             raise BrokenRecordError(f"{path} has other columns than this version of qeval writes.")
-        table = file.read(columns=columns, use_threads=False)
+        wanted = SCHEMAS[kind].names if columns is None else list(columns)
+        table = file.read(columns=[name for name in wanted if name in file.schema_arrow.names], use_threads=False)
         table.validate(full=True)
     except READ_ERRORS as error:
         raise BrokenRecordError(f"{path} can't be read as Parquet ({error_reason(error)}).") from error
-    return table
+    return _with_columns(table, [SCHEMAS[kind].field(name) for name in wanted])
+
+
+def _with_columns(table: pa.Table, fields: Sequence[pa.Field]) -> pa.Table:
+    """Return a table with these columns alone; those that an older shard lacks are null."""
+    columns = [
+        table[field.name] if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in fields
+    ]
+    return pa.table(columns, schema=pa.schema(fields, metadata=table.schema.metadata))

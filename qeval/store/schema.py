@@ -36,12 +36,16 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("reverse_kl_nats", pa.float64()),  # KL(variant || baseline)
         pa.field("kl_abs_modelopt", pa.float64()),  # sum of p_base * |log p_base - log p_variant|
         pa.field("top1_agreement", pa.bool_()),  # the same most likely next token
+        pa.field("overlap", pa.float64()),  # sum of min(p_base, p_variant): 1 - total variation distance
         pa.field("delta_p", pa.float64()),  # p_variant - p_base of the true token at `position` (as nll)
         pa.field("entropy_nats", pa.float64()),  # of this variant's own distribution after the position
         pa.field("kernel_kl_nats", pa.float64()),  # KL(the same weights in torch || this), where both were run
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )
+
+OLDER_TOKENS_SCHEMA = TOKENS_SCHEMA.remove(TOKENS_SCHEMA.get_field_index("overlap"))
+"""The columns of runs from before `overlap`: they are read, and that column is null."""
 
 ITEMS_SCHEMA = pa.schema(
     [

@@ -40,7 +40,7 @@ for vocabulary in (1, 7, 4096, 4097, 9000):
     strided = torch.stack([base, other], 1)
     apart = sweep_kernel.kernel_sweep(strided[:, 0], strided[:, 1], targets)
     assert torch.equal(apart.nan_to_num(), swept.nan_to_num())
-assert sweep_kernel.kernel_sweep(base[:0], other[:0], targets[:0]).shape == (7, 0)
+assert sweep_kernel.kernel_sweep(base[:0], other[:0], targets[:0]).shape == (8, 0)
 print("equal")
 """
 
@@ -53,7 +53,7 @@ def logits(vocabulary, rows=6):
 
 
 def by_hand(base, other, target):
-    """The seven numbers of one position by Python's own floats."""
+    """The eight numbers of one position by Python's own floats."""
 
     def log_probabilities(row):
         top = max(row)
@@ -67,7 +67,8 @@ def by_hand(base, other, target):
     same = float(p.index(max(p)) == q.index(max(q)))
     entropy = -math.fsum(math.exp(b) * b for b in q)
     chosen = (math.nan, math.nan) if target < 0 else (p[target], q[target])
-    return [kl, reverse, absolute, same, *chosen, entropy]
+    overlap = math.fsum(min(math.exp(a), math.exp(b)) for a, b in zip(p, q, strict=True))
+    return [kl, reverse, absolute, same, *chosen, entropy, overlap]
 
 
 def test_every_column_is_what_its_name_says():
@@ -79,6 +80,23 @@ def test_every_column_is_what_its_name_says():
     torch.testing.assert_close(kl_of_rows(base, other), Swept(*swept).kl_nats, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(numbers(other, targets), swept[5:7], rtol=0, atol=0, equal_nan=True)
     assert 0 < Swept(*swept).top1_agreement.mean() <= 1
+
+
+def test_overlap_is_what_a_speculative_sampler_accepts():
+    """A draft of the variant's is kept with probability min(1, p / q): Leviathan et al., arXiv 2211.17192."""
+    base, other, targets = logits(40)
+    overlap = Swept(*sweep_logits(base, other, targets)).overlap
+    draws, random = 200_000, torch.Generator().manual_seed(1)
+    p, q = base.double().softmax(-1), other.double().softmax(-1)
+    drafted = torch.multinomial(q, draws, replacement=True, generator=random)
+    ratio = p.gather(-1, drafted) / q.gather(-1, drafted)
+    accepted = (torch.rand(ratio.shape, generator=random, dtype=torch.float64) < ratio).double().mean(-1)
+    error = (overlap * (1 - overlap) / draws).sqrt()
+    assert ((accepted - overlap).abs() < 4 * error).all()
+    assert float(overlap.min()) < 0.95
+    assert torch.equal(
+        Swept(*sweep_logits(base, base.clone(), targets)).overlap.round(decimals=6), torch.ones(6).double()
+    )
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton, which comes with torch for CUDA, is not installed")

@@ -1,0 +1,27 @@
+"""Runs of the version before: their rows lack a column, and are read without it."""
+
+from qeval.gate.judge import judge
+from qeval.gate.policy import Policy
+from qeval.report import build_report
+from qeval.store import rows
+from qeval.store.check import check_folder
+from qeval.store.schema import OLDER_TOKENS_SCHEMA
+from tests.fixtures.runs import SEVEN, Shape, make_run
+
+SHAPE = Shape(variants=SEVEN[:3], windows=12, length=32)
+
+
+def test_a_run_from_before_overlap_is_read_without_it(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(rows.SCHEMAS, "tokens", OLDER_TOKENS_SCHEMA)
+        folder = make_run(tmp_path / "old", SHAPE)
+    old, new = build_report(folder), build_report(make_run(tmp_path / "new", SHAPE))
+    for before, now in zip(old.variants, new.variants, strict=True):
+        assert "overlap" not in before.metrics
+        assert {name: metric for name, metric in now.metrics.items() if name != "overlap"} == before.metrics
+    assert not check_folder(folder).problems
+    rules = [{"metric": "overlap", "at_least": "1 %"}]
+    verdict = judge(folder, Policy.model_validate({"name": "p", "rules": rules}))
+    assert verdict.exit_code == 3
+    assert "The run scored no row for overlap." in str(verdict.variants[0])
+    assert judge(tmp_path / "new", Policy.model_validate({"name": "p", "rules": rules})).exit_code == 0
