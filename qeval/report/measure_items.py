@@ -14,19 +14,23 @@ from qeval.report.measure_tokens import as_metrics
 from qeval.report.model import Flips, GroupScore, Metric, Metrics, TaskResult
 from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats, Ints
+from qeval.stats.calibration import expected_calibration_error
 from qeval.stats.flips import holm, mcnemar
 from qeval.store.run import TaskRecord
 from qeval.types import Better, Estimate
 
 _UNCATEGORIZED = "uncategorized"
+_TRUST = ("brier", "ece")
+"""How far probabilities over the choices can be trusted: both are lower for the better."""
 
 
 def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:
-    """Return one model's accuracy: by questions, by subject, and length-normalized where the task has it."""
+    """Return one model's accuracy (by questions, by subject, length-normalized if the task has it), Brier and ECE."""
     bad = int(rows.non_finite().sum())
     names = [f"{task}_acc", f"{task}_acc_macro", *([f"{task}_acc_norm"] if rows.acc_norm is not None else [])]
     if bad:
-        return {name: Metric.broken("fraction", "higher", len(rows.items), bad) for name in names}
+        broken = {name: Metric.broken("fraction", "higher", len(rows.items), bad) for name in names}
+        return broken | {f"{task}_{name}": Metric.broken("fraction", "lower", len(rows.items), bad) for name in _TRUST}
     clusters = question_clusters(rows.subjects, rows.prompts)
     metrics = {
         f"{task}_acc": _share(rows.acc, clusters, "higher", seed),
@@ -34,6 +38,9 @@ def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:
     }
     if rows.acc_norm is not None:
         metrics[f"{task}_acc_norm"] = _share(rows.acc_norm, clusters, "higher", seed)
+    metrics[f"{task}_brier"] = _share(brier_scores(rows), clusters, "lower", seed)
+    confidence = np.exp(np.maximum.reduceat(log_softmax_rows(rows), rows.starts))
+    metrics[f"{task}_ece"] = expected_calibration_error(confidence, rows.pred == rows.gold, clusters, seed=seed)
     return as_metrics(metrics)
 
 
@@ -42,7 +49,7 @@ def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics
     went = transitions(rows, baseline)
     kinds: dict[str, Better] = {
         "acc_diff": "higher", "flips": "lower", "right_to_wrong": "lower", "wrong_to_right": "higher",
-        "wrong_to_other": "lower", "choice_kl_nats": "lower",
+        "wrong_to_other": "lower", "choice_kl_nats": "lower", "brier_diff": "lower",
     }  # fmt: skip
 
     # nothing is averaged where a row is not finite
@@ -63,6 +70,7 @@ def changes(task: str, rows: ItemRows, baseline: ItemRows, seed: int) -> Metrics
     metrics["choice_kl_nats"] = estimates.mean(
         choice_kl_nats(rows, baseline), clusters, unit="nats", better="lower", seed=seed
     )
+    metrics["brier_diff"] = _share(brier_scores(rows) - brier_scores(baseline), clusters, "lower", seed)
     return as_metrics({f"{task}_{name}": metrics[name] for name in kinds})
 
 
@@ -131,6 +139,16 @@ def choice_kl_nats(rows: ItemRows, baseline: ItemRows) -> Floats:
     """Return KL(baseline || variant) over the softmax of each question's log-likelihoods, [questions]."""
     log_p, log_q = log_softmax_rows(baseline), log_softmax_rows(rows)
     return np.asarray(np.add.reduceat(np.exp(log_p) * (log_p - log_q), rows.starts), np.float64)
+
+
+def brier_scores(rows: ItemRows) -> Floats:
+    """Return the squared distance of each question's probabilities from its answer, [questions], 0 to 2.
+
+    The probabilities are the softmax of the choices' log-likelihoods (Brier, 1950, of many classes).
+    """
+    probabilities = np.exp(log_softmax_rows(rows))
+    probabilities[rows.starts + rows.gold] -= 1
+    return np.asarray(np.add.reduceat(probabilities**2, rows.starts), np.float64)
 
 
 def chance(rows: ItemRows) -> float:

@@ -23,9 +23,11 @@ _NLL_KINDS: dict[str, tuple[str, Better]] = {
     "ppl_ratio": ("ratio", "lower"),
     "nll_diff_nats": ("nats", "lower"),
 }
+DELTA_LEVELS = {"delta_p_p01": 0.01, "delta_p_p05": 0.05, "delta_p_p50": 0.5, "delta_p_p95": 0.95, "delta_p_p99": 0.99}
 _DELTA_KINDS: dict[str, tuple[str, Better]] = {
     "delta_p": ("probability", "higher"),
     "delta_p_rms": ("probability", "lower"),
+    **dict.fromkeys(DELTA_LEVELS, ("probability", "higher")),
 }
 _CURVE_POINTS = 160
 _LARGEST_EXPONENT = 700.0  # exp of more than 709 is infinite in float64
@@ -103,7 +105,7 @@ def nll_metrics(rows: TokenRows, baseline: TokenRows, protocol: ProtocolRecord, 
 
 
 def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
-    """Return the change of the true token's probability: mean and root mean square; none where not scored."""
+    """Return the change of the true token's probability: mean, root mean square, quantiles; none where not scored."""
     total = int(rows.scored["delta_p"].sum())
     if not total:
         return {}
@@ -111,8 +113,11 @@ def delta_metrics(rows: TokenRows, seed: int) -> Metrics:
     if bad:
         return _broken(_DELTA_KINDS, total, bad)
     delta, clusters = rows.of("delta_p"), rows.clusters("delta_p")
+    levels = list(DELTA_LEVELS.values())
+    quantiles = estimates.quantiles(delta, levels, clusters, unit="probability", better="higher", seed=seed)
     return as_metrics(
-        {
+        dict(zip(DELTA_LEVELS, quantiles, strict=True))
+        | {
             "delta_p": estimates.mean(delta, clusters, unit="probability", better="higher", seed=seed),
             "delta_p_rms": estimates.root_mean_square(delta, clusters, unit="probability", better="lower", seed=seed),
         }

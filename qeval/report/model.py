@@ -33,6 +33,7 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `ppl_ratio` | perplexity over the baseline's | ratio |
 | `nll_diff_nats` | mean of the paired differences of NLL | nats |
 | `delta_p`, `delta_p_rms` | change of the true token's probability: mean, root mean square | probability |
+| `delta_p_p01`, `_p05`, `_p50`, `_p95`, `_p99` | its quantiles: 1 % of tokens lose more than `_p01` | probability |
 | `drift_equal` | share of tokens, each after the baseline's own, that the variant would say too | fraction |
 | `drift_diverged` | share of prompts at which a free run leaves the baseline's continuation | fraction |
 | `drift_first_tokens` | mean number of tokens before it does (all of them where it doesn't) | tokens |
@@ -44,6 +45,8 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `TASK_right_to_wrong`, `TASK_wrong_to_right` | share of all questions whose answer went so | fraction |
 | `TASK_wrong_to_other` | share of all questions that went from one wrong answer to another | fraction |
 | `TASK_flips` | `TASK_right_to_wrong` and `TASK_wrong_to_right` together | fraction |
+| `TASK_brier`, `TASK_brier_diff` | mean squared error of the choices' softmax; its difference | fraction |
+| `TASK_ece` | its calibration error: confidence against share right, 15 bins | fraction |
 | `TASK_choice_kl_nats` | mean KL over the softmax of the choices' log-likelihoods | nats |
 """
 

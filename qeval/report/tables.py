@@ -96,9 +96,10 @@ def perplexity_table(report: Report) -> Table:
     names = _present(
         report,
         perplexities(report) | {"ppl_ratio": conventions.RATIO, "nll_diff_nats": "NLL difference, nats",
-         "delta_p": "Change of the true token's probability", "delta_p_rms": "The same, root mean square"},
+         "delta_p": "Change of the true token's probability", "delta_p_rms": "The same, root mean square",
+         "delta_p_p01": "The same, 1st percentile", "delta_p_p99": "The same, 99th percentile"},
     )  # fmt: skip
-    signed = {"nll_diff_nats", "delta_p"}
+    signed = {"nll_diff_nats", "delta_p", "delta_p_p01", "delta_p_p99"}
     rows = [
         (
             TableCell(label),
@@ -177,7 +178,8 @@ def task_summary(report: Report, task: Task) -> Table:
     names = _present(
         report,
         {f"{key}_acc": "Accuracy", f"{key}_acc_macro": "By subject", f"{key}_acc_norm": "Length-normalized",
-         f"{key}_acc_diff": "Difference", f"{key}_choice_kl_nats": "KL over the choices, nats"},
+         f"{key}_acc_diff": "Difference", f"{key}_choice_kl_nats": "KL over the choices, nats",
+         f"{key}_brier": "Brier score", f"{key}_ece": "Calibration error"},
     )  # fmt: skip
     rows = [
         (

@@ -34,6 +34,11 @@ def rows_of(run, kind, variant):
     return {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
 
 
+def softmax_of(row):
+    exponentials = [np.exp(x - max(row)) for x in row]
+    return [x / sum(exponentials) for x in exponentials]
+
+
 def values(columns, name):
     return np.array([value for value in columns[name] if value is not None], dtype=float)
 
@@ -185,7 +190,7 @@ def test_metrics_not_asked_for_are_absent(tmp_path):
 
 def test_mmlu_alone_needs_no_token_rows(tmp_path):
     report = build_report(make_run(tmp_path, replace(SMALL, metrics=("mmlu",))))
-    assert set(report.baseline.metrics) == {"mmlu_acc", "mmlu_acc_macro"}
+    assert set(report.baseline.metrics) == {"mmlu_acc", "mmlu_acc_macro", "mmlu_brier", "mmlu_ece"}
     assert report.baseline.backend == "torch"
 
 
@@ -351,3 +356,34 @@ def test_kl_curve_is_the_share_of_tokens_with_at_least_that_kl(run, report):
     assert curve.share[-1] == 1.0
     for share, at in list(zip(curve.share, curve.kl_nats, strict=True))[::20]:
         assert (kl >= at).mean() == pytest.approx(share)
+
+
+def test_brier_score_and_calibration_error_are_their_definitions(run, report):
+    before = rows_of(run, "items", "baseline")
+    for variant in report.variants:
+        now = rows_of(run, "items", variant.name)
+        scores = {"now": [], "before": []}
+        bins = [[] for _ in range(15)]
+        for side, columns in (("now", now), ("before", before)):
+            for row, gold in zip(columns["choice_loglikelihoods"], columns["gold"], strict=True):
+                p = softmax_of(row)
+                scores[side].append(sum((x - (i == gold)) ** 2 for i, x in enumerate(p)))
+                if side == "now":
+                    bins[min(int(max(p) * 15), 14)].append((max(p), p.index(max(p)) == gold))
+        error = sum(abs(sum(right - p for p, right in one)) for one in bins) / len(scores["now"])
+        assert variant.metrics["mmlu_brier"].value == pytest.approx(np.mean(scores["now"]))
+        difference = np.mean(scores["now"]) - np.mean(scores["before"])
+        assert variant.metrics["mmlu_brier_diff"].value == pytest.approx(difference, abs=1e-12)
+        assert variant.metrics["mmlu_ece"].value == pytest.approx(error)
+        assert 0 <= variant.metrics["mmlu_ece"].low <= variant.metrics["mmlu_ece"].high
+    assert report.baseline.metrics["mmlu_brier"].value == pytest.approx(np.mean(scores["before"]))
+
+
+def test_quantiles_of_the_true_tokens_change_are_those_of_the_rows(run, report):
+    for variant in report.variants:
+        delta = np.sort(values(rows_of(run, "tokens", variant.name), "delta_p"))
+        for name, level in (("p01", 0.01), ("p50", 0.5), ("p99", 0.99)):
+            found = variant.metrics[f"delta_p_{name}"]
+            assert (delta <= found.value).mean() >= level
+            assert (delta < found.value).mean() <= level
+            assert found.low <= found.value <= found.high
