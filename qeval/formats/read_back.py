@@ -13,6 +13,10 @@ from qeval.formats.checkpoint import open_checkpoint, read_quantization
 from qeval.formats.match_baseline import BaselineWeights
 from qeval.formats.names import TensorNames
 from qeval.formats.registry import format_of
+from qeval.models.gguf.reader import gguf_errors, open_gguf
+from qeval.models.gguf.settings import metadata_of
+from qeval.models.gguf.tensors import state_of
+from qeval.models.info import LoadedModel
 from qeval.quant.grid import FloatGrid
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Variant
@@ -62,6 +66,32 @@ def read_back(folder: Path, variant: Variant, baseline: BaselineWeights) -> Read
             if not _same_floats(stored.T if name in baseline.turned else stored, name, variant, baseline):
                 raise QevalError(f"{folder} holds another {name} than the variant; what was written is thrown away.")
     return ReadBack(len(variant.weights), len(others), largest)
+
+
+def read_gguf_back(path: Path, loaded: LoadedModel, variant: Variant | None, baseline: BaselineWeights) -> ReadBack:
+    """Read a written GGUF file as qeval reads such files, in fp32, and compare every weight.
+
+    Args:
+        path: The file.
+        loaded: The model that it was written from.
+        variant: The variant; None for the model itself.
+        baseline: The model's weights.
+
+    Raises:
+        QevalError: A value is another one.
+        UsageError: The reader refuses the file.
+    """
+    with gguf_errors(path):
+        reader = open_gguf(path)
+        state = state_of(reader, metadata_of(reader, path), loaded.model, torch.float32)
+    weights = variant.weights if variant else {}
+    floats = dict(variant.floats) if variant else {}
+    for name in baseline.needed:
+        own = floats.get(name, baseline.parameters[name])
+        meant = weights[name].dequantize() if name in weights else own.float().cpu()
+        if not torch.equal(state[name], meant):
+            raise QevalError(f"{path.name} holds another {name} than the variant; what was written is thrown away.")
+    return ReadBack(len(weights), len(baseline.needed) - len(weights), 0.0)
 
 
 def relative_difference(read: DecodedMatrix, weight: QWeight) -> float:

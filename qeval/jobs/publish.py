@@ -11,9 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from qeval import __version__
+from qeval.backends.llamacpp.gguf_writer import check_exact, check_family, check_gguf_grid, write_gguf
 from qeval.compare.external_checkpoints import baseline_of
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
+from qeval.compare.schemes import refuse_schemes
 from qeval.compare.settings import CalibrationChoice, ExportForm, ModelChoice
 from qeval.compare.variants import BaselineModel, FitsKernel, Workshop, check_recipes
 from qeval.config import Recipe
@@ -22,7 +24,8 @@ from qeval.files.atomic import atomic_folder
 from qeval.formats.checkpoint import open_checkpoint
 from qeval.formats.compressed_files import ModelShape, checkpoint_tensors, quantization_config, write_shards
 from qeval.formats.compressed_layouts import cache_args
-from qeval.formats.read_back import read_back
+from qeval.formats.read_back import read_back, read_gguf_back
+from qeval.models.gguf.convert import read_contents
 from qeval.models.info import LoadedModel
 from qeval.models.trust import clean_settings, known_files
 from qeval.progress import Progress
@@ -30,9 +33,12 @@ from qeval.quant.grid import WeightGrid
 from qeval.quant.variant import Variant
 from qeval.store.seal import seal
 from qeval.store.variants import MANIFEST, Manifest, load_variant, read_manifest
+from qeval.types import FloatType
 
 EXPORT_MANIFEST = "qeval.json"
 """The file beside exported weights that says what they are, whatever their form."""
+GGUF_FILE = "model.gguf"
+_GGUF_FLOATS: Mapping[str, FloatType] = {"float32": "fp32", "float64": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 VARIANT_MANIFEST = "qeval-variant.json"
 """The manifest of the variant beside its files; by its own name `--variant` would take the folder for qeval's form."""
 
@@ -45,9 +51,10 @@ class PublishedManifest(BaseModel):
     export_version: Literal[2]
     form: ExportForm
     model: dict[str, str]
-    recipe: dict[str, object]
-    variant_key: str  # the identity of the integers
-    bits_per_weight: float  # scales as the variant counts them
+    written_by: str
+    recipe: dict[str, object] | None  # None for the float model
+    variant_key: str | None  # the identity of the integers
+    bits_per_weight: float | None  # scales as the variant counts them
     layouts: list[str]  # "pack-quantized", "Q4_0"
     matrices: int  # read back and compared, bit for bit
     floats: int  # the same of the other tensors
@@ -72,14 +79,14 @@ class Outcome(NamedTuple):
 class VariantWriter(Protocol):
     """Writes variants of one model in one form."""
 
-    def check(self, recipe: Recipe) -> FitsKernel:
-        """Refuse a recipe that the form can't say, before work; return what refuses a matrix's grid.
+    def check(self, recipe: Recipe | None) -> FitsKernel:
+        """Refuse a recipe (the float model with None) that the form can't say; return what refuses a matrix's grid.
 
         Raises:
             UsageError: It says what the form can.
         """
 
-    def write(self, variant: Variant, part: Path) -> Outcome:
+    def write(self, variant: Variant | None, part: Path) -> Outcome:
         """Write the files into a folder, read them back, and say what was written.
 
         Raises:
@@ -99,28 +106,33 @@ def publish_variant(
     seed: int,
     progress: Progress,
 ) -> PublishedManifest:
-    """Write the variant of `recipe` to the folder `out`, which must not exist; it appears once it was read back.
+    """Write the variant of `recipe` (the float model with None) to the folder `out`, once it was read back.
+
+    The folder must not exist.
 
     Raises:
         UsageError: bad input, or a recipe that the form can't hold; QevalError: the files are not what was meant.
     """
     if out.exists():
         raise UsageError(f"'{out}' exists; name another folder.")
-    if recipe is None:
-        raise UsageError(f"--method float leaves nothing to write: --to {form} writes quantized weights.")
     if threads:
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
     tell_warnings(loaded, progress)
     writer = WRITERS[form](loaded, source)
-    check_recipes([recipe], source, calibration.samples, writer.check(recipe))
-    folder = Workshop(source, lambda: calibration_of(calibration, loaded), seed, progress).folder(recipe)
-    variant, manifest = load_variant(folder), read_manifest(folder)
+    fits = writer.check(recipe)
+    variant, folder = None, None
+    if recipe is not None:
+        check_recipes([recipe], source, calibration.samples, fits)
+        folder = Workshop(source, lambda: calibration_of(calibration, loaded), seed, progress).folder(recipe)
+        variant = load_variant(folder)
 
     with progress.phase("write and read back", 1) as advance, atomic_folder(out) as part:
-        published = _manifest(form, writer.write(variant, part), manifest)
+        outcome = writer.write(variant, part)
+        published = _manifest(form, source, outcome, None if folder is None else read_manifest(folder))
         _write_json(part / EXPORT_MANIFEST, published.model_dump())
-        _write_json(part / VARIANT_MANIFEST, _without_paths(json.loads((folder / MANIFEST).read_bytes())))
+        if folder is not None:
+            _write_json(part / VARIANT_MANIFEST, _without_paths(json.loads((folder / MANIFEST).read_bytes())))
         advance(1)
         if out.exists():  # its content is someone's, and would be replaced
             raise QevalError(f"Cannot write {out}: it exists.")
@@ -136,8 +148,10 @@ class CheckpointWriter:
         linears = tuple(name for name, module in loaded.model.named_modules() if isinstance(module, nn.Linear))
         self._shape = ModelShape(source.description, linears, self._baseline.turned, self._baseline.prefix)
 
-    def check(self, recipe: Recipe) -> FitsKernel:
+    def check(self, recipe: Recipe | None) -> FitsKernel:
         """Refuse keys and values that kv_cache_scheme can't say; return what refuses a grid without a layout."""
+        if recipe is None:
+            raise UsageError("--method float leaves nothing to write: the float model has a checkpoint already.")
         if cache_args(recipe.scheme):
             self._shape.attention_modules()
         if recipe.quant_method.rounding == "none":
@@ -148,8 +162,9 @@ class CheckpointWriter:
 
         return fits
 
-    def write(self, variant: Variant, part: Path) -> Outcome:
+    def write(self, variant: Variant | None, part: Path) -> Outcome:
         """Write configuration, tokenizer and tensors, and compare all tensors with the variant's."""
+        assert variant is not None
         config = quantization_config(variant, self._shape)
         folder = self._loaded.folder
         for path in known_files(folder):
@@ -160,6 +175,39 @@ class CheckpointWriter:
         same = read_back(part, variant, self._baseline)
         layouts = sorted({group["format"] for group in config["config_groups"].values()})
         return Outcome(layouts, *same, _sentences(layouts, same.matrices, variant, same.largest_difference))
+
+
+class GgufFileWriter:
+    """Writes GGUF files of the Llama family, in types that hold a variant exactly."""
+
+    def __init__(self, loaded: LoadedModel, source: BaselineModel) -> None:
+        """Refuse a model of another family.
+
+        Raises:
+            UsageError: It is one.
+        """
+        check_family(loaded)
+        self._loaded, self._baseline = loaded, baseline_of(loaded, source)
+
+    def check(self, recipe: Recipe | None) -> FitsKernel:
+        """Refuse what is rounded beside the weights; return what refuses a grid without an exact type."""
+        if recipe is not None:
+            refuse_schemes({recipe.name: recipe.scheme}, "--to gguf writes")
+        if recipe is not None and recipe.quantize_head and self._baseline.description.tied:
+            raise UsageError("The head is the embedding too, which a GGUF file holds once; leave --quantize-head out.")
+        return check_gguf_grid
+
+    def write(self, variant: Variant | None, part: Path) -> Outcome:
+        """Write the file, and compare all tensors with the variant's as qeval reads them."""
+        if variant is not None:
+            check_exact(variant)
+        path = part / GGUF_FILE
+        write_gguf(self._loaded, variant, _GGUF_FLOATS[self._loaded.info.weight_dtype], path)
+        same = read_gguf_back(path, self._loaded, variant, self._baseline)
+        kinds = [name for name, _ in read_contents(path).types]
+        sentence = f"{GGUF_FILE}: {same.matrices + same.floats} tensors ({', '.join(kinds)}; vectors F32)"
+        notes = ["Without a tokenizer: an engine is to be fed token ids."]
+        return Outcome(kinds, *same, [f"{sentence}; read back, they are bit for bit what the model has.", *notes])
 
 
 def _sentences(layouts: list[str], matrices: int, variant: Variant, difference: float) -> list[str]:
@@ -177,18 +225,24 @@ def _sentences(layouts: list[str], matrices: int, variant: Variant, difference: 
     return sentences
 
 
-WRITERS: Mapping[ExportForm, Callable[[LoadedModel, BaselineModel], VariantWriter]] = {"hf": CheckpointWriter}
+WRITERS: Mapping[ExportForm, Callable[[LoadedModel, BaselineModel], VariantWriter]] = {
+    "hf": CheckpointWriter,
+    "gguf": GgufFileWriter,
+}
 """What writes variants, by the form."""
 
 
-def _manifest(form: ExportForm, outcome: Outcome, manifest: Manifest) -> PublishedManifest:
+def _manifest(
+    form: ExportForm, source: BaselineModel, outcome: Outcome, manifest: Manifest | None
+) -> PublishedManifest:
     return PublishedManifest(
         export_version=2,
         form=form,
-        model={**manifest.model, "name": _shown(manifest.model["name"]), "written_by": f"qeval {__version__}"},
-        recipe=manifest.recipe,
-        variant_key=manifest.key,
-        bits_per_weight=manifest.bits_per_weight,
+        model={"name": _shown(source.name), "weights_sha256": source.weights_sha256},
+        written_by=f"qeval {__version__}",
+        recipe=manifest.recipe if manifest else None,
+        variant_key=manifest.key if manifest else None,
+        bits_per_weight=manifest.bits_per_weight if manifest else None,
         **outcome._asdict(),
     )
 

@@ -1,21 +1,25 @@
-"""`export --to hf`: what is written is what is scored, bit for bit, and what the form can't hold is refused."""
+"""`export --to hf|gguf`: what is written is what is scored, bit for bit; what the form can't hold is refused."""
 
 import json
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import qeval
+from qeval.backends.llamacpp import gguf_writer
 from qeval.cli.app import run_program
 from qeval.formats import compressed_files
-from qeval.jobs.publish import VARIANT_MANIFEST
+from qeval.jobs.publish import GGUF_FILE, VARIANT_MANIFEST
 from qeval.paths import home as cache_folder
 from qeval.store.rows import RowStore
 from qeval.store.seal import has_valid_seal
 from qeval.store.variants import load_variant
 from tests.fixtures.bench import CONTEXT, Bench, records
-from tests.fixtures.tiny import save_tiny
+from tests.fixtures.families import tiny_family
+from tests.fixtures.tiny import save_tiny, tiny_tokenizer
 
 LINEARS = 14
 LAYER = "model.layers.0"
@@ -266,3 +270,85 @@ def test_transformers_loads_the_same_model(bench, export, method):
     ids = torch.arange(3, 200, 5).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
+
+
+def blocks_of(tensor):
+    """The scales and the codes of a Q4_0 or Q8_0 tensor, by ggml's definition of its blocks."""
+    size = {"Q4_0": 18, "Q8_0": 34}[tensor.tensor_type.name]
+    blocks = np.ascontiguousarray(tensor.data).reshape(-1, size)
+    scales = blocks[:, :2].copy().view(np.float16)[:, 0].astype(np.float32)
+    codes = blocks[:, 2:].view(np.int8).astype(int)
+    if size == 18:
+        codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(int) - 8
+    return scales, codes
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("rtn:int4-g32-signed", "Q4_0"), ("gptq:int4-g64-signed-noclip", "Q4_0"), ("rtn:int8-g32-signed", "Q8_0")],
+)
+def test_a_gguf_file_holds_the_very_codes_and_scales(export, method, kind):
+    folder, manifest = export(method, to="gguf")
+    assert {path.name for path in folder.iterdir()} == {GGUF_FILE, "qeval.json", VARIANT_MANIFEST}
+    assert (manifest.form, manifest.matrices, manifest.floats, manifest.largest_difference) == ("gguf", LINEARS, 7, 0)
+    assert kind in manifest.layouts
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GGUF_FILE).tensors}
+    weight = variant_of(manifest).weights[f"{LAYER}.mlp.down_proj.weight"]
+    scales, codes = blocks_of(tensors["blk.0.ffn_down.weight"])
+    assert np.array_equal(codes.reshape(weight.codes.shape) + weight.grid.zero, weight.codes.numpy())
+    repeated = weight.scales.repeat_interleave(weight.grid.block_size(128) // 32, dim=1)
+    assert np.array_equal(scales.reshape(repeated.shape), repeated.numpy())
+
+
+def test_a_gguf_file_is_scored_as_its_recipe_within_fp16(bench, export, tmp_path):
+    folder, _ = export("rtn:int4-g32-signed", to="gguf")
+    out, given = tmp_path / "out", f"file={folder / GGUF_FILE}"
+    flags = {"methods": "rtn:int4-g32-signed", "tasks": "kl", "out": str(out)}
+    assert bench.compare("--quiet", "--variant", given, **flags) == 0
+    for ours, theirs in zip(kl_rows(out, "rtn:int4-g32-signed"), kl_rows(out, "file"), strict=True):
+        assert theirs[2] == pytest.approx(ours[2], rel=0.02, abs=1e-4)
+
+
+def test_the_float_model_goes_into_a_gguf_file_too(export):
+    folder, manifest = export("float", to="gguf")
+    assert (manifest.recipe, manifest.variant_key, manifest.matrices, manifest.floats) == (None, None, 0, LINEARS + 7)
+    assert manifest.layouts == ["F16"]
+    assert not (folder / VARIANT_MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("rtn:int4-g32", "those of int4-g32 are not"),
+        ("rtn:nf4", "No GGUF type spells nf4"),
+        ("rtn:int8-g32-asym", "No GGUF type spells int8-g32-asym"),
+        ("rtn:int4-g48-signed", "No GGUF type spells int4-g48-signed"),
+        ("rtn:int4-g32-asym", "are no fp16 numbers"),
+        ("awq:int4-g32-signed", "rtn:int4-g32-signed"),
+        ("rtn:int4-g32-signed+kv-int8", "--to gguf writes weights alone"),
+    ],
+)
+def test_what_no_gguf_type_holds_exactly_is_refused_with_what_one_does(export, tmp_path, method, says):
+    with pytest.raises(qeval.UsageError) as caught:
+        export(method, to="gguf", out="refused")
+    assert says in str(caught.value)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_gguf_file_with_other_codes_is_thrown_away(bench, tmp_path, monkeypatch, capsys):
+    """Rows that were not turned into llama.cpp's order."""
+    monkeypatch.setattr(gguf_writer, "_row_order", lambda name, config: None)
+    out = tmp_path / "out"
+    flags = ["--model", str(bench.model), "--method", "rtn:int4-g32-signed", "--to", "gguf", "--out", str(out)]
+    assert run_program(["export", *flags, "--quiet"]) == 3
+    assert "q_proj.weight than the variant; what was written is thrown away" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not out.exists()
+
+
+def test_another_family_has_no_gguf_file(tmp_path):
+    tiny_family("Gemma2", vocab_size=256).save_pretrained(tmp_path / "gemma")
+    tiny_tokenizer().save_pretrained(tmp_path / "gemma")
+    with pytest.raises(qeval.UsageError, match="not of Gemma2ForCausalLM"):
+        qeval.export(str(tmp_path / "gemma"), method="rtn:int4-g32-signed", to="gguf", out=tmp_path / "out")
