@@ -194,7 +194,7 @@ def _check_plain(variant: Variant) -> None:
     if variant.input_scales:
         raise UsageError(
             f"This variant multiplies the input of {next(iter(variant.input_scales))} while running, which "
-            "compressed-tensors' layouts don't; take rtn or gptq."
+            "compressed-tensors' layouts don't; add fold to the recipe, such as awq:int4-g128-fold."
         )
     if variant.stored:
         raise UsageError(

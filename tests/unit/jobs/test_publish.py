@@ -66,7 +66,10 @@ def kl_rows(out, name):
 @pytest.mark.parametrize(
     ("methods", "rounds"),
     [
-        (("rtn:int4-g32", "gptq:int4-g32-asym", "mixed-rtn:int4-g32", "rtn:fp8", "rtn:mxfp4"), 0.0),
+        (
+            ("rtn:int4-g32", "awq:int4-g32-fold", "gptq:int4-g32-asym", "mixed-rtn:int4-g32", "rtn:fp8", "rtn:mxfp4"),
+            0.0,
+        ),
         (("nvfp4",), 1e-6),
     ],
 )
@@ -193,8 +196,18 @@ def test_what_a_checkpoint_cant_say_is_refused_before_work(export, tmp_path, met
     assert not (tmp_path / "refused").exists()
 
 
+def test_awq_that_folds_alone_multiplies_nothing_while_running(export):
+    folder, manifest = export("awq:int4-g32-fold")
+    variant = variant_of(manifest)
+    assert not variant.input_scales
+    assert variant.details["input scales"].endswith(" groups scaled, 0 of them on the input explicitly")
+    assert {f"{LAYER}.input_layernorm.weight", f"{LAYER}.post_attention_layernorm.weight"} <= variant.floats.keys()
+    tensors = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensors[name].float(), value.float()) for name, value in variant.floats.items())
+
+
 def test_an_input_that_is_scaled_while_running_is_refused(export):
-    with pytest.raises(qeval.UsageError, match=r"multiplies the input of .*o_proj"):
+    with pytest.raises(qeval.UsageError, match=r"multiplies the input of .*o_proj.*add fold to the recipe"):
         export("awq:int4-g32")
 
 
@@ -256,7 +269,10 @@ def test_the_command_says_what_it_wrote(bench, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", ["rtn:int4-g32", "gptq:int4-g32-asym", "rtn:int8-channel", "rtn:fp8", "rtn:mxfp4"])
+@pytest.mark.parametrize(
+    "method",
+    ["rtn:int4-g32", "awq:int4-g32-fold", "gptq:int4-g32-asym", "rtn:int8-channel", "rtn:fp8", "rtn:mxfp4"],
+)
 def test_transformers_loads_the_same_model(bench, export, method):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -265,6 +281,8 @@ def test_transformers_loads_the_same_model(bench, export, method):
     variant, ours = variant_of(manifest), AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32)
     for name, weight in variant.weights.items():
         ours.get_parameter(name).data.copy_(weight.dequantize())
+    for name, value in variant.floats.items():
+        ours.get_parameter(name).data.copy_(value)
     how = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
     ids = torch.arange(3, 200, 5).unsqueeze(0)
