@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from qeval import __version__
+from qeval.backends.llamacpp.gguf_vocabulary import Vocabulary
 from qeval.backends.llamacpp.gguf_writer import check_exact, check_family, check_gguf_grid, write_gguf
 from qeval.compare.external_checkpoints import baseline_of
 from qeval.compare.loading import source_of_model, tell_warnings
@@ -31,6 +32,7 @@ from qeval.models.trust import clean_settings, known_files
 from qeval.progress import Progress
 from qeval.quant.grid import WeightGrid
 from qeval.quant.variant import Variant
+from qeval.score.token_hash import PROBES, why_other
 from qeval.store.seal import seal
 from qeval.store.variants import MANIFEST, Manifest, load_variant, read_manifest
 from qeval.types import FloatType
@@ -187,6 +189,12 @@ class GgufFileWriter:
             UsageError: It is one.
         """
         check_family(loaded)
+        kept = (loaded.info.weight_dtype, "float32")
+        if loaded.info.compute_dtype not in kept:
+            raise UsageError(
+                f"--compute {loaded.info.compute_dtype} rounds the checkpoint's {loaded.info.weight_dtype}, and a GGUF "
+                "file is written of the loaded weights; leave --compute out."
+            )
         self._loaded, self._baseline = loaded, baseline_of(loaded, source)
 
     def check(self, recipe: Recipe | None) -> FitsKernel:
@@ -202,12 +210,25 @@ class GgufFileWriter:
         if variant is not None:
             check_exact(variant)
         path = part / GGUF_FILE
-        write_gguf(self._loaded, variant, _GGUF_FLOATS[self._loaded.info.weight_dtype], path)
+        vocabulary, tokens = self._vocabulary()
+        write_gguf(self._loaded, variant, _GGUF_FLOATS[self._loaded.info.weight_dtype], path, vocabulary)
         same = read_gguf_back(path, self._loaded, variant, self._baseline)
         kinds = [name for name, _ in read_contents(path).types]
         sentence = f"{GGUF_FILE}: {same.matrices + same.floats} tensors ({', '.join(kinds)}; vectors F32)"
-        notes = ["Without a tokenizer: an engine is to be fed token ids."]
-        return Outcome(kinds, *same, [f"{sentence}; read back, they are bit for bit what the model has.", *notes])
+        return Outcome(kinds, *same, [f"{sentence}; read back, they are bit for bit what the model has.", tokens])
+
+    def _vocabulary(self) -> tuple[Vocabulary | None, str]:
+        """Return the vocabulary where it is read back as the model's own, and a sentence on it."""
+        ours = self._loaded.tokenizer
+        try:
+            vocabulary = Vocabulary(ours, self._loaded.info.vocab_size)
+            theirs = vocabulary.read_back()
+            reason = why_other(ours, theirs, PROBES, "auto")
+        except UsageError as error:
+            reason = str(error)
+        if reason is not None:
+            return None, f"Without a tokenizer, an engine is to be fed token ids: {reason.removesuffix('.')}."
+        return vocabulary, "With the tokenizer, which read back gives the model's token ids, and the chat template."
 
 
 def _sentences(layouts: list[str], matrices: int, variant: Variant, difference: float) -> list[str]:

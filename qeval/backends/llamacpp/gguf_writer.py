@@ -4,7 +4,8 @@ A quantized matrix keeps its codes wherever a GGUF type spells its grid: 4-bit s
 up to 4 bits as Q4_1, 5-bit ones as Q5_0 and Q5_1, 8-bit symmetric ones as Q8_0, in blocks of 32 that share a coarser
 block's scale by repetition. Those types hold scales (and the offsets of Q4_1 and Q5_1) in fp16, so they are rounded to
 that: by 0.05 % at most, which moves no code; `check_exact` refuses a variant for which that changes a value. Every
-other matrix is written dequantized. Token ids are all that an engine feeds, so no tokenizer is written.
+other matrix is written dequantized. Token ids are all that an engine here feeds, so a tokenizer is written only where
+it is asked for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval import __version__
+from qeval.backends.llamacpp.gguf_vocabulary import Vocabulary
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest
 from qeval.models.checkpoint.cache import build_once
@@ -75,7 +77,13 @@ def check_family(loaded: LoadedModel) -> None:
         raise UsageError(f"qeval writes no GGUF file of a model with rotary positions of type '{kind}'.")
 
 
-def write_gguf(loaded: LoadedModel, variant: Variant | None, precision: FloatType, out: Path) -> None:
+def write_gguf(
+    loaded: LoadedModel,
+    variant: Variant | None,
+    precision: FloatType,
+    out: Path,
+    vocabulary: Vocabulary | None = None,
+) -> None:
     """Write the file `out`; what is left in float is of type `precision`, norms in fp32.
 
     Raises:
@@ -89,6 +97,10 @@ def write_gguf(loaded: LoadedModel, variant: Variant | None, precision: FloatTyp
         )
     writer = gguf.GGUFWriter(out, "llama")
     _add_settings(writer, loaded)
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        vocabulary.add_to(writer)
     for name, data, kind in _tensors(loaded, variant, _FLOATS[precision]):
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -235,7 +247,6 @@ def _reordered(weight: QWeight, order: Tensor | None) -> QWeight:
 def _add_settings(writer: Any, loaded: LoadedModel) -> None:
     config, size = loaded.model.config, _head_size(loaded.model.config)
     writer.add_name(f"{loaded.info.name} (written by qeval {__version__})")
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(loaded.info.vocab_size)
     writer.add_context_length(loaded.info.context_length)
     writer.add_embedding_length(config.hidden_size)

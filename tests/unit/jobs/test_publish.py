@@ -7,16 +7,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 import qeval
 from qeval.backends.llamacpp import gguf_writer
+from qeval.backends.llamacpp.gguf_vocabulary import Vocabulary
+from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run_program
+from qeval.compare.loading import source_of_model
+from qeval.compare.settings import ModelChoice
 from qeval.formats import compressed_files
 from qeval.jobs.publish import GGUF_FILE, VARIANT_MANIFEST
+from qeval.models.gguf.convert import convert_gguf
+from qeval.models.gguf.tokens import PRE_TOKENIZERS
+from qeval.models.vocabulary import read_tokenizer
 from qeval.paths import home as cache_folder
+from qeval.score.token_hash import PROBES
 from qeval.store.rows import RowStore
 from qeval.store.seal import has_valid_seal
 from qeval.store.variants import load_variant
+from qeval.types import Request
 from tests.fixtures.bench import CONTEXT, Bench, records
 from tests.fixtures.families import tiny_family
 from tests.fixtures.tiny import save_tiny, tiny_tokenizer
@@ -370,3 +382,86 @@ def test_another_family_has_no_gguf_file(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "gemma")
     with pytest.raises(qeval.UsageError, match="not of Gemma2ForCausalLM"):
         qeval.export(str(tmp_path / "gemma"), method="rtn:int4-g32-signed", to="gguf", out=tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """A Llama with a tokenizer as Llama 3's: its expressions, merges, a BOS in front, a chat template."""
+    folder = save_tiny(tmp_path_factory.mktemp("tokenized"), intermediate_size=128, vocab_size=512)
+    backend = Tokenizer(BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["llama-bpe"][0]), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([split, level]), decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    named = ["<|begin|>", "<|end|>"]
+    how = trainers.BpeTrainer(vocab_size=500, special_tokens=named, initial_alphabet=letters, show_progress=False)
+    backend.train_from_iterator([" ".join(PROBES) * 3, "the quick brown fox 1234 don't " * 5], how)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=named[0], eos_token=named[1])
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_tokenizer_and_the_chat_template_go_into_a_gguf_file(tokenized, tmp_path):
+    how = {"method": "rtn:int4-g32-signed", "to": "gguf", "out": tmp_path / "out"}
+    folder, manifest = qeval.export(str(tokenized), **how)
+    assert manifest.contents[-1].startswith("With the tokenizer, which read back gives the model's token ids")
+    own = read_tokenizer(tokenized)
+    theirs = read_tokenizer(convert_gguf(folder / GGUF_FILE))
+    for text in (*PROBES, "Antidisestablishmentarianism 12345"):
+        assert theirs(text).input_ids == own(text).input_ids
+    assert theirs.chat_template == own.chat_template
+    assert (theirs.bos_token, theirs.eos_token) == (own.bos_token, own.eos_token)
+    fields = gguf.GGUFReader(folder / GGUF_FILE).fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == 512
+    assert fields["tokenizer.ggml.pre"].contents() == "llama3"
+
+
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_left_out_and_told(export):
+    folder, manifest = export("rtn:int4-g32-signed", to="gguf")
+    assert manifest.contents[-1].startswith("Without a tokenizer, an engine is to be fed token ids: llama.cpp has no")
+    assert gguf.GGUFReader(folder / GGUF_FILE).fields["tokenizer.ggml.model"].contents() == "none"
+
+
+@pytest.mark.parametrize(
+    ("step", "splits"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+        (pre_tokenizers.Digits(individual_digits=True), "smollm"),
+        (pre_tokenizers.Punctuation(), None),
+    ],
+)
+def test_what_cuts_text_is_named_or_refused(step, splits):
+    backend = Tokenizer(BPE(vocab={"a": 0}, merges=[]))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = step if splits == "gpt-2" else pre_tokenizers.Sequence([step, level])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    if splits is None:
+        with pytest.raises(qeval.UsageError, match="no name for what its tokenizer cuts text by"):
+            Vocabulary(tokenizer, 1)
+    else:
+        assert Vocabulary(tokenizer, 1).pre == splits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["rtn:fp8-w8a8", "rtn:fp8+a-fp8-static"])
+def test_compressed_tensors_rounds_fp8_activations_as_qeval(bench, export, method):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from transformers import AutoModelForCausalLM
+
+    folder, manifest = export(method)
+    loaded, source = source_of_model(ModelChoice(name=str(bench.model)))
+    backend, ids = TorchBackend(loaded.model, source.description, source.head, source.weight_dtype), tuple(range(3, 99))
+    with backend.open(variant_of(manifest)) as session:
+        ours = session.logits(session.states([Request(ids, tuple(range(len(ids))))])[0])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], ours, rtol=0, atol=1e-5)
+
+
+def test_a_compute_type_that_rounds_the_checkpoint_makes_no_gguf_file(export):
+    with pytest.raises(qeval.UsageError, match="rounds the checkpoint's float16"):
+        export("rtn:int4-g32-signed", to="gguf", compute="bf16")
