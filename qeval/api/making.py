@@ -89,6 +89,7 @@ def export(
     *,
     method: str,
     to: str = "onnx",
+    run: PathLike | None = None,
     revision: str | None = None,
     device: str = AUTO,
     compute: str | None = None,
@@ -119,6 +120,7 @@ def export(
         method: One method, or "float".
         to: "onnx", which onnxruntime-genai loads; "hf", which transformers and vLLM load with compressed-tensors; or
             "gguf", which llama.cpp loads.
+        run: With "hf" or "gguf" the folder of a finished run that scored this very variant: its card becomes README.md.
         accuracy_level: 1 (fp32 activations) or 4 (int8 activations).
         out: The folder; default: the form (onnx/, hf/, gguf/) and the names of model and method.
 
@@ -131,7 +133,8 @@ def export(
         QevalError: What was read back is not what was written.
     """
     values = dict(locals())
-    form = from_keywords(ExportChoice, values).to
+    chosen = from_keywords(ExportChoice, values)
+    form = chosen.to
     options = from_keywords(RecipeChoice, values)
     recipe = None if method == "float" else parse_method(method, options.defaults)
     recipes = [recipe] if recipe else []
@@ -163,7 +166,9 @@ def export(
         from qeval.jobs.publish import publish_variant  # noqa: PLC0415
 
         here = model_here(from_keywords(ModelChoice, values), progress)
-        published = publish_variant(form, here, recipe, text, folder, threads=threads, seed=seed, progress=progress)
+        published = publish_variant(
+            form, here, recipe, text, folder, run=chosen.run, threads=threads, seed=seed, progress=progress
+        )
         return ExportedModel(folder, published)
 
 
@@ -173,11 +178,11 @@ def _check_flags(form: ExportForm, values: Mapping[str, object]) -> None:
     Raises:
         UsageError: It names their flags.
     """
-    others = ("compute",) if form == "onnx" else ("ep", "exporter", "format", "accuracy_level", "precision")
+    others = ("compute", "run") if form == "onnx" else ("ep", "exporter", "format", "accuracy_level", "precision")
     defaults = signature(export).parameters
     if flags := [flag_of(name) for name in others if values[name] != defaults[name].default]:
-        why = "an ONNX graph is made in fp32" if form == "onnx" else "they are for --to onnx"
-        raise UsageError(f"{', '.join(flags)}: not with --to {form} ({why}); leave out what is named.")
+        rest = "hf and gguf" if form == "onnx" else "onnx"
+        raise UsageError(f"{', '.join(flags)}: not with --to {form}; this is for {rest}, so leave it out.")
 
 
 def sensitivity(

@@ -208,7 +208,7 @@ class BackendChoice(Checked):
 
 @dataclass(frozen=True)
 class ExportChoice(Checked):
-    """The form that a variant is exported in."""
+    """The form that a variant is exported in, and the run whose card goes beside it."""
 
     to: Annotated[
         ExportForm,
@@ -218,6 +218,13 @@ class ExportChoice(Checked):
             kind="form",
         ),
     ] = "onnx"
+    run: Annotated[
+        Path | None,
+        Option(
+            "With hf or gguf: the folder of a finished run that scored this very variant; its card becomes README.md.",
+            parse=read.path_or_none,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -33,6 +34,7 @@ from qeval.progress import Progress
 from qeval.quant.grid import WeightGrid
 from qeval.quant.variant import Variant
 from qeval.score.token_hash import PROBES, why_other
+from qeval.store.run import read_run
 from qeval.store.seal import seal
 from qeval.store.variants import MANIFEST, Manifest, load_variant, read_manifest
 from qeval.types import FloatType
@@ -104,13 +106,14 @@ def publish_variant(
     calibration: CalibrationChoice,
     out: Path,
     *,
+    run: Path | None = None,
     threads: int | None,
     seed: int,
     progress: Progress,
 ) -> PublishedManifest:
     """Write the variant of `recipe` (the float model with None) to the folder `out`, once it was read back.
 
-    The folder must not exist.
+    The folder must not exist. The card of `run`, which must have scored this very variant, goes beside the files.
 
     Raises:
         UsageError: bad input, or a recipe that the form can't hold; QevalError: the files are not what was meant.
@@ -123,18 +126,26 @@ def publish_variant(
     tell_warnings(loaded, progress)
     writer = WRITERS[form](loaded, source)
     fits = writer.check(recipe)
-    variant, folder = None, None
+    if run is not None and recipe is None:
+        raise UsageError("--run is for variants, and the float model is a run's baseline; leave it out.")
+
+    # the variant, which the cache holds where a run has scored it
+    folder, name = None, ""
     if recipe is not None:
         check_recipes([recipe], source, calibration.samples, fits)
-        folder = Workshop(source, lambda: calibration_of(calibration, loaded), seed, progress).folder(recipe)
-        variant = load_variant(folder)
+        workshop = Workshop(source, cache(lambda: calibration_of(calibration, loaded)), seed, progress)
+        if run is not None:
+            name = _scored_name(run, recipe, workshop.key(recipe))
+        folder = workshop.folder(recipe)
 
     with progress.phase("write and read back", 1) as advance, atomic_folder(out) as part:
-        outcome = writer.write(variant, part)
+        outcome = writer.write(None if folder is None else load_variant(folder), part)
         published = _manifest(form, source, outcome, None if folder is None else read_manifest(folder))
         _write_json(part / EXPORT_MANIFEST, published.model_dump())
         if folder is not None:
             _write_json(part / VARIANT_MANIFEST, _without_paths(json.loads((folder / MANIFEST).read_bytes())))
+        if run is not None:
+            _write_card(run, name, part)
         advance(1)
         if out.exists():  # its content is someone's, and would be replaced
             raise QevalError(f"Cannot write {out}: it exists.")
@@ -251,6 +262,27 @@ WRITERS: Mapping[ExportForm, Callable[[LoadedModel, BaselineModel], VariantWrite
     "gguf": GgufFileWriter,
 }
 """What writes variants, by the form."""
+
+
+def _scored_name(run: Path, recipe: Recipe, key: str) -> str:
+    """Return what a run calls the variant with a key; scored on several backends, the first.
+
+    Raises:
+        UsageError: There is no run, or it did not score that variant.
+    """
+    done = [each for each in read_run(run).variants if each.role == "variant" and each.status == "done"]
+    if (name := next((each.name for each in done if each.key == key), None)) is None:
+        raise UsageError(
+            f"The run {run} scored no variant that is this {recipe.name}: other weights, calibration, seed or "
+            f"--compute; it has {', '.join(each.name for each in done) or 'none'}. Give its flags, or leave --run out."
+        )
+    return name
+
+
+def _write_card(run: Path, name: str, part: Path) -> None:
+    from qeval.report.card import write_card  # noqa: PLC0415 - plots take a second to import
+
+    write_card(run, name, part)
 
 
 def _manifest(

@@ -72,6 +72,7 @@ EXPORT = {name: value for name, value in QUANTIZE.items() if name not in _TORCH_
     **RUNTIME,
     "--accuracy-level": 1,
     "--to": "onnx",
+    "--run": None,
     "--compute": None,
 }
 BENCH = {name: value for name, value in SHARED.items() if name != "--compute"} | {

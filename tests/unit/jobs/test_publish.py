@@ -1,48 +1,28 @@
-"""`export --to hf|gguf`: what is written is what is scored, bit for bit; what the form can't hold is refused."""
+"""`export --to hf`: what is written is what is scored, bit for bit, and what the form can't hold is refused."""
 
 import json
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 import qeval
-from qeval.backends.llamacpp import gguf_writer
-from qeval.backends.llamacpp.gguf_vocabulary import Vocabulary
 from qeval.backends.torch import TorchBackend
 from qeval.cli.app import run_program
 from qeval.compare.loading import source_of_model
 from qeval.compare.settings import ModelChoice
 from qeval.formats import compressed_files
-from qeval.jobs.publish import GGUF_FILE, VARIANT_MANIFEST
-from qeval.models.gguf.convert import convert_gguf
-from qeval.models.gguf.tokens import PRE_TOKENIZERS
-from qeval.models.vocabulary import read_tokenizer
-from qeval.paths import home as cache_folder
-from qeval.score.token_hash import PROBES
-from qeval.store.rows import RowStore
+from qeval.jobs.publish import VARIANT_MANIFEST
 from qeval.store.seal import has_valid_seal
-from qeval.store.variants import load_variant
 from qeval.types import Request
-from tests.fixtures.bench import CONTEXT, Bench, records
-from tests.fixtures.families import tiny_family
-from tests.fixtures.tiny import save_tiny, tiny_tokenizer
-
-LINEARS = 14
-LAYER = "model.layers.0"
+from tests.fixtures.bench import records
+from tests.fixtures.exports import FLOATS, LAYER, LINEARS, export_bench, exporter, kl_rows, variant_of
+from tests.fixtures.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A model whose rows blocks of 32 divide, and its texts."""
-    place = Bench(tmp_path_factory.mktemp("publish"))
-    save_tiny(place.model, max_position_embeddings=CONTEXT, intermediate_size=128)
-    return place
+    return export_bench(tmp_path_factory.mktemp("publish"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,27 +32,11 @@ def home(bench, monkeypatch):
 
 @pytest.fixture
 def export(bench, tmp_path):
-    """Exports the bench's model, and returns the folder and its manifest."""
-
-    def make(method, to="hf", out=None, **keywords):
-        shared = {"calibration": bench.seen, "calibration_samples": 4, "calibration_length": 32, "threads": 1}
-        where = tmp_path / (out or method.replace(":", "_"))
-        return qeval.export(str(bench.model), method=method, to=to, out=where, device="cpu", **shared, **keywords)
-
-    return make
+    return exporter(bench, tmp_path, "hf")
 
 
 def quantization(folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def variant_of(manifest):
-    return load_variant(cache_folder() / "variants" / manifest.variant_key)
-
-
-def kl_rows(out, name):
-    rows = RowStore(out).read("tokens").to_pylist()
-    return [(row["window"], row["position"], row["kl_nats"]) for row in rows if row["variant"] == name]
 
 
 @pytest.mark.parametrize(
@@ -124,13 +88,13 @@ def test_a_folder_holds_a_plain_model_and_says_what_it_is(bench, export):
         "kv_cache_scheme": None,
     }  # fmt: skip
     assert json.loads((folder / "qeval.json").read_text()) == manifest.model_dump()
-    assert (manifest.matrices, manifest.floats, manifest.largest_difference) == (LINEARS, 7, 0.0)
+    assert (manifest.matrices, manifest.floats, manifest.largest_difference) == (LINEARS, FLOATS, 0.0)
     own, tensors = load_file(bench.model / "model.safetensors"), load_file(folder / "model.safetensors")
     assert all(
         torch.equal(tensors[name], own[name]) and tensors[name].dtype == own[name].dtype
         for name in own.keys() & tensors.keys()
     )
-    assert len(own.keys() & tensors.keys()) == 7
+    assert len(own.keys() & tensors.keys()) == FLOATS
 
 
 def test_no_path_of_the_machine_is_written(bench, export):
@@ -243,7 +207,7 @@ def test_a_folder_that_is_there_is_refused_first(export, tmp_path):
     [
         ("hf", {"exporter": "dynamo", "accuracy_level": 4}, "--exporter, --accuracy-level: not with --to hf"),
         ("gguf", {"ep": "cuda"}, "--ep: not with --to gguf"),
-        ("onnx", {"compute": "bf16"}, "--compute: not with --to onnx"),
+        ("onnx", {"compute": "bf16", "run": "r"}, "--compute, --run: not with --to onnx"),
         ("exl3", {}, "Unknown form 'exl3'"),
     ],
 )
@@ -270,6 +234,23 @@ def test_what_is_read_back_as_something_else_is_thrown_away(bench, tmp_path, mon
     assert run_program(["export", *flags, "--quiet"]) == 3
     assert "as it was made; what was written is thrown away" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+def test_the_card_of_the_run_that_scored_it_lies_beside_it(bench, export, tmp_path):
+    out = tmp_path / "run"
+    assert bench.compare("--quiet", methods="rtn:int4-g32,rtn:fp8", tasks="kl", out=str(out)) == 0
+    folder, _ = export("rtn:int4-g32", run=out)
+    card = (folder / "README.md").read_text()
+    assert "model-index" in card and "rtn:int4-g32" in card
+    assert str(bench.folder) not in card
+    with pytest.raises(
+        qeval.UsageError, match=r"scored no variant that is this rtn:int8-channel.*rtn:int4-g32, rtn:fp8"
+    ):
+        export("rtn:int8-channel", run=out)
+    with pytest.raises(qeval.UsageError, match="--run is for variants"):
+        export("float", to="gguf", run=out)
+    with pytest.raises(qeval.UsageError, match="holds no run"):
+        export("rtn:fp8", run=tmp_path / "nowhere")
 
 
 def test_the_command_says_what_it_wrote(bench, tmp_path, capsys):
@@ -302,150 +283,6 @@ def test_transformers_loads_the_same_model(bench, export, method):
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
 
 
-def blocks_of(tensor):
-    """The scales and the codes of a Q4_0 or Q8_0 tensor, by ggml's definition of its blocks."""
-    size = {"Q4_0": 18, "Q8_0": 34}[tensor.tensor_type.name]
-    blocks = np.ascontiguousarray(tensor.data).reshape(-1, size)
-    scales = blocks[:, :2].copy().view(np.float16)[:, 0].astype(np.float32)
-    codes = blocks[:, 2:].view(np.int8).astype(int)
-    if size == 18:
-        codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(int) - 8
-    return scales, codes
-
-
-@pytest.mark.parametrize(
-    ("method", "kind"),
-    [("rtn:int4-g32-signed", "Q4_0"), ("gptq:int4-g64-signed-noclip", "Q4_0"), ("rtn:int8-g32-signed", "Q8_0")],
-)
-def test_a_gguf_file_holds_the_very_codes_and_scales(export, method, kind):
-    folder, manifest = export(method, to="gguf")
-    assert {path.name for path in folder.iterdir()} == {GGUF_FILE, "qeval.json", VARIANT_MANIFEST}
-    assert (manifest.form, manifest.matrices, manifest.floats, manifest.largest_difference) == ("gguf", LINEARS, 7, 0)
-    assert kind in manifest.layouts
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / GGUF_FILE).tensors}
-    weight = variant_of(manifest).weights[f"{LAYER}.mlp.down_proj.weight"]
-    scales, codes = blocks_of(tensors["blk.0.ffn_down.weight"])
-    assert np.array_equal(codes.reshape(weight.codes.shape) + weight.grid.zero, weight.codes.numpy())
-    repeated = weight.scales.repeat_interleave(weight.grid.block_size(128) // 32, dim=1)
-    assert np.array_equal(scales.reshape(repeated.shape), repeated.numpy())
-
-
-def test_a_gguf_file_is_scored_as_its_recipe_within_fp16(bench, export, tmp_path):
-    folder, _ = export("rtn:int4-g32-signed", to="gguf")
-    out, given = tmp_path / "out", f"file={folder / GGUF_FILE}"
-    flags = {"methods": "rtn:int4-g32-signed", "tasks": "kl", "out": str(out)}
-    assert bench.compare("--quiet", "--variant", given, **flags) == 0
-    for ours, theirs in zip(kl_rows(out, "rtn:int4-g32-signed"), kl_rows(out, "file"), strict=True):
-        assert theirs[2] == pytest.approx(ours[2], rel=0.02, abs=1e-4)
-
-
-def test_the_float_model_goes_into_a_gguf_file_too(export):
-    folder, manifest = export("float", to="gguf")
-    assert (manifest.recipe, manifest.variant_key, manifest.matrices, manifest.floats) == (None, None, 0, LINEARS + 7)
-    assert manifest.layouts == ["F16"]
-    assert not (folder / VARIANT_MANIFEST).exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "says"),
-    [
-        ("rtn:int4-g32", "those of int4-g32 are not"),
-        ("rtn:nf4", "No GGUF type spells nf4"),
-        ("rtn:int8-g32-asym", "No GGUF type spells int8-g32-asym"),
-        ("rtn:int4-g48-signed", "No GGUF type spells int4-g48-signed"),
-        ("rtn:int4-g32-asym", "are no fp16 numbers"),
-        ("awq:int4-g32-signed", "rtn:int4-g32-signed"),
-        ("rtn:int4-g32-signed+kv-int8", "--to gguf writes weights alone"),
-    ],
-)
-def test_what_no_gguf_type_holds_exactly_is_refused_with_what_one_does(export, tmp_path, method, says):
-    with pytest.raises(qeval.UsageError) as caught:
-        export(method, to="gguf", out="refused")
-    assert says in str(caught.value)
-    assert not (tmp_path / "refused").exists()
-
-
-def test_a_gguf_file_with_other_codes_is_thrown_away(bench, tmp_path, monkeypatch, capsys):
-    """Rows that were not turned into llama.cpp's order."""
-    monkeypatch.setattr(gguf_writer, "_row_order", lambda name, config: None)
-    out = tmp_path / "out"
-    flags = ["--model", str(bench.model), "--method", "rtn:int4-g32-signed", "--to", "gguf", "--out", str(out)]
-    assert run_program(["export", *flags, "--quiet"]) == 3
-    assert "q_proj.weight than the variant; what was written is thrown away" in " ".join(
-        capsys.readouterr().err.split()
-    )
-    assert not out.exists()
-
-
-def test_another_family_has_no_gguf_file(tmp_path):
-    tiny_family("Gemma2", vocab_size=256).save_pretrained(tmp_path / "gemma")
-    tiny_tokenizer().save_pretrained(tmp_path / "gemma")
-    with pytest.raises(qeval.UsageError, match="not of Gemma2ForCausalLM"):
-        qeval.export(str(tmp_path / "gemma"), method="rtn:int4-g32-signed", to="gguf", out=tmp_path / "out")
-
-
-@pytest.fixture(scope="module")
-def tokenized(tmp_path_factory):
-    """A Llama with a tokenizer as Llama 3's: its expressions, merges, a BOS in front, a chat template."""
-    folder = save_tiny(tmp_path_factory.mktemp("tokenized"), intermediate_size=128, vocab_size=512)
-    backend = Tokenizer(BPE(ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["llama-bpe"][0]), behavior="isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([split, level]), decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    named = ["<|begin|>", "<|end|>"]
-    how = trainers.BpeTrainer(vocab_size=500, special_tokens=named, initial_alphabet=letters, show_progress=False)
-    backend.train_from_iterator([" ".join(PROBES) * 3, "the quick brown fox 1234 don't " * 5], how)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=named[0], eos_token=named[1])
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_the_tokenizer_and_the_chat_template_go_into_a_gguf_file(tokenized, tmp_path):
-    how = {"method": "rtn:int4-g32-signed", "to": "gguf", "out": tmp_path / "out"}
-    folder, manifest = qeval.export(str(tokenized), **how)
-    assert manifest.contents[-1].startswith("With the tokenizer, which read back gives the model's token ids")
-    own = read_tokenizer(tokenized)
-    theirs = read_tokenizer(convert_gguf(folder / GGUF_FILE))
-    for text in (*PROBES, "Antidisestablishmentarianism 12345"):
-        assert theirs(text).input_ids == own(text).input_ids
-    assert theirs.chat_template == own.chat_template
-    assert (theirs.bos_token, theirs.eos_token) == (own.bos_token, own.eos_token)
-    fields = gguf.GGUFReader(folder / GGUF_FILE).fields
-    assert len(fields["tokenizer.ggml.tokens"].data) == 512
-    assert fields["tokenizer.ggml.pre"].contents() == "llama3"
-
-
-def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_left_out_and_told(export):
-    folder, manifest = export("rtn:int4-g32-signed", to="gguf")
-    assert manifest.contents[-1].startswith("Without a tokenizer, an engine is to be fed token ids: llama.cpp has no")
-    assert gguf.GGUFReader(folder / GGUF_FILE).fields["tokenizer.ggml.model"].contents() == "none"
-
-
-@pytest.mark.parametrize(
-    ("step", "splits"),
-    [
-        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
-        (pre_tokenizers.Digits(individual_digits=True), "smollm"),
-        (pre_tokenizers.Punctuation(), None),
-    ],
-)
-def test_what_cuts_text_is_named_or_refused(step, splits):
-    backend = Tokenizer(BPE(vocab={"a": 0}, merges=[]))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = step if splits == "gpt-2" else pre_tokenizers.Sequence([step, level])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    if splits is None:
-        with pytest.raises(qeval.UsageError, match="no name for what its tokenizer cuts text by"):
-            Vocabulary(tokenizer, 1)
-    else:
-        assert Vocabulary(tokenizer, 1).pre == splits
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["rtn:fp8-w8a8", "rtn:fp8+a-fp8-static"])
 def test_compressed_tensors_rounds_fp8_activations_as_qeval(bench, export, method):
@@ -460,8 +297,3 @@ def test_compressed_tensors_rounds_fp8_activations_as_qeval(bench, export, metho
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(torch.tensor([ids])).logits[0], ours, rtol=0, atol=1e-5)
-
-
-def test_a_compute_type_that_rounds_the_checkpoint_makes_no_gguf_file(export):
-    with pytest.raises(qeval.UsageError, match="rounds the checkpoint's float16"):
-        export("rtn:int4-g32-signed", to="gguf", compute="bf16")
