@@ -32,6 +32,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "noclip": {"clip": False},
     "actorder": {"act_order": True},
     "noactorder": {"act_order": False},
+    "fold": {"fold_only": True},
     "head": {"quantize_head": True},
     "measured": {"importance": "measured"},
     "fisher": {"importance": "fisher"},
@@ -73,6 +74,8 @@ class Recipe:
         act_order: Of gptq, whether the largest moments go first; None for yes.
         algorithm: Another tool's word for what it does.
         alpha: Of smoothquant, the share of activations' outliers that the weights take; None for 0.5.
+        fold_only: Of awq, whether inputs are scaled only where preceding weights take the scales, so that the result is
+            a plain model: nothing is multiplied while running.
         activations: The format of the inputs of quantized linears; None leaves them as they are.
         keys: The format of keys, after the rotary embedding; None leaves them as they are.
         values: The format of values; None leaves them as they are.
@@ -91,6 +94,7 @@ class Recipe:
     act_order: bool | None = None
     algorithm: str | None = None
     alpha: float | None = None
+    fold_only: bool = False
     activations: str | None = None
     keys: str | None = None
     values: str | None = None
@@ -112,6 +116,8 @@ class Recipe:
             raise UsageError(f"'{self.name}': clip, noclip and the head belong to qeval's own methods.")
         if self.damping is not None and not 0 < self.damping <= 1:
             raise UsageError(f"'{self.name}': damping is a share above 0 and at most 1, not {self.damping:g}.")
+        if self.fold_only and not method.scales_inputs:
+            raise UsageError(f"'{self.name}': fold belongs to awq and mixed, which scale inputs, not to {self.method}.")
         self._check_scheme()
         if method.rounding == "smoothed" and self.clip:
             raise UsageError(f"'{self.name}': {self.method} searches no clip range.")
@@ -219,9 +225,11 @@ class Recipe:
             fields["grid"] = str(self.low_grid)
 
         # what is not used is not named, so that keys from before schemes hold
-        for part in ("alpha", *FORMAT_FIELDS):
+        for part in ("alpha", "fold_only", *FORMAT_FIELDS):
             del fields[part]
         fields |= self.scheme.names()
+        if self.fold_only:
+            fields |= {"fold_only": True}
 
         # what a method does by default is written out, so that its default form has one identity
         fields |= {"clip": self.clips}

@@ -25,6 +25,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "act_order": (bool,),
     "algorithm": (str,),
     "alpha": (int, float),
+    "fold_only": (bool,),
     "activations": (str,),
     "keys": (str,),
     "values": (str,),

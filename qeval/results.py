@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from qeval.jobs.export import ExportManifest
+    from qeval.jobs.publish import PublishedManifest
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
 
@@ -190,10 +191,10 @@ class QuantizedVariant(NamedTuple):
 
 
 class ExportedModel(NamedTuple):
-    """An ONNX folder and its manifest."""
+    """A folder of exported weights, and its manifest: of an ONNX folder, or of a checkpoint or a GGUF file."""
 
     folder: Path
-    manifest: "ExportManifest"
+    manifest: "ExportManifest | PublishedManifest"
 
 
 class SensitivityMap(NamedTuple):

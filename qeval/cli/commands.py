@@ -31,7 +31,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({
     "quantize": Command(
         "Quantize a model one way and write the variant: packed integers, scales, zero points, manifest."
     ),
-    "export": Command("Quantize a model one way and write it as an ONNX folder that onnxruntime-genai loads."),
+    "export": Command(
+        "Quantize a model one way and write it as an ONNX folder, a checkpoint for vLLM or a GGUF file."
+    ),
     "explain": Command("Show which rows make a variant's loss, from a finished run's folder alone."),
     "gate": Command("Judge a run by a policy."),
     "verify": Command("Check every checksum of a run, and compute a random sample of its rows again from the model."),

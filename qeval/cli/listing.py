@@ -13,6 +13,7 @@ _GRIDS = (
     ("rtn:int8-channel", "INT8, one scale a row"),
     ("rtn:int4-g32-asym", "INT4, blocks of 32, with zero points"),
     ("awq:noclip", "the scales alone, without the clip search"),
+    ("awq:fold", "only scales that preceding weights take, so that the result is a plain model (export --to hf)"),
     ("gptq:noclip-noactorder", "as in the paper's first form: the full range, the columns as they stand"),
     ("gptq:int4-channel-damp0.05", "one scale a row, 5 % of the mean second moment added to every one (default 1 %)"),
     ("mixed-rtn:4.8bpw", "under a size budget in bits per weight"),
@@ -72,7 +73,7 @@ def methods() -> None:
     show("for example", _GRIDS)
     say(
         "Parameters: int2..int8, gN | channel | tensor, sym | asym, full | half | signed, clip | noclip, "
-        "actorder | noactorder, dampN, Nbpw, measured | positional, head; or a format of floats."
+        "actorder | noactorder, dampN, fold, Nbpw, measured | positional, head; or a format of floats."
     )
     show("format", _FORMATS, used_by="used by")
     say("Symmetric integers span their range in one of three ways; libraries differ, at the same bytes:")

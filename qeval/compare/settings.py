@@ -23,6 +23,8 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 Bos = Literal["auto", "always", "never"]
 Exporter = Literal["auto", "genai", "dynamo"]
 Executor = Literal["local", "ray"]
+ExportForm = Literal["onnx", "hf", "gguf"]
+"""What `export` writes: an ONNX folder, a checkpoint in compressed-tensors' layouts, or a GGUF file."""
 AUTO = "auto"
 """Of a device or a provider: whatever serves this machine; `compare.machine` says which."""
 BACKENDS = ("torch", "ort", "llama.cpp")
@@ -204,6 +206,27 @@ class BackendChoice(Checked):
             raise unknown("execution provider", self.ep, (AUTO, *PROVIDERS))
         if not self.accuracy_levels or set(self.accuracy_levels) - {1, 4}:
             raise UsageError("--accuracy-level takes 1 (fp32 activations), 4 (int8 activations), or 1,4.")
+
+
+@dataclass(frozen=True)
+class ExportChoice(Checked):
+    """The form that a variant is exported in, and the run whose card goes beside it."""
+
+    to: Annotated[
+        ExportForm,
+        Option(
+            "onnx: an ONNX folder; hf: a checkpoint that transformers and vLLM load (compressed-tensors); gguf: a file "
+            "for llama.cpp.",
+            kind="form",
+        ),
+    ] = "onnx"
+    run: Annotated[
+        Path | None,
+        Option(
+            "With hf or gguf: the folder of a finished run that scored this very variant; its card becomes README.md.",
+            parse=read.path_or_none,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

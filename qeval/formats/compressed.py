@@ -1,12 +1,13 @@
 """compressed-tensors (llm-compressor, vLLM).
 
     weight_packed [rows, columns * bits / 32] int32   pack-quantized: codes less 2^(bits-1), the lowest bits first
-    weight [rows, columns] int8 | float8              int-quantized, naive-quantized, float-quantized
+    weight [rows, columns] int8 | float8              int-quantized, naive-quantized, float-quantized, mxfp8-quantized
     weight_packed [rows, columns / 2] uint8           nvfp4-, mxfp4-pack-quantized: FP4, two a byte
-    weight_scale [rows, groups] | [rows, 1] | [1]     weight_zero_point of its shape, packed along the rows or int8
+    weight_scale [rows, groups] | [rows, 1] | [1]     weight_zero_point of its shape, packed along the rows or int8;
+                                                      in bytes (E8M0) of mxfp4 and mxfp8
     weight_g_idx [columns]                            with actorder: the group of each column
 
-Source: compressors/{pack_quantized,naive_quantized,nvfp4,mxfp4} of compressed_tensors 0.20.
+Source: compressors/{pack_quantized,naive_quantized,nvfp4,mxfp4,mxfp8} of compressed_tensors 0.20.
 """
 
 from collections.abc import Iterable
@@ -34,8 +35,9 @@ from qeval.formats.floats import decode_e8m0, expand_scales, fp4
 
 _READ = (
     "dense", "int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision",
-    "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized",
 )  # fmt: skip
+_ROUNDS_CACHE = "its kv_cache_scheme rounds keys and values too: only the loss of its weights is scored"
 
 
 def _decode(module: Module, config: Config) -> DecodedMatrix:
@@ -67,6 +69,8 @@ def _notes(config: Config) -> tuple[str, ...]:
     sentences = [f"format {', '.join(sorted(named))}"]
     if any(group.get("input_activations") for group in _groups(config)):
         sentences.append(ROUNDS_ACTIVATIONS)
+    if config.get("kv_cache_scheme"):
+        sentences.append(_ROUNDS_CACHE)
     return tuple(sentences)
 
 
@@ -107,10 +111,12 @@ def _zeros(module: Module, bits: int, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _fp8(module: Module, weight: Tensor, config: Config) -> Values:
-    form, scales = fp8_form(module, weight), module.part("weight_scale")
+    form, stored = fp8_form(module, weight), module.part("weight_scale")
+    micro = stored.dtype == torch.uint8
+    scales = decode_e8m0(stored) if micro else stored
     tile = next((each["block_structure"] for each in _weights(config) if each.get("block_structure")), None)
     values = weight.float() * expand_scales(scales, module.rows, module.columns, tile)
-    return Values(values, form, fp8_size_bits(weight, scales))
+    return Values(values, "mxfp8" if micro else form, fp8_size_bits(weight, stored))
 
 
 def _fp4(module: Module) -> Values:

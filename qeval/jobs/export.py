@@ -23,11 +23,10 @@ from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes
 from qeval.config import Recipe
 from qeval.errors import QevalError, UsageError
+from qeval.jobs.publish import EXPORT_MANIFEST
 from qeval.progress import Progress
 from qeval.quant.variant import Variant
 from qeval.store.variants import Manifest, load_variant, read_manifest
-
-EXPORT_MANIFEST = "qeval.json"
 
 
 class ExportManifest(BaseModel):
@@ -50,6 +49,16 @@ class ExportManifest(BaseModel):
     parity: dict[str, float] | None  # against the fake-quantized twin, on the CPU; None where it doesn't run there
     parity_missing: str | None  # why there is none
     contents: list[str]  # in sentences
+
+    def describe(self) -> list[str]:
+        """Return what the folder holds and how near it is to torch, in sentences."""
+        if self.parity is None:
+            return [*self.contents, f"Not compared with torch: {self.parity_missing}"]
+        return [
+            *self.contents,
+            f"Against the same weights in torch: mean KL {self.parity['kl_nats']:.1e} nats, largest logit difference "
+            f"{self.parity['max_logit_difference']:.1e} over {self.parity['tokens']:.0f} tokens.",
+        ]
 
 
 def export_variant(

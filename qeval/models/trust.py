@@ -77,6 +77,19 @@ def name_implementations(config: Any) -> Any:
     return config
 
 
+def clean_settings(folder: Path) -> dict[str, Any]:
+    """Return a model folder's configuration without what says what code runs.
+
+    Raises:
+        UsageError: As `read_settings`.
+    """
+    settings = read_settings(folder)
+    for part in _config_sections(settings):
+        for key in _DROPPED:
+            part.pop(key, None)
+    return settings
+
+
 def clean_copy(folder: Path, into: Path) -> Path:
     """Link a checkpoint's weights and tokenizer into a folder, beside its config.json without what says what runs.
 
@@ -93,10 +106,7 @@ def clean_copy(folder: Path, into: Path) -> Path:
     Raises:
         UsageError: As `read_settings` and `weight_files`.
     """
-    settings = read_settings(folder)
-    for part in _config_sections(settings):
-        for key in _DROPPED:
-            part.pop(key, None)
+    settings = clean_settings(folder)
     files = [path for path in known_files(folder) if path.name != "config.json"]
     files += [*weight_files(folder), *([folder / INDEX] if (folder / INDEX).is_file() else [])]
     for path in files:

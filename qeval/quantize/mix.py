@@ -242,7 +242,7 @@ def effective_of(source: Source, recipe: Recipe, grids: Mapping[str, WeightGrid]
     @lru_cache(maxsize=1)
     def at(index: int) -> tuple[list[Group], Scales, Mapping[str, Tensor]]:
         layer = [group for group in source.description.groups if group.layer == index]
-        scales = search.scales(layer, grids) if recipe.quant_method.scales_inputs else {}
+        scales = search.scales(layer, grids, fold_only=recipe.fold_only) if recipe.quant_method.scales_inputs else {}
         return layer, scales, row_divisors(scales, search.parameters)
 
     def of(unit: Group) -> dict[str, Tensor]:

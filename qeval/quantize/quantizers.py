@@ -193,7 +193,7 @@ def quantize_alone(
     """
     scales: dict[str, Scaled] = {}
     for group in groups if recipe.quant_method.scales_inputs else ():
-        scales |= search.scales([group], grids)
+        scales |= search.scales([group], grids, fold_only=recipe.fold_only)
         advance(_weights_of(search, group, grids))
 
     # rows that take a scale are divided before they are rounded

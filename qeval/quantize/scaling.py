@@ -56,9 +56,15 @@ class Search:
     _scales: dict[tuple[object, ...], Scaled | None] = field(default_factory=dict)
     _clips: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
-    def scales(self, groups: Sequence[Group], grids: Grids) -> dict[str, Scaled]:
-        """Return the scales of every group that gains by scaling, by the group's first name."""
-        by_group = {group.names[0]: self._group_scales(group, grids) for group in groups}
+    def scales(self, groups: Sequence[Group], grids: Grids, *, fold_only: bool) -> dict[str, Scaled]:
+        """Return the scales of every group that gains by scaling, by the group's first name.
+
+        Args:
+            groups: The groups.
+            grids: The grid of every weight that is quantized.
+            fold_only: Whether scales that nothing before takes are left out.
+        """
+        by_group = {group.names[0]: self._group_scales(group, grids, fold_only) for group in groups}
         return {name: scaled for name, scaled in by_group.items() if scaled is not None}
 
     def clip(self, name: str, matrix: Tensor, grid: WeightGrid, group: Group, scaled: Scaled | None) -> Tensor:
@@ -84,32 +90,32 @@ class Search:
         self._scales.clear()
         self._clips.clear()
 
-    def _group_scales(self, group: Group, grids: Grids) -> Scaled | None:
-        key = (group.names, tuple(grids.get(name) for name in group.names))
+    def _group_scales(self, group: Group, grids: Grids, fold_only: bool) -> Scaled | None:
+        key = (group.names, tuple(grids.get(name) for name in group.names), fold_only)
         if key not in self._scales:
-            self._scales[key] = _scale_group(group, self.parameters, grids, self.statistics)
+            self._scales[key] = _scale_group(group, self.parameters, grids, self.statistics, fold_only)
         return self._scales[key]
 
 
 def _scale_group(
-    group: Group, parameters: Parameters, grids: Grids, statistics: Mapping[str, InputStatistics]
+    group: Group, parameters: Parameters, grids: Grids, statistics: Mapping[str, InputStatistics], fold_only: bool
 ) -> Scaled | None:
     """Return the scales of a group; None where no linear of it is quantized, no token reached it, or none helps.
 
     Where the fold ties channels (grouped queries), a tied scale and a free one applied to the input explicitly are
-    both tried, and the better by measured loss is taken.
+    both tried, and the better by measured loss is taken; with `fold_only` it is the tied one.
     """
     names = tuple(name for name in group.names if name in grids)
     fold = group.fold if names == group.names else None  # a linear left in float would see folded inputs
     inputs = statistics.get(group.names[0])
-    if not names or inputs is None or (fold is None and not group.is_explicit):
+    if not names or inputs is None or (fold is None and (fold_only or not group.is_explicit)):
         return None
 
     weights, group_grids = [parameters[name].float() for name in names], [grids[name] for name in names]
     choice = choose_scales(weights, group_grids, inputs)
     if fold is not None and fold.repeat > 1:
         tied = choose_scales(weights, group_grids, inputs, magnitude=fold.spread(fold.tie(inputs.magnitude)))
-        explicit = choice.loss < _EXPLICIT_GAIN * tied.loss
+        explicit = not fold_only and choice.loss < _EXPLICIT_GAIN * tied.loss
         choice, fold = (choice, None) if explicit else (tied, fold)
     return None if choice.alpha == 0.0 else Scaled(names, choice, fold, group.followers)
 

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write `tensors` to `path`.
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` to `path`, with what the file says of itself.
 
     Raises:
         OSError: The file can't be written, say because the disk is full; safetensors' own error is none.
     """
     try:
-        save_file(dict(tensors), path)
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(str(error)) from error
 

@@ -1,9 +1,11 @@
 """A Llama-family model, or a variant of it, as a GGUF file that llama.cpp runs, written through the `gguf` package.
 
 A quantized matrix keeps its codes wherever a GGUF type spells its grid: 4-bit symmetric ones as Q4_0, other grids of
-up to 4 bits as Q4_1, 8-bit symmetric ones as Q8_0, in blocks of 32 that share a coarser block's scale by repetition.
-Those types hold scales (and Q4_1's offsets) in fp16, so they are rounded to that: by 0.05 % at most, which moves no
-code. Every other matrix is written dequantized. Token ids are all that an engine feeds, so no tokenizer is written.
+up to 4 bits as Q4_1, 5-bit ones as Q5_0 and Q5_1, 8-bit symmetric ones as Q8_0, in blocks of 32 that share a coarser
+block's scale by repetition. Those types hold scales (and the offsets of Q4_1 and Q5_1) in fp16, so they are rounded to
+that: by 0.05 % at most, which moves no code; `check_exact` refuses a variant for which that changes a value. Every
+other matrix is written dequantized. Token ids are all that an engine here feeds, so a tokenizer is written only where
+it is asked for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,22 +20,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval import __version__
+from qeval.backends.llamacpp.gguf_vocabulary import Vocabulary
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest
 from qeval.models.checkpoint.cache import build_once
 from qeval.models.gguf.rope import llama3_factors, wavelengths
 from qeval.models.info import LoadedModel
-from qeval.quant.grid import FloatGrid
+from qeval.quant.grid import Grid, WeightGrid
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Variant
 from qeval.types import FloatType
 
-GGUF_VERSION = 1
+GGUF_VERSION = 2
 """Raise it when the same variant is written otherwise."""
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM")
 """The architectures that llama.cpp knows as `llama`."""
 _BLOCK = 32
+_FITS = "take rtn:int4-g32-signed, rtn:int8-g32-signed or gptq:int4-g32-signed-noclip of a checkpoint in fp16 or bf16"
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _Types = gguf.GGMLQuantizationType
 
@@ -73,7 +77,13 @@ def check_family(loaded: LoadedModel) -> None:
         raise UsageError(f"qeval writes no GGUF file of a model with rotary positions of type '{kind}'.")
 
 
-def write_gguf(loaded: LoadedModel, variant: Variant | None, precision: FloatType, out: Path) -> None:
+def write_gguf(
+    loaded: LoadedModel,
+    variant: Variant | None,
+    precision: FloatType,
+    out: Path,
+    vocabulary: Vocabulary | None = None,
+) -> None:
     """Write the file `out`; what is left in float is of type `precision`, norms in fp32.
 
     Raises:
@@ -87,6 +97,10 @@ def write_gguf(loaded: LoadedModel, variant: Variant | None, precision: FloatTyp
         )
     writer = gguf.GGUFWriter(out, "llama")
     _add_settings(writer, loaded)
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        vocabulary.add_to(writer)
     for name, data, kind in _tensors(loaded, variant, _FLOATS[precision]):
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -98,29 +112,70 @@ def write_gguf(loaded: LoadedModel, variant: Variant | None, precision: FloatTyp
 def to_gguf(weight: QWeight) -> tuple[NDArray[np.uint8], Any] | None:
     """Return the bytes [rows, blocks * bytes of a block] of a quantized matrix and their type; None where no type fits.
 
-    Layouts: ggml's `block_q4_0` (scale; weight i and i + 16 in a byte), `block_q4_1` (an offset after the scale) and
-    `block_q8_0`.
+    Layouts: ggml's `block_q4_0` (scale; weight i and i + 16 in a byte), `block_q4_1` (an offset after the scale),
+    `block_q5_0` and `block_q5_1` (after these the fifth bits, weight i's in bit i) and `block_q8_0`.
     """
     rows, columns = weight.codes.shape
     size, grid = weight.grid.block_size(columns), weight.grid
-    if isinstance(grid, FloatGrid):
+    if gguf_type(grid, columns) is None or not isinstance(grid, Grid):
         return None
-    whole = size in (columns, rows * columns)
-    if columns % _BLOCK or (size % _BLOCK and not whole):
-        return None
-    repeat = columns // _BLOCK if whole else size // _BLOCK
+    repeat = columns // _BLOCK if size == columns else size // _BLOCK
     codes = weight.codes.numpy().reshape(rows, -1, _BLOCK)
     scales = _spread(weight.scales, rows, repeat, codes.shape[1])
     if grid.symmetric and grid.bits == 8:
         return _joined(scales, (codes.astype(np.int16) - grid.zero).astype(np.int8).view(np.uint8)), _Types.Q8_0
-    if grid.bits > 4:
-        return None
-    packed = codes[..., : _BLOCK // 2] | codes[..., _BLOCK // 2 :] << 4
-    if grid.symmetric and grid.bits == 4:
-        return _joined(scales, packed), _Types.Q4_0
+    low = codes & np.uint8(0xF)
+    packed = low[..., : _BLOCK // 2] | low[..., _BLOCK // 2 :] << np.uint8(4)
+    if grid.bits == 5:
+        packed = np.concatenate([np.packbits(codes >> 4, axis=-1, bitorder="little"), packed], axis=-1)
+    if grid.symmetric and grid.bits in (4, 5):
+        return _joined(scales, packed), gguf_type(grid, columns)
     zeros = torch.full_like(weight.scales, grid.zero) if weight.zeros is None else weight.zeros
     offsets = -scales * _spread(zeros.float(), rows, repeat, codes.shape[1])
-    return _joined(np.concatenate([scales, offsets], axis=-1), packed), _Types.Q4_1
+    return _joined(np.concatenate([scales, offsets], axis=-1), packed), gguf_type(grid, columns)
+
+
+def gguf_type(grid: WeightGrid, columns: int) -> Any | None:
+    """Return the GGUF type that spells the codes of a grid for rows of so many weights; None where none does."""
+    size = grid.block_size(columns)
+    if not isinstance(grid, Grid) or columns % _BLOCK or (size % _BLOCK and size != columns):
+        return None
+    if grid.bits == 8:
+        return _Types.Q8_0 if grid.symmetric else None
+    if grid.bits == 5:
+        return _Types.Q5_0 if grid.symmetric else _Types.Q5_1
+    if grid.bits > 5:
+        return None
+    return _Types.Q4_0 if grid.symmetric and grid.bits == 4 else _Types.Q4_1
+
+
+def check_gguf_grid(name: str, grid: WeightGrid, columns: int) -> None:
+    """Refuse a grid that no GGUF type holds exactly, whatever the weights.
+
+    Raises:
+        UsageError: It names one that is held.
+    """
+    if gguf_type(grid, columns) is None:
+        raise UsageError(f"No GGUF type spells {grid} for the {columns} weights of a row of {name}; {_FITS}.")
+    if isinstance(grid, Grid) and grid.symmetric and grid.span != "signed":
+        raise UsageError(
+            f"GGUF's blocks hold their scales in fp16, which those of {grid} are not: its largest magnitude goes to "
+            f"another code than -{grid.zero}; {_FITS}."
+        )
+
+
+def check_exact(variant: Variant) -> None:
+    """Refuse a variant with a matrix that its GGUF type would change, in a scale or an offset.
+
+    Raises:
+        UsageError: It names the first, and what is held exactly.
+    """
+    for name, weight in variant.weights.items():
+        encoded = to_gguf(weight)
+        if encoded is None or not np.array_equal(gguf.dequantize(*encoded), weight.dequantize().numpy()):
+            raise UsageError(
+                f"The scales of {name} ({weight.grid}) are no fp16 numbers, which GGUF's blocks hold them in; {_FITS}."
+            )
 
 
 def _spread(values: Tensor, rows: int, repeat: int, blocks: int) -> NDArray[np.float32]:
@@ -192,7 +247,6 @@ def _reordered(weight: QWeight, order: Tensor | None) -> QWeight:
 def _add_settings(writer: Any, loaded: LoadedModel) -> None:
     config, size = loaded.model.config, _head_size(loaded.model.config)
     writer.add_name(f"{loaded.info.name} (written by qeval {__version__})")
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(loaded.info.vocab_size)
     writer.add_context_length(loaded.info.context_length)
     writer.add_embedding_length(config.hidden_size)

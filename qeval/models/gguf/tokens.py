@@ -80,6 +80,11 @@ _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 _TYPES = ("gpt2", "llama")
 
 
+def takes_whole_tokens(pre: str) -> bool:
+    """Return whether a word that is a token is taken whole under a pre-tokenizer, whatever its merges."""
+    return pre in _WHOLE_TOKENS
+
+
 def tokenizer_of(reader: GGUFReader, alone: Path, where: Path) -> Any:
     """Return the tokenizer that a file describes, or None where it says that it holds none.
 

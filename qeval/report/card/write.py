@@ -34,17 +34,20 @@ class _Parts(NamedTuple):
     plots: list[Pair]
 
 
-def write_card(run_dir: Path, variant: str | None = None) -> Written:
-    """Write the card of a run to RUN/card/README.md, with metadata and plots.
+def write_card(run_dir: Path, variant: str | None = None, folder: Path | None = None) -> Written:
+    """Write the card of a run to README.md in a folder, with metadata and plots.
 
-    `variant` is the one that the metadata is about; None means all that are sound.
+    Args:
+        run_dir: The run's folder.
+        variant: The one that the metadata is about; None means all that are sound.
+        folder: Where the card goes; None means RUN/card.
 
     Raises:
         UsageError: `run_dir` holds no run, or the run has no such variant.
         BrokenRecordError, QevalError: as `report.build`, and where there are no figures.
     """
-    path = run_dir / "card" / "README.md"
-    if run_dir.is_dir():
+    path = (folder or run_dir / "card") / "README.md"
+    if run_dir.is_dir() and folder is None:
         check_place(path.parent, "the card", "the run's folder")
     parts = _parts(run_dir, variant)
     name = model_name(parts.report)

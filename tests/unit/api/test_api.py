@@ -51,7 +51,7 @@ SIGNATURES = {
     "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus split seed out progress "
     "on_plan command",
     "diff": "run_a run_b *variants",
-    "export": "model *method revision device ep exporter format accuracy_level precision calibration "
+    "export": "model *method to run revision device compute ep exporter format accuracy_level precision calibration "
     "calibration_samples calibration_length offline budget importance quantize_head threads seed out progress",
     "gate": "run policy *variants junit markdown summary",
     "gate_model": "model policy *method revision device compute stream max_memory corpus protocol window stride "

@@ -72,6 +72,9 @@ _TORCH_ONLY = ("--compute", "--stream", "--max-memory")
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in _TORCH_ONLY} | {
     **RUNTIME,
     "--accuracy-level": 1,
+    "--to": "onnx",
+    "--run": None,
+    "--compute": None,
 }
 BENCH = {name: value for name, value in SHARED.items() if name != "--compute"} | {
     "--methods": "fp32,rtn",

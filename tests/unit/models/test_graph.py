@@ -257,6 +257,12 @@ def test_input_scales_alone_leave_the_output_as_it_is(model, monkeypatch):
     assert unfolded <= set(variant.input_scales)
 
 
+def test_scales_that_preceding_weights_take_leave_the_output_as_it_is_too(monkeypatch):
+    variant = assert_scales_change_nothing(tiny_family("Llama"), parse_method("awq:g32-noclip-fold"), monkeypatch)
+    assert not variant.input_scales
+    assert len(variant.floats) == 4
+
+
 def test_a_group_with_a_linear_in_float_is_scaled_on_its_input(monkeypatch):
     rules = (GridRule("*.up_proj.*", "float"), GridRule("*.k_proj.*", "float"))
     recipe = Recipe("partly", "awq", "int4-g32", clip=False, rules=rules)

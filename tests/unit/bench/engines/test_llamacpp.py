@@ -43,7 +43,7 @@ def in_fp16(weight, kind):
     scales, zeros = (
         part.expand(rows, -1).repeat_interleave(size, dim=1)[:, :columns] for part in (weight.scales, held)
     )
-    if kind == "Q4_1":
+    if kind in ("Q4_1", "Q5_1"):
         return weight.codes * scales.half().float() + (-scales * zeros).half().float()
     return (weight.codes - zeros) * scales.half().float()
 
@@ -53,12 +53,13 @@ def in_fp16(weight, kind):
     [
         ("int4-g32", "Q4_0"), ("int4-g96", "Q4_0"), ("int4-channel", "Q4_0"), ("int4-tensor", "Q4_0"),
         ("int4-g32-asym", "Q4_1"), ("int4-g32-signed", "Q4_0"), ("int8-g32-half", "Q8_0"),
+        ("int5-g32", "Q5_0"), ("int5-g64-signed", "Q5_0"), ("int5-channel-asym", "Q5_1"),
         ("int3-g32", "Q4_1"), ("int8-channel", "Q8_0"), ("int8-g32", "Q8_0"),
     ],
 )  # fmt: skip
 def test_blocks_hold_the_very_codes(grid, kind):
     """By gguf's own dequantization."""
-    weight = weight_of(grid)
+    weight = weight_of(grid, columns=192)
     data, found = to_gguf(weight)
     assert found.name == kind
     expected = in_fp16(weight, kind).numpy()
