@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qeval.compare.settings import Settings
-from qeval.config import FORMAT_FIELDS
+from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
 from qeval.identity import digest
 from qeval.store.run import RunRecord
@@ -58,7 +58,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, without fields that a recipe doesn't use and older runs don't have."""
     values: dict[str, Any] = _SETTINGS.dump_python(settings, mode="json")
     for recipe in values["recipes"]:
-        for part in ("alpha", *FORMAT_FIELDS):
+        for part in ("alpha", *PART_FIELDS):
             if recipe[part] is None:
                 del recipe[part]
     return values
