@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from qeval.arithmetic import with_fp64
+from qeval.arithmetic import dtype_name, with_fp64
 from qeval.errors import UsageError
 from qeval.models.structure.graph import Description, Fold, Group
 from qeval.models.structure.trace import probe, text_config
@@ -152,6 +152,7 @@ class _Builder:
         self._name = type(model).__name__
         self._parameters = weights_of(model)
         self._width = int(model.get_output_embeddings().weight.shape[1])
+        self._type = dtype_name(model.get_output_embeddings().weight.dtype)
         self.steps: dict[str, list[WeightStep]] = {}
         self.head: list[WeightStep] = []
         self.inputs: dict[str, Rotation] = {}
@@ -167,7 +168,9 @@ class _Builder:
                 for name in (*group.names, *group.followers):
                     self._add(name, TakenGain(norm.gain), TurnedColumns(rotation))
             elif group is first[group.layer]:
-                raise self._refused("R1", f"no norm with a gain comes before {group.names[0]}")
+                # powers of two show what folds, unless half precision rounds 1 + weight, or small numbers in fp16
+                where = "" if self._type == "float32" else f" (looked for in {self._type}; --compute fp32 sees more)"
+                raise self._refused("R1", f"no norm with a gain comes before {group.names[0]}{where}")
             else:
                 for name in filter(self._writes_stream, group.names):
                     self._add_rows(name, TurnedRows(rotation))
