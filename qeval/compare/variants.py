@@ -360,10 +360,12 @@ def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int
     if recipes and not quantizable(loaded.description):
         raise UsageError("This model has no linear layers that could be quantized.")
     source = source_of(loaded.model, loaded.description, loaded.head, (), {})
+    rotated: set[RotationPlaces] = set()
     for recipe in recipes:
         try:
-            if recipe.rotations:
+            if recipe.rotations and recipe.rotations not in rotated:
                 check_rotation(loaded.model, loaded.description, loaded.head, recipe.rotations)
+                rotated.add(recipe.rotations)
             check_samples(recipe, samples)
             if recipe.scheme:
                 check_scheme(recipe.scheme, loaded.model, loaded.description)
