@@ -13,12 +13,24 @@ from typing import Any, Literal, get_args
 from qeval.errors import UsageError, unknown
 from qeval.methods import METHODS, QuantMethod
 from qeval.quant.grid import FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, SymmetricRange, WeightGrid, names_float, parse
-from qeval.quant.scheme import W8A8, PartName, Scheme, parse_parts, scheme_of, split_w8a8
+from qeval.quant.scheme import (
+    ROTATION,
+    W8A8,
+    PartName,
+    RotationPlaces,
+    Scheme,
+    parse_parts,
+    parse_rotation,
+    scheme_of,
+    split_w8a8,
+)
 
 Importance = Literal["measured", "fisher", "positional"]
 """How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
 FORMAT_FIELDS = get_args(PartName)
 """The fields of a recipe that hold formats of a scheme."""
+PART_FIELDS = (*FORMAT_FIELDS, ROTATION)
+"""The fields of a recipe that parts of its name after a `+` give."""
 BASELINE = "baseline"
 """The name of the unquantized model in every row; no variant may take it."""
 
@@ -40,7 +52,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _UNQUANTIZED = ("fp16", "bf16")
 """Other names of the method `none`: the weights stay what they are."""
-_PRESETS = {"int8-w8a8": "rtn:int8-w8a8"}
+_PRESETS = {
+    "int8-w8a8": "rtn:int8-w8a8",
+    "quarot": "gptq:int4-channel+r1r2",
+    "quarot-rtn": "rtn:int4-channel+r1r2",
+}
+"""Short names; what follows their `+` gives way to parts of the user's for the same field."""
 _NUMBERS = {"budget": "{}bpw", "damping": "damp{}", "alpha": "alpha{}"}
 """The fields that a word gives a number, and the word."""
 
@@ -79,6 +96,7 @@ class Recipe:
         activations: The format of the inputs of quantized linears; None leaves them as they are.
         keys: The format of keys, after the rotary embedding; None leaves them as they are.
         values: The format of values; None leaves them as they are.
+        rotation: The places in which the model is rotated before, such as `r1r2`; None for nowhere.
     """
 
     name: str
@@ -98,6 +116,7 @@ class Recipe:
     activations: str | None = None
     keys: str | None = None
     values: str | None = None
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no variant can be made from."""
@@ -118,6 +137,7 @@ class Recipe:
             raise UsageError(f"'{self.name}': damping is a share above 0 and at most 1, not {self.damping:g}.")
         if self.fold_only and not method.scales_inputs:
             raise UsageError(f"'{self.name}': fold belongs to awq and mixed, which scale inputs, not to {self.method}.")
+        self._check_rotation()
         self._check_scheme()
         if method.rounding == "smoothed" and self.clip:
             raise UsageError(f"'{self.name}': {self.method} searches no clip range.")
@@ -134,6 +154,16 @@ class Recipe:
             raise UsageError(f"'{self.name}' rounds nothing; name what it rounds, for example {self.method}+kv-int8.")
         if self.quantize_head or self.rules:
             raise UsageError(f"'{self.name}': rules and the head go with quantized weights.")
+
+    def _check_rotation(self) -> None:
+        """Refuse places that mean nothing, and rotations of what qeval does not round itself."""
+        if self.rotations is None:
+            return
+        rounding = self.quant_method.rounding
+        if rounding == "external":
+            raise UsageError(f"'{self.name}': {self.method} takes models as they are; leave the rotation out.")
+        if rounding == "none":
+            raise UsageError(f"'{self.name}': rotations go with quantized weights; alone they change nothing.")
 
     def _check_grids(self) -> None:
         """Refuse grids that the method can't take."""
@@ -157,13 +187,20 @@ class Recipe:
 
     @property
     def scheme(self) -> Scheme:
-        """The formats of activations, keys and values."""
-        return scheme_of({part: getattr(self, part) for part in FORMAT_FIELDS})
+        """The formats of activations, keys and values, and whether inputs are turned while running."""
+        formats = scheme_of({part: getattr(self, part) for part in FORMAT_FIELDS})
+        return replace(formats, rotates_inputs=self.rotations is not None and self.rotations.online)
+
+    @property
+    def rotations(self) -> RotationPlaces | None:
+        """The places in which the model is rotated before its weights are rounded; None for nowhere."""
+        return None if self.rotation is None else parse_rotation(self.rotation)
 
     @property
     def weights_alone(self) -> "Recipe":
-        """The same recipe for the weights, without a scheme; of a recipe that leaves them in float there is none."""
-        return replace(self, name=self.name.partition("+")[0], activations=None, keys=None, values=None)
+        """The recipe without formats, but rotated too; of one that leaves the weights in float there is none."""
+        name = self.name.partition("+")[0] + (f"+{self.rotation}" if self.rotation else "")
+        return replace(self, name=name, activations=None, keys=None, values=None)
 
     @property
     def calibrated(self) -> bool:
@@ -225,11 +262,13 @@ class Recipe:
             fields["grid"] = str(self.low_grid)
 
         # what is not used is not named, so that keys from before schemes hold
-        for part in ("alpha", "fold_only", *FORMAT_FIELDS):
+        for part in ("alpha", "fold_only", *PART_FIELDS):
             del fields[part]
-        fields |= self.scheme.names()
+        fields |= {part: str(each) for part, each in self.scheme.formats.items()}
         if self.fold_only:
             fields |= {"fold_only": True}
+        if self.rotations:
+            fields[ROTATION] = str(self.rotations)
 
         # what a method does by default is written out, so that its default form has one identity
         fields |= {"clip": self.clips}
@@ -254,7 +293,8 @@ def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
 
     A grid of floats without a method means `rtn`.
 
-    What follows a `+` says how activations, keys and values are rounded: `awq+kv-int8`, `fp16+kv-q4_0`.
+    What follows a `+` says how activations, keys and values are rounded, `awq+kv-int8`, `fp16+kv-q4_0`, and where the
+    model is rotated before: `rtn:int4-channel+r1r2`.
 
     Raises:
         UsageError: The method is unknown (the nearest are listed), or does not take a word of the name.
@@ -265,8 +305,9 @@ def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
 def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a name; formats of activations, keys and values in `fields` stand above the name's."""
     weights, *parts = name.split("+")
-    scheme: dict[str, Any] = {**parse_parts(parts), **fields}
-    method, colon, words = _PRESETS.get(weights, weights).partition(":")
+    named, *preset = _PRESETS.get(weights, weights).split("+")
+    scheme: dict[str, Any] = {**parse_parts(preset), **parse_parts(parts), **fields}
+    method, colon, words = named.partition(":")
     if method in _UNQUANTIZED:
         method = "none"
     if not colon and names_float(method):
@@ -291,9 +332,9 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
     if W8A8 in grid:
         grid, formats = split_w8a8(name, grid)
         scheme = {**formats, **scheme}
-    named = "-".join(grid) or _DEFAULT_GRID
-    named = str(parse(named)) if names_float(named) else named  # with what a short name leaves out
-    return Recipe(name=name, method=method, grid=named, **options, **scheme)
+    grid_name = "-".join(grid) or _DEFAULT_GRID
+    grid_name = str(parse(grid_name)) if names_float(grid_name) else grid_name  # with what a short name leaves out
+    return Recipe(name=name, method=method, grid=grid_name, **options, **scheme)
 
 
 def _read_words(words: str) -> tuple[dict[str, Any], list[str]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from qeval.config import FORMAT_FIELDS, Defaults, GridRule, Importance, Recipe, parse_budget, parse_method, recipe_from
+from qeval.config import PART_FIELDS, Defaults, GridRule, Importance, Recipe, parse_budget, parse_method, recipe_from
 from qeval.errors import UsageError, unknown
 from qeval.escape import cut
 from qeval.parsing import load_yaml
@@ -29,6 +29,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "activations": (str,),
     "keys": (str,),
     "values": (str,),
+    "rotation": (str,),
 }
 
 
@@ -67,9 +68,9 @@ def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
     # the name of the method may have words; the mapping's own fields come after them
     if "method" not in entry:
         raise UsageError(f"{where} names no method.")
-    formats = {part: str(entry[part]) for part in FORMAT_FIELDS if part in entry}
+    formats = {part: str(entry[part]) for part in PART_FIELDS if part in entry}
     recipe = recipe_from(str(entry["method"]).strip(), defaults, formats)
-    fields = {key: value for key, value in entry.items() if key not in ("method", *FORMAT_FIELDS)}
+    fields = {key: value for key, value in entry.items() if key not in ("method", *PART_FIELDS)}
     if "importance" in fields and fields["importance"] not in get_args(Importance):
         raise unknown(f"importance in {where}", fields["importance"], get_args(Importance))
     if "budget" in fields:

@@ -13,17 +13,20 @@ _FLOAT_WEIGHTS = "fp16"
 def split_recipe(recipe: Recipe) -> dict[str, Recipe]:
     """Return what a recipe rounds, each part alone; nothing of a recipe that rounds one thing.
 
-    Activations are not told apart where the method folds scales into the weights, or where rules leave some of them in
-    float: alone, on float weights, they would be others.
+    Activations are not told apart where the method folds scales into the weights, where the model is rotated, or where
+    rules leave some of them in float: alone, on float weights, they would be others. So would values that are rotated.
     """
-    method, scheme = recipe.quant_method, recipe.scheme.names()
+    method, rotations = recipe.quant_method, recipe.rotations
+    scheme = {part: str(how) for part, how in recipe.scheme.formats.items()}
     rounds_weights = method.rounding != "none"
     if len(scheme) + rounds_weights < 2:
         return {}
-    folds = method.scales_inputs or method.rounding in ("smoothed", "external")
+    changes_inputs = method.scales_inputs or method.rounding in ("smoothed", "external") or rotations is not None
+    changed = {"activations"} if changes_inputs or recipe.rules else set()
+    changed |= {"values"} if rotations is not None and rotations.heads else set()
     parts = {_WEIGHTS: _weights_alone(recipe)} if rounds_weights else {}
     for part, text in scheme.items():
-        if part != "activations" or not (folds or recipe.rules):
+        if part not in changed:
             parts[part] = recipe_from(f"{_FLOAT_WEIGHTS}+{part[0]}-{text}", Defaults(), {})
     return parts
 
@@ -62,7 +65,8 @@ def _same(recipe: Recipe, others: Iterable[Recipe]) -> str | None:
 def _weights_alone(recipe: Recipe) -> Recipe:
     """Return the recipe of the weights under the shortest name that means it."""
     alone = recipe.weights_alone
-    for name in (alone.name, f"{recipe.method}:{recipe.grid}"):
+    rotated = f"+{recipe.rotation}" if recipe.rotation else ""
+    for name in (recipe.name.partition("+")[0], alone.name, f"{recipe.method}:{recipe.grid}{rotated}"):
         if _means(name, alone):
             return replace(alone, name=name)
     return replace(alone, name=f"{recipe.name} (weights)")

@@ -13,6 +13,7 @@ from qeval.models.device import free_bytes
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import weights_of
 from qeval.quant.variant import Variant
+from qeval.quantize.rotating import turn_input
 
 
 def variant_head(model: Any, variant: Variant, head: Head, name: str) -> Head:
@@ -31,6 +32,8 @@ def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head
     _put(parameters, variant, {head_name, *aside}, lambda _: None)
     for name in aside:
         _replace(model, name, variant.floats[name])
+    for name, core in variant.input_rotations.items():
+        turn_input(model.get_submodule(name.removesuffix(".weight")), core)
     for name, scales in variant.input_scales.items():
         _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
     return own
@@ -54,6 +57,9 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
             _put(parameters, variant, {skip, *aside}, keep)
             for name in aside:
                 stack.enter_context(_in_place_of(model, name, variant.floats[name]))
+            for name, core in variant.input_rotations.items():  # before scales, which are those of turned inputs
+                handle = turn_input(model.get_submodule(name.removesuffix(".weight")), core)
+                stack.callback(handle.remove)
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))
                 stack.enter_context(scaled_input(module, scales.to(model.device)))

@@ -16,7 +16,7 @@ from qeval.bench.settings import BenchChoice
 from qeval.compare.environment import describe_environment
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
-from qeval.compare.schemes import refuse_schemes, schemes_of
+from qeval.compare.schemes import refuse_rotations, refuse_schemes, schemes_of
 from qeval.compare.variants import BaselineModel, VariantEntry, Workshop, check_recipes, given_entry, is_variant
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
@@ -94,6 +94,7 @@ def plan_benchmark(choice: BenchChoice) -> BenchPlan:
         UsageError: It is not there, or does not fit.
     """
     refuse_schemes(schemes_of(choice.recipes, dict(choice.variants)), "qeval bench times")
+    refuse_rotations(choice.recipes, dict(choice.variants), "qeval bench times")
     if choice.threads:
         torch.set_num_threads(choice.threads)
     loaded, source = source_of_model(choice.model)

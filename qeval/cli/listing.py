@@ -66,6 +66,15 @@ _SPANS = (
 )
 
 
+_ROTATIONS = (
+    ("rtn:int4-channel+r1r2", "the residual stream (R1) and each head's values (R2) rotated, folded into the weights"),
+    ("quarot, quarot-rtn", "gptq:int4-channel+r1r2, rtn:int4-channel+r1r2"),
+    ("quarot+a-int4+kv-int4-hadamard", "activations, keys and values in INT4 too; hadamard of keys is R3"),
+    ("rtn:int4-channel+r1r2r4+a-int4", "R4 as well: the input of each feed-forward's last matrix, while running"),
+    ("awq+r1r2-seed3", "another seed of the random signs; plain r1r2: 0"),
+)
+
+
 def methods() -> None:
     """The quantization methods, and how their names carry parameters."""
     show("method", ((name, method.description) for name, method in METHODS.items()))
@@ -83,6 +92,8 @@ def methods() -> None:
         "After a +: a- (activations), k-, v- or kv-, then int2..int8, fp8 [e5m2], mxfp8, mxfp4, nvfp4, q8_0 or q4_0, "
         "then token | gN | channel | tensor (static), floor | even | rceil, hadamard. Torch alone runs them."
     )
+    show("with rotations (QuaRot)", _ROTATIONS)
+    say("After a +: r1, r2 and r4 in one word, and -seedN. Torch alone runs rotated models.")
 
 
 def tasks() -> None:

@@ -17,7 +17,13 @@ from qeval.compare.external_checkpoints import TokenCheck
 from qeval.compare.external_paths import VariantPath, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import loaded_model
-from qeval.compare.schemes import refuse_schemes, refuse_schemes_off_torch, schemes_of
+from qeval.compare.schemes import (
+    refuse_rotations,
+    refuse_rotations_off_torch,
+    refuse_schemes,
+    refuse_schemes_off_torch,
+    schemes_of,
+)
 from qeval.compare.settings import CalibrationChoice, Settings
 from qeval.compare.sources import drift_of, load_tasks, suites_of
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
@@ -229,11 +235,14 @@ def _check_machine(settings: Settings) -> None:
 
 
 def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
-    """Refuse rounded activations, keys and values where only weights are."""
-    schemes = schemes_of(settings.every_recipe, {place.name: place.path for place in places})
+    """Refuse rounded activations, keys and values where only weights are, and rotations that torch alone runs."""
+    folders = {place.name: place.path for place in places}
+    refuse_rotations_off_torch(settings.every_recipe, folders, settings.backends.names)
+    schemes = schemes_of(settings.every_recipe, folders)
     refuse_schemes_off_torch(schemes, settings.backends.names)
     if settings.model.stream:
         refuse_schemes(schemes, "--stream runs")
+        refuse_rotations(settings.every_recipe, folders, "--stream runs")
 
 
 def _check_gpus(settings: Settings) -> None:

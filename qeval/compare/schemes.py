@@ -15,7 +15,7 @@ from qeval.models.structure.graph import Description
 from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.models.structure.weight_views import is_expert
 from qeval.progress import Advance
-from qeval.quant.scheme import Scheme, scheme_of
+from qeval.quant.scheme import ROTATION, Scheme, scheme_of
 from qeval.quant.variant import Variant
 from qeval.quantize.ranges import collect_ranges
 from qeval.store.variants import MANIFEST, read_manifest
@@ -36,7 +36,7 @@ def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
     named = ", ".join(name for name, scheme in schemes.items() if scheme)
     if named:
         raise UsageError(
-            f"{where} weights alone, and these round activations, keys or values: {named}. Leave the parts after the "
+            f"{where} weights alone, and these change activations, keys or values: {named}. Leave the parts after the "
             "first + out, or score them by compare with torch and without --stream."
         )
 
@@ -49,6 +49,37 @@ def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[s
     """
     if others := [name for name in backends if name != _TORCH]:
         refuse_schemes(schemes, f"--backend {','.join(others)} runs")
+
+
+def refuse_rotations(recipes: Sequence[Recipe], folders: Mapping[str, Path], where: str) -> None:
+    """Refuse variants of rotated models where torch does not hold all of the model: other parts than linears differ.
+
+    Args:
+        recipes: What is asked for.
+        folders: Folders by the variants' names; those that hold variants made before are looked at.
+        where: What takes no rotated model, as the beginning of a sentence: `qeval export writes`.
+
+    Raises:
+        UsageError: There are such variants; it names them.
+    """
+    stored = [name for name, folder in folders.items() if (folder / MANIFEST).is_file()]
+    names = [recipe.name for recipe in recipes if recipe.rotation]
+    names += [name for name in stored if ROTATION in read_manifest(folders[name]).recipe]
+    if names:
+        raise UsageError(
+            f"{where} no rotated model: {', '.join(names)}. Leave the rotation out, or score it by compare with torch "
+            "and without --stream."
+        )
+
+
+def refuse_rotations_off_torch(recipes: Sequence[Recipe], folders: Mapping[str, Path], backends: Sequence[str]) -> None:
+    """Refuse rotated models on backends whose graphs take weights of the float model's form alone.
+
+    Raises:
+        UsageError: It names backends and variants.
+    """
+    if others := [name for name in backends if name != _TORCH]:
+        refuse_rotations(recipes, folders, f"--backend {','.join(others)} runs")
 
 
 def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[str, Scheme]:
@@ -108,7 +139,7 @@ def with_scheme(
     ranges: Mapping[str, Tensor] = {}
     if scheme.is_static:
         names = [name for name in variant.activation_inputs if name != description.head]
-        with _as_run(model, variant, description.head):
+        with _as_run(model, variant, description.head, turns=recipe.rotation is not None):
             ranges = collect_ranges(model, names, scheme, samples, advance)
         _check_reached(recipe, ranges, names)
     return replace(variant, scheme=scheme, ranges=ranges, details={**variant.details, **scheme_details(scheme, model)})
@@ -123,9 +154,9 @@ def _check_reached(recipe: Recipe, ranges: Mapping[str, Tensor], names: Sequence
         )
 
 
-def _as_run(model: Any, variant: Variant, head: str) -> AbstractContextManager[None]:
-    """Have the model's linears see the inputs that they will see, up to rounding."""
-    if not variant.input_scales and not (variant.floats and not variant.stored):
+def _as_run(model: Any, variant: Variant, head: str, *, turns: bool) -> AbstractContextManager[None]:
+    """Have the model's linears see the inputs that they will see, up to rounding; `turns`: whether it is rotated."""
+    if not (variant.input_scales or turns) and not (variant.floats and not variant.stored):
         return nullcontext()
     return installed(model, variant, skip=head, keep_dtype=next(model.parameters()).dtype)
 

@@ -351,6 +351,8 @@ def check_streamed(recipes: Sequence[Recipe]) -> None:
             f"{', '.join(schemes)}: of a streamed model weights alone are quantized; leave the parts after the first + "
             "or --stream out."
         )
+    if turned := [recipe.name for recipe in recipes if recipe.rotations]:
+        raise UsageError(f"{', '.join(turned)}: qeval rotates models that are in memory; leave +r or --stream out.")
     if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:
         raise UsageError(f"{', '.join(smoothed)}: qeval smooths models that are in memory; leave it or --stream out.")
     if tools := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "external"]:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qeval.compare.settings import Settings
-from qeval.config import FORMAT_FIELDS
+from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
 from qeval.identity import digest
 from qeval.store.run import RunRecord
@@ -60,7 +60,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
     if not settings.split:
         del values["split"]
     for recipe in values["recipes"]:
-        for part in ("alpha", *FORMAT_FIELDS):
+        for part in ("alpha", *PART_FIELDS):
             if recipe[part] is None:
                 del recipe[part]
     return values

@@ -26,12 +26,15 @@ from qeval.models.structure.head import Head
 from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.quant.grid import WeightGrid, parse
+from qeval.quant.rotation import ROTATIONS_VERSION
+from qeval.quant.scheme import RotationPlaces
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.quantize.build import plan_variant, possible_grids, quantizable, source_of
 from qeval.quantize.context import Source
 from qeval.quantize.mix import check_samples, trial_units
 from qeval.quantize.quantizers import quantize_plan, rounding_units
+from qeval.quantize.rotating import check_rotation, rotated_model
 from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES, trial_passes
 from qeval.quantize.statistics import collect
 from qeval.quantize.tools.registry import tool_version
@@ -138,12 +141,16 @@ def variant_key(recipe: Recipe, loaded: BaselineModel, calibration: Calibration,
             SENSITIVITY_LENGTH,
             EVERY,
         ]
+    turned: dict[str, Any] = {}
+    if recipe.rotations:
+        turned = {"rotations": ROTATIONS_VERSION, "config": loaded.config_sha256}
     tool = {"tool": tool_version(recipe.method)} if recipe.quant_method.rounding == "external" else {}
     labels = {"labels": FISHER_VERSION} if recipe.quant_method.mixes and recipe.importance == "fisher" else {}
     return digest(
         {
             **tool,
             **labels,
+            **turned,
             **loaded.arithmetic,
             "quantizers": QUANTIZERS_VERSION,
             "recipe": recipe.identity(),
@@ -213,8 +220,10 @@ class Workshop:
 
     def make(self, recipe: Recipe) -> tuple[Variant, float]:
         """Return the variant, and the seconds that it took beyond calibrating."""
-        if recipe.scheme:
+        if recipe.scheme.formats:
             return self._make_with_scheme(recipe)
+        if recipe.rotations:
+            return self._make_rotated(recipe, recipe.rotations)
         source = self._source(recipe.calibrated, recipe.needs_statistics)
         start = time.perf_counter()
         grids, plan = self._outline(source, recipe)
@@ -236,6 +245,18 @@ class Workshop:
         with phase as advance:
             variant = with_scheme(weights, recipe, loaded.model, loaded.description, samples, advance)
         return replace(variant, key=self.key(recipe)), seconds + time.perf_counter() - start
+
+    def _make_rotated(self, recipe: Recipe, places: RotationPlaces) -> tuple[Variant, float]:
+        """Return the variant of a recipe for the weights of the rotated model, whose inputs are other ones too."""
+        loaded, start = self._loaded, time.perf_counter()
+        with rotated_model(loaded.model, loaded.description, loaded.head, places) as turned:
+            source = self._make_source(
+                recipe.calibrated, recipe.needs_statistics, description=turned.description, head=turned.head
+            )
+            grids, plan = self._outline(source, recipe)
+            with self._quantizing(recipe, plan) as advance:
+                variant = quantize_plan(source, recipe, grids, plan, advance)
+            return turned.completed(variant), time.perf_counter() - start
 
     def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid], Variant]:
         """Plan a variant; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
@@ -266,17 +287,21 @@ class Workshop:
 
     def _source(self, calibrated: bool, uses_statistics: bool) -> Source:
         if (calibrated, uses_statistics) not in self._sources:
-            self._sources[calibrated, uses_statistics] = self._make_source(calibrated, uses_statistics)
+            loaded = self._loaded
+            self._sources[calibrated, uses_statistics] = self._make_source(
+                calibrated, uses_statistics, description=loaded.description, head=loaded.head
+            )
         return self._sources[calibrated, uses_statistics]
 
-    def _make_source(self, calibrated: bool, uses_statistics: bool) -> Source:
-        loaded = self._loaded
+    def _make_source(self, calibrated: bool, uses_statistics: bool, *, description: Description, head: Head) -> Source:
+        """Return the model as its weights are now, of a structure and with a head, with what a recipe needs."""
+        model = self._loaded.model
         samples: Sequence[Sequence[int]] = self._calibration().samples if calibrated else ()
         statistics: Mapping[str, Any] = {}
         if uses_statistics:
             with self._progress.phase("calibrate", sum(len(sample) for sample in samples)) as advance:
-                statistics = collect(loaded.model, loaded.description, samples, self._seed, advance)
-        return source_of(loaded.model, loaded.description, loaded.head, samples, statistics)
+                statistics = collect(model, description, samples, self._seed, advance)
+        return source_of(model, description, head, samples, statistics)
 
     def _is_whole(self, folder: Path) -> bool:
         if not folder.exists():
@@ -335,8 +360,12 @@ def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int
     if recipes and not quantizable(loaded.description):
         raise UsageError("This model has no linear layers that could be quantized.")
     source = source_of(loaded.model, loaded.description, loaded.head, (), {})
+    rotated: set[RotationPlaces] = set()
     for recipe in recipes:
         try:
+            if recipe.rotations and recipe.rotations not in rotated:
+                check_rotation(loaded.model, loaded.description, loaded.head, recipe.rotations)
+                rotated.add(recipe.rotations)
             check_samples(recipe, samples)
             if recipe.scheme:
                 check_scheme(recipe.scheme, loaded.model, loaded.description)

@@ -18,7 +18,7 @@ from qeval.backends.torch import TorchBackend
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.onnx import target_of
 from qeval.compare.plan import calibration_of
-from qeval.compare.schemes import refuse_schemes
+from qeval.compare.schemes import refuse_rotations, refuse_schemes
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes
 from qeval.config import Recipe
@@ -81,6 +81,7 @@ def export_variant(
         raise UsageError(f"'{out}' exists; name another folder.")
     if recipe is not None:
         refuse_schemes({recipe.name: recipe.scheme}, "qeval export writes")
+        refuse_rotations([recipe], {}, "qeval export writes")
     choose_provider(choice.ep)
     if threads:
         torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
-from qeval.compare.schemes import refuse_schemes
+from qeval.compare.schemes import refuse_rotations, refuse_schemes
 from qeval.compare.settings import CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes, variant_key
 from qeval.config import Recipe
@@ -62,6 +62,7 @@ def measure_sensitivity(
     if not recipe.quant_method.mixed:
         raise UsageError(f"--method {recipe.name}: groups are quantized one by one by rtn and awq alone.")
     refuse_schemes({recipe.name: recipe.scheme}, "qeval sensitivity measures")
+    refuse_rotations([recipe], {}, "qeval sensitivity measures")
     if threads:
         torch.set_num_threads(threads)
     if budgets and isinstance(recipe.low_grid, FloatGrid):

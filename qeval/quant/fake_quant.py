@@ -20,6 +20,7 @@ from qeval.quant.floats import (
     over_blocks,
     round_to_element,
 )
+from qeval.quant.rotation import sylvester
 from qeval.quant.rtn import inverse_and_scale
 from qeval.quant.scheme import TensorFormat
 
@@ -58,7 +59,7 @@ def fake_quantize_rows(values: Tensor, how: TensorFormat, amax: Tensor | None = 
 
 
 def rotate(heads: Tensor, size: int) -> Tensor:
-    """Multiply each `size` consecutive numbers of the last dimension by a Hadamard matrix over sqrt(size).
+    """Multiply each `size` consecutive numbers of the last dimension by a Hadamard matrix over sqrt(size): QuaRot's R3.
 
     The matrix is symmetric and orthogonal, so a second call undoes the first. Queries that are rotated as keys are give
     the same products; an output of rotated values is rotated back. So rounding inside a rotation is all there is to do.
@@ -136,7 +137,4 @@ def _inverse(scale: Tensor) -> Tensor:
 @lru_cache
 def _hadamard(size: int, device: torch.device) -> Tensor:
     """Return Sylvester's Hadamard matrix of a power of two, over sqrt(size)."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / math.sqrt(size)).to(device)
+    return (sylvester(size).float() / math.sqrt(size)).to(device)

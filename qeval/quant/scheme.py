@@ -1,14 +1,15 @@
 """Tensors rounded beside the weights: the inputs of quantized linears, and the keys and values of attention.
 
-A part of a recipe's name says how: `a-fp8-token`, `kv-int8`, `k-int8-channel`, `v-q4_0-hadamard`. Dynamic scales are
+A part of a recipe's name says how: `a-fp8-token`, `kv-int8`, `k-int8-channel`, `v-q4_0-hadamard`; `r1r2` is a rotation
+of the model before its weights are rounded, and `r4` one of inputs while it runs. Dynamic scales are
 those of a token alone (and of a head, for keys and values), so that no score depends on how sequences are batched.
 Scales that span tokens are static: they come from calibration text.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from qeval.errors import UsageError, unknown
 from qeval.quant.elements import E2M1, E4M3, E5M2, POWER_RULES, Minifloat, Scaling
@@ -21,6 +22,10 @@ PartName = Literal["activations", "keys", "values"]
 W8A8 = "w8a8"
 """The word of a grid's name for weights by channel and activations by token, of the same 8 bits."""
 
+ROTATION = "rotation"
+"""The field of a recipe that names the places of rotations."""
+_INPUTS = "inputs"
+"""What a stored scheme calls rotations while running."""
 _PREFIXES: Mapping[str, tuple[PartName, ...]] = {
     "a": ("activations",), "k": ("keys",), "v": ("values",), "kv": ("keys", "values"),
 }  # fmt: skip
@@ -32,6 +37,9 @@ _SPANS = ("token", "block", "channel", "tensor", "static")
 _WORDS = (*_SPANS, "gN", *POWER_RULES, "e4m3", "e5m2", "hadamard")
 _SIZES = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16, "q8_0": 32, "q4_0": 32}
 _BLOCK = 32
+_ROTATIONS = ("r1", "r2", "r4")
+"""The places of rotations that a recipe may name; R3 is the `hadamard` of keys' formats."""
+_ONLINE = "r4"
 _SCALE_BITS = {"mxfp8": 8, "mxfp4": 8, "nvfp4": 8, "q8_0": 16, "q4_0": 16}
 """Bits of a block's scale: E8M0, E4M3, ggml's fp16. Others are fp32, as weights' scales are."""
 
@@ -97,21 +105,44 @@ class TensorFormat:
 
 
 @dataclass(frozen=True)
+class RotationPlaces:
+    """The places in which a model is rotated: the residual stream (R1), values (R2), feed-forwards' inner states (R4).
+
+    R1 and R2 are folded into the weights; R4 turns the input of the last matrix of every feed-forward while running.
+    """
+
+    residual: bool = False
+    heads: bool = False
+    online: bool = False
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """Return the name that `parse_rotation` takes: `r1r2`, `r1r2r4-seed3`."""
+        used = zip(_ROTATIONS, (self.residual, self.heads, self.online), strict=True)
+        return "".join(word for word, is_used in used if is_used) + (f"-seed{self.seed}" if self.seed else "")
+
+
+@dataclass(frozen=True)
 class Scheme:
-    """The formats of what is rounded beside the weights; None leaves a kind of tensor as it is."""
+    """The formats of what is rounded beside the weights; None leaves a kind of tensor as it is.
+
+    `rotates_inputs`: whether inputs are turned while running (R4).
+    """
 
     activations: TensorFormat | None = None
     keys: TensorFormat | None = None
     values: TensorFormat | None = None
+    rotates_inputs: bool = False
 
     def __bool__(self) -> bool:
-        """Return whether anything is rounded."""
-        return any(self.formats.values())
+        """Return whether anything but weights differs from the float model."""
+        return self.rotates_inputs or any(self.formats.values())
 
     @property
     def formats(self) -> dict[str, TensorFormat]:
         """The formats that are used, by their part."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) is not None}
+        parts = {part: getattr(self, part) for part in get_args(PartName)}
+        return {part: how for part, how in parts.items() if how is not None}
 
     @property
     def is_static(self) -> bool:
@@ -129,8 +160,9 @@ class Scheme:
         return self.keys is not None or self.values is not None
 
     def names(self) -> dict[str, str]:
-        """Return the formats' names by their part; `scheme_of` reads them."""
-        return {part: str(each) for part, each in self.formats.items()}
+        """Return the formats' names by their part, and what turns inputs; `scheme_of` reads them."""
+        turned = {_INPUTS: _ONLINE} if self.rotates_inputs else {}
+        return {part: str(each) for part, each in self.formats.items()} | turned
 
 
 def scheme_of(names: Mapping[str, str | None]) -> Scheme:
@@ -139,7 +171,9 @@ def scheme_of(names: Mapping[str, str | None]) -> Scheme:
     Raises:
         UsageError: A name means nothing, or not for its part.
     """
-    return Scheme(**{part: parse_format(name, part) for part, name in names.items() if name is not None})
+    named = {part: name for part, name in names.items() if name is not None and part != _INPUTS}
+    formats = {part: parse_format(name, part) for part, name in named.items()}
+    return Scheme(**formats, rotates_inputs=names.get(_INPUTS) == _ONLINE)
 
 
 def parse_parts(parts: Sequence[str]) -> dict[str, str]:
@@ -147,6 +181,8 @@ def parse_parts(parts: Sequence[str]) -> dict[str, str]:
 
     >>> parse_parts(["a-fp8-token", "kv-int8"])
     {'activations': 'fp8-token', 'keys': 'int8-token', 'values': 'int8-token'}
+    >>> parse_parts(["r2r1"])
+    {'rotation': 'r1r2'}
 
     Raises:
         UsageError: A part begins or goes on with no word of the grammar (the nearest are listed), or comes twice.
@@ -154,13 +190,40 @@ def parse_parts(parts: Sequence[str]) -> dict[str, str]:
     formats: dict[str, str] = {}
     for part in parts:
         prefix, _, name = part.partition("-")
+        if re.fullmatch(r"(r\d)+", prefix):
+            if ROTATION in formats:
+                raise UsageError(f"'+{part}' rotates a second time; name all places in one part, such as +r1r2.")
+            formats[ROTATION] = str(parse_rotation(part))
+            continue
         if prefix not in _PREFIXES:
-            raise unknown(f"prefix of '+{part}'", prefix, _PREFIXES)
+            raise unknown(f"prefix of '+{part}'", prefix, [*_PREFIXES, *_ROTATIONS])
         for field in _PREFIXES[prefix]:
             if field in formats:
                 raise UsageError(f"'+{part}' gives {field} a second format; give each one alone.")
             formats[field] = str(parse_format(name, field))
     return formats
+
+
+def parse_rotation(name: str) -> RotationPlaces:
+    """Return the places that a name such as `r1r2` or `r1r2r4-seed3` means.
+
+    Raises:
+        UsageError: A word means nothing (the nearest are listed), comes twice, or is R3, which keys' formats name.
+    """
+    places, *words = name.split("-")
+    found = re.findall(r"r\d", places)
+    if "r3" in found:
+        raise UsageError(f"'{name}': R3 turns queries and keys; say +k-int4-hadamard, or +kv-int4-hadamard.")
+    for place in found if "".join(found) == places else [places]:
+        if place not in _ROTATIONS:
+            raise unknown(f"rotation in '{name}'", place, _ROTATIONS)
+    if len(set(found)) < len(found):
+        raise UsageError(f"'{name}' names a rotation twice.")
+    seeds = [re.fullmatch(r"seed(\d{1,9})", word) for word in words]
+    if len(seeds) > 1 or not all(seeds):
+        raise UsageError(f"'{name}': after the places of a rotation comes its seed alone, such as r1r2-seed1.")
+    seed = next((int(match[1]) for match in seeds if match), 0)
+    return RotationPlaces("r1" in found, "r2" in found, "r4" in found, seed)
 
 
 def parse_format(name: str, part: str) -> TensorFormat:

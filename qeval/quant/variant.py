@@ -56,7 +56,8 @@ class Variant:
     product. `kept`: every other weight, with its reason. `details`: what the method decided, in words. `stored`: which
     of the floats are a quantized matrix's values. `scheme`: how inputs of quantized linears, keys and values are
     rounded; `ranges`: the largest magnitudes that its static scales come from, by the linear's parameter name, or by
-    the layer's number with `.keys` or `.values`.
+    the layer's number with `.keys` or `.values`. `input_rotations`: linears whose input is turned while running, before
+    scales and rounding: the core [m, m] that `rotation.turn_runs` takes with the columns as one run.
     """
 
     key: str
@@ -69,6 +70,7 @@ class Variant:
     stored: tuple[StoredMatrix, ...] = ()
     scheme: Scheme = field(default_factory=Scheme)
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
+    input_rotations: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def quantized_matrices(self) -> tuple[str, ...]:

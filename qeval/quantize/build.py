@@ -40,7 +40,7 @@ def source_of(
         statistics: Of every layer's input, by group; empty where none are needed.
     """
     parameters = weights_of(model)
-    parameters.setdefault(description.head, head.weight)
+    parameters[description.head] = head.weight
     trials = InMemory(model, description, head, samples)
     return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials)
 

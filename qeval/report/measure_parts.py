@@ -9,6 +9,9 @@ from qeval.stats import estimates
 from qeval.stats.bootstrap import Clusters, Floats
 from qeval.store.run import VariantRecord
 
+_ROUNDED = ("activations", "keys", "values")
+"""The details of a variant's record that say what it rounds beside its weights, which are the parts' names too."""
+
 
 def sum_over_joint(
     record: VariantRecord, kl: Mapping[str, Floats], windows: Clusters | None, seed: int
@@ -27,7 +30,7 @@ def sum_over_joint(
         None for a variant that was not split or not in all of its parts, or where nothing was lost.
     """
     names = (record.name, *record.parts.values())
-    has_all = len(record.parts) > 1 and ("activations" in record.parts or "activations" not in record.details)
+    has_all = len(record.parts) > 1 and all(part in record.parts for part in _ROUNDED if part in record.details)
     if not has_all or windows is None or any(name not in kl for name in names):
         return None
     total = windows.sums(np.sum([kl[name] for name in record.parts.values()], axis=0))

@@ -4,6 +4,7 @@
     weights.safetensors   NAME.codes (packed, lowest bits first), NAME.scales, NAME.zeros, NAME.input_scale, floats;
                           NAME.scales in bytes where the grid has such (E8M0, E4M3), NAME.global_scale,
                           NAME.range, where activations, keys or values have static scales
+                          NAME.input_rotation, where an input is turned while running
 
 The folder appears whole or not at all, and reads back to the same variant.
 """
@@ -105,8 +106,9 @@ class Manifest(_Part):
     weights_sha256: str
     stored: list[StoredEntry] = []
     scheme: dict[str, str] = {}
-    """The formats of activations, keys and values by these words; like `ranges`, written only where it is used."""
+    """The formats of activations, keys and values by these words; like what follows, written only where it is used."""
     ranges: list[str] = []
+    input_rotations: list[str] = []
     sha256: str | None = None
     """Of all the rest of the manifest, from version 2 on."""
 
@@ -225,7 +227,7 @@ def _stacked_spec(specs: Sequence[Spec]) -> Spec:
 
 def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
     manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
-    unused = {name for name in ("scheme", "ranges") if not getattr(manifest, name)}
+    unused = {name for name in ("scheme", "ranges", "input_rotations") if not getattr(manifest, name)}
     content = seal(json.loads(manifest.model_dump_json(exclude=unused)))
     (part / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -328,6 +330,7 @@ def _variant(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Variant:
         stored=tuple(StoredMatrix(**entry.model_dump()) for entry in manifest.stored),
         scheme=scheme_of(manifest.scheme),
         ranges={name: tensors[f"{name}.range"] for name in manifest.ranges},
+        input_rotations={name: tensors[f"{name}.input_rotation"] for name in manifest.input_rotations},
     )
 
 
@@ -338,6 +341,7 @@ def _tensors(variant: Variant) -> dict[str, Tensor]:
     tensors |= variant.floats
     tensors |= {f"{name}.input_scale": scales for name, scales in variant.input_scales.items()}
     tensors |= {f"{name}.range": amax for name, amax in variant.ranges.items()}
+    tensors |= {f"{name}.input_rotation": core for name, core in variant.input_rotations.items()}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -395,4 +399,5 @@ def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest
         stored=[StoredEntry(**vars(each)) for each in variant.stored],
         scheme=variant.scheme.names(),
         ranges=list(variant.ranges),
+        input_rotations=list(variant.input_rotations),
     )

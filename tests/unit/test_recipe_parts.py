@@ -19,6 +19,13 @@ from qeval.recipe_parts import added_parts, names_of_parts, split_recipe
         # the scales that these fold into weights make the activations what they are
         ("awq:int4-g128+a-int8-token", {"weights": "awq:int4-g128"}),
         ("smoothquant", {"weights": "smoothquant:int8-channel"}),
+        # and so does a rotation; that of heads changes values too
+        ("quarot+a-int4+k-int8", {"weights": "quarot", "keys": "fp16+k-int8-token"}),
+        (
+            "rtn:int4-channel+r1+kv-int8",
+            {"weights": "rtn:int4-channel+r1", "keys": "fp16+k-int8-token", "values": "fp16+v-int8-token"},
+        ),
+        ("rtn:int4-g128+r1r2r4", {}),
         ("rtn:int4-g128", {}),
         ("fp16+k-int8", {}),
     ],

@@ -21,6 +21,8 @@ KEYS = {
     "mixed:g32-4.8bpw-fisher": "ca16759743d8b45ac17008f398ca091a",
     "mixed:positional": "7d6c5f678df9617837e08cb9ada159d1",
     "mixed-rtn:6bpw-clip": "aa3737ccd6ef4955fee17705393bccdf",
+    "rtn:int4-channel+r1r2": "1b4567b4ec5b54a5dc1c9684fe06822f",
+    "gptq:int4-channel+r1r2r4-seed1": "3bc578ea9f75c59671678cc86fe4bb19",
 }
 
 
