@@ -17,7 +17,7 @@ from qeval.backends.llamacpp.gguf_writer import check_exact, check_family, check
 from qeval.compare.external_checkpoints import baseline_of
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
-from qeval.compare.schemes import refuse_schemes
+from qeval.compare.schemes import refuse_rotations, refuse_schemes
 from qeval.compare.settings import CalibrationChoice, ExportForm, ModelChoice
 from qeval.compare.variants import BaselineModel, FitsKernel, Workshop, check_recipes
 from qeval.config import Recipe
@@ -120,6 +120,8 @@ def publish_variant(
     """
     if out.exists():
         raise UsageError(f"'{out}' exists; name another folder.")
+    if recipe is not None:
+        refuse_rotations([recipe], {}, "qeval export writes")
     if threads:
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
