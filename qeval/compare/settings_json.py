@@ -61,4 +61,6 @@ def _plain(settings: Settings) -> dict[str, Any]:
         for part in ("alpha", *FORMAT_FIELDS):
             if recipe[part] is None:
                 del recipe[part]
+        if not recipe["formats"]:
+            del recipe["formats"]
     return values
