@@ -46,7 +46,8 @@ def _whole_name(recipe: str, text: str) -> str:
     """
     if not text:
         raise UsageError(
-            f"'{recipe}' has a {CANDIDATE_MARK} without a format on both sides of it; name one, or drop it."
+            f"'{recipe}' has an empty name among its formats; name one on both sides of each {CANDIDATE_MARK}, or drop "
+            "that."
         )
     if text in (*UNQUANTIZED, FLOAT):
         return FLOAT

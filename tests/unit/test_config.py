@@ -165,8 +165,8 @@ def test_the_identity_of_rules_is_the_same_to_the_byte_in_every_release():
 
 
 UNFIT_FORMATS = {
-    "mixed:int4/": "has a / without a format on both sides of it; name one, or drop it.",
-    "mixed:/": "has a / without a format on both sides of it",
+    "mixed:int4/": "has an empty name among its formats; name one on both sides of each /, or drop that.",
+    "mixed:/": "has an empty name among its formats",
     "mixed:int4/int4-g128-5bpw": "names int4-g128 twice among its formats; name each once.",
     "mixed:int4/bf16/fp16": "names float twice among its formats",
     "mixed:int4/nvpf4": "'nvpf4' in 'nvpf4' is not part of a grid's name (nearest: nvfp4)",
@@ -336,6 +336,7 @@ BROKEN = {
     "variants: [{name: a, method: mixed, formats: int4}]": "variant 1: 'formats' must be list, not 'int4'",
     "variants: [{name: a, method: mixed, formats: []}]": "variant 1: 'formats' must name at least two formats",
     "variants: [{name: a, method: mixed, formats: [int4, 8]}]": "variant 1: each of 'formats' must be str, not 8",
+    "variants: [{name: a, method: mixed, formats: [int4, '']}]": "'a' has an empty name among its formats",
     "variants: [{name: a, method: mixed, formats: [int4]}]": "'a' names one format, int4-g128, and a mix",
     "variants: [{name: a, method: mixed, high: int8, formats: [int4, bf16]}]": "leave the grid (int4-g128)",
     "variants: [{name: a, method: 'mixed:g32', formats: [int4, bf16]}]": "leave the grid (g32) and the high one out",
