@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 from qeval.errors import UsageError, unknown
 from qeval.methods import METHODS, QuantMethod
-from qeval.quant.grid import FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, SymmetricRange, WeightGrid, names_float, parse
+from qeval.quant.candidates import CANDIDATE_MARK, UNQUANTIZED, candidate_formats
+from qeval.quant.grid import FLOAT, FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, SymmetricRange, WeightGrid, names_float, parse
 from qeval.quant.scheme import (
     ROTATION,
     W8A8,
@@ -50,8 +51,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "fisher": {"importance": "fisher"},
     "positional": {"importance": "positional"},
 }
-_UNQUANTIZED = ("fp16", "bf16")
-"""Other names of the method `none`: the weights stay what they are."""
 _PRESETS = {
     "int8-w8a8": "rtn:int8-w8a8",
     "quarot": "gptq:int4-channel+r1r2",
@@ -97,6 +96,8 @@ class Recipe:
         keys: The format of keys, after the rotary embedding; None leaves them as they are.
         values: The format of values; None leaves them as they are.
         rotation: The places in which the model is rotated before, such as `r1r2`; None for nowhere.
+        formats: In a mix, the names of the grids that each group of linears gets one of, `bf16` to leave it in float;
+            empty where `grid` and `high` say the two widths.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Recipe:
     keys: str | None = None
     values: str | None = None
     rotation: str | None = None
+    formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no variant can be made from."""
@@ -125,6 +127,8 @@ class Recipe:
         if self.name == BASELINE or not self.name:
             raise UsageError(f"A variant cannot be named '{self.name}'; that name is the unquantized model's.")
         method = self.quant_method
+        if self.formats:
+            self._check_formats()
         if not method.mixes and (self.budget is not None or self.high is not None):
             raise UsageError(f"'{self.name}': a budget or a high grid belongs to mixed methods, not to {self.method}.")
         if method.rounding != "sequential" and (self.damping is not None or self.act_order is not None):
@@ -165,14 +169,37 @@ class Recipe:
         if rounding == "none":
             raise UsageError(f"'{self.name}': rotations go with quantized weights; alone they change nothing.")
 
+    def _check_formats(self) -> None:
+        """Refuse formats that leave nothing to choose, or come where something else says what a group may get."""
+        if not self.quant_method.mixes:
+            raise UsageError(
+                f"'{self.name}': several formats to choose among belong to mixed methods, not to {self.method}; "
+                f"name one, or take {self.quant_method.mixed or 'mixed'}."
+            )
+        if self.grid != _DEFAULT_GRID or self.high is not None:
+            raise UsageError(
+                f"'{self.name}': the formats name all that a group may get; leave the grid ({self.grid}) and the high "
+                "one out, or add them to the formats."
+            )
+        if self.importance == "positional":
+            raise UsageError(
+                f"'{self.name}': the positional rule knows INT4 and INT8 alone; take --importance measured or fisher "
+                "with a --budget."
+            )
+        candidate_formats(self.name, self.formats)
+
     def _check_grids(self) -> None:
         """Refuse grids that the method can't take."""
+        if self.formats:
+            return
         method = self.quant_method
         for text in (self.grid, self.high or "", *(rule.grid for rule in self.rules)):
             if not set(FLOAT_WORDS).isdisjoint(text.split("-")) and (method.mixes or method.rounding == "external"):
                 does = "mixes widths of integers" if method.mixes else "is asked for integers alone"
+                several = f", or several formats (mixed:int4/{text}-6bpw)" if method.mixes else ""
                 raise UsageError(
-                    f"'{self.name}': {self.method} {does}, not {text}; take rtn, awq or gptq, such as awq:nvfp4."
+                    f"'{self.name}': {self.method} {does}, not {text}; take rtn, awq or gptq, such as "
+                    f"awq:nvfp4{several}."
                 )
             if method.rounding == "external" and not _SPANS.isdisjoint(text.split("-")):
                 raise UsageError(
@@ -216,8 +243,18 @@ class Recipe:
 
     @property
     def low_grid(self) -> WeightGrid:
-        """The grid of every weight that neither a mix nor a rule gives another one."""
-        return parse(self.grid)
+        """The grid of every weight that neither a mix nor a rule gives another one; of formats, the cheapest."""
+        return parse(self.candidates[0] if self.formats else self.grid)
+
+    @property
+    def trial_grids(self) -> tuple[str, ...]:
+        """The names of the grids that every group of a mix is tried on: the low one, or all of its formats."""
+        return tuple(name for name in self.candidates if name != FLOAT) or (self.grid,)
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The whole names of `formats`, `float` among them, the one that takes the fewest bits first."""
+        return candidate_formats(self.name, self.formats) if self.formats else ()
 
     @property
     def high_grid(self) -> WeightGrid:
@@ -262,13 +299,15 @@ class Recipe:
             fields["grid"] = str(self.low_grid)
 
         # what is not used is not named, so that keys from before schemes hold
-        for part in ("alpha", "fold_only", *PART_FIELDS):
+        for part in ("alpha", "fold_only", "formats", *PART_FIELDS):
             del fields[part]
         fields |= {part: str(each) for part, each in self.scheme.formats.items()}
         if self.fold_only:
             fields |= {"fold_only": True}
         if self.rotations:
             fields[ROTATION] = str(self.rotations)
+        if self.formats:
+            fields["formats"] = list(self.candidates)
 
         # what a method does by default is written out, so that its default form has one identity
         fields |= {"clip": self.clips}
@@ -291,7 +330,8 @@ class Defaults:
 def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
     """Return the recipe that a name such as `awq:int4-g128`, `mixed-rtn:4.8bpw` or `nvfp4` means.
 
-    A grid of floats without a method means `rtn`.
+    A grid of floats without a method means `rtn`. Formats with a `/` between are those that a mix chooses among:
+    `mixed:int4-g128/fp8-tile128/bf16-5bpw`.
 
     What follows a `+` says how activations, keys and values are rounded, `awq+kv-int8`, `fp16+kv-q4_0`, and where the
     model is rotated before: `rtn:int4-channel+r1r2`.
@@ -308,7 +348,7 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
     named, *preset = _PRESETS.get(weights, weights).split("+")
     scheme: dict[str, Any] = {**parse_parts(preset), **parse_parts(parts), **fields}
     method, colon, words = named.partition(":")
-    if method in _UNQUANTIZED:
+    if method in UNQUANTIZED:
         method = "none"
     if not colon and names_float(method):
         method, words = "rtn", method
@@ -317,7 +357,7 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
             raise UsageError(f"'{name}': {method} is a format, not a method; say {method} alone, or rtn:{method}.")
         raise _unknown_method(method)
     rounding = METHODS[method].rounding
-    if rounding == "external":
+    if rounding == "external" and CANDIDATE_MARK not in words:
         return replace(_parse_tool(name, method, words), **scheme)
     if rounding == "none" and words:
         raise UsageError(f"'{name}': {weights.partition(':')[0]} leaves the weights in float and takes no words.")
@@ -326,6 +366,9 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
     if METHODS[method].mixes:
         options |= {"budget": defaults.budget, "importance": defaults.importance}
 
+    if CANDIDATE_MARK in words:
+        named_options, candidates = _read_formats(words)
+        return Recipe(name=name, method=method, formats=candidates, **options | named_options, **scheme)
     named_options, grid = _read_words(words)
     options |= named_options
     grid = grid or METHODS[method].words.split("-")
@@ -347,6 +390,17 @@ def _read_words(words: str) -> tuple[dict[str, Any], list[str]]:
         else:
             grid.append(word)
     return options, grid
+
+
+def _read_formats(words: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the fields that words give, and the formats among them; words and formats may stand in any order."""
+    options: dict[str, Any] = {}
+    formats = []
+    for part in words.split(CANDIDATE_MARK):
+        named_options, grid = _read_words(part)
+        options |= named_options
+        formats.append("-".join(grid))
+    return options, tuple(formats)
 
 
 def _number_of(word: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ class QuantMethod:
         calibrated: Whether it reads calibration text.
         scales_inputs: Whether input scales are searched, from statistics of all layer inputs.
         clips: Whether the range of each block is searched, unless a recipe says otherwise.
-        mixes: Whether groups of linears get one of two widths, under a size budget.
+        mixes: Whether groups of linears get one of two widths, or of several formats, under a size budget.
         words: What its name alone stands for, where that is not INT4 in blocks of 128.
         mixed: The method that does the same at two widths, by name; empty where none does.
         algorithms: What the name of another tool's method may say, with the grid that each word means. The first is
@@ -56,7 +56,7 @@ METHODS: Mapping[str, QuantMethod] = {
         clips=True,
     ),
     "mixed": QuantMethod(
-        "INT8 for the groups that matter most, INT4 for the rest, on awq, under a size budget",
+        "INT8 for the groups that matter most, INT4 for the rest, or any formats named, on awq, under a size budget",
         calibrated=True,
         scales_inputs=True,
         clips=True,

@@ -30,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "keys": (str,),
     "values": (str,),
     "rotation": (str,),
+    "formats": (list,),
 }
 
 
@@ -68,16 +69,28 @@ def _recipe(entry: object, where: str, defaults: Defaults) -> Recipe:
     # the name of the method may have words; the mapping's own fields come after them
     if "method" not in entry:
         raise UsageError(f"{where} names no method.")
-    formats = {part: str(entry[part]) for part in PART_FIELDS if part in entry}
-    recipe = recipe_from(str(entry["method"]).strip(), defaults, formats)
+    parts = {part: str(entry[part]) for part in PART_FIELDS if part in entry}
+    recipe = recipe_from(str(entry["method"]).strip(), defaults, parts)
     fields = {key: value for key, value in entry.items() if key not in ("method", *PART_FIELDS)}
     if "importance" in fields and fields["importance"] not in get_args(Importance):
         raise unknown(f"importance in {where}", fields["importance"], get_args(Importance))
     if "budget" in fields:
         fields["budget"] = parse_budget(str(fields["budget"]), f"{where}: 'budget'")
+    if "formats" in fields:
+        fields["formats"] = _formats(fields["formats"], where)
     if "rules" in fields:
         fields["rules"] = tuple(_rule(rule, where) for rule in fields["rules"])
     return replace(recipe, **fields)
+
+
+def _formats(entries: Sequence[object], where: str) -> tuple[str, ...]:
+    """Return the names of the formats that a mix chooses among."""
+    if not entries:
+        raise UsageError(f"{where}: 'formats' must name at least two formats, such as int4-g128 and bf16.")
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise UsageError(f"{where}: each of 'formats' must be str, not {cut(entry)}.")
+    return tuple(map(str, entries))
 
 
 def _rule(entry: object, where: str) -> GridRule:

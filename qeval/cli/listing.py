@@ -17,6 +17,7 @@ _GRIDS = (
     ("gptq:noclip-noactorder", "as in the paper's first form: the full range, the columns as they stand"),
     ("gptq:int4-channel-damp0.05", "one scale a row, 5 % of the mean second moment added to every one (default 1 %)"),
     ("mixed-rtn:4.8bpw", "under a size budget in bits per weight"),
+    ("mixed:int4-g128/fp8-tile128/bf16-5bpw", "one of several formats for each group; bf16 leaves it in float"),
     ("hqq:int4-g64", "HQQ at 4 bits in blocks of 64"),
     ("torchao:int8wo", "torchao's INT8, one scale a row"),
     ("ort:k_quant-g128", "ONNX Runtime's k_quant in blocks of 128"),
@@ -82,7 +83,8 @@ def methods() -> None:
     show("for example", _GRIDS)
     say(
         "Parameters: int2..int8, gN | channel | tensor, sym | asym, full | half | signed, clip | noclip, "
-        "actorder | noactorder, dampN, fold, Nbpw, measured | positional, head; or a format of floats."
+        "actorder | noactorder, dampN, fold, Nbpw, measured | positional, head; or a format of floats. A mix takes "
+        "several grids and formats with a / between, and bf16 for what may stay in float."
     )
     show("format", _FORMATS, used_by="used by")
     say("Symmetric integers span their range in one of three ways; libraries differ, at the same bytes:")

@@ -32,7 +32,7 @@ class RecipeChoice(Checked):
         ),
     ] = None
     importance: Annotated[
-        Importance, Option("How mixed variants pick INT8 layers; fisher: predicted, then measured whole.")
+        Importance, Option("How mixed variants rank layers; fisher: predicted, then measured whole.")
     ] = "measured"
     quantize_head: Annotated[bool, Option("Quantize lm_head too (a tied embedding stays).")] = False
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qeval.quant.grid import describe, parse
+from qeval.quant.grid import FLOAT, describe, parse
 from qeval.store.run import GroupRecord, KeptRecord, OverlapRecord, VariantRecord
 from qeval.store.variants import Manifest
 
@@ -44,6 +44,7 @@ def variant_record(
         overlap: What its calibration text shares with what is scored.
     """
     grids = _grids(manifest)
+    in_float = [FLOAT] if any(choice.format == FLOAT for choice in manifest.choices) else []
     forms = list(dict.fromkeys(entry.form for entry in manifest.stored))
     recipe = manifest.recipe
     return VariantRecord(
@@ -53,7 +54,7 @@ def variant_record(
         status="done",
         error=None,
         key=manifest.key,
-        grid=" + ".join([*grids, *forms]) or "float",
+        grid=" + ".join([*grids, *forms, *in_float]) or FLOAT,
         granularity=" + ".join(
             [*dict.fromkeys(describe(parse(grid)) for grid in grids), *(["its own"] if forms else [])]
         )

@@ -157,9 +157,9 @@ def estimate(plan: Plan) -> Cost:
             flops += 3 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
         if recipe.quant_method.mixes and recipe.importance == "measured":
             tokens = SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH
-            flops += groups * shape.forward_flops(tokens // 2, tokens // EVERY)
+            flops += len(recipe.trial_grids) * groups * shape.forward_flops(tokens // 2, tokens // EVERY)
         if recipe.quant_method.mixes and recipe.importance == "fisher":
-            flops += 9 * shape.forward_flops(
+            flops += (8 + len(recipe.trial_grids)) * shape.forward_flops(
                 SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH
             )
     dtype = next(plan.loaded.model.parameters()).dtype

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qeval.files.atomic import write_text
@@ -38,6 +38,10 @@ class Remembered:
     def measure_mixes(self, mixes: Mapping[str, Effective], advance: Advance) -> dict[str, float]:
         """Do as `select_mix.measure_mixes`: the mixes are those of one budget, so nothing of them is kept."""
         return self.trials.measure_mixes(mixes, advance)
+
+    def on_grid(self, name: str) -> "Remembered":
+        """Return the trials of one grid among several, in a file of its own that other mixes of it share."""
+        return replace(self, path=self.path.with_stem(f"{self.path.stem}-{name}"))
 
     def _measured(
         self, trial: Callable[[Effective, Advance], dict[str, float]], effective: Effective, advance: Advance

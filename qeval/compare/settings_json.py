@@ -63,4 +63,7 @@ def _plain(settings: Settings) -> dict[str, Any]:
         for part in ("alpha", *PART_FIELDS):
             if recipe[part] is None:
                 del recipe[part]
+        for part in ("fold_only", "formats"):
+            if not recipe[part]:
+                del recipe[part]
     return values

@@ -166,7 +166,8 @@ class StreamWorkshop(Workshop):
             self._stream, loaded.description, samples, passes, lambda: self._backend.head, self._backend.logit_rows,
             lambda: Spill(_spill_folder(), in_memory=left),
         )  # fmt: skip
-        return Source(loaded.model, loaded.description, loaded.head, samples, search, trials), passes
+        source = Source(loaded.model, loaded.description, loaded.head, samples, search, trials, loaded.float_bits)
+        return source, passes
 
     def _collected(self, samples: Sequence[Sequence[int]], in_memory: int) -> LayerStatistics:
         """Return the statistics of the text, collected as layers are reached for the first time, for all recipes."""

@@ -262,7 +262,7 @@ class Workshop:
         """Plan a variant; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
         units = trial_units(self._loaded.description, recipe)
         if units:
-            path = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None))}.json"
+            path = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None, formats=()))}.json"
             passes = trial_passes(self._loaded.description)
             source = replace(source, trials=Remembered(source.trials, path, passes, self._progress.warn))
         with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_ignore) as advance:
@@ -301,7 +301,7 @@ class Workshop:
         if uses_statistics:
             with self._progress.phase("calibrate", sum(len(sample) for sample in samples)) as advance:
                 statistics = collect(model, description, samples, self._seed, advance)
-        return source_of(model, description, head, samples, statistics)
+        return source_of(model, description, head, samples, statistics, self._loaded.float_bits)
 
     def _is_whole(self, folder: Path) -> bool:
         if not folder.exists():
@@ -359,7 +359,7 @@ def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int
     """
     if recipes and not quantizable(loaded.description):
         raise UsageError("This model has no linear layers that could be quantized.")
-    source = source_of(loaded.model, loaded.description, loaded.head, (), {})
+    source = source_of(loaded.model, loaded.description, loaded.head, (), {}, loaded.float_bits)
     rotated: set[RotationPlaces] = set()
     for recipe in recipes:
         try:

@@ -10,6 +10,8 @@ from qeval.errors import UsageError, unknown
 from qeval.quant.elements import E2M1, E2M3, E3M2, E4M3, E5M2, FP4, NF4, POWER_RULES, Element, Minifloat, Scaling
 
 MIN_BITS, MAX_BITS = 2, 8
+FLOAT = "float"
+"""The name of no grid: what a rule or a mix leaves in float."""
 SymmetricRange = Literal["full", "half", "signed"]
 """The place of a block's largest magnitude on a symmetric grid of `b` bits: at the code 2^(b-1) - 1 (`full`: 7 of
 INT4); half a step above it (`half`: 7.5), so that it rounds to or saturates at the last code; or exactly at the code

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qeval.errors import QevalError, UsageError
+from qeval.quant.knapsack import check_budget
 
 POSITIONAL_KINDS = ("v_proj", "down_proj")
 
@@ -70,9 +71,7 @@ def choose_high(options: Sequence[WidthOption], budget_bits: int) -> list[bool]:
         QevalError: The solver gave up.
     """
     smallest, largest = sum(o.low_bits for o in options), sum(o.high_bits for o in options)
-    if not smallest <= budget_bits <= largest:
-        side = "below the smallest" if budget_bits < smallest else "above the largest"
-        raise UsageError(f"The budget of {budget_bits} bits is {side} possible size ({smallest} to {largest} bits).")
+    check_budget(budget_bits, smallest, largest)
 
     # bits and nats are scaled to about 1, as the solver's tolerances are absolute
     gain = np.array([max(o.low_kl - o.high_kl, 0.0) for o in options])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from qeval.quant.grid import FLOAT
 from qeval.quant.qweight import QWeight
 from qeval.quant.scheme import Scheme
 
@@ -36,7 +37,12 @@ class StoredMatrix:
 
 @dataclass(frozen=True)
 class Choice:
-    """The bits that a mix chose for one group of linears, and the KLs that it rests on, in nats."""
+    """The bits that a mix chose for one group of linears, and the KLs that it rests on, in nats.
+
+    A mix of formats names the one that it chose (`float`: the group stays as it is), and has a KL for every grid that
+    was measured; `kl_low` and `kl_high` are then those of the smallest and the largest grid. A mix of two widths has
+    neither.
+    """
 
     layer: int
     kind: str
@@ -45,6 +51,8 @@ class Choice:
     kl_low: float | None
     kl_high: float | None
     bits: int
+    format: str | None = None
+    kls: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +106,13 @@ class Variant:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a quantized weight, scales and zero points counted; what stays in float is not."""
-        return self.quantized_bits / self.quantized_parameters
+        """Bits a quantized weight, scales and zero points counted.
+
+        What stays in float is not, save the groups that a mix chose to leave there: they count in full.
+        """
+        in_float = [choice for choice in self.choices if choice.format == FLOAT]
+        bits = self.quantized_bits + sum(choice.parameters * choice.bits for choice in in_float)
+        return bits / (self.quantized_parameters + sum(choice.parameters for choice in in_float))
 
     def size_bytes(self, float_bits: int) -> int:
         """Bytes of all weights, those kept in float at `float_bits` each."""

@@ -1,6 +1,7 @@
 """From a recipe and a model to a variant; every weight of the model is accounted for."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,15 +13,14 @@ from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import weights_of
 from qeval.progress import Advance
-from qeval.quant.grid import FloatGrid, PerBlock, WeightGrid, parse
+from qeval.quant.grid import DEFAULT_GRID, FLOAT, FloatGrid, PerBlock, WeightGrid, parse
 from qeval.quant.qweight import QWeight, check_fits
 from qeval.quant.variant import LEFT_IN_FLOAT, FloatWeight, Variant
 from qeval.quantize.context import InMemory, Source
 from qeval.quantize.mix import MixedGrids, mix_grids, mixed_budget
+from qeval.quantize.mix_formats import format_budget, free_names, mix_formats
 from qeval.quantize.quantizers import QUANTIZERS, quantize_plan
 from qeval.quantize.scaling import Parameters, Search
-
-_FLOAT = "float"
 
 
 def source_of(
@@ -29,6 +29,7 @@ def source_of(
     head: Head,
     samples: Sequence[Sequence[int]],
     statistics: Mapping[str, Any],
+    float_bits: int | None = None,
 ) -> Source:
     """Return a source over `model`; a tied head is listed under its own name too.
 
@@ -38,11 +39,13 @@ def source_of(
         head: Its output projection.
         samples: Token ids of the calibration text; empty where none is needed.
         statistics: Of every layer's input, by group; empty where none are needed.
+        float_bits: Of a weight in the checkpoint; None for those of the head as the model holds it.
     """
     parameters = weights_of(model)
     parameters[description.head] = head.weight
     trials = InMemory(model, description, head, samples)
-    return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials)
+    bits = float_bits or head.weight.dtype.itemsize * 8
+    return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials, bits)
 
 
 @torch.inference_mode()
@@ -75,7 +78,11 @@ def plan_variant(source: Source, recipe: Recipe, key: str, advance: Advance) -> 
         UsageError: As `build_variant`.
     """
     grids, kept = assign_grids(source, recipe)
-    choice = mix_grids(source, recipe, grids, advance) if recipe.quant_method.mixes else MixedGrids(grids, (), {})
+    choice = MixedGrids(grids, (), {})
+    if recipe.quant_method.mixes:
+        mix = mix_formats if recipe.formats else mix_grids
+        choice = mix(source, recipe, grids, advance)
+    kept = _with_left(source, kept, grids.keys() - choice.grids.keys())
     grids = choice.grids
 
     # the linears in the order of the computation, the head last
@@ -85,7 +92,7 @@ def plan_variant(source: Source, recipe: Recipe, key: str, advance: Advance) -> 
 
 
 def possible_grids(source: Source, recipe: Recipe) -> dict[str, tuple[WeightGrid, ...]]:
-    """Return the grids that each quantized weight may come out on: one, or the two that a mix chooses between.
+    """Return the grids that each quantized weight may come out on: one, or those that a mix chooses among.
 
     What `build_variant` would refuse is refused here, before any calibration.
 
@@ -97,6 +104,11 @@ def possible_grids(source: Source, recipe: Recipe) -> dict[str, tuple[WeightGrid
     grids, _ = assign_grids(source, recipe)
     if not method.mixes:
         return {name: (grid,) for name, grid in grids.items()}
+    if recipe.formats:
+        format_budget(source, recipe, grids)
+        candidates = tuple(map(parse, recipe.trial_grids))
+        free = free_names(source, recipe, grids)
+        return {name: candidates if name in free else (grid,) for name, grid in grids.items()}
     mixed_budget(source, recipe, grids)
     return {name: (grid, recipe.high_grid) for name, grid in grids.items()}
 
@@ -126,7 +138,8 @@ def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid],
         if reason is not None:
             kept.append(FloatWeight(name, parameter.numel(), reason))
             continue
-        grids[name] = recipe.low_grid if rule is None else parse(rule, recipe.low_grid)
+        default = DEFAULT_GRID if recipe.formats else recipe.low_grid  # among formats each name stands for itself
+        grids[name] = recipe.low_grid if rule is None else parse(rule, default)
         check_fits(name, parameter.shape[1], grids[name])
 
     # a tied head that stays in float is the embedding, which is listed already
@@ -138,10 +151,18 @@ def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid],
     return grids, tuple(kept)
 
 
+def _with_left(source: Source, kept: tuple[FloatWeight, ...], left: AbstractSet[str]) -> tuple[FloatWeight, ...]:
+    """Return the weights that stay in float with those that a mix left there, in the model's order."""
+    parameters = source.search.parameters
+    added = [FloatWeight(name, parameters[name].numel(), "the mix leaves it in float") for name in left]
+    order = {name: place for place, name in enumerate(parameters)}
+    return tuple(sorted((*kept, *added), key=lambda each: order[each.name])) if added else kept
+
+
 def _reason(source: Source, recipe: Recipe, name: str, dim: int, inside: bool, rule: str | None) -> str | None:
     """Return why a weight stays in float, or None when it is quantized."""
     description = source.description
-    if rule == _FLOAT:
+    if rule == FLOAT:
         return "the recipe's rules leave it in float"
     if inside:
         return None
@@ -179,6 +200,7 @@ def _details(recipe: Recipe) -> dict[str, str]:
     details = {"clip search": "per block" if recipe.clips else "none"}
     if recipe.quantize_head:
         details["head"] = "rounded to nearest"
-    blocks = isinstance(recipe.low_grid.granularity, PerBlock)
+    grids = map(parse, recipe.trial_grids) if recipe.formats else (recipe.low_grid,)
+    blocks = any(isinstance(grid.granularity, PerBlock) for grid in grids)
     details["short blocks"] = "a width that the block does not divide ends in a short block" if blocks else "none"
     return details

@@ -30,6 +30,10 @@ class Trials(Protocol):
         """As `select_mix.measure_mixes`: all groups quantized together, each mix."""
         ...
 
+    def on_grid(self, name: str) -> "Trials":
+        """Return the trials of one grid among several; what they come to is another grid's no more."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class InMemory:
@@ -52,10 +56,17 @@ class InMemory:
         """As `select_mix.measure_mixes`."""
         return select_mix.measure_mixes(self.model, self.description, self.head, self.samples, mixes, advance)
 
+    def on_grid(self, name: str) -> "InMemory":
+        """Return itself: nothing is kept between trials."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The model that variants are made from: its parameters (head included), structure, and calibration."""
+    """The model that variants are made from: its parameters (head included), structure, and calibration.
+
+    `float_bits`: bits of a weight that stays in float, in the checkpoint.
+    """
 
     model: Any
     description: Description
@@ -63,3 +74,4 @@ class Source:
     samples: Sequence[Sequence[int]]
     search: Search
     trials: Trials
+    float_bits: int

@@ -16,12 +16,12 @@ from qeval.quant.mixed import WidthOption, choose_high, positional_names
 from qeval.quant.variant import Choice
 from qeval.quantize.context import Source
 from qeval.quantize.fisher import FISHER_LENGTH, FISHER_SAMPLES
-from qeval.quantize.scaling import Parameters, Scales, effective, quantize_groups, row_divisors
+from qeval.quantize.scaling import Grids, Parameters, Scales, effective, quantize_groups, row_divisors
 from qeval.quantize.select_mix import MIX_LENGTH, MIX_SAMPLES
 from qeval.quantize.sensitivity import Effective, finite_kls, trial_passes
 
 _SCALE_BITS = 32
-_POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
+POWERS = {"proposal": 1.0, "flatter": 0.7, "steeper": 1.4}
 """A proposal and its neighbours: what it would be if the predictions' logarithms were shrunk or stretched."""
 _UNIFORM = "all low"
 """Measured for comparison and never taken: it spends nothing."""
@@ -59,18 +59,34 @@ def mix_grids(source: Source, recipe: Recipe, low: dict[str, WeightGrid], advanc
     check_samples(recipe, len(source.samples))
     kls = finite_kls(recipe.name, source.trials.predict(effective_of(source, recipe, low), advance))
     proposals = _proposals(source, recipe, low, budget, kls)
+    best, details = accept(source, recipe, proposals, advance, unspent=_UNIFORM)
+    choices = tuple(_choice(source, group, proposals[best], None, None) for group in _units(source, low))
+    return MixedGrids(proposals[best], choices, details)
+
+
+def accept(
+    source: Source, recipe: Recipe, proposals: Mapping[str, Grids], advance: Advance, *, unspent: str | None = None
+) -> tuple[str, dict[str, str]]:
+    """Return the name of the proposal that measures best on held-out text, and how it was found, in words.
+
+    Args:
+        source: The model, and a way to try whole mixes.
+        recipe: The mix.
+        proposals: The grids of every weight that is quantized, by the proposal's name.
+        advance: Called with `trial_passes` in all.
+        unspent: One that is measured for comparison and never taken.
+    """
     effectives = {name: effective_of(source, recipe, grids) for name, grids in proposals.items()}
     measured = finite_kls(recipe.name, source.trials.measure_mixes(effectives, advance))
-    best = min((name for name in proposals if name != _UNIFORM), key=measured.__getitem__)
-    choices = tuple(_choice(source, group, proposals[best], None, None) for group in _units(source, low))
-    return MixedGrids(proposals[best], choices, _accepted_details(measured, best))
+    best = min((name for name in proposals if name != unspent), key=measured.__getitem__)
+    return best, _accepted_details(measured, best)
 
 
 def trial_units(description: Description, recipe: Recipe) -> int:
     """Return `mix_grids`' units of progress: 0 by position; what is predicted is measured too, as whole mixes."""
     if not recipe.quant_method.mixes or recipe.importance == "positional":
         return 0
-    return trial_passes(description) * (2 if recipe.importance == "fisher" else 1)
+    return trial_passes(description) * (len(recipe.trial_grids) + (recipe.importance == "fisher"))
 
 
 def check_samples(recipe: Recipe, samples: int) -> None:
@@ -95,7 +111,7 @@ def positional_budget(
     chosen = positional_names(grids, len(source.description.layers), last)
     raised = _raised(source, recipe, grids)
     mixed = {name: raised[name] if name in chosen else grid for name, grid in grids.items()}
-    return mixed, _bits(mixed, source.search.parameters)
+    return mixed, matrix_bits(mixed, source.search.parameters)
 
 
 def _raised(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid]) -> dict[str, WeightGrid]:
@@ -122,7 +138,7 @@ def _proposals(
 ) -> dict[str, dict[str, WeightGrid]]:
     """Return the mixes to measure: by the predictions, by flatter and steeper ones, by position, and all low."""
     proposals = {}
-    for name, power in _POWERS.items():
+    for name, power in POWERS.items():
         bent = {group: kl**power for group, kl in kls.items()}
         proposals[name], _ = under_budget(source, recipe, low, budget, bent)
 
@@ -162,8 +178,8 @@ def under_budget(
     ratios = {name: 4.0 ** -(high[name].bits - low[name].bits) for name in low}  # KL goes with the step squared
     options = [
         WidthOption(
-            _bits({n: low[n] for n in group.names if n in low}, parameters),
-            _bits({n: high[n] for n in group.names if n in low}, parameters),
+            matrix_bits({n: low[n] for n in group.names if n in low}, parameters),
+            matrix_bits({n: high[n] for n in group.names if n in low}, parameters),
             kls[group.names[0]],
             kls[group.names[0]] * ratios[group.names[0]],
         )
@@ -171,7 +187,7 @@ def under_budget(
     ]
 
     # what is not in a group, such as the head, has its low grid in any case
-    rest = _bits(low, parameters) - sum(option.low_bits for option in options)
+    rest = matrix_bits(low, parameters) - sum(option.low_bits for option in options)
     picks = choose_high(options, budget - rest)
     grids = dict(low)
     for group, is_high in zip(groups, picks, strict=True):
@@ -194,18 +210,32 @@ def mixed_budget(source: Source, recipe: Recipe, low: dict[str, WeightGrid]) -> 
         )
     if recipe.budget is None:
         return positional_budget(source, recipe, low)[1]
-    smallest, largest = size_limits(source, recipe, low)
-    if not smallest <= recipe.budget <= largest:
-        side = "below the smallest" if recipe.budget < smallest else "above the largest"
-        raise UsageError(
-            f"'{recipe.name}': a budget of {recipe.budget:g} bits per weight is {side} possible size; "
-            f"this model takes {math.ceil(smallest * 1000) / 1000:.3f} to {math.floor(largest * 1000) / 1000:.3f}."
-        )
-
+    check_size(recipe, recipe.budget, *size_limits(source, recipe, low))
     parameters = source.search.parameters
     weights = sum(parameters[name].numel() for name in low)
     reserved = _explicit_bits(source, low) if recipe.quant_method.scales_inputs else 0
-    return max(int(recipe.budget * weights) - reserved, _bits(low, parameters))  # a product may round below its limit
+    return max(
+        int(recipe.budget * weights) - reserved, matrix_bits(low, parameters)
+    )  # a product may round below its limit
+
+
+def check_size(recipe: Recipe, budget: float, smallest: float, largest: float) -> None:
+    """Refuse a budget in bits per weight that no choice meets, or that every choice is below.
+
+    Raises:
+        UsageError: It names the range.
+    """
+    if not smallest <= budget <= largest:
+        side = "below the smallest" if budget < smallest else "above the largest"
+        raise UsageError(
+            f"'{recipe.name}': a budget of {budget:g} bits per weight is {side} possible size; "
+            f"this model takes {size_range(smallest, largest)}."
+        )
+
+
+def size_range(smallest: float, largest: float) -> str:
+    """Return a range of bits per weight in words, no wider than it is."""
+    return f"{math.ceil(smallest * 1000) / 1000:.3f} to {math.floor(largest * 1000) / 1000:.3f}"
 
 
 def size_limits(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid]) -> tuple[float, float]:
@@ -217,14 +247,19 @@ def size_limits(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid]) -
     parameters = source.search.parameters
     weights = sum(parameters[name].numel() for name in low)
     reserved = _explicit_bits(source, low) if recipe.quant_method.scales_inputs else 0
-    least, most = (_bits(grids, parameters) for grids in (low, _raised(source, recipe, low)))
+    least, most = (matrix_bits(grids, parameters) for grids in (low, _raised(source, recipe, low)))
     return (least + reserved) / weights, (most + reserved) / weights
 
 
 def _explicit_bits(source: Source, low: Mapping[str, WeightGrid]) -> int:
-    explicit = [g for g in source.description.groups if g.is_explicit and (g.fold is None or g.fold.repeat > 1)]
-    groups = [g for g in explicit if any(name in low for name in g.names)]
-    return sum(group.columns * len(group.names) * _SCALE_BITS for group in groups)
+    groups = [group for group in source.description.groups if any(name in low for name in group.names)]
+    return sum(map(input_scale_bits, groups))
+
+
+def input_scale_bits(group: Group) -> int:
+    """Return the most bits that the scales of a group's input take on disk, where nothing before can take them."""
+    explicit = group.is_explicit and (group.fold is None or group.fold.repeat > 1)
+    return group.columns * len(group.names) * _SCALE_BITS if explicit else 0
 
 
 def effective_of(source: Source, recipe: Recipe, grids: Mapping[str, WeightGrid]) -> Effective:
@@ -269,5 +304,6 @@ def _choice(
     return Choice(group.layer, group.kind, names, parameters, low, high, max(grids[n].bits for n in names))
 
 
-def _bits(grids: Mapping[str, WeightGrid], parameters: Parameters) -> int:
+def matrix_bits(grids: Mapping[str, WeightGrid], parameters: Parameters) -> int:
+    """Return the bits of matrices on their grids, on disk."""
     return sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items())

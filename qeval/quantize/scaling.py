@@ -48,7 +48,8 @@ class Search:
     """AWQ's searches over one model and one calibration text; what was searched once is not searched again.
 
     Neither a group's scales nor its clips depend on other groups: dividing a row by a number changes neither its
-    codes nor the share of its range that is best to keep.
+    codes nor the share of its range that is best to keep. Where a scale spans rows it does, so that the clips of a
+    matrix whose rows are divided are searched each time.
     """
 
     parameters: Parameters
@@ -67,7 +68,9 @@ class Search:
         by_group = {group.names[0]: self._group_scales(group, grids, fold_only) for group in groups}
         return {name: scaled for name, scaled in by_group.items() if scaled is not None}
 
-    def clip(self, name: str, matrix: Tensor, grid: WeightGrid, group: Group, scaled: Scaled | None) -> Tensor:
+    def clip(
+        self, name: str, matrix: Tensor, grid: WeightGrid, group: Group, scaled: Scaled | None, *, divided: bool
+    ) -> Tensor:
         """Return the share of its range that each block of `matrix` (scaled and folded) keeps.
 
         Args:
@@ -76,14 +79,19 @@ class Search:
             grid: Its grid.
             group: The group that it is in.
             scaled: The group's scales, or None.
+            divided: Whether its rows are divided by the scales of a group that it precedes.
         """
         key = (name, grid, None if scaled is None else (scaled.choice.alpha, scaled.fold is None))
-        if key not in self._clips:
-            inputs = self.statistics.get(group.names[0])
-            if inputs is not None and scaled is not None:
-                inputs = inputs.scaled(scaled.choice.scales)
-            self._clips[key] = choose_clip(matrix, grid, None if inputs is None else inputs.sketch)
-        return self._clips[key]
+        depends = divided and grid.spans_rows
+        if key in self._clips and not depends:
+            return self._clips[key]
+        inputs = self.statistics.get(group.names[0])
+        if inputs is not None and scaled is not None:
+            inputs = inputs.scaled(scaled.choice.scales)
+        clips = choose_clip(matrix, grid, None if inputs is None else inputs.sketch)
+        if not depends:
+            self._clips[key] = clips
+        return clips
 
     def forget(self) -> None:
         """Drop what was searched."""
@@ -183,7 +191,8 @@ def quantize_groups(
             matrix = search.parameters[name].float()
             matrix = matrix / divisors[name].unsqueeze(1) if name in divisors else matrix
             matrix = matrix * scaled.choice.scales if scaled else matrix
-            shares = search.clip(name, matrix, grids[name], group, scaled) if clip else None
+            divided = name in divisors
+            shares = search.clip(name, matrix, grids[name], group, scaled, divided=divided) if clip else None
             weights[name] = quantize_rtn(matrix, grids[name], shares)
     return weights
 

@@ -99,8 +99,8 @@ def finite_kls(recipe: str, kls: Mapping[str, float]) -> dict[str, float]:
     if broken:
         raise QevalError(
             f"'{recipe}': KL with {broken[0]} quantized is not finite on the calibration text (one of {len(broken)} "
-            f"among {len(kls)}), so nothing can be chosen by it; compute in fp32 (--compute fp32), or mix by "
-            "--importance positional."
+            f"among {len(kls)}), so nothing can be chosen by it; compute in fp32 (--compute fp32), or mix "
+            "two widths by --importance positional."
         )
     return dict(kls)
 

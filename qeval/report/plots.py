@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from qeval.report import conventions, formatting, loss_breakdown, style
 from qeval.report.build import quality
 from qeval.report.document import Plot
 from qeval.report.floors import largest_floor
+from qeval.report.format_map import draw_formats, name_cells
+from qeval.report.mix_tables import formats_of
 from qeval.report.model import Metric, Report, Task, VariantReport
 from qeval.report.part_tables import parts_bars
 from qeval.report.plot_labels import label_points, plain_ticks
@@ -175,10 +177,22 @@ def accuracy_by_category(report: Report, task: Task) -> Drawing | None:
 
 
 def layer_map(index: int, variant: VariantReport) -> Drawing | None:
-    """Draw layers by kind of linear: sensitivity as colour, the high bit width as a dot; None without a mix."""
+    """Draw layers by kind of linear: sensitivity as colour, the high bit width as a dot; None without a mix.
+
+    In a mix of formats the colour is that of the format, with a mark in the cell.
+    """
     if variant.mix is None:
         return None
     groups = variant.mix.groups
+    if formats := formats_of(groups):
+        return Drawing(
+            draw_formats(groups, formats),
+            f"layers-{index + 1}-{file_slug(variant.name)}",
+            f"{variant.name}: the format of each group",
+            "Layers down, kinds of linears across; colour and mark are the format: "
+            + ", ".join(f"{name} {sum(group.format == name for group in groups)}" for name in formats)
+            + f" of {len(groups)} groups.",
+        )
     kinds = list(dict.fromkeys(group.kind for group in groups))
     layers = sorted({group.layer for group in groups})
 
@@ -236,11 +250,7 @@ def draw_heat(
     else:
         axes.set_facecolor(style.grid())
 
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: str(layers[int(at)]) if 0 <= at < len(layers) else ""))
-    axes.set_ylabel("Layer")
-    axes.invert_yaxis()
+    name_cells(axes, kinds, layers)
 
 
 def all_plots(report: Report) -> list[Plot]:

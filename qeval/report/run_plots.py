@@ -51,7 +51,7 @@ class RunPlots:
         return _drawn(partial(plots.accuracy_by_category, self._report, tasks[name]), "two models with answers")
 
     def layers(self, variant: str) -> Figure:
-        """Draw which groups a mixed variant holds at the higher width, layer by kind of linear.
+        """Draw which groups a mixed variant holds at the higher width, or in which format, layer by kind of linear.
 
         Args:
             variant: The name of a mixed variant.

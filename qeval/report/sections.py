@@ -1,6 +1,6 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, part_tables, tables
+from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, mix_tables, part_tables, tables
 from qeval.report.document import Plot, Section, Table, TableCell
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
@@ -122,7 +122,8 @@ def _task(report: Report, task: Task, drawn: dict[str, Plot]) -> Section:
 def _layers(report: Report, drawn: dict[str, Plot]) -> Section:
     mixed = [v for v in report.variants if v.mix]
     budgets = [
-        f"{v.name}: bits given out by {v.mix.importance} importance"
+        f"{v.name}: {'formats' if mix_tables.formats_of(v.mix.groups) else 'bits'} given out by "
+        f"{v.mix.importance} importance"
         + (
             f" under a budget of {v.mix.budget_bits_per_weight:g} bits per weight."
             if v.mix.budget_bits_per_weight
@@ -132,12 +133,13 @@ def _layers(report: Report, drawn: dict[str, Plot]) -> Section:
         if v.mix
     ]
 
+    has_formats = any(mix_tables.formats_of(v.mix.groups) for v in mixed if v.mix)
     parts: list[Table] = []
     for v in mixed:
-        parts += [table for table in (tables.mix_table(v), tables.sensitive_table(v)) if table]
+        parts += [table for table in (mix_tables.mix_table(v), mix_tables.sensitive_table(v)) if table]
     return Section(
         id="layers",
-        title="Where the wider integers went",
+        title="Where the bits went" if has_formats else "Where the wider integers went",
         sentences=tuple(budgets),
         plots=tuple(plot for name, plot in drawn.items() if name.startswith("layers-")),
         tables=tuple(parts),

@@ -11,7 +11,6 @@ from qeval.report.model import BaselineReport, GroupScore, Kept, Metric, Report,
 _NEAR_FLOOR = 3
 """Under so many times the noise floor a KL is shown with the floor."""
 _FOLD_FROM = 20  # rows
-_SENSITIVE_SHOWN = 10
 _SCHEME = {
     "activations": "Activations", "keys": "Keys", "values": "Values", "bits per cached token": "Bits/cached token",
 }  # fmt: skip
@@ -246,46 +245,6 @@ def flips_table(report: Report, task: Task) -> Table:
         "adjusted after Holm over the variants."
     )
     return Table(f"{task.record.title}: flips", columns, tuple(rows), note)
-
-
-def mix_table(variant: VariantReport) -> Table:
-    """Return the table of the layers of a mixed variant that got the high bit width, by kind."""
-    groups = variant.mix.groups if variant.mix else []
-    high = max((group.bits for group in groups), default=0)
-    low = min((group.bits for group in groups), default=0)
-    rows = []
-    for kind in dict.fromkeys(group.kind for group in groups):
-        layers = sorted(g.layer for g in groups if g.kind == kind and g.bits == high and high > low)
-        total = sum(g.kind == kind for g in groups)
-        rows.append(
-            (TableCell(kind), TableCell(f"{len(layers)} of {total}"), TableCell(formatting.spans(layers) or "none"))
-        )
-    columns = ("Linears", f"Groups at INT{high}", f"Layers at INT{high}")
-    return Table(f"{variant.name}: what went to INT{high}", columns, tuple(rows))
-
-
-def sensitive_table(variant: VariantReport) -> Table | None:
-    """Return the groups whose quantization alone costs most; None where nothing was measured."""
-    groups = variant.mix.groups if variant.mix else []
-    measured = sorted(
-        ((group.kl_low, group) for group in groups if group.kl_low is not None), key=lambda pair: -pair[0]
-    )
-    if not measured:
-        return None
-
-    low = min(group.bits for group in groups)
-    rows = [
-        (
-            TableCell(f"Layer {group.layer} {group.kind}"),
-            TableCell(f"{alone:.3g}"),
-            TableCell(formatting.MISSING if group.kl_high is None else f"{group.kl_high:.3g}"),
-            TableCell(f"INT{group.bits}", remark="below the noise floor" if group.sensitivity_floor else None),
-        )
-        for alone, group in measured[:_SENSITIVE_SHOWN]
-    ]
-    columns = ("Group", f"KL alone at INT{low}, nats", "KL alone at the high width, nats", "Choice")
-    caption = f"{variant.name}: the {len(rows)} most sensitive of {len(measured)} groups"
-    return Table(caption, columns, tuple(rows))
 
 
 def weights_in_float(report: Report) -> Table:

@@ -115,6 +115,8 @@ class GroupRecord(_Record):
     kl_low: float | None  # mean KL (nats) with this group alone at the low bit width; None when not measured
     kl_high: float | None
     bits: int  # the choice
+    format: str | None = None  # the choice in a mix of formats, "nvfp4" or "float"; None in one of two widths
+    kls: dict[str, float] = {}  # mean KL (nats) with this group alone, by format; empty in a mix of two widths
     sensitivity_floor: bool = False  # the measured KL does not exceed the noise floor
 
 

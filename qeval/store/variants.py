@@ -83,6 +83,9 @@ class ChoiceEntry(_Part):
     kl_low: float | None
     kl_high: float | None
     bits: int
+    format: str | None = None
+    """Of a mix of formats: like `kls`, written only there."""
+    kls: dict[str, float] = {}
 
 
 class Manifest(_Part):
@@ -228,7 +231,11 @@ def _stacked_spec(specs: Sequence[Spec]) -> Spec:
 def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
     manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
     unused = {name for name in ("scheme", "ranges", "input_rotations") if not getattr(manifest, name)}
-    content = seal(json.loads(manifest.model_dump_json(exclude=unused)))
+    content = json.loads(manifest.model_dump_json(exclude=unused))
+    for choice in content["choices"]:
+        if choice["format"] is None:
+            del choice["format"], choice["kls"]
+    content = seal(content)
     (part / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -32,6 +32,12 @@ NAMES = {
     "mixed:4.8bpw": Recipe("mixed:4.8bpw", "mixed", budget=4.8),
     "mixed-rtn:g32-6bpw": Recipe("mixed-rtn:g32-6bpw", "mixed-rtn", "g32", budget=6.0),
     "mixed:positional": Recipe("mixed:positional", "mixed", importance="positional"),
+    "mixed:int4-g32/nvfp4/bf16-5bpw": Recipe(
+        "mixed:int4-g32/nvfp4/bf16-5bpw", "mixed", budget=5.0, formats=("int4-g32", "nvfp4", "bf16")
+    ),
+    "mixed-rtn:6bpw-fisher-g32/fp8": Recipe(
+        "mixed-rtn:6bpw-fisher-g32/fp8", "mixed-rtn", budget=6.0, importance="fisher", formats=("g32", "fp8")
+    ),
     "gptq": Recipe("gptq", "gptq"),
     "gptq:int8-channel-noactorder": Recipe("gptq:int8-channel-noactorder", "gptq", "int8-channel", act_order=False),
     "gptq:g32-damp0.05-clip": Recipe("gptq:g32-damp0.05-clip", "gptq", "g32", clip=True, damping=0.05),
@@ -136,6 +142,7 @@ IDENTITIES = {
     "mixed:g32-4.8bpw-fisher": MIXED | {"grid": "g32", "budget": 4.8, "importance": "fisher"},
     "mixed:positional": MIXED | {"importance": "positional"},
     "mixed-rtn:6bpw-clip": MIXED | {"method": "mixed-rtn", "budget": 6.0},
+    "mixed:bf16/int8-channel/nvfp4-6bpw": MIXED | {"budget": 6.0, "formats": ["nvfp4", "int8-channel", "float"]},
     "modelopt": PLAIN | {"method": "modelopt", "algorithm": "awq_lite"},
     "torchao:int8wo": PLAIN | {"method": "torchao", "grid": "int8-channel", "algorithm": "int8wo"},
     "hqq:int3": PLAIN | {"method": "hqq", "grid": "g64-int3", "algorithm": None},
@@ -156,6 +163,39 @@ def test_the_identity_of_rules_is_the_same_to_the_byte_in_every_release():
     recipe = Recipe("Ruled", "mixed-rtn", "int4-g64", high="int8-channel", rules=(GridRule("*v_proj*", "int8"),))
     rules = {"grid": "int4-g64", "high": "int8-channel", "rules": [{"match": "*v_proj*", "grid": "int8"}]}
     assert json.dumps(recipe.identity()) == json.dumps(PLAIN | {"method": "mixed-rtn"} | rules)
+
+
+UNFIT_FORMATS = {
+    "mixed:int4/": "has an empty name among its formats; name one on both sides of each /, or drop that.",
+    "mixed:/": "has an empty name among its formats",
+    "mixed:int4/int4-g128-5bpw": "names int4-g128 twice among its formats; name each once.",
+    "mixed:int4/bf16/fp16": "names float twice among its formats",
+    "mixed:int4/nvpf4": "'nvpf4' in 'nvpf4' is not part of a grid's name (nearest: nvfp4)",
+    "mixed:int4/mxfp4-ceil": "Unknown grid 'mxfp4-ceil'; nearest: mxfp4-rceil",
+    "mixed:int4/bf17": "'bf17' is no format; nearest: bf16.",
+    "mixed:int4/nvfp4-positional": "the positional rule knows INT4 and INT8 alone; take --importance measured",
+    "rtn:int4/int8": "belong to mixed methods, not to rtn; name one, or take mixed-rtn.",
+    "awq:int4/int8": "belong to mixed methods, not to awq; name one, or take mixed.",
+    "hqq:int4/int8": "belong to mixed methods, not to hqq; name one, or take mixed.",
+}
+
+
+@pytest.mark.parametrize("name", UNFIT_FORMATS)
+def test_formats_that_leave_no_choice_are_refused(name):
+    with pytest.raises(UsageError) as caught:
+        parse_method(name)
+    assert f"'{name}'" in str(caught.value)
+    assert UNFIT_FORMATS[name] in str(caught.value)
+
+
+def test_formats_in_a_file_are_those_of_a_name(tmp_path):
+    (recipe,) = load_recipes(
+        config(tmp_path, "variants: [{name: a, method: mixed, budget: 5, formats: [int4-g32, nvfp4, bf16]}]")
+    )
+    assert recipe.identity() == parse_method("mixed:int4-g32/nvfp4/bf16-5bpw").identity()
+    assert recipe.candidates == ("nvfp4", "int4-g32", "float")
+    assert recipe.trial_grids == ("nvfp4", "int4-g32")
+    assert parse_method("mixed:g32").trial_grids == ("g32",)
 
 
 def test_lists_of_names():
@@ -295,6 +335,13 @@ BROKEN = {
     "variants: [{name: a, method: mixed, budget: lots}]": "variant 1: 'budget' takes bits per weight such as 4.8bpw",
     "variants: [{name: a, method: mixed, budget: true}]": "variant 1: 'budget' must be str or int or float, not True",
     "variants: [{name: a, method: mixed, importance: measurd}]": "'measurd'; nearest: measured.",
+    "variants: [{name: a, method: mixed, formats: int4}]": "variant 1: 'formats' must be list, not 'int4'",
+    "variants: [{name: a, method: mixed, formats: []}]": "variant 1: 'formats' must name at least two formats",
+    "variants: [{name: a, method: mixed, formats: [int4, 8]}]": "variant 1: each of 'formats' must be str, not 8",
+    "variants: [{name: a, method: mixed, formats: [int4, '']}]": "'a' has an empty name among its formats",
+    "variants: [{name: a, method: mixed, formats: [int4]}]": "'a' names one format, int4-g128, and a mix",
+    "variants: [{name: a, method: mixed, high: int8, formats: [int4, bf16]}]": "leave the grid (int4-g128)",
+    "variants: [{name: a, method: 'mixed:g32', formats: [int4, bf16]}]": "leave the grid (g32) and the high one out",
     "variants: [{name: a, method: gptq, damping: no}]": "'damping' must be int or float, not False",
     "variants: [{name: a, method: gptq, damping: .nan}]": "damping is a share above 0 and at most 1, not nan",
     "variants: [{name: a, method: rtn, act_order: false}]": "damping and act-order belong to gptq, not to rtn",

@@ -97,6 +97,10 @@ class StreamedTrials:
             base = keys.pop(_BASE)
             return self._kls(states, keys, base, lambda hidden: hidden[0])
 
+    def on_grid(self, name: str) -> "StreamedTrials":
+        """Return itself: nothing is kept between trials."""
+        return self
+
     def _pass_on(self, layer: int, name: str, ids: Sequence[Tensor], states: Spill) -> None:
         for place, tokens in enumerate(ids):
             hidden = states.get((name, place)) if layer else None

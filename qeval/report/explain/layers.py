@@ -34,7 +34,12 @@ def _layer(layer: int, groups: Sequence[tuple[GroupRecord, float | None]], total
 
 
 def _at_its_width(group: GroupRecord, groups: Sequence[GroupRecord]) -> float | None:
-    """Return the KL of the group alone at its width; of one width for all, more than four bits is the high one."""
+    """Return the KL of the group alone at its width; of one width for all, more than four bits is the high one.
+
+    In a mix of formats it is that of its format; what is left in float loses nothing.
+    """
+    if group.format is not None:
+        return group.kls.get(group.format, 0.0) if group.kls else None
     widths = {each.bits for each in groups}
     high = group.bits == max(widths) if len(widths) > 1 else group.bits > _LOW_BITS
     return group.kl_high if high else group.kl_low

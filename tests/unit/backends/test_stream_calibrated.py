@@ -36,6 +36,8 @@ CALIBRATED = [
     "mixed:g32-measured-6bpw",
     "mixed-rtn:g32-measured-clip",
     "mixed:int3-g32-fisher",
+    "mixed:int4-g32/nvfp4/fp8-tile128/bf16-6bpw",
+    "mixed-rtn:int4-g32/mxfp4/int8-channel-fisher-6bpw",
 ]
 ROOMY = "64MiB"
 

@@ -75,6 +75,19 @@ FLAGS = {
     "floats in a mix": (
         {"methods": "mixed:nvfp4"},
         "'mixed:nvfp4': mixed mixes widths of integers, not nvfp4; take rtn",
+        "or several formats (mixed:int4/nvfp4-6bpw).",
+    ),
+    "a mix of formats without a size": (
+        {"methods": "mixed-rtn:int4-g32/bf16"},
+        "'mixed-rtn:int4-g32/bf16' names formats and no size; add one such as",
+    ),
+    "a mix of formats below the smallest": (
+        {"methods": "mixed-rtn:int4-g32/nvfp4/fp8-3bpw"},
+        "'mixed-rtn:int4-g32/nvfp4/fp8-3bpw': a budget of 3 bits per weight is below the smallest possible size",
+    ),
+    "a format of a mix that ONNX Runtime has no kernel for": (
+        {"methods": "mixed-rtn:int4-g32/nvfp4-4.9bpw", "backend": "torch,ort"},
+        "ONNX Runtime's MatMulNBits multiplies by integers of 4 or 8 bits, not by nvfp4 (model.layers.0.",
     ),
     "floats by another tool": ({"methods": "hqq:nvfp4"}, "'hqq:nvfp4': hqq is asked for integers alone"),
     "another tool's range": (

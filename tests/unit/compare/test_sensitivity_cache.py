@@ -55,6 +55,15 @@ def test_another_grid_or_method_is_tried_anew(bench, tmp_path, monkeypatch, coun
     assert len(counted) == 3
 
 
+def test_a_format_is_tried_once_for_all_mixes_that_have_it(bench, tmp_path, monkeypatch, counted):
+    compared(bench, tmp_path, monkeypatch, "mixed-rtn:int4-g32/nvfp4-4.8bpw,mixed-rtn:nvfp4/int8-g32/bf16-7bpw")
+    assert len(counted) == 3
+    shared = compared(bench, tmp_path, monkeypatch, "mixed-rtn:int4-g32/int8-g32/bf16-7.5bpw", out="later")[7.5]
+    assert len(counted) == 3
+    alone = compared(bench, tmp_path / "new", monkeypatch, "mixed-rtn:int4-g32/int8-g32/bf16-7.5bpw")[7.5]
+    assert shared == alone
+
+
 def test_a_torn_record_is_told_and_made_again(bench, tmp_path, monkeypatch, counted, capfd):
     first = compared(bench, tmp_path, monkeypatch, "mixed-rtn:g32-6bpw")
     (kept,) = (tmp_path / "trials").iterdir()

@@ -24,6 +24,7 @@ SETTINGS = Settings(
     model=ModelChoice("org/m", "main", "cuda:1", "bfloat16"),
     recipes=(
         Recipe("a", "mixed", "int3-g64", "int8-channel", None, 4.8, "positional", True, (GridRule("*q*", "float"),)),
+        Recipe("b", "mixed", budget=4.8, formats=("int4-g64", "bf16")),
     ),
     variants=(("v", Path("some/folder")),),
     tasks=("kl", "mmlu"),

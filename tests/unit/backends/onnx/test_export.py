@@ -48,6 +48,7 @@ METHODS = (
     "rtn:g32-head",
     "awq:g32-asym",
     "mixed-rtn:g32-head",
+    "mixed:int4-g32/bf16-12bpw",
     "gptq:g32",
 )
 CASES = [
