@@ -31,6 +31,7 @@ def compare(
     methods: Names | None = None,
     config: PathLike | None = None,
     variants: Variants | None = None,
+    external_parts: str = "split",
     backend: Names = "torch",
     accuracy_level: str | int | Iterable[int] = "1",
     ep: str = AUTO,
@@ -88,6 +89,8 @@ def compare(
         methods: Methods such as "awq:int4-g64"; default: rtn, awq, mixed.
         config: YAML file of recipes.
         variants: Variants that were made before: path by name, or texts "NAME=PATH".
+        external_parts: Of a variant from elsewhere that rounds activations, keys or values too: all (it as a whole),
+            weights (its weights alone), or split (both, as NAME and NAME@weights).
         backend: torch, ort, llama.cpp, or several.
         accuracy_level: ONNX Runtime's: 1 (fp32 activations), 4 (int8 activations), or both.
         ep: ONNX Runtime's provider.

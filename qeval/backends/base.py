@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from qeval.errors import QevalError
 from qeval.progress import Progress
 from qeval.quant.variant import Variant
 from qeval.store.run import RuntimeRecord
+from qeval.store.variants import load_variant
 from qeval.types import Call, Request
 
 
@@ -112,11 +114,18 @@ class SessionDefaults:
 class Saved:
     """A model on disk: a variant's folder, or an ONNX folder that another tool made.
 
-    `gguf` is the GGUF file that the variant was read from, where it was.
+    `gguf` is the GGUF file that the variant was read from, where it was. With `weights_alone` nothing is rounded beside
+    the variant's weights, whatever its scheme says.
     """
 
     folder: Path
     gguf: Path | None = None
+    weights_alone: bool = False
+
+    def variant(self, device: torch.device | None = None) -> Variant:
+        """Read the variant; its codes are unpacked on `device`."""
+        variant = load_variant(self.folder, device)
+        return variant.weights_alone if self.weights_alone else variant
 
 
 Target = Variant | Saved | None

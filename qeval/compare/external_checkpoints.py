@@ -15,6 +15,8 @@ from transformers import AutoConfig
 
 from qeval.backends.base import Backend, Session
 from qeval.compare.external_paths import VariantPath, is_gguf
+from qeval.compare.schemes import with_external_scheme
+from qeval.compare.settings import ExternalParts
 from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.locks import alone
@@ -24,6 +26,7 @@ from qeval.formats.checkpoint import CheckpointTensors, open_checkpoint, read_qu
 from qeval.formats.gguf import forms_of
 from qeval.formats.match_baseline import BaselineWeights
 from qeval.formats.registry import format_of
+from qeval.formats.scheme import ExternalScheme, read_scheme
 from qeval.identity import digest
 from qeval.models.checkpoint.weights import shorten_list, weights_sha256
 from qeval.models.gguf.convert import convert_gguf, settings_in
@@ -38,11 +41,11 @@ from qeval.progress import Advance
 from qeval.quant.grid import parse
 from qeval.quant.variant import Variant
 from qeval.score.token_hash import has_tokenizer, notes_on, same_tokenizer, why_other
-from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
+from qeval.store.variants import Manifest, Origin, read_manifest, save_variant, verify_variant
 from qeval.tasks.corpus import BosPolicy
 from qeval.types import Request
 
-FORMATS_VERSION = 2
+FORMATS_VERSION = 3
 """Part of every key: raise it when the same file is read into other numbers."""
 
 _DECIDES = (
@@ -52,6 +55,8 @@ _DECIDES = (
 )  # fmt: skip
 """What of a configuration the numbers depend on: the baseline's is what computes."""
 _PROBE_TOKENS = 16
+WEIGHTS_SUFFIX = "@weights"
+"""Of the name of a checkpoint's weights, where they are scored beside all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +78,42 @@ class ExternalCheckpoint:
     def error(self, reason: object) -> UsageError:
         """Return the error that names the flag: `--variant a=b: its ...`."""
         return UsageError(f"{self.place.flag}: {reason}")
+
+
+@dataclass(frozen=True)
+class PartsChoice:
+    """The choice of what is scored of checkpoints that round activations, keys or values besides their weights.
+
+    `weights_alone_by`: what of the command takes weights alone, as a sentence's beginning; None where nothing does.
+    """
+
+    parts: ExternalParts = "split"
+    weights_alone_by: str | None = None
+
+    def entries(self, whole: VariantEntry, checkpoint: ExternalCheckpoint) -> list[VariantEntry]:
+        """Return a checkpoint's variants: all of it, its weights alone, or both, the second as NAME@weights.
+
+        Raises:
+            UsageError: All of it is to be scored by what takes weights alone.
+        """
+        manifest = read_manifest(whole.target.folder)
+        if not manifest.scheme:
+            return [whole]
+        rounded = " and ".join(["weights", *manifest.scheme])
+        alone = replace(
+            whole, name=f"{whole.name}{WEIGHTS_SUFFIX}", weights_alone=True,
+            notes={**whole.notes, "scored": f"its weights alone; {whole.name} is all of it"},
+        )  # fmt: skip
+        if self.parts == "weights":
+            said = f"its weights alone; its configuration rounds {', '.join(manifest.scheme)} too"
+            return [replace(alone, name=whole.name, notes={**whole.notes, "scored": said})]
+        if self.weights_alone_by is not None:
+            raise checkpoint.error(
+                f"{self.weights_alone_by} weights alone, and its configuration rounds {', '.join(manifest.scheme)} "
+                "too. Give --external-parts weights, or score it by torch alone and without --stream."
+            )
+        whole = replace(whole, notes={**whole.notes, "scored": f"as a whole: {rounded}"})
+        return [whole, alone] if self.parts == "split" else [whole]
 
 
 def is_external_checkpoint(path: Path) -> bool:
@@ -187,9 +228,9 @@ def check_same_tokens(made_by: str, folder: Path, ours: Any, token_check: TokenC
 
 def import_checkpoints(
     places: Iterable[VariantPath], loaded: LoadedModel, source: BaselineModel, backend: Backend[Any],
-    token_check: TokenCheck, fits: Sequence[FitsKernel],
-) -> list[VariantEntry]:  # fmt: skip
-    """Return the checkpoints made elsewhere among --variant, as variants of qeval's.
+    token_check: TokenCheck, fits: Sequence[FitsKernel], choice: PartsChoice,
+) -> dict[str, list[VariantEntry]]:  # fmt: skip
+    """Return the checkpoints made elsewhere among --variant, as variants of qeval's by name: by `choice` some are two.
 
     Raises:
         UsageError: one of them is of another model or tokenizer, is misread, or can't be read at all.
@@ -200,10 +241,11 @@ def import_checkpoints(
     for checkpoint in every:  # what takes no reading of weights first, of all of them
         check_config(checkpoint, loaded)
         all_notes.append(check_same_tokens(checkpoint.place.flag, checkpoint.folder, loaded.tokenizer, token_check))
-    return [
-        import_checkpoint(checkpoint, baseline, source, backend, notes, fits)
-        for checkpoint, notes in zip(every, all_notes, strict=True)
-    ]
+    entries = {}
+    for checkpoint, notes in zip(every, all_notes, strict=True):
+        whole = import_checkpoint(checkpoint, baseline, source, backend, notes, fits)
+        entries[whole.name] = choice.entries(whole, checkpoint)
+    return entries
 
 
 def import_checkpoint(
@@ -271,7 +313,8 @@ def _import(
             "--stream where memory holds both: the cache keeps what was read."
         )
     variant = _read(checkpoint, tensors, baseline, folder.name, lambda count: None)
-    whole = replace(variant, details={**_details(checkpoint, tensors, baseline), **variant.details})
+    variant = replace(variant, details={**_details(checkpoint, tensors, baseline), **variant.details})
+    whole = with_external_scheme(variant, _read_scheme(checkpoint, tensors, baseline), source.model)
     with backend.open(whole) as session:
         check_answers(checkpoint, session)
     origin = Origin(
@@ -291,6 +334,15 @@ def _read(
     reading = checkpoint.reading._replace(config={**checkpoint.reading.config, torchao.HEADER: tensors.header})
     try:
         return assemble(tensors, reading, baseline, key, advance)
+    except UsageError as error:
+        raise checkpoint.error(error) from error
+
+
+def _read_scheme(
+    checkpoint: ExternalCheckpoint, tensors: CheckpointTensors, baseline: BaselineWeights
+) -> ExternalScheme:
+    try:
+        return read_scheme(tensors, checkpoint.reading, baseline)
     except UsageError as error:
         raise checkpoint.error(error) from error
 

@@ -13,7 +13,7 @@ from qeval.backends.memory import require_bf16
 from qeval.compare.backends import BackendInputs, backends_of, kinds_of
 from qeval.compare.contamination import overlap_of, with_overlap
 from qeval.compare.cost import Shape
-from qeval.compare.external_checkpoints import TokenCheck
+from qeval.compare.external_checkpoints import PartsChoice, TokenCheck
 from qeval.compare.external_paths import VariantPath, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import loaded_model
@@ -93,6 +93,7 @@ class Plan:
         """Sentences on the limits of the numbers, before any is made."""
         warnings = [*self.loaded.warnings, *self.backend.warnings]
         warnings += [*(warning for place in self.places for warning in place.warnings)]
+        warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
         if self.drift and self.drift.prompts < self.settings.drift.prompts:
             warnings.append(
@@ -188,7 +189,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     for recipe in settings.recipes:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
-    given = read_variants(places, loaded, source, backend, token_check, fits)
+    given = read_variants(places, loaded, source, backend, token_check, fits, _parts_choice(settings))
     onnx_variants = read_onnx_folders(places, settings.backends.ep, loaded, source, token_check)
     backends, floors = backends_of(BackendInputs(settings, loaded, source, backend, places))
     return Plan(
@@ -234,6 +235,13 @@ def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     refuse_schemes_off_torch(schemes, settings.backends.names)
     if settings.model.stream:
         refuse_schemes(schemes, "--stream runs")
+
+
+def _parts_choice(settings: Settings) -> PartsChoice:
+    """Return what is scored of checkpoints that round more than weights, and what of the run takes weights alone."""
+    others = [name for name in settings.backends.names if name != "torch"]
+    by = f"--backend {','.join(others)} runs" if others else "--stream runs" if settings.model.stream else None
+    return PartsChoice(settings.external_parts, by)
 
 
 def _check_gpus(settings: Settings) -> None:

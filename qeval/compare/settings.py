@@ -21,6 +21,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 Bos = Literal["auto", "always", "never"]
 Exporter = Literal["auto", "genai", "dynamo"]
 Executor = Literal["local", "ray"]
+ExternalParts = Literal["split", "all", "weights"]
 AUTO = "auto"
 """Of a device or a provider: whatever serves this machine; `compare.machine` says which."""
 BACKENDS = ("torch", "ort", "llama.cpp")
@@ -230,6 +231,13 @@ class Settings(Checked):
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
+    external_parts: Annotated[
+        ExternalParts,
+        Option(
+            "Of a checkpoint by --variant that rounds activations, keys or values too; all: it as a whole; weights: "
+            "its weights alone; split: both, as NAME and NAME@weights."
+        ),
+    ] = "split"
     batch_tokens: Annotated[int | None, Option("Tokens a batch.", least=1, range_shown=False)] = None
     threads: Annotated[int | None, THREADS] = None
     seed: Annotated[int, SEED] = 0

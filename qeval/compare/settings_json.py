@@ -15,6 +15,7 @@ from qeval.store.run import RunRecord
 _SETTINGS = TypeAdapter(Settings)
 _CHANGES_NO_ROW = ("command", "out", "threads", "batch_tokens", "workers", "executor", "worker_gpus")
 """What two commands that work on one run may differ in: rows depend on it by rounding at most."""
+_DEFAULT_PARTS = "split"
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
@@ -55,8 +56,10 @@ def identity_of(settings: Settings) -> str:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """Return settings as plain values, without fields that a recipe doesn't use and older runs don't have."""
+    """Return settings as plain values, without fields that are not used and older runs don't have."""
     values: dict[str, Any] = _SETTINGS.dump_python(settings, mode="json")
+    if settings.external_parts == _DEFAULT_PARTS:
+        del values["external_parts"]
     for recipe in values["recipes"]:
         for part in ("alpha", *FORMAT_FIELDS):
             if recipe[part] is None:

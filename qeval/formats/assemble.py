@@ -36,6 +36,7 @@ from qeval.quant.variant import FloatWeight, StoredMatrix, Variant
 
 _HARMLESS = (
     "rotary_emb.inv_freq", "masked_bias", "input_scale", "input_scale_ub", "input_global_scale", "k_scale", "v_scale",
+    "activation_scale",
 )  # fmt: skip
 
 

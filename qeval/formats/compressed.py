@@ -5,18 +5,22 @@
     weight_packed [rows, columns / 2] uint8           nvfp4-, mxfp4-pack-quantized: FP4, two a byte
     weight_scale [rows, groups] | [rows, 1] | [1]     weight_zero_point of its shape, packed along the rows or int8
     weight_g_idx [columns]                            with actorder: the group of each column
+    input_scale [1]                                   of static activations: the size of a step
+    input_global_scale [1]                            of NVFP4's: 448 * 6 over the largest magnitude
+    self_attn.k_scale, self_attn.v_scale [1]          of the cache: the size of a step
 
 Source: compressors/{pack_quantized,naive_quantized,nvfp4,mxfp4} of compressed_tensors 0.20.
 """
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.formats.base import (
-    ROUNDS_ACTIVATIONS,
     CheckpointFormat,
     Config,
     DecodedMatrix,
@@ -31,10 +35,12 @@ from qeval.formats.base import (
     read_bits,
 )
 from qeval.formats.floats import decode_e8m0, expand_scales, fp4
+from qeval.formats.rounding import TensorRounding, rounding_of
+from qeval.quant.scheme import PartName
 
 _READ = (
     "dense", "int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision",
-    "nvfp4-pack-quantized", "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized",
 )  # fmt: skip
 
 
@@ -52,7 +58,7 @@ def _decode(module: Module, config: Config) -> DecodedMatrix:
 
 
 def _notes(config: Config) -> tuple[str, ...]:
-    """Return what of the model is quantized besides its weights, which is not scored here.
+    """Return the formats of the weights.
 
     Raises:
         UsageError: A format that is not read, sparse weights, or rotations that are applied while running.
@@ -64,10 +70,29 @@ def _notes(config: Config) -> tuple[str, ...]:
         raise UsageError("Its transform_config rotates activations while running, which qeval does not; not read.")
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise UsageError("Its weights are stored sparsely (sparsity_config), which is not read.")
-    sentences = [f"format {', '.join(sorted(named))}"]
-    if any(group.get("input_activations") for group in _groups(config)):
-        sentences.append(ROUNDS_ACTIVATIONS)
-    return tuple(sentences)
+    return (f"format {', '.join(sorted(named))}",)
+
+
+def _inputs(name: str, config: Config) -> TensorRounding | None:
+    """Return how the inputs of a linear are rounded: as the group says whose targets name it, or its class."""
+    groups = _groups(config)
+    named = [group for group in groups if any(_names(str(target), name) for target in group.get("targets") or ())]
+    of_class = [group for group in groups if "Linear" in (group.get("targets") or ())]
+    arguments = next(iter([*named, *of_class, *groups]), {}).get("input_activations")
+    return rounding_of(arguments, "activations", "input_scale") if arguments else None
+
+
+def _names(target: str, name: str) -> bool:
+    """Return whether a target is a module's name, or a pattern that its beginning matches."""
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+def _caches(config: Config, part: PartName) -> TensorRounding | None:
+    arguments = config.get("kv_cache_scheme")
+    if not arguments:
+        return None
+    found = rounding_of(arguments, part, f"{part[0]}_scale")
+    return replace(found, default=1.0) if found.how and found.how.kind == "fp8" else found
 
 
 def _packed(module: Module, config: Config) -> DecodedMatrix:
@@ -109,8 +134,9 @@ def _zeros(module: Module, bits: int, shape: tuple[int, ...]) -> Tensor | None:
 def _fp8(module: Module, weight: Tensor, config: Config) -> Values:
     form, scales = fp8_form(module, weight), module.part("weight_scale")
     tile = next((each["block_structure"] for each in _weights(config) if each.get("block_structure")), None)
-    values = weight.float() * expand_scales(scales, module.rows, module.columns, tile)
-    return Values(values, form, fp8_size_bits(weight, scales))
+    micro = scales.dtype == torch.uint8
+    factors = expand_scales(decode_e8m0(scales) if micro else scales, module.rows, module.columns, tile)
+    return Values(weight.float() * factors, "mxfp8" if micro else form, fp8_size_bits(weight, scales))
 
 
 def _fp4(module: Module) -> Values:
@@ -140,4 +166,6 @@ def _sizes(config: Config, module: Module, groups: int) -> Iterable[int]:
     return (int(size) for size in sizes if size and -(-module.columns // int(size)) == groups)
 
 
-COMPRESSED_TENSORS = CheckpointFormat("compressed-tensors", ("weight_packed", "weight_scale"), _decode, _notes)
+COMPRESSED_TENSORS = CheckpointFormat(
+    "compressed-tensors", ("weight_packed", "weight_scale"), _decode, _notes, inputs=_inputs, caches=_caches
+)

@@ -45,7 +45,7 @@ FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None
 BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
-    "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(),
+    "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
 }  # fmt: skip
 
 
