@@ -16,9 +16,10 @@ from torch import Tensor
 
 from qeval.errors import QevalError
 from qeval.progress import Progress
+from qeval.quant.scheme import Scheme, scheme_of
 from qeval.quant.variant import Variant
 from qeval.store.run import RuntimeRecord
-from qeval.store.variants import load_variant
+from qeval.store.variants import load_variant, read_manifest
 from qeval.types import Call, Request
 
 
@@ -121,6 +122,11 @@ class Saved:
     folder: Path
     gguf: Path | None = None
     weights_alone: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that is run: the variant's, unless its weights alone are."""
+        return Scheme() if self.weights_alone else scheme_of(read_manifest(self.folder).scheme)
 
     def variant(self, device: torch.device | None = None) -> Variant:
         """Read the variant; its codes are unpacked on `device`."""

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from qeval.backends.install import installed
+from qeval.backends.llamacpp.cache_types import cache_types
+from qeval.backends.llamacpp.library import LLAMACPP
 from qeval.config import FORMAT_FIELDS, Recipe
 from qeval.errors import QevalError, UsageError
 from qeval.formats.scheme import ExternalScheme
@@ -48,13 +50,18 @@ def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
 
 
 def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[str]) -> None:
-    """Refuse schemes on backends that have no kernels for them in qeval.
+    """Refuse schemes on backends that don't run them: llama.cpp runs keys and values of its own types.
 
     Raises:
         UsageError: It names backends and variants.
     """
-    if others := [name for name in backends if name != _TORCH]:
+    if others := [name for name in backends if name not in (_TORCH, LLAMACPP)]:
         refuse_schemes(schemes, f"--backend {','.join(others)} runs")
+    for name, scheme in schemes.items() if LLAMACPP in backends else ():
+        try:
+            cache_types(scheme)
+        except UsageError as error:
+            raise UsageError(f"--backend {LLAMACPP} can't run {name}: {error}") from error
 
 
 def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[str, Scheme]:
