@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig
 
 from qeval.backends.base import Backend, Session
+from qeval.compare.external_parts import PartsChoice
 from qeval.compare.external_paths import VariantPath, is_gguf
 from qeval.compare.schemes import with_external_scheme
-from qeval.compare.settings import ExternalParts
 from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.locks import alone
@@ -41,7 +41,7 @@ from qeval.progress import Advance
 from qeval.quant.grid import parse
 from qeval.quant.variant import Variant
 from qeval.score.token_hash import has_tokenizer, notes_on, same_tokenizer, why_other
-from qeval.store.variants import Manifest, Origin, read_manifest, save_variant, verify_variant
+from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
 from qeval.tasks.corpus import BosPolicy
 from qeval.types import Request
 
@@ -55,8 +55,6 @@ _DECIDES = (
 )  # fmt: skip
 """What of a configuration the numbers depend on: the baseline's is what computes."""
 _PROBE_TOKENS = 16
-WEIGHTS_SUFFIX = "@weights"
-"""Of the name of a checkpoint's weights, where they are scored beside all of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,42 +76,6 @@ class ExternalCheckpoint:
     def error(self, reason: object) -> UsageError:
         """Return the error that names the flag: `--variant a=b: its ...`."""
         return UsageError(f"{self.place.flag}: {reason}")
-
-
-@dataclass(frozen=True)
-class PartsChoice:
-    """The choice of what is scored of checkpoints that round activations, keys or values besides their weights.
-
-    `weights_alone_by`: what of the command takes weights alone, as a sentence's beginning; None where nothing does.
-    """
-
-    parts: ExternalParts = "split"
-    weights_alone_by: str | None = None
-
-    def entries(self, whole: VariantEntry, checkpoint: ExternalCheckpoint) -> list[VariantEntry]:
-        """Return a checkpoint's variants: all of it, its weights alone, or both, the second as NAME@weights.
-
-        Raises:
-            UsageError: All of it is to be scored by what takes weights alone.
-        """
-        manifest = read_manifest(whole.target.folder)
-        if not manifest.scheme:
-            return [whole]
-        rounded = " and ".join(["weights", *manifest.scheme])
-        alone = replace(
-            whole, name=f"{whole.name}{WEIGHTS_SUFFIX}", weights_alone=True,
-            notes={**whole.notes, "scored": f"its weights alone; {whole.name} is all of it"},
-        )  # fmt: skip
-        if self.parts == "weights":
-            said = f"its weights alone; its configuration rounds {', '.join(manifest.scheme)} too"
-            return [replace(alone, name=whole.name, notes={**whole.notes, "scored": said})]
-        if self.weights_alone_by is not None:
-            raise checkpoint.error(
-                f"{self.weights_alone_by} weights alone, and its configuration rounds {', '.join(manifest.scheme)} "
-                "too. Give --external-parts weights, or score it by torch alone and without --stream."
-            )
-        whole = replace(whole, notes={**whole.notes, "scored": f"as a whole: {rounded}"})
-        return [whole, alone] if self.parts == "split" else [whole]
 
 
 def is_external_checkpoint(path: Path) -> bool:
@@ -244,7 +206,7 @@ def import_checkpoints(
     entries = {}
     for checkpoint, notes in zip(every, all_notes, strict=True):
         whole = import_checkpoint(checkpoint, baseline, source, backend, notes, fits)
-        entries[whole.name] = choice.entries(whole, checkpoint)
+        entries[whole.name] = choice.entries(whole, checkpoint.place.flag, source)
     return entries
 
 

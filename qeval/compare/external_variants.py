@@ -9,12 +9,12 @@ from qeval.backends.base import Backend
 from qeval.backends.onnx.packages import require_onnx
 from qeval.backends.onnx.providers import choose_provider, require_provider
 from qeval.compare.external_checkpoints import (
-    PartsChoice,
     TokenCheck,
     baseline_of,
     import_checkpoints,
     is_external_checkpoint,
 )
+from qeval.compare.external_parts import PartsChoice
 from qeval.compare.external_paths import VariantPath
 from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, given_entry, is_variant
 from qeval.errors import UsageError

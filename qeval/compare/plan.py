@@ -13,8 +13,9 @@ from qeval.backends.memory import require_bf16
 from qeval.compare.backends import BackendInputs, backends_of, kinds_of
 from qeval.compare.contamination import overlap_of, with_overlap
 from qeval.compare.cost import Shape
-from qeval.compare.external_checkpoints import PartsChoice, TokenCheck
-from qeval.compare.external_paths import VariantPath, local_places
+from qeval.compare.external_checkpoints import TokenCheck
+from qeval.compare.external_parts import parts_choice
+from qeval.compare.external_paths import VariantPath, is_gguf, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import loaded_model
 from qeval.compare.schemes import refuse_schemes, refuse_schemes_off_torch, schemes_of
@@ -173,6 +174,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     tasks = load_tasks(settings)  # what the hub lacks is told before a model is loaded
     places = local_places(settings.variants)
     _check_schemes(settings, places)
+    choice = parts_choice(settings, has_gguf=any(is_gguf(place.path) for place in places))
     folds = any(recipe.quant_method.scales_inputs for recipe in settings.recipes)
     loaded, source, backend = loaded_model(settings.model, memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
@@ -189,7 +191,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     for recipe in settings.recipes:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
-    given = read_variants(places, loaded, source, backend, token_check, fits, _parts_choice(settings))
+    given = read_variants(places, loaded, source, backend, token_check, fits, choice)
     onnx_variants = read_onnx_folders(places, settings.backends.ep, loaded, source, token_check)
     backends, floors = backends_of(BackendInputs(settings, loaded, source, backend, places))
     return Plan(
@@ -235,13 +237,6 @@ def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     refuse_schemes_off_torch(schemes, settings.backends.names)
     if settings.model.stream:
         refuse_schemes(schemes, "--stream runs")
-
-
-def _parts_choice(settings: Settings) -> PartsChoice:
-    """Return what is scored of checkpoints that round more than weights, and what of the run takes weights alone."""
-    others = [name for name in settings.backends.names if name != "torch"]
-    by = f"--backend {','.join(others)} runs" if others else "--stream runs" if settings.model.stream else None
-    return PartsChoice(settings.external_parts, by)
 
 
 def _check_gpus(settings: Settings) -> None:

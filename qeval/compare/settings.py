@@ -238,6 +238,14 @@ class Settings(Checked):
             "its weights alone; split: both, as NAME and NAME@weights."
         ),
     ] = "split"
+    kv_types: Annotated[
+        tuple[str, ...],
+        Option(
+            "Keys and values of GGUF files by --variant: one of ggml's types or two, comma-separated: q8_0, q4_0, f16.",
+            type=str | None,
+            parse=read.several,
+        ),
+    ] = ()
     batch_tokens: Annotated[int | None, Option("Tokens a batch.", least=1, range_shown=False)] = None
     threads: Annotated[int | None, THREADS] = None
     seed: Annotated[int, SEED] = 0

@@ -26,6 +26,7 @@ from qeval.models.structure.head import Head
 from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.quant.grid import WeightGrid, parse
+from qeval.quant.scheme import Scheme
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.quantize.build import plan_variant, possible_grids, quantizable, source_of
@@ -104,34 +105,34 @@ class VariantEntry:
     """The sha256 of its weights, where its own manifest alone says what it was made from."""
     gguf: Path | None = None
     """The GGUF file that it was read from."""
-    weights_alone: bool = False
-    """Whether its scheme is left out."""
+    scheme: Scheme | None = None
+    """What is rounded beside its weights, where that is not what its manifest says."""
 
     @property
     def target(self) -> Saved:
         """The target that a backend opens."""
         assert self.folder is not None
-        return Saved(self.folder, self.gguf, self.weights_alone)
+        return Saved(self.folder, self.gguf, self.scheme)
 
     @property
     def identity(self) -> dict[str, str]:
         """The identity of its weights: its key, and their content where the key is what a manifest claims."""
         key = {"variant": read_manifest(self.target.folder).key}
-        if self.weights_alone:
-            key |= {"parts": "weights"}
+        if self.scheme is not None:
+            key |= {"scheme": ", ".join(f"{part} {name}" for part, name in self.scheme.names().items())}
         return key if self.content is None else {**key, "content": self.content}
 
     def record(self, name: str, backend: str, seconds: float) -> VariantRecord:
         """Return what a run says of it, scored on a backend in so many seconds."""
         manifest = read_manifest(self.target.folder)
-        if self.weights_alone:
+        if self.scheme is not None:
             manifest = manifest.model_copy(update={"details": details_of_weights(manifest.details)})
         return variant_record(name, backend, manifest, seconds, self.notes, self.overlap)
 
     @property
     def warnings(self) -> list[str]:
         """A sentence on what its configuration rounds and qeval does not, if there is any such thing."""
-        if self.folder is None or self.weights_alone:
+        if self.folder is None or self.scheme is not None:
             return []
         limits = read_manifest(self.folder).details.get(NOT_ROUNDED)
         return [f"{self.name}: its own configuration rounds more than is rounded here ({limits})."] if limits else []

@@ -267,7 +267,9 @@ class LlamaCppBackend:
 
 def _scheme_of(target: Target) -> Scheme:
     """Return the scheme that a target is run with."""
-    return Scheme() if target is None else target.scheme
+    if target is None:
+        return Scheme()
+    return target.effective_scheme if isinstance(target, Saved) else target.scheme
 
 
 def _attention(types: CacheTypes) -> str:

@@ -257,3 +257,56 @@ def test_the_key_of_rows_names_types_that_are_not_the_default(library):
     variant = Variant("key", {}, {}, {}, (), scheme=scheme_of(parse_parts(["kv-q8_0"])))
     found = ours.identity(variant)["backend"]
     assert (found["cache"], found["flash"]) == ("keys q8_0, values q8_0", True)
+
+
+@pytest.fixture(scope="module")
+def wide_ggufs(tmp_path_factory):
+    settings = {"hidden_size": 128, "max_position_embeddings": CONTEXT}  # heads of 32 numbers
+    return write_ggufs(tmp_path_factory.mktemp("wide"), "f32", "q8", **settings)
+
+
+WINDOWS = {"tasks": "kl", "window": "32", "stride": "32", "max_windows": "2", "methods": None}
+
+
+def test_a_gguf_file_has_the_keys_and_values_of_a_flag(library, bench, wide_ggufs, tmp_path):
+    made = getattr(import_module(STAND_IN), "MADE", [])
+    made.clear()
+    out = tmp_path / "out"
+    given = ("--variant", f"q8={wide_ggufs['q8']}", "--backend", "torch,llama.cpp", "--kv-types", "q8_0,q4_0")
+    flags = WINDOWS | {"model": str(wide_ggufs["f32"]), "out": str(out)}
+    assert bench.compare(*QUIET, *given, **flags) == 0
+    found = records(out)
+    names = ["q8", "q8@llama.cpp", "q8@weights", "q8@weights@llama.cpp"]
+    assert list(found) == ["baseline@llama.cpp", *names]
+    assert kl(out, "q8") > 2 * kl(out, "q8@weights")
+    for name in ("q8", "q8@llama.cpp"):
+        details = found[name]["details"]
+        assert details["keys"].startswith("q8_0") and details["values"].startswith("q4_0")
+        assert details["scored"] == "as a whole: weights and keys and values"
+        assert "bits per cached token" in details
+    assert "keys" not in found["q8@weights"]["details"]
+    assert "keys q8_0, values q4_0; flash attention" in found["q8@llama.cpp"]["runtime"]["facts"][1]
+    assert "keys and values are fp16" in found["q8@weights@llama.cpp"]["runtime"]["facts"][1]
+    if library < 1e-4:
+        assert kl(out, "q8@llama.cpp") == pytest.approx(kl(out, "q8"), rel=1e-2)
+        assert made == [("F16", "F16", 0, False), ("Q8_0", "Q4_0", 1, False), ("F16", "F16", 0, False)]
+
+
+REFUSED_TYPES = {
+    "no GGUF file": ((), "q8_0", "--kv-types is of GGUF files by --variant"),
+    "three": (("q8",), "q8_0,q8_0,q8_0", "takes one type, or those of keys and of values"),
+    "not ggml's": (("q8",), "int8", "--kv-types int8 is of llama.cpp's types, and it has no type int8-token"),
+    "a head too small": (("q8",), "q8_0", "with --kv-types: q8_0 has blocks of 32"),
+}
+
+
+@pytest.mark.parametrize("files,types,says", REFUSED_TYPES.values(), ids=REFUSED_TYPES)
+def test_other_types_of_a_gguf_file_are_refused(bench, ggufs, tmp_path, files, types, says, capsys):
+    given = [word for name in files for word in ("--variant", f"{name}={ggufs[name]}")]
+    flags = WINDOWS | {
+        "model": str(ggufs["f32"]),
+        "out": str(tmp_path / "out"),
+        "methods": None if files else "rtn:g32",
+    }
+    assert bench.compare(*QUIET, *given, "--kv-types", types, **flags) == 2
+    assert says in " ".join(capsys.readouterr().err.split())

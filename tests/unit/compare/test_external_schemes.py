@@ -144,7 +144,7 @@ def test_the_parts_are_a_choice(bench, checkpoints, out, tmp_path):
         assert list(records(place)) == ["it"]
         assert kl(place, "it") == kl(out, twin)
     said = records(tmp_path / "weights")["it"]["details"]
-    assert said["scored"] == "its weights alone; its configuration rounds activations too"
+    assert said["scored"] == "its weights alone, without rounded activations"
     assert "activations" not in said
 
 
@@ -154,7 +154,7 @@ def test_what_runs_weights_alone_names_the_flag(bench, checkpoints, out, tmp_pat
     given = ("--variant", f"it={checkpoints['ct-fp8-dynamic']}")
     assert bench.compare("--quiet", *given, *flags, **FLAGS, methods=None, out=str(tmp_path / "out")) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert f"{' '.join(flags)} runs weights alone, and its configuration rounds activations too." in error
+    assert f"{' '.join(flags)} runs weights alone, and activations are rounded too." in error
     assert "Give --external-parts weights" in error
 
 
@@ -178,6 +178,23 @@ def test_what_is_not_rounded_is_a_warning_and_in_the_record(bench, checkpoints, 
     assert "float8 by token with zero points" in limits
     assert "keys: int8-tensor, whose k_scale the file lacks in 2 of 2 layers" in limits
     assert list(records(out)) == ["it"]
+
+
+def test_a_checkpoint_of_keys_and_values_alone_is_scored(bench, checkpoints, tmp_path, capsys):
+    config = CT | {"format": "dense", "config_groups": {}, "kv_cache_scheme": STATIC}
+    folder = packers.save_checkpoint(bench.model, tmp_path / "theirs", config, {})
+    given = ("--variant", f"it={folder}")
+    out = tmp_path / "out"
+    assert bench.compare("--quiet", *given, **FLAGS, methods=None, out=str(out)) == 0
+    assert list(records(out)) == ["it"]
+    assert kl(out, "it") > 1e-7
+    details = records(out)["it"]["details"]
+    assert details["read as"] == "floats"
+    assert details["scales"].startswith("the file has no k_scale in 2 of 2 layers: 1.0 there")
+    capsys.readouterr()
+    weights = {"out": str(tmp_path / "weights"), "methods": None}
+    assert bench.compare("--quiet", *given, "--external-parts", "weights", **FLAGS, **weights) == 2
+    assert "it holds no quantized weight, only rounded keys and values" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_name_that_the_weights_would_have_is_refused(bench, checkpoints, tmp_path, capsys):

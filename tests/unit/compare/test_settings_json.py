@@ -46,6 +46,7 @@ BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
+    "kv_types": ("q8_0",),
 }  # fmt: skip
 
 
