@@ -75,7 +75,7 @@ def _notes(config: Config) -> tuple[str, ...]:
 
 def _inputs(name: str, config: Config) -> TensorRounding | None:
     """Return how the inputs of a linear are rounded: as the group says whose targets name it, or its class."""
-    groups = _groups(config)
+    groups = [group for group in _groups(config) if group.get("weights")]
     named = [group for group in groups if any(_names(str(target), name) for target in group.get("targets") or ())]
     of_class = [group for group in groups if "Linear" in (group.get("targets") or ())]
     arguments = next(iter([*named, *of_class, *groups]), {}).get("input_activations")
@@ -88,11 +88,14 @@ def _names(target: str, name: str) -> bool:
 
 
 def _caches(config: Config, part: PartName) -> TensorRounding | None:
-    arguments = config.get("kv_cache_scheme")
+    """Return how keys or values are rounded: by a scheme of their own, or as the inputs of attention are."""
+    attention = [group.get("input_activations") for group in _groups(config) if not group.get("weights")]
+    arguments = config.get("kv_cache_scheme") or next(filter(None, attention), None)
     if not arguments:
         return None
     found = rounding_of(arguments, part, f"{part[0]}_scale")
-    return replace(found, default=1.0) if found.how and found.how.kind == "fp8" else found
+    limits = "" if config.get("kv_cache_scheme") else "queries are rounded too, and are left as they are"
+    return replace(found, default=1.0 if found.how and found.how.kind == "fp8" else None, limits=limits)
 
 
 def _packed(module: Module, config: Config) -> DecodedMatrix:

@@ -141,7 +141,8 @@ def _read_cache(
     }
     note = f"the file has no {rounding.scale} in {len(missing)} of {len(layers)} layers: {rounding.default} there"
     scheme = replace(Scheme(), **{part: rounding.how})
-    return ExternalScheme(scheme, ranges, {}, (), (note,) if missing else ())
+    limits = (f"{part}: {rounding.limits}",) if rounding.limits else ()
+    return ExternalScheme(scheme, ranges, {}, limits, (note,) if missing else ())
 
 
 def _scales_by_layer(tensors: CheckpointTensors, suffix: str) -> dict[int, str]:

@@ -1,17 +1,25 @@
 """Activations, keys and values as checkpoints' configurations say them, read as qeval's formats."""
 
+import json
+
 import pytest
 import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from qeval.compare.schemes import with_external_scheme
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
-from qeval.formats.checkpoint import open_checkpoint
+from qeval.formats.checkpoint import open_checkpoint, read_quantization
 from qeval.formats.match_baseline import BaselineWeights
 from qeval.formats.registry import format_of
 from qeval.formats.scheme import read_scheme
 from qeval.models.structure.graph import describe_model
+from qeval.quant.grid import parse
+from qeval.quant.rtn import quantize_rtn
 from qeval.quant.scheme import Scheme
+from qeval.quant.variant import Variant
 from tests.fixtures import packers
+from tests.fixtures.families import LATENT, SIZES
 from tests.fixtures.formats import AWQ, CT, FP8, MODELOPT
 from tests.fixtures.tiny import save_tiny, tiny_llama
 
@@ -210,6 +218,50 @@ def test_a_cache_that_has_no_format_is_named(scheme):
     assert found.limits == ("keys: float8 by attn_head, static", "values: float8 by attn_head, static")
     found = scheme(MODELOPT | {"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4_AFFINE"}, of_all("input_scale", 1.0))
     assert found.limits == ("keys: NVFP4_AFFINE", "values: NVFP4_AFFINE")
+
+
+def test_keys_and_values_rounded_as_attentions_inputs_leave_queries(scheme):
+    group = {"targets": ["LlamaAttention"], "input_activations": STATIC}
+    config = compressed_with(TOKEN)
+    config = config | {"config_groups": {"attention": group} | config["config_groups"]}
+    found = scheme(config, of_all("k_scale", 0.5) | of_all("v_scale", 0.5))
+    assert found.scheme.names() == {"activations": "fp8-token", "keys": "fp8-tensor", "values": "fp8-tensor"}
+    assert found.limits == tuple(
+        f"{part}: queries are rounded too, and are left as they are" for part in ("keys", "values")
+    )
+
+
+def test_a_scheme_without_its_caches_says_why(scheme):
+    scales = of_all("k_scale", 0.5) | of_all("v_scale", 0.25) | of_all("input_scale", 0.5)
+    found = scheme(compressed_with(STATIC, kv_cache_scheme=STATIC), scales).without_caches("no such attention")
+    assert found.scheme.names() == {"activations": "fp8-tensor"}
+    assert len(found.ranges) == 14 and found.limits == ("no such attention",)
+
+
+def test_a_model_whose_attention_can_not_be_rounded_keeps_its_keys_and_values(scheme):
+    read = scheme(compressed_with(TOKEN, kv_cache_scheme=STATIC))
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **LATENT})).eval()
+    whole = with_external_scheme(Variant("key", {}, {}, {}, ()), read, model)
+    assert whole.scheme.names() == {"activations": "fp8-token"}
+    assert not whole.ranges
+    assert "keys and values: " in whole.details["not rounded here"] and "latents" in whole.details["not rounded here"]
+
+
+def test_the_heads_input_stays_in_float(base, baseline, tmp_path):
+    head = quantize_rtn(baseline.parameters["lm_head.weight"], parse("fp8-channel"))
+    config = compressed_with(TOKEN)
+    folder = packers.save_checkpoint(base, tmp_path, config, {"lm_head.weight": packers.fp8(head)})
+    with open_checkpoint(folder) as tensors:
+        found = read_scheme(tensors, Reading(format_of(config, "here"), config, {}), baseline)
+    assert found.limits == ("inputs of 1 of 1 linears: the head's input stays in float",)
+
+
+def test_model_optimizers_own_file_says_what_config_json_does_not(base, tmp_path):
+    folder = packers.save_checkpoint(base, tmp_path, MODELOPT | {"quant_algo": "FP8"}, {})
+    own = {"quantization": {"quant_algo": "other", "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(own))
+    found = read_quantization(folder)
+    assert (found["quant_algo"], found["kv_cache_quant_algo"]) == ("FP8", "FP8")
 
 
 OTHER_TOOLS = {
