@@ -68,7 +68,7 @@ class PartsChoice:
             )
         whole = self._with_caches(entry, flag, source) if has_caches else entry
         alone = replace(
-            entry, name=f"{entry.name}{WEIGHTS_SUFFIX}", scheme=Scheme(),
+            entry, name=f"{entry.name}{WEIGHTS_SUFFIX}", scheme=Scheme(), part_of=entry.name,
             notes={**entry.notes, "scored": f"its weights alone; {entry.name} is all of it"},
         )  # fmt: skip
         whole = replace(whole, notes={**whole.notes, "scored": f"as a whole: weights and {rounded}"})

@@ -107,6 +107,8 @@ class VariantEntry:
     """The GGUF file that it was read from."""
     scheme: Scheme | None = None
     """What is rounded beside its weights, where that is not what its manifest says."""
+    part_of: str | None = None
+    """The variant whose weights alone this is, where both are scored."""
 
     @property
     def target(self) -> Saved:
@@ -127,7 +129,8 @@ class VariantEntry:
         manifest = read_manifest(self.target.folder)
         if self.scheme is not None:
             manifest = manifest.model_copy(update={"details": details_of_weights(manifest.details)})
-        return variant_record(name, backend, manifest, seconds, self.notes, self.overlap)
+        record = variant_record(name, backend, manifest, seconds, self.notes, self.overlap)
+        return record.model_copy(update={"part_of": self.part_of})
 
     @property
     def warnings(self) -> list[str]:

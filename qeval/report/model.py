@@ -203,13 +203,14 @@ class VariantReport(_Part):
     quantize_seconds: float
     score_seconds: float
     twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with
+    part_of: str | None = None  # the variant whose weights alone this is, without its activations, keys and values
     runtime: RuntimeRecord | None = None  # how ONNX Runtime or llama.cpp ran it; None on torch
     void: str | None = None  # why its figures say nothing: it was calibrated on what it was scored on
 
     @property
     def ranked(self) -> bool:
-        """Return whether it stands for itself: not the noise floor, nor another variant on a second backend."""
-        return self.role == "variant" and self.twin is None
+        """Return whether it stands for itself: not the noise floor, a part of a variant, or one on a second backend."""
+        return self.role == "variant" and self.twin is None and self.part_of is None
 
 
 class BaselineReport(_Part):

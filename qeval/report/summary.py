@@ -41,7 +41,7 @@ _TROUBLE = {"failed": "failed and was not scored", "broken": "is broken and was 
 def _scope(report: Report) -> str:
     base = report.baseline
     count = sum(v.ranked for v in report.variants)
-    again = [v for v in report.variants if v.role == "variant" and not v.ranked]
+    again = [v for v in report.variants if v.role == "variant" and v.twin is not None]
     runtimes = [*dict.fromkeys(formatting.runtime(v.runtime.runtime) for v in again if v.runtime)]
     p = report.protocol
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []

@@ -175,6 +175,7 @@ class VariantRecord(_Record):
     quantize_seconds: float
     score_seconds: float
     twin: str | None = None  # the same weights on torch: what `kernel_kl_nats` compares with
+    part_of: str | None = None  # the variant whose weights alone this is, without its activations, keys and values
     runtime: RuntimeRecord | None = None  # None on torch
     witness: str | None = None  # of what it was asked; None in older records
     calibration_sha256: str | None = None  # of the token ids that its quantizer saw; None where it saw none

@@ -131,9 +131,12 @@ def test_the_record_says_the_parts_as_for_recipes(bench, out):
         assert theirs[case]["key"] == theirs[f"{case}@weights"]["key"]
         assert theirs[f"{case}@weights"]["details"]["scored"] == f"its weights alone; {case} is all of it"
         assert "not rounded here" not in theirs[case]["details"]
+        assert (theirs[case]["part_of"], theirs[f"{case}@weights"]["part_of"]) == (None, case)
     assert theirs["ct-fp8-static"]["details"]["scored"] == "as a whole: weights and activations and keys and values"
     page = (out / "report.md").read_text()
     assert "Bits/cached token" in page and "ct-fp8-static@weights" in page
+    assert f"{len(CASES)} quantized variants of" in page
+    assert not any(each["pareto"] for each in bench.report(out)["variants"] if each["part_of"])
 
 
 def test_the_parts_are_a_choice(bench, checkpoints, out, tmp_path):
