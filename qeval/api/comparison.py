@@ -31,6 +31,8 @@ def compare(
     methods: Names | None = None,
     config: PathLike | None = None,
     variants: Variants | None = None,
+    external_parts: str = "split",
+    kv_types: Names | None = None,
     backend: Names = "torch",
     accuracy_level: str | int | Iterable[int] = "1",
     ep: str = AUTO,
@@ -89,6 +91,9 @@ def compare(
         methods: Methods such as "awq:int4-g64"; default: rtn, awq, mixed.
         config: YAML file of recipes.
         variants: Variants that were made before: path by name, or texts "NAME=PATH".
+        external_parts: Of a variant from elsewhere that rounds activations, keys or values too: all (it as a whole),
+            weights (its weights alone), or split (both, as NAME and NAME@weights).
+        kv_types: Keys and values of variants that are GGUF files: one of ggml's types (q8_0, q4_0, f16), or two.
         backend: torch, ort, llama.cpp, or several.
         accuracy_level: ONNX Runtime's: 1 (fp32 activations), 4 (int8 activations), or both.
         ep: ONNX Runtime's provider.

@@ -7,16 +7,19 @@ backend can give it (then `logits` is the head's matrix product), or the logits 
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from qeval.errors import QevalError
 from qeval.progress import Progress
+from qeval.quant.scheme import Scheme, scheme_of
 from qeval.quant.variant import Variant
 from qeval.store.run import RuntimeRecord
+from qeval.store.variants import load_variant, read_manifest
 from qeval.types import Call, Request
 
 
@@ -112,11 +115,23 @@ class SessionDefaults:
 class Saved:
     """A model on disk: a variant's folder, or an ONNX folder that another tool made.
 
-    `gguf` is the GGUF file that the variant was read from, where it was.
+    `gguf` is the GGUF file that the variant was read from, where it was. `scheme` is what is rounded beside its
+    weights where that is not what the variant itself says.
     """
 
     folder: Path
     gguf: Path | None = None
+    scheme: Scheme | None = None
+
+    @property
+    def effective_scheme(self) -> Scheme:
+        """The scheme that is run: the variant's own unless another stands in its place."""
+        return scheme_of(read_manifest(self.folder).scheme) if self.scheme is None else self.scheme
+
+    def variant(self, device: torch.device | None = None) -> Variant:
+        """Read the variant; its codes are unpacked on `device`."""
+        variant = load_variant(self.folder, device)
+        return variant if self.scheme is None else replace(variant.weights_alone, scheme=self.scheme)
 
 
 Target = Variant | Saved | None

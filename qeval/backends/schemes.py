@@ -1,9 +1,9 @@
 """A variant's scheme in a transformers model: the inputs of its quantized linears rounded, and keys and values."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,26 +37,20 @@ def _kv_change(scheme: Scheme, key_range: Tensor | None, value_range: Tensor | N
 
 
 @contextmanager
-def rounded_inputs(
-    model: Any, how: TensorFormat | None, names: Sequence[str], ranges: Mapping[str, Tensor]
-) -> Iterator[None]:
+def rounded_inputs(model: Any, formats: Mapping[str, TensorFormat], ranges: Mapping[str, Tensor]) -> Iterator[None]:
     """Round the inputs of linears inside a `with` block.
 
     Hooks are called in the order in which they were set, so enter it after what multiplies inputs by scales.
 
     Args:
         model: The model.
-        how: The format; with None nothing is done.
-        names: The weights of the linears; the head's input stays in float.
+        formats: By the weights of the linears; the head's input stays in float.
         ranges: The largest magnitudes of static formats by the weight's name.
     """
-    if how is None:
-        yield
-        return
     head, slot = model.get_output_embeddings(), _LastInput()
     with ExitStack() as stack:
         stack.callback(slot.clear)
-        for name in names:
+        for name, how in formats.items():
             module = model.get_submodule(name.removesuffix(".weight"))
             if module is not head:
                 stack.callback(_round_input(module, slot, how, ranges.get(name)))
@@ -64,7 +58,7 @@ def rounded_inputs(
 
 
 class _LastInput:
-    """The input that was rounded last, so that linears which read one tensor have it rounded once."""
+    """The input that was rounded last, so that linears which read one tensor in one way have it rounded once."""
 
     def __init__(self) -> None:
         self.clear()
@@ -73,13 +67,21 @@ class _LastInput:
         """Let go of both tensors."""
         self._input: Tensor | None = None
         self._rounded: Tensor | None = None
+        self._way: _Way | None = None
 
-    def rounded(self, inputs: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the rounded `inputs`, computed unless they are the last ones."""
-        if self._input is not inputs or self._rounded is None:
+    def rounded(self, inputs: Tensor, way: "_Way", compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rounded `inputs`, computed unless they are the last ones and were rounded in the same way."""
+        if self._input is not inputs or self._way != way or self._rounded is None:
             self._rounded = compute(inputs)
-            self._input = inputs
+            self._input, self._way = inputs, way
         return self._rounded
+
+
+class _Way(NamedTuple):
+    """A way to round an input: the format, and the largest magnitude where it is static."""
+
+    how: TensorFormat
+    amax: float | None
 
 
 def _round_input(module: nn.Module, slot: _LastInput, how: TensorFormat, amax: Tensor | None) -> Callable[[], None]:
@@ -87,8 +89,10 @@ def _round_input(module: nn.Module, slot: _LastInput, how: TensorFormat, amax: T
     weight = next(module.parameters())
     compute = outside_autocast(partial(_rounded, how=how, amax=None if amax is None else amax.to(weight.device)))
 
+    way = _Way(how, None if amax is None else float(amax))
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (slot.rounded(args[0], compute), *args[1:])
+        return (slot.rounded(args[0], way, compute), *args[1:])
 
     return module.register_forward_pre_hook(hook).remove
 

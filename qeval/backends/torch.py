@@ -35,7 +35,7 @@ from qeval.models.structure.supported import context_length
 from qeval.models.structure.trace import text_config
 from qeval.models.structure.weight_views import weights_of
 from qeval.progress import Progress
-from qeval.store.variants import load_variant, read_manifest
+from qeval.store.variants import read_manifest
 from qeval.types import Request
 
 
@@ -268,7 +268,7 @@ class TorchBackend:
 
     def head_for(self, target: Target) -> Head:
         """Return the head that a target's states go through: a variant's own, or that of its tied embedding."""
-        variant = load_variant(target.folder) if isinstance(target, Saved) else target
+        variant = target.variant() if isinstance(target, Saved) else target
         return self._head if variant is None else variant_head(self._model, variant, self._head, self._head_name)
 
     def reserve(self, positions: int) -> None:
@@ -303,11 +303,11 @@ class TorchBackend:
             return
         variant = target
         if isinstance(variant, Saved):
-            variant = load_variant(variant.folder, self._place_of_codes(variant.folder))
+            variant = variant.variant(self._place_of_codes(variant.folder))
         head = self.head_for(variant)
         weights = installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype)
         changes = kv_changes(self._model, variant)
-        rounded = rounded_inputs(self._model, variant.scheme.activations, variant.activation_inputs, variant.ranges)
+        rounded = rounded_inputs(self._model, variant.rounded_inputs, variant.ranges)
         del variant, target  # its integers need not lie in memory beside what they stand for
         self._is_lent = True
         try:

@@ -38,6 +38,15 @@ def names(value: Names | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in parts if name))
 
 
+def several(value: Names | None) -> tuple[str, ...]:
+    """Return the words of a comma-separated text or of several, as often as they come.
+
+    >>> several("q8_0, q8_0"), several(None)
+    (('q8_0', 'q8_0'), ())
+    """
+    return tuple(name for name in (part.strip() for part in joined(value).split(",")) if name)
+
+
 def joined(value: Names | None) -> str:
     """Return several names as one comma-separated text, as flags take them."""
     if value is None:

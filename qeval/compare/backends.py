@@ -99,6 +99,11 @@ def _llama_cpp(inputs: BackendInputs) -> RunBackends:
         device=inputs.settings.model.device,
         unwritten=unwritten,
     )
+    for recipe in inputs.settings.recipes:
+        try:
+            backend.types_of(recipe.scheme)
+        except UsageError as error:
+            raise UsageError(f"'{recipe.name}' on --backend {LLAMA_CPP}: {error}") from error
     return RunBackends((backend,), () if unwritten else (backend,))
 
 

@@ -14,7 +14,9 @@ import torch
 from transformers import AutoConfig
 
 from qeval.backends.base import Backend, Session
+from qeval.compare.external_parts import PartsChoice
 from qeval.compare.external_paths import VariantPath, is_gguf
+from qeval.compare.schemes import with_external_scheme
 from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.locks import alone
@@ -24,6 +26,7 @@ from qeval.formats.checkpoint import CheckpointTensors, open_checkpoint, read_qu
 from qeval.formats.gguf import forms_of
 from qeval.formats.match_baseline import BaselineWeights
 from qeval.formats.registry import format_of
+from qeval.formats.scheme import ExternalScheme, read_scheme
 from qeval.identity import digest
 from qeval.models.checkpoint.weights import shorten_list, weights_sha256
 from qeval.models.gguf.convert import convert_gguf, settings_in
@@ -42,7 +45,7 @@ from qeval.store.variants import Manifest, Origin, save_variant, verify_variant
 from qeval.tasks.corpus import BosPolicy
 from qeval.types import Request
 
-FORMATS_VERSION = 2
+FORMATS_VERSION = 3
 """Part of every key: raise it when the same file is read into other numbers."""
 
 _DECIDES = (
@@ -187,9 +190,9 @@ def check_same_tokens(made_by: str, folder: Path, ours: Any, token_check: TokenC
 
 def import_checkpoints(
     places: Iterable[VariantPath], loaded: LoadedModel, source: BaselineModel, backend: Backend[Any],
-    token_check: TokenCheck, fits: Sequence[FitsKernel],
-) -> list[VariantEntry]:  # fmt: skip
-    """Return the checkpoints made elsewhere among --variant, as variants of qeval's.
+    token_check: TokenCheck, fits: Sequence[FitsKernel], choice: PartsChoice,
+) -> dict[str, list[VariantEntry]]:  # fmt: skip
+    """Return the checkpoints made elsewhere among --variant, as variants of qeval's by name: by `choice` some are two.
 
     Raises:
         UsageError: one of them is of another model or tokenizer, is misread, or can't be read at all.
@@ -200,10 +203,11 @@ def import_checkpoints(
     for checkpoint in every:  # what takes no reading of weights first, of all of them
         check_config(checkpoint, loaded)
         all_notes.append(check_same_tokens(checkpoint.place.flag, checkpoint.folder, loaded.tokenizer, token_check))
-    return [
-        import_checkpoint(checkpoint, baseline, source, backend, notes, fits)
-        for checkpoint, notes in zip(every, all_notes, strict=True)
-    ]
+    entries = {}
+    for checkpoint, notes in zip(every, all_notes, strict=True):
+        whole = import_checkpoint(checkpoint, baseline, source, backend, notes, fits)
+        entries[whole.name] = choice.entries(whole, checkpoint.place.flag, source)
+    return entries
 
 
 def import_checkpoint(
@@ -271,7 +275,8 @@ def _import(
             "--stream where memory holds both: the cache keeps what was read."
         )
     variant = _read(checkpoint, tensors, baseline, folder.name, lambda count: None)
-    whole = replace(variant, details={**_details(checkpoint, tensors, baseline), **variant.details})
+    variant = replace(variant, details={**_details(checkpoint, tensors, baseline), **variant.details})
+    whole = with_external_scheme(variant, _read_scheme(checkpoint, tensors, baseline), source.model)
     with backend.open(whole) as session:
         check_answers(checkpoint, session)
     origin = Origin(
@@ -291,6 +296,15 @@ def _read(
     reading = checkpoint.reading._replace(config={**checkpoint.reading.config, torchao.HEADER: tensors.header})
     try:
         return assemble(tensors, reading, baseline, key, advance)
+    except UsageError as error:
+        raise checkpoint.error(error) from error
+
+
+def _read_scheme(
+    checkpoint: ExternalCheckpoint, tensors: CheckpointTensors, baseline: BaselineWeights
+) -> ExternalScheme:
+    try:
+        return read_scheme(tensors, checkpoint.reading, baseline)
     except UsageError as error:
         raise checkpoint.error(error) from error
 

@@ -8,9 +8,16 @@ import torch
 from qeval.backends.base import Backend
 from qeval.backends.onnx.packages import require_onnx
 from qeval.backends.onnx.providers import choose_provider, require_provider
-from qeval.compare.external_checkpoints import TokenCheck, baseline_of, import_checkpoints, is_external_checkpoint
+from qeval.compare.external_checkpoints import (
+    TokenCheck,
+    baseline_of,
+    import_checkpoints,
+    is_external_checkpoint,
+)
+from qeval.compare.external_parts import PartsChoice
 from qeval.compare.external_paths import VariantPath
 from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, given_entry, is_variant
+from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.models.onnx_layout import is_onnx
 
@@ -25,15 +32,20 @@ def read_variants(
     backend: Backend[Any],
     token_check: TokenCheck,
     fits: Sequence[FitsKernel],
+    choice: PartsChoice,
 ) -> tuple[VariantEntry, ...]:
     """Return the variants of --variant that are no ONNX folders: qeval's own, and other tools' checkpoints."""
     variants = [place for place in places if is_variant(place.path) or not is_onnx(place.path)]
     checkpoints = [place for place in variants if not is_variant(place.path) and is_external_checkpoint(place.path)]
-    imported = {
-        entry.name: entry for entry in import_checkpoints(checkpoints, loaded, source, backend, token_check, fits)
-    }
+    imported = import_checkpoints(checkpoints, loaded, source, backend, token_check, fits, choice)
     weights = loaded.info.weights_sha256
-    return tuple(imported.get(place.name) or given_entry(place.name, place.path, weights, *fits) for place in variants)
+    entries: list[VariantEntry] = []
+    for place in variants:
+        entries += imported.get(place.name) or [given_entry(place.name, place.path, weights, *fits)]
+    names = [entry.name for entry in entries]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"Two variants are named '{twice}': the weights of a --variant, and another; rename that one.")
+    return tuple(entries)
 
 
 def read_onnx_folders(

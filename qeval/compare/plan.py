@@ -14,7 +14,8 @@ from qeval.compare.backends import BackendInputs, backends_of, kinds_of
 from qeval.compare.contamination import overlap_of, with_overlap
 from qeval.compare.cost import Shape
 from qeval.compare.external_checkpoints import TokenCheck
-from qeval.compare.external_paths import VariantPath, local_places
+from qeval.compare.external_parts import parts_choice
+from qeval.compare.external_paths import VariantPath, is_gguf, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import loaded_model
 from qeval.compare.schemes import (
@@ -99,6 +100,7 @@ class Plan:
         """Sentences on the limits of the numbers, before any is made."""
         warnings = [*self.loaded.warnings, *self.backend.warnings]
         warnings += [*(warning for place in self.places for warning in place.warnings)]
+        warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
         if self.drift and self.drift.prompts < self.settings.drift.prompts:
             warnings.append(
@@ -178,6 +180,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     tasks = load_tasks(settings)  # what the hub lacks is told before a model is loaded
     places = local_places(settings.variants)
     _check_schemes(settings, places)
+    choice = parts_choice(settings, has_gguf=any(is_gguf(place.path) for place in places))
     folds = any(recipe.quant_method.scales_inputs for recipe in settings.every_recipe)
     loaded, source, backend = loaded_model(settings.model, memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
@@ -194,7 +197,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     for recipe in settings.every_recipe:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
-    given = read_variants(places, loaded, source, backend, token_check, fits)
+    given = read_variants(places, loaded, source, backend, token_check, fits, choice)
     onnx_variants = read_onnx_folders(places, settings.backends.ep, loaded, source, token_check)
     backends, floors = backends_of(BackendInputs(settings, loaded, source, backend, places))
     return Plan(

@@ -104,7 +104,8 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
     witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
-    variants = [_with_parts(model.record(), plan.settings, witness) for model in models]
+    alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
+    variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(
         run_version=RUN_VERSION,
         command=plan.settings.command,
@@ -132,10 +133,14 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     return _write(plan, work, [baseline, *models], record, _manifests(entries))
 
 
-def _with_parts(record: VariantRecord, settings: Settings, witness: str) -> VariantRecord:
-    """Return the record with what it was asked, whether it is a part of others, and which variants are parts of it."""
+def _with_parts(record: VariantRecord, settings: Settings, alone: Mapping[str, str], witness: str) -> VariantRecord:
+    """Return the record with what it was asked, whether it is a part of others, and which variants are parts of it.
+
+    `alone` names the weights alone of variants from elsewhere, by the variant.
+    """
     recipe = next((each for each in settings.recipes if each.name == record.name), None)
-    parts = {} if recipe is None else dict(names_of_parts(recipe, settings.every_recipe))
+    parts = {"weights": alone[record.name]} if record.name in alone else {}
+    parts |= {} if recipe is None else names_of_parts(recipe, settings.every_recipe)
     is_part = any(each.name == record.name for each in settings.parts)
     return record.model_copy(update={"witness": witness, "parts": parts, **({"role": "part"} if is_part else {})})
 

@@ -1,5 +1,6 @@
 """Schemes of recipes and variants: what can't be run is refused before any work; calibration; words for reports."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -9,18 +10,25 @@ from typing import Any
 from torch import Tensor
 
 from qeval.backends.install import installed
-from qeval.config import Recipe
+from qeval.backends.llamacpp.cache_types import cache_types
+from qeval.backends.llamacpp.library import LLAMACPP
+from qeval.config import FORMAT_FIELDS, Recipe
 from qeval.errors import QevalError, UsageError
+from qeval.formats.scheme import ExternalScheme
 from qeval.models.structure.graph import Description
 from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.models.structure.weight_views import is_expert
 from qeval.progress import Advance
-from qeval.quant.scheme import ROTATION, Scheme, scheme_of
+from qeval.quant.scheme import ROTATION, Scheme, TensorFormat, scheme_of
 from qeval.quant.variant import Variant
 from qeval.quantize.ranges import collect_ranges
 from qeval.store.variants import MANIFEST, read_manifest
 
 _TORCH = "torch"
+NOT_ROUNDED = "not rounded here"
+"""The detail that says what a checkpoint's configuration rounds and qeval does not."""
+_CACHED_TOKEN = "bits per cached token"
+_SCHEME_DETAILS = (*FORMAT_FIELDS, _CACHED_TOKEN, "scales", NOT_ROUNDED)
 
 
 def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
@@ -42,13 +50,18 @@ def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
 
 
 def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[str]) -> None:
-    """Refuse schemes on backends that have no kernels for them in qeval.
+    """Refuse schemes on backends that don't run them: llama.cpp runs keys and values of its own types.
 
     Raises:
         UsageError: It names backends and variants.
     """
-    if others := [name for name in backends if name != _TORCH]:
+    if others := [name for name in backends if name not in (_TORCH, LLAMACPP)]:
         refuse_schemes(schemes, f"--backend {','.join(others)} runs")
+    for name, scheme in schemes.items() if LLAMACPP in backends else ():
+        try:
+            cache_types(scheme)
+        except UsageError as error:
+            raise UsageError(f"--backend {LLAMACPP} can't run {name}: {error}") from error
 
 
 def refuse_rotations(recipes: Sequence[Recipe], folders: Mapping[str, Path], where: str) -> None:
@@ -161,6 +174,37 @@ def _as_run(model: Any, variant: Variant, head: str, *, turns: bool) -> Abstract
     return installed(model, variant, skip=head, keep_dtype=next(model.parameters()).dtype)
 
 
+def with_external_scheme(variant: Variant, read: ExternalScheme, model: Any) -> Variant:
+    """Return a checkpoint's weights with the scheme that its configuration says, described in the details.
+
+    Keys and values stay as they are where the model's attention is of a kind that qeval can't round; that is said.
+    """
+    if read.scheme.caches:
+        try:
+            check_cache(model)
+        except UsageError as error:
+            read = read.without_caches(f"keys and values: {error}")
+    details = {**variant.details, **scheme_details(read.scheme, model)}
+    if read.input_formats and read.scheme.activations:
+        details["activations"] += f", but for {_other_inputs(read.input_formats)}"
+    if read.notes:
+        details["scales"] = "; ".join(read.notes)
+    if read.limits:
+        details[NOT_ROUNDED] = "; ".join(read.limits)
+    formats = read.input_formats if read.scheme.activations else {}
+    return replace(variant, scheme=read.scheme, ranges=read.ranges, input_formats=formats, details=details)
+
+
+def _other_inputs(formats: Mapping[str, TensorFormat | None]) -> str:
+    counts = Counter("as it is" if how is None else how.describe("token") for how in formats.values())
+    return ", ".join(f"{count} linears {how}" for how, count in counts.most_common())
+
+
+def details_of_weights(details: Mapping[str, str]) -> dict[str, str]:
+    """Return a variant's details without what they say of activations, keys and values."""
+    return {name: text for name, text in details.items() if name not in _SCHEME_DETAILS}
+
+
 def scheme_details(scheme: Scheme, model: Any) -> dict[str, str]:
     """Return a scheme in a report's words, with the bits of a cached token where keys or values are rounded."""
     details = {}
@@ -172,7 +216,7 @@ def scheme_details(scheme: Scheme, model: Any) -> dict[str, str]:
         details["values"] = scheme.values.describe("token and head")
     if scheme.caches:
         bits, numbers = _cache_bits(scheme, check_cache(model), next(model.parameters()).element_size() * 8)
-        details["bits per cached token"] = f"{bits:,.0f} ({bits / numbers:.2f} a number)"
+        details[_CACHED_TOKEN] = f"{bits:,.0f} ({bits / numbers:.2f} a number)"
     return details
 
 

@@ -25,6 +25,7 @@ Exporter = Literal["auto", "genai", "dynamo"]
 Executor = Literal["local", "ray"]
 ExportForm = Literal["onnx", "hf", "gguf"]
 """What `export` writes: an ONNX folder, a checkpoint in compressed-tensors' layouts, or a GGUF file."""
+ExternalParts = Literal["split", "all", "weights"]
 AUTO = "auto"
 """Of a device or a provider: whatever serves this machine; `compare.machine` says which."""
 BACKENDS = ("torch", "ort", "llama.cpp")
@@ -255,6 +256,21 @@ class Settings(Checked):
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
+    external_parts: Annotated[
+        ExternalParts,
+        Option(
+            "Of a checkpoint by --variant that rounds activations, keys or values too; all: it as a whole; weights: "
+            "its weights alone; split: both, as NAME and NAME@weights."
+        ),
+    ] = "split"
+    kv_types: Annotated[
+        tuple[str, ...],
+        Option(
+            "Keys and values of GGUF files by --variant: one of ggml's types or two, comma-separated: q8_0, q4_0, f16.",
+            type=str | None,
+            parse=read.several,
+        ),
+    ] = ()
     batch_tokens: Annotated[int | None, Option("Tokens a batch.", least=1, range_shown=False)] = None
     threads: Annotated[int | None, THREADS] = None
     seed: Annotated[int, SEED] = 0

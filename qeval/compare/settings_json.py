@@ -1,5 +1,6 @@
 """A run's settings as plain values: stored with its record, so that the run can be repeated and checked."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from qeval.store.run import RunRecord
 _SETTINGS = TypeAdapter(Settings)
 _CHANGES_NO_ROW = ("command", "out", "threads", "batch_tokens", "workers", "executor", "worker_gpus")
 """What two commands that work on one run may differ in: rows depend on it by rounding at most."""
+_DEFAULTS: Mapping[str, Any] = {"external_parts": "split", "kv_types": [], "split": False}
+"""What settings of older runs don't have."""
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
@@ -55,10 +58,11 @@ def identity_of(settings: Settings) -> str:
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """Return settings as plain values, without fields that a recipe doesn't use and older runs don't have."""
+    """Return settings as plain values, without fields that are not used and older runs don't have."""
     values: dict[str, Any] = _SETTINGS.dump_python(settings, mode="json")
-    if not settings.split:
-        del values["split"]
+    for name, default in _DEFAULTS.items():
+        if values[name] == default:
+            del values[name]
     for recipe in values["recipes"]:
         for part in ("alpha", *PART_FIELDS):
             if recipe[part] is None:

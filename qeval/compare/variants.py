@@ -13,7 +13,7 @@ import torch
 from qeval.backends.base import Saved
 from qeval.backends.memory import reason_of
 from qeval.compare.record import variant_record
-from qeval.compare.schemes import check_scheme, with_scheme
+from qeval.compare.schemes import NOT_ROUNDED, check_scheme, details_of_weights, with_scheme
 from qeval.compare.sensitivity_cache import Remembered
 from qeval.config import Recipe
 from qeval.errors import BrokenRecordError, QevalError, UsageError
@@ -27,7 +27,7 @@ from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.quant.grid import WeightGrid, parse
 from qeval.quant.rotation import ROTATIONS_VERSION
-from qeval.quant.scheme import RotationPlaces
+from qeval.quant.scheme import RotationPlaces, Scheme
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.quantize.build import plan_variant, possible_grids, quantizable, source_of
@@ -107,23 +107,40 @@ class VariantEntry:
     """The sha256 of its weights, where its own manifest alone says what it was made from."""
     gguf: Path | None = None
     """The GGUF file that it was read from."""
+    scheme: Scheme | None = None
+    """What is rounded beside its weights, where that is not what its manifest says."""
+    part_of: str | None = None
+    """The variant whose weights alone this is, where both are scored."""
 
     @property
     def target(self) -> Saved:
         """The target that a backend opens."""
         assert self.folder is not None
-        return Saved(self.folder, self.gguf)
+        return Saved(self.folder, self.gguf, self.scheme)
 
     @property
     def identity(self) -> dict[str, str]:
         """The identity of its weights: its key, and their content where the key is what a manifest claims."""
         key = {"variant": read_manifest(self.target.folder).key}
+        if self.scheme is not None:
+            key |= {"scheme": ", ".join(f"{part} {name}" for part, name in self.scheme.names().items())}
         return key if self.content is None else {**key, "content": self.content}
 
     def record(self, name: str, backend: str, seconds: float) -> VariantRecord:
         """Return what a run says of it, scored on a backend in so many seconds."""
         manifest = read_manifest(self.target.folder)
-        return variant_record(name, backend, manifest, seconds, self.notes, self.overlap)
+        if self.scheme is not None:
+            manifest = manifest.model_copy(update={"details": details_of_weights(manifest.details)})
+        record = variant_record(name, backend, manifest, seconds, self.notes, self.overlap)
+        return record.model_copy(update={"role": "part"}) if self.part_of else record
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence on what its configuration rounds and qeval does not, if there is any such thing."""
+        if self.folder is None or self.scheme is not None:
+            return []
+        limits = read_manifest(self.folder).details.get(NOT_ROUNDED)
+        return [f"{self.name}: its own configuration rounds more than is rounded here ({limits})."] if limits else []
 
 
 def variant_key(recipe: Recipe, loaded: BaselineModel, calibration: Calibration, seed: int) -> str:

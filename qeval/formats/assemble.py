@@ -36,6 +36,7 @@ from qeval.quant.variant import FloatWeight, StoredMatrix, Variant
 
 _HARMLESS = (
     "rotary_emb.inv_freq", "masked_bias", "input_scale", "input_scale_ub", "input_global_scale", "k_scale", "v_scale",
+    "activation_scale",
 )  # fmt: skip
 
 
@@ -130,7 +131,8 @@ def _variant(
                 FloatWeight(name, read.numel(), f"in float{'' if same else ', other than the baseline has it'}")
             )
 
-    if not (weights or stored_weights):
+    caches = reading.format is not None and reading.format.caches(reading.config, "keys") is not None
+    if not (weights or stored_weights or caches):
         raise UsageError("it holds no quantized weight.")
     return Variant(
         key,
@@ -147,7 +149,10 @@ def _details(weights: Mapping[str, QWeight], stored: Iterable[StoredMatrix]) -> 
     forms = Counter(each.form for each in stored)
     parts = [f"{len(weights)} matrices as integers, scales and zero points"] if weights else []
     parts += [f"{count} as dequantized values ({form})" for form, count in forms.most_common()]
-    return {"read as": ", ".join(parts), "computed": "by qeval's own path, not by the kernels that it was made for"}
+    return {
+        "read as": ", ".join(parts) or "floats",
+        "computed": "by qeval's own path, not by the kernels that it was made for",
+    }
 
 
 def _parameters_to_read(names: TensorNames, baseline: BaselineWeights) -> list[str]:

@@ -6,6 +6,7 @@ Source: the format names of auto_round/inference/backend.py: `auto_gptq` stores 
 from qeval.errors import UsageError, unknown
 from qeval.formats import awq, gptq
 from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module
+from qeval.formats.rounding import TensorRounding, no_format
 
 _PACKINGS = {
     "auto_round:auto_gptq": "gptq",
@@ -13,6 +14,7 @@ _PACKINGS = {
     "auto_round": "gptq_v2",
     "auto_round:auto_awq": "awq",
 }
+_FLOAT_BITS = 16
 
 
 def _decode(module: Module, config: Config) -> DecodedMatrix:
@@ -34,6 +36,14 @@ def _notes(config: Config) -> tuple[str, ...]:
     return (f"packed as {_packing(config)}",)
 
 
+def _inputs(name: str, config: Config) -> TensorRounding | None:
+    """Return that inputs are rounded where the configuration has bits for them: AutoRound's words are not read."""
+    bits = config.get("act_bits")
+    if not isinstance(bits, int) or bits >= _FLOAT_BITS:
+        return None
+    return no_format(f"{config.get('act_data_type', 'int')} of {bits} bits in AutoRound's words (act_bits)")
+
+
 def _packing(config: Config) -> str:
     named = str(config.get("packing_format", "auto_round:auto_gptq"))
     if named not in _PACKINGS:
@@ -41,4 +51,4 @@ def _packing(config: Config) -> str:
     return _PACKINGS[named]
 
 
-AUTO_ROUND = CheckpointFormat("AutoRound", ("qweight",), _decode, _notes)
+AUTO_ROUND = CheckpointFormat("AutoRound", ("qweight",), _decode, _notes, inputs=_inputs)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from qeval.arithmetic import dtype_name
 from qeval.errors import UsageError
+from qeval.formats.rounding import TensorRounding
 from qeval.quant.grid import Grid, PerBlock, PerChannel, PerTensor
 from qeval.quant.pack import unpack
 from qeval.quant.qweight import QWeight
+from qeval.quant.scheme import PartName
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +65,15 @@ class Values:
     size_bits: int
 
 
-ROUNDS_ACTIVATIONS = "its own kernels round activations too: only the loss of its weights is scored"
-"""What a reader must know of a checkpoint whose scores here leave out a part of its loss."""
 _FP8_FORMS = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2"}
 
 DecodedMatrix = QWeight | Values
 Config = Mapping[str, Any]
 """`quantization_config` of a checkpoint's config.json."""
+RoundedInput = Callable[[str, Config], TensorRounding | None]
+"""How a configuration rounds the inputs of a module, by its name in the file; None where it leaves them."""
+RoundedCache = Callable[[Config, PartName], TensorRounding | None]
+"""How it rounds `keys` or `values`; None where it leaves them."""
 DecodeModule = Callable[[Module, Config], DecodedMatrix]
 
 
@@ -80,6 +84,7 @@ class CheckpointFormat:
     `markers`: names of tensors that only a quantized linear has. `decode` reads one. `notes` says what a reader must
     know and refuses settings that are not read. `library`: what `decode` imports, and the command that installs it.
     `input_scale`: the part [columns] by which a linear's input is multiplied while running, where a format has one.
+    `inputs` and `caches`: what is rounded beside the weights.
     """
 
     title: str
@@ -88,6 +93,8 @@ class CheckpointFormat:
     notes: Callable[[Config], tuple[str, ...]] = lambda config: ()
     library: tuple[str, str] | None = None
     input_scale: str | None = None
+    inputs: RoundedInput = lambda name, config: None
+    caches: RoundedCache = lambda config, part: None
 
 
 def read_bits(words: Tensor, bits: int, count: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module, Values, on_grid
+from qeval.formats.rounding import TensorRounding, no_format
 
 _STATE = "weight.quant_state.bitsandbytes__"
 
@@ -31,11 +32,11 @@ def _decode(module: Module, config: Config) -> DecodedMatrix:
     return on_grid(codes, scales.reshape(-1, 1), None, 8, module.columns)
 
 
-def _notes(config: Config) -> tuple[str, ...]:
-    """Return what of the arithmetic of LLM.int8() is not scored."""
+def _inputs(name: str, config: Config) -> TensorRounding | None:
+    """Return that LLM.int8() rounds inputs but for outliers, which no format says."""
     if not config.get("load_in_8bit"):
-        return ()
-    return ("LLM.int8() rounds activations too, and computes outliers in fp16: only its weights' loss is scored",)
+        return None
+    return no_format("INT8 by token but for outlier columns, which stay in fp16 (LLM.int8())")
 
 
 def _codebook(module: Module) -> Values:
@@ -76,4 +77,4 @@ def _state(module: Module) -> tuple[str, dict[str, Any]]:
         raise module.error("has a quant_state that is no JSON") from error
 
 
-BITSANDBYTES = CheckpointFormat("bitsandbytes", ("weight.absmax", "SCB"), _decode, _notes)
+BITSANDBYTES = CheckpointFormat("bitsandbytes", ("weight.absmax", "SCB"), _decode, inputs=_inputs)

@@ -89,7 +89,7 @@ def open_checkpoint(folder: Path) -> Iterator[CheckpointTensors]:
 
 
 def read_quantization(folder: Path) -> dict[str, Any] | None:
-    """Return how a folder says that it is quantized: in its config.json, or in Model Optimizer's first file.
+    """Return how a folder says that it is quantized: in its config.json, and in Model Optimizer's own file.
 
     Raises:
         UsageError: config.json is missing, or a file is no JSON object.
@@ -97,10 +97,10 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     config = read_settings(folder)
     other_file = folder / "hf_quant_config.json"
     quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized is None and other_file.is_file():
-        quantized = load_object(other_file).get("quantization") or {}
-        if isinstance(quantized, dict):
-            quantized = {"quant_method": "modelopt", **quantized}
+    is_modelopt = quantized is None or (isinstance(quantized, dict) and quantized.get("quant_method") == "modelopt")
+    if is_modelopt and other_file.is_file():
+        own = load_object(other_file).get("quantization") or {}
+        quantized = {"quant_method": "modelopt", **own, **(quantized or {})} if isinstance(own, dict) else own
     if quantized is not None and not isinstance(quantized, dict):
         raise UsageError(f"'{folder}' says that it is quantized by {cut(quantized)}, and not how; download it again.")
     return quantized

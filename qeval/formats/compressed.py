@@ -6,18 +6,22 @@
     weight_scale [rows, groups] | [rows, 1] | [1]     weight_zero_point of its shape, packed along the rows or int8;
                                                       in bytes (E8M0) of mxfp4 and mxfp8
     weight_g_idx [columns]                            with actorder: the group of each column
+    input_scale [1]                                   of static activations: the size of a step
+    input_global_scale [1]                            of NVFP4's: 448 * 6 over the largest magnitude
+    self_attn.k_scale, self_attn.v_scale [1]          of the cache: the size of a step
 
 Source: compressors/{pack_quantized,naive_quantized,nvfp4,mxfp4,mxfp8} of compressed_tensors 0.20.
 """
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.formats.base import (
-    ROUNDS_ACTIVATIONS,
     CheckpointFormat,
     Config,
     DecodedMatrix,
@@ -32,6 +36,8 @@ from qeval.formats.base import (
     read_bits,
 )
 from qeval.formats.floats import decode_e8m0, expand_scales, fp4
+from qeval.formats.rounding import TensorRounding, rounding_of
+from qeval.quant.scheme import PartName
 
 _READ = (
     "dense", "int-quantized", "naive-quantized", "float-quantized", "pack-quantized", "mixed-precision",
@@ -54,7 +60,7 @@ def _decode(module: Module, config: Config) -> DecodedMatrix:
 
 
 def _notes(config: Config) -> tuple[str, ...]:
-    """Return what of the model is quantized besides its weights, which is not scored here.
+    """Return the formats of the weights.
 
     Raises:
         UsageError: A format that is not read, sparse weights, or rotations that are applied while running.
@@ -66,12 +72,32 @@ def _notes(config: Config) -> tuple[str, ...]:
         raise UsageError("Its transform_config rotates activations while running, which qeval does not; not read.")
     if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise UsageError("Its weights are stored sparsely (sparsity_config), which is not read.")
-    sentences = [f"format {', '.join(sorted(named))}"]
-    if any(group.get("input_activations") for group in _groups(config)):
-        sentences.append(ROUNDS_ACTIVATIONS)
-    if config.get("kv_cache_scheme"):
-        sentences.append(_ROUNDS_CACHE)
-    return tuple(sentences)
+    return (f"format {', '.join(sorted(named))}",)
+
+
+def _inputs(name: str, config: Config) -> TensorRounding | None:
+    """Return how the inputs of a linear are rounded: as the group says whose targets name it, or its class."""
+    groups = [group for group in _groups(config) if group.get("weights")]
+    named = [group for group in groups if any(_names(str(target), name) for target in group.get("targets") or ())]
+    of_class = [group for group in groups if "Linear" in (group.get("targets") or ())]
+    arguments = next(iter([*named, *of_class, *groups]), {}).get("input_activations")
+    return rounding_of(arguments, "activations", "input_scale") if arguments else None
+
+
+def _names(target: str, name: str) -> bool:
+    """Return whether a target is a module's name, or a pattern that its beginning matches."""
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+def _caches(config: Config, part: PartName) -> TensorRounding | None:
+    """Return how keys or values are rounded: by a scheme of their own, or as the inputs of attention are."""
+    attention = [group.get("input_activations") for group in _groups(config) if not group.get("weights")]
+    arguments = config.get("kv_cache_scheme") or next(filter(None, attention), None)
+    if not arguments:
+        return None
+    found = rounding_of(arguments, part, f"{part[0]}_scale")
+    limits = "" if config.get("kv_cache_scheme") else "queries are rounded too, and are left as they are"
+    return replace(found, default=1.0 if found.how and found.how.kind == "fp8" else None, limits=limits)
 
 
 def _packed(module: Module, config: Config) -> DecodedMatrix:
@@ -115,8 +141,9 @@ def _fp8(module: Module, weight: Tensor, config: Config) -> Values:
     micro = stored.dtype == torch.uint8
     scales = decode_e8m0(stored) if micro else stored
     tile = next((each["block_structure"] for each in _weights(config) if each.get("block_structure")), None)
-    values = weight.float() * expand_scales(scales, module.rows, module.columns, tile)
-    return Values(values, "mxfp8" if micro else form, fp8_size_bits(weight, stored))
+    micro = scales.dtype == torch.uint8
+    factors = expand_scales(decode_e8m0(scales) if micro else scales, module.rows, module.columns, tile)
+    return Values(weight.float() * factors, "mxfp8" if micro else form, fp8_size_bits(weight, scales))
 
 
 def _fp4(module: Module) -> Values:
@@ -146,4 +173,6 @@ def _sizes(config: Config, module: Module, groups: int) -> Iterable[int]:
     return (int(size) for size in sizes if size and -(-module.columns // int(size)) == groups)
 
 
-COMPRESSED_TENSORS = CheckpointFormat("compressed-tensors", ("weight_packed", "weight_scale"), _decode, _notes)
+COMPRESSED_TENSORS = CheckpointFormat(
+    "compressed-tensors", ("weight_packed", "weight_scale"), _decode, _notes, inputs=_inputs, caches=_caches
+)

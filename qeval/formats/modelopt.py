@@ -6,12 +6,14 @@
                                             and weight_scale_2 of the whole, MXFP4 with bytes 2^(e-127)
     pre_quant_scale [columns]               by which the input is multiplied while running; mostly it is folded into
                                             the norm or the linear before, and then the file has none
-    input_scale, k_scale, v_scale           of activations and of the cache, which are not read
+    input_scale                             of activations: the size of a step; of NVFP4's, their largest over 448 * 6
+    k_proj.k_scale, v_proj.v_scale          of the cache, likewise
 
 Source: `to_quantized_weight`, `pack_int4_in_uint8` of modelopt/torch/export/quant_utils.py, `NVFP4QTensor` (0.47).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,6 @@ from torch import Tensor
 from qeval.arithmetic import dtype_name
 from qeval.errors import UsageError
 from qeval.formats.base import (
-    ROUNDS_ACTIVATIONS,
     CheckpointFormat,
     Config,
     DecodedMatrix,
@@ -32,6 +33,8 @@ from qeval.formats.base import (
     read_bits,
 )
 from qeval.formats.floats import FP8, decode_e8m0, expand_scales, fp4
+from qeval.formats.rounding import TensorRounding, no_format, rounding_of, rounding_to
+from qeval.quant.scheme import PartName
 
 _WEIGHTS_ALONE = ("W4A16_AWQ", "W4A16_NVFP4", "W8A16", "FP8_PB_WO")
 _READ = (
@@ -39,6 +42,22 @@ _READ = (
     "W4A8_AWQ", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8",
 )  # fmt: skip
 _MIXED = "MIXED_PRECISION"
+_STATIC_FP8 = rounding_to("fp8-tensor", "activations", scale="input_scale")
+_NVFP4 = rounding_to("nvfp4", "activations", scale="input_scale")
+_ACTIVATIONS: Mapping[str, TensorRounding] = {
+    "FP8": _STATIC_FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": rounding_to("fp8-token", "activations"),
+    "NVFP4": _NVFP4,
+    "NVFP4_AWQ": _NVFP4,
+    "MXFP4": rounding_to("mxfp4-rceil", "activations"),
+    "MXFP8": rounding_to("mxfp8-rceil", "activations"),
+    "W8A8_SQ_PER_CHANNEL": rounding_to("int8-tensor", "activations", scale="input_scale"),
+    "W4A8_AWQ": _STATIC_FP8,
+    "W4A8_NVFP4_FP8": _STATIC_FP8,
+    "W4A8_MXFP4_FP8": _STATIC_FP8,
+}
+"""The formats of inputs by algorithm; those of `_WEIGHTS_ALONE` have none."""
+_CACHES = {"FP8": "fp8-tensor", "INT8": "int8-tensor", "NVFP4": "nvfp4"}
 
 
 def _decode(module: Module, config: Config) -> DecodedMatrix:
@@ -55,7 +74,7 @@ def _decode(module: Module, config: Config) -> DecodedMatrix:
 
 
 def _notes(config: Config) -> tuple[str, ...]:
-    """Return which algorithms, and what of the model is rounded besides its weights, which is not scored here.
+    """Return the algorithms.
 
     Raises:
         UsageError: An algorithm that is not read.
@@ -63,12 +82,38 @@ def _notes(config: Config) -> tuple[str, ...]:
     named = _algorithms(config)
     if other := [name for name in named if name.upper() not in _READ]:
         raise UsageError(f"Model Optimizer's '{other[0]}' is not read; these are: {', '.join(_READ)}.")
-    sentences = [", ".join(named)]
-    if any(name.upper() not in _WEIGHTS_ALONE for name in named):
-        sentences.append(ROUNDS_ACTIVATIONS)
-    if config.get("kv_cache_scheme") or config.get("kv_cache_quant_algo"):
-        sentences.append("its own kernels round the cache of keys and values: not scored either")
-    return tuple(sentences)
+    return (", ".join(named),)
+
+
+def _inputs(name: str, config: Config) -> TensorRounding | None:
+    """Return how the inputs of a linear are rounded: by its own algorithm where they are mixed."""
+    whole = str(config.get("quant_algo"))
+    layers: Mapping[str, Any] = config.get("quantized_layers") or {}
+    algorithm = str(layers.get(name, {}).get("quant_algo")) if whole == _MIXED else whole
+    if algorithm.upper() == "MXFP4" and _says_weights_alone(config):
+        return None
+    return _ACTIVATIONS.get(algorithm.upper())
+
+
+def _says_weights_alone(config: Config) -> bool:
+    """Return whether the configuration has groups, and none of them names activations: MXFP4 means either."""
+    groups: Mapping[str, Any] = config.get("config_groups") or {}
+    return bool(groups) and not any(group.get("input_activations") for group in groups.values())
+
+
+def _caches(config: Config, part: PartName) -> TensorRounding | None:
+    scale = f"{part[0]}_scale"
+    algorithm = str(config.get("kv_cache_quant_algo") or "").upper()
+    if algorithm in _CACHES:
+        found = rounding_to(_CACHES[algorithm], part, scale=scale)
+    elif algorithm:
+        return no_format(algorithm)
+    elif arguments := config.get("kv_cache_scheme"):
+        is_nvfp4 = arguments.get("num_bits") == 4 and arguments.get("type") == "float"
+        found = rounding_to("nvfp4", part, scale=scale) if is_nvfp4 else rounding_of(arguments, part, scale)
+    else:
+        return None
+    return replace(found, default=1.0) if found.how and found.how.kind == "fp8" else found
 
 
 def _algorithms(config: Config) -> list[str]:
@@ -109,4 +154,6 @@ def _fp4(module: Module) -> Values:
     return Values(values, "mxfp4" if micro else "nvfp4", 8 * (packed.numel() + stored.numel()))
 
 
-MODELOPT = CheckpointFormat("Model Optimizer", ("weight_scale",), _decode, _notes, input_scale="pre_quant_scale")
+MODELOPT = CheckpointFormat(
+    "Model Optimizer", ("weight_scale",), _decode, _notes, input_scale="pre_quant_scale", inputs=_inputs, caches=_caches
+)

@@ -4,6 +4,7 @@ torchao itself puts them together and gives their values, since each of its layo
 """
 
 from qeval.formats.base import CheckpointFormat, Config, DecodedMatrix, Module, Values
+from qeval.formats.rounding import TensorRounding, no_format
 
 HEADER = "torchao_header"
 """Where the reader puts the safetensors headers' metadata, among the settings."""
@@ -29,6 +30,15 @@ def _decode(module: Module, config: Config) -> DecodedMatrix:
     return Values(tensors[name].dequantize().float(), type(tensors[name]).__name__, stored)
 
 
+def _inputs(name: str, config: Config) -> TensorRounding | None:
+    """Return that inputs are rounded where the name of torchao's configuration says so; its settings are not read."""
+    return no_format("as torchao's own configuration says") if "Activation" in str(config.get("quant_type")) else None
+
+
 TORCHAO = CheckpointFormat(
-    "torchao", ("_weight_qdata", "_weight_scale"), _decode, library=("torchao", "pip install 'qeval[torchao]'")
+    "torchao",
+    ("_weight_qdata", "_weight_scale"),
+    _decode,
+    library=("torchao", "pip install 'qeval[torchao]'"),
+    inputs=_inputs,
 )

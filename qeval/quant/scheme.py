@@ -30,9 +30,10 @@ _PREFIXES: Mapping[str, tuple[PartName, ...]] = {
     "a": ("activations",), "k": ("keys",), "v": ("values",), "kv": ("keys", "values"),
 }  # fmt: skip
 _ELEMENTS: Mapping[str, Minifloat] = {"fp8": E4M3, "mxfp8": E4M3, "mxfp4": E2M1, "nvfp4": E2M1}
-_GGML = ("q8_0", "q4_0")
+GGML_KINDS = ("q8_0", "q4_0")
+"""ggml's block types, which llama.cpp has for keys and values."""
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
-_KINDS = (*_INTEGERS, *_ELEMENTS, *_GGML)
+_KINDS = (*_INTEGERS, *_ELEMENTS, *GGML_KINDS)
 _SPANS = ("token", "block", "channel", "tensor", "static")
 _WORDS = (*_SPANS, "gN", *POWER_RULES, "e4m3", "e5m2", "hadamard")
 _SIZES = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16, "q8_0": 32, "q4_0": 32}
@@ -77,7 +78,7 @@ class TensorFormat:
     @property
     def divides_heads(self) -> bool:
         """Return whether blocks must divide a head: ggml's types have no short ones."""
-        return self.kind in _GGML
+        return self.kind in GGML_KINDS
 
     def bits_per_number(self, width: int) -> float:
         """Return the bits of a number of rows of `width`, with its share of scales that are stored with each token."""

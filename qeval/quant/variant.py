@@ -1,13 +1,13 @@
 """A variant: a model's quantized matrices, the floats that its method changed, and an account of every weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from qeval.quant.grid import FLOAT
 from qeval.quant.qweight import QWeight
-from qeval.quant.scheme import Scheme
+from qeval.quant.scheme import Scheme, TensorFormat
 
 LEFT_IN_FLOAT = "the recipe leaves the weights in float"
 """The reason of a linear in a variant that rounds activations, keys or values alone."""
@@ -64,8 +64,9 @@ class Variant:
     product. `kept`: every other weight, with its reason. `details`: what the method decided, in words. `stored`: which
     of the floats are a quantized matrix's values. `scheme`: how inputs of quantized linears, keys and values are
     rounded; `ranges`: the largest magnitudes that its static scales come from, by the linear's parameter name, or by
-    the layer's number with `.keys` or `.values`. `input_rotations`: linears whose input is turned while running, before
-    scales and rounding: the core [m, m] that `rotation.turn_runs` takes with the columns as one run.
+    the layer's number with `.keys` or `.values`. `input_formats`: the linears whose inputs are rounded otherwise than
+    the scheme says; None leaves them as they are. `input_rotations`: linears whose input is turned while running,
+    before scales and rounding: the core [m, m] that `rotation.turn_runs` takes with the columns as one run.
     """
 
     key: str
@@ -79,6 +80,18 @@ class Variant:
     scheme: Scheme = field(default_factory=Scheme)
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     input_rotations: Mapping[str, Tensor] = field(default_factory=dict)
+    input_formats: Mapping[str, TensorFormat | None] = field(default_factory=dict)
+
+    @property
+    def weights_alone(self) -> "Variant":
+        """The same weights with nothing rounded beside them."""
+        return replace(self, scheme=Scheme(), ranges={}, input_formats={})
+
+    @property
+    def rounded_inputs(self) -> dict[str, TensorFormat]:
+        """The formats of the quantized matrices' inputs by the matrix; of the head's too, which is not rounded."""
+        formats = dict.fromkeys(self.activation_inputs, self.scheme.activations) | dict(self.input_formats)
+        return {name: how for name, how in formats.items() if how is not None}
 
     @property
     def quantized_matrices(self) -> tuple[str, ...]:

@@ -225,7 +225,7 @@ class VariantReport(_Part):
 
     @property
     def ranked(self) -> bool:
-        """Return whether it stands for itself: not the noise floor, nor another variant on a second backend."""
+        """Return whether it stands for itself: not the noise floor, a part of a variant, or one on a second backend."""
         return self.role == "variant" and self.twin is None
 
 

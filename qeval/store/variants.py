@@ -30,7 +30,7 @@ from qeval.paths import home
 from qeval.quant.grid import FloatGrid, PerTensor, parse
 from qeval.quant.pack import pack_tensor, unpack_tensor
 from qeval.quant.qweight import QWeight
-from qeval.quant.scheme import scheme_of
+from qeval.quant.scheme import parse_format, scheme_of
 from qeval.quant.stored_scales import decode_scales, encode_scales, repeat_scales
 from qeval.quant.variant import Choice, FloatWeight, StoredMatrix, Variant
 from qeval.store.seal import has_valid_seal, parse_object, seal
@@ -111,6 +111,8 @@ class Manifest(_Part):
     scheme: dict[str, str] = {}
     """The formats of activations, keys and values by these words; like what follows, written only where it is used."""
     ranges: list[str] = []
+    input_formats: dict[str, str | None] = {}
+    """The formats of the inputs of linears for which `scheme` does not hold; written only where there are any."""
     input_rotations: list[str] = []
     sha256: str | None = None
     """Of all the rest of the manifest, from version 2 on."""
@@ -230,7 +232,7 @@ def _stacked_spec(specs: Sequence[Spec]) -> Spec:
 
 def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
     manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
-    unused = {name for name in ("scheme", "ranges", "input_rotations") if not getattr(manifest, name)}
+    unused = {name for name in ("scheme", "ranges", "input_formats", "input_rotations") if not getattr(manifest, name)}
     content = json.loads(manifest.model_dump_json(exclude=unused))
     for choice in content["choices"]:
         if choice["format"] is None:
@@ -337,6 +339,10 @@ def _variant(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Variant:
         stored=tuple(StoredMatrix(**entry.model_dump()) for entry in manifest.stored),
         scheme=scheme_of(manifest.scheme),
         ranges={name: tensors[f"{name}.range"] for name in manifest.ranges},
+        input_formats={
+            name: None if how is None else parse_format(how, "activations")
+            for name, how in manifest.input_formats.items()
+        },
         input_rotations={name: tensors[f"{name}.input_rotation"] for name in manifest.input_rotations},
     )
 
@@ -406,5 +412,6 @@ def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest
         stored=[StoredEntry(**vars(each)) for each in variant.stored],
         scheme=variant.scheme.names(),
         ranges=list(variant.ranges),
+        input_formats={name: None if how is None else str(how) for name, how in variant.input_formats.items()},
         input_rotations=list(variant.input_rotations),
     )

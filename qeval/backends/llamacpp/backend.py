@@ -1,8 +1,9 @@
 """The backend `llama.cpp`: GGUF files scored by llama.cpp's own kernels, token ids in, logits out.
 
 Its products by quantized weights round activations to 8 bits in blocks of 32 (or 256), its keys and values are fp16:
-that is what its users run. Only flash attention is left out: its sums in fp16 depend on how a sequence was cut into
-calls. The head is the file's own, so a state is a row of logits.
+that is what its users run. A scheme's keys and values may be of llama.cpp's own types. Flash attention is left out
+unless values are quantized, which need it: its sums in fp16 depend on how a sequence was cut into calls. The head is
+the file's own, so a state is a row of logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor
 
 from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
+from qeval.backends.llamacpp.cache_types import F16_CACHE, CacheTypes, cache_types, check_rotated_heads
 from qeval.backends.llamacpp.gguf_writer import GGUF_VERSION, written
 from qeval.backends.llamacpp.library import INSTALL, LLAMACPP, MODULE, Context, Model, Token, version
 from qeval.errors import QevalError, UsageError
 from qeval.metrics.tokens import block_rows
 from qeval.models.info import LoadedModel
 from qeval.progress import Progress
+from qeval.quant.scheme import Scheme
 from qeval.store.run import RuntimeRecord
-from qeval.store.variants import load_variant
 from qeval.types import Request
 
 _LEAST_ROOM = 512
@@ -61,9 +63,9 @@ class LlamaSession(SessionDefaults):
 
     packs = True
 
-    def __init__(self, model: Model, *, threads: int, ids: int) -> None:
+    def __init__(self, model: Model, *, threads: int, ids: int, types: CacheTypes = F16_CACHE) -> None:
         """`ids` beyond the first so many are left out of the logits: they are padding."""
-        self._model, self._threads, self._width = model, threads, ids
+        self._model, self._threads, self._width, self.types = model, threads, ids, types
         self._owner = object()
         self._context: Context | None = None
         self._held: PrefixParts = ()
@@ -151,7 +153,7 @@ class LlamaSession(SessionDefaults):
                 self._context.close()
             self._context, self._held = None, ()
             room = min(self.max_length, max(_LEAST_ROOM, 1 << (length - 1).bit_length()))
-            self._context = Context(self._model, 1, room, threads=self._threads, flash=False)
+            self._context = Context(self._model, 1, room, threads=self._threads, flash=False, types=self.types)
         return self._context
 
     def _check_length(self, length: int) -> None:
@@ -199,7 +201,9 @@ class LlamaCppBackend:
 
     def identity(self, target: Target) -> dict[str, Any]:
         """Return everything about the library, and how the target's file came to be, that changes a number."""
-        backend = {"runtime": version(), "provider": self.provider, "cache": "fp16", "flash": False}
+        types = self.types_of(_scheme_of(target))
+        cache = "fp16" if types == F16_CACHE else str(types)
+        backend = {"runtime": version(), "provider": self.provider, "cache": cache, "flash": types.needs_flash}
         return {"backend": backend, "file": "given" if _gguf_of(target) else f"written {GGUF_VERSION}"}
 
     def prepare(self, progress: Progress) -> None:
@@ -212,11 +216,13 @@ class LlamaCppBackend:
         What is left in float in a file that is written is of fp32, as the other backends compute it.
 
         Raises:
-            UsageError: A GGUF can't hold the variant, llama.cpp can't open it, or it lacks logits for some of the ids.
+            UsageError: A GGUF can't hold the variant, llama.cpp can't open it, has no such keys and values, or it lacks
+                logits for some of the ids.
         """
+        types = self.types_of(_scheme_of(target))
         file = _gguf_of(target) or self._written(target)
         model = Model(file, self.device)
-        session = LlamaSession(model, threads=self.threads, ids=self.ids)
+        session = LlamaSession(model, threads=self.threads, ids=self.ids, types=types)
         try:
             if model.vocab_size < self.ids:
                 raise UsageError(
@@ -237,16 +243,46 @@ class LlamaCppBackend:
             format=None,
             accuracy_level=None,
             shares_prefixes="one",
-            facts=[
-                f"{session.weights}.",
-                "Products by quantized weights round activations to 8 bits; keys and values are fp16, "
-                "attention is not flash attention.",
-            ],
+            facts=[f"{session.weights}.", _attention(session.types)],
         )
 
+    def types_of(self, scheme: Scheme) -> CacheTypes:
+        """Return the types of a scheme's keys and values.
+
+        Raises:
+            UsageError: llama.cpp has none, or does not rotate heads of the model's size.
+        """
+        config = self.loaded.model.config.get_text_config()
+        types = cache_types(scheme)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        check_rotated_heads(types, int(size))
+        return types
+
     def _written(self, target: Target) -> Path:
-        variant = load_variant(target.folder) if isinstance(target, Saved) else target
-        return written(self.loaded, variant, "fp32")
+        variant = target.variant() if isinstance(target, Saved) else target
+        # of keys and values alone the weights are the float model's own
+        is_float = variant is None or not (variant.quantized_matrices or variant.floats)
+        return written(self.loaded, None if is_float else variant, "fp32")
+
+
+def _scheme_of(target: Target) -> Scheme:
+    """Return the scheme that a target is run with."""
+    if target is None:
+        return Scheme()
+    return target.effective_scheme if isinstance(target, Saved) else target.scheme
+
+
+def _attention(types: CacheTypes) -> str:
+    """Return how products and attention are computed, as a sentence."""
+    rounds = "Products by quantized weights round activations to 8 bits"
+    if types == F16_CACHE:
+        return f"{rounds}; keys and values are fp16, attention is not flash attention."
+    if not types.needs_flash:
+        return f"{rounds}; {types}; attention is not flash attention."
+    return (
+        f"{rounds}; {types}; flash attention, which quantized values need: its sums in fp16 depend on how a sequence "
+        "is cut into calls."
+    )
 
 
 def _gguf_of(target: Target) -> Path | None:

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qeval.backends.llamacpp.cache_types import F16_CACHE, CacheTypes, rotations_as
 from qeval.errors import QevalError, UsageError
 from qeval.models.gguf.reader import open_gguf
 
 LLAMACPP = "llama.cpp"
 MODULE = "llama_cpp"
 INSTALL = "pip install 'qeval[llamacpp]'"
-_F32 = 0
-"""ggml's number of the type."""
 _FLOATS = ("F32", "F16", "BF16")
 _MOST_TOKENS = 2048
 """In one call of `llama_decode`; its own default."""
@@ -81,30 +80,39 @@ class Context:
     """Room for the keys and values of `sequences` of up to `capacity` tokens each."""
 
     def __init__(
-        self, model: Model, sequences: int, capacity: int, *, threads: int, flash: bool = True, fp32: bool = False
+        self,
+        model: Model,
+        sequences: int,
+        capacity: int,
+        *,
+        threads: int,
+        flash: bool = True,
+        types: CacheTypes = F16_CACHE,
     ) -> None:
         """Open a context of a model.
 
         `flash`: attention as llama.cpp chooses; flash attention sums in fp16, so that logits depend on how a
-        sequence was cut into calls. `fp32`: keys and values in fp32, and not in fp16 as by its default.
+        sequence was cut into calls. `types`: of keys and values; where they need flash attention, it is on.
 
         Raises:
             MemoryError: there is no room.
         """
-        self._model, self._library, self._fp32 = model, model.library, fp32
+        self._model, self._library, self._types = model, model.library, types
         self.sequences, self.capacity = sequences, -(-capacity // _STEP) * _STEP
         parameters = self._library.llama_context_default_params()
         parameters.n_ctx, parameters.n_seq_max = sequences * self.capacity, sequences
         parameters.n_batch = _MOST_TOKENS
         parameters.n_threads = parameters.n_threads_batch = threads
-        if fp32:
-            parameters.type_k = parameters.type_v = _F32
-        if not flash:
+        parameters.type_k, parameters.type_v = types.numbers
+        if types.needs_flash:
+            parameters.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        elif not flash:
             parameters.flash_attn_type = self._library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.kv_unified, parameters.no_perf = False, True
-        self._handle = self._library.llama_init_from_model(model.handle, parameters)
+        with rotations_as(types):
+            self._handle = self._library.llama_init_from_model(model.handle, parameters)
         if not self._handle:
-            raise MemoryError(f"llama.cpp made no context for {sequences} sequences of {capacity} tokens.")
+            raise MemoryError(f"llama.cpp made no context for {sequences} sequences of {capacity} tokens ({types}).")
 
     @property
     def threads(self) -> int:
@@ -116,8 +124,8 @@ class Context:
         """The bytes of llama.cpp's plain cache: layers x heads x (key and value) x tokens, for the whole context."""
         model, ask = self._model.handle, self._library
         width = ask.llama_model_n_embd(model) // ask.llama_model_n_head(model)
-        values = 2 * ask.llama_model_n_layer(model) * ask.llama_model_n_head_kv(model) * width
-        return int(values * ask.llama_n_ctx(self._handle) * (4 if self._fp32 else 2))
+        pairs = ask.llama_model_n_layer(model) * ask.llama_model_n_head_kv(model) * width
+        return int(pairs * ask.llama_n_ctx(self._handle) * self._types.bytes_of_both)
 
     def forget(self) -> None:
         """Drop the keys and values of all sequences."""

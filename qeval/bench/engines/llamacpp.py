@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qeval.backends.llamacpp.cache_types import F16_CACHE, CacheTypes
 from qeval.backends.llamacpp.library import LLAMACPP, Context, Model, Token, version
 from qeval.bench.engines.base import Identity, Memory, Tokens, check_room, check_tokens
 from qeval.bench.engines.engine_spec import EngineSpec
 from qeval.bench.engines.gpu import bytes_in_use
+
+_EXACT = CacheTypes("f32", "f32")
 
 
 class LlamaCppEngine:
@@ -56,7 +59,12 @@ class LlamaCppEngine:
         if self._context is None or self._room != (batch, capacity):
             self._free_context()
             self._context = Context(
-                self._model, batch, capacity, threads=self._threads, flash=not self._exact, fp32=self._exact
+                self._model,
+                batch,
+                capacity,
+                threads=self._threads,
+                flash=not self._exact,
+                types=_EXACT if self._exact else F16_CACHE,
             )
         self._context.forget()
         self._room, self._length = (batch, capacity), 0

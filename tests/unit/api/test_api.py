@@ -45,7 +45,8 @@ SIGNATURES = {
     "calibration_samples calibration_length offline budget importance quantize_head corpus threads time_budget repeats "
     "quality reference base seed out progress on_plan on_record command",
     "card": "run variant *into",
-    "compare": "model *tokenizer revision methods config variants backend accuracy_level ep exporter format precision "
+    "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
+    "exporter format precision "
     "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
     "limit shots drift_prompts drift_prompt_tokens drift_tokens calibration calibration_samples calibration_length "
     "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus split seed out progress "

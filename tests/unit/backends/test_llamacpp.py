@@ -3,17 +3,24 @@
 By llama.cpp itself where llama-cpp-python is installed, and everywhere by a stand-in that computes in torch.
 """
 
+import os
+from importlib import import_module
+
 import pytest
 import torch
 
 from qeval.backends.llamacpp.backend import LlamaCppBackend
+from qeval.backends.llamacpp.cache_types import CacheTypes, cache_types, rotations_as
 from qeval.backends.llamacpp.library import version
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, UsageError
+from qeval.quant.scheme import parse_parts, scheme_of
+from qeval.quant.variant import Variant
 from qeval.types import Request
-from tests.fixtures.bench import CONTEXT, Bench
+from tests.fixtures.bench import CONTEXT, Bench, kl, records
 from tests.fixtures.engines_llamacpp import STAND_IN, tiny
 from tests.fixtures.ggufs import write_ggufs
+from tests.fixtures.tiny import save_tiny
 
 QUIET = ("--quiet",)
 PREFIX = tuple(range(3, 40))
@@ -160,3 +167,146 @@ def test_a_package_without_its_libraries_is_told(monkeypatch, tmp_path):
 def test_a_streamed_model_has_no_file(bench, capsys):
     assert bench.compare(*QUIET, "--backend", "llama.cpp", "--stream") == 2
     assert "--stream runs in torch" in capsys.readouterr().err
+
+
+def types_of(*parts):
+    return cache_types(scheme_of(parse_parts(parts)))
+
+
+def test_ggmls_types_of_a_scheme_are_those_of_a_context():
+    assert types_of("kv-q4_0") == CacheTypes("q4_0", "q4_0")
+    assert types_of("k-q8_0", "v-q4_0").numbers == (8, 2)
+    assert types_of("k-q8_0") == CacheTypes("q8_0", "f16") and not types_of("k-q8_0").needs_flash
+    assert types_of("v-q8_0-hadamard") == CacheTypes("f16", "q8_0", rotates=True)
+    assert types_of("v-q8_0").needs_flash
+    assert types_of() == CacheTypes() and CacheTypes().numbers == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "parts,says",
+    [
+        (("kv-int8",), "no type int8-token for keys or values; its types are q8_0, q4_0"),
+        (("k-q8_0", "v-fp8-tensor"), "no type fp8-tensor"),
+        (("a-int8-token",), "rounds activations in a way of its own"),
+        (("k-q8_0-hadamard", "v-q8_0"), "rotates keys and values both, or neither"),
+    ],
+)
+def test_what_llamacpp_has_not_is_named(parts, says):
+    with pytest.raises(UsageError, match=says):
+        types_of(*parts)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_rotations_are_as_the_scheme_says_and_the_environment_stays(before, monkeypatch):
+    name = "LLAMA_ATTN_ROT_DISABLE"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    for types, expected in ((CacheTypes("q8_0", "q8_0"), "1"), (CacheTypes("q8_0", "q8_0", rotates=True), "0")):
+        with rotations_as(types):
+            assert os.environ[name] == expected
+        assert os.environ.get(name) == before
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A bench whose model has heads of 32 numbers, one of ggml's blocks each."""
+    made = Bench(tmp_path_factory.mktemp("wide"))
+    save_tiny(made.model, max_position_embeddings=CONTEXT, head_dim=32, dtype=torch.float32)
+    return made
+
+
+def test_keys_and_values_of_ggmls_types_are_scored_beside_torchs(library, wide, tmp_path):
+    """Torch rounds them as the gguf package does; llama.cpp itself rounds queries too, to 8 bits."""
+    made = getattr(import_module(STAND_IN), "MADE", [])
+    made.clear()
+    out = tmp_path / "out"
+    methods = ("fp16+kv-q4_0", "fp16+k-q8_0", "fp16+k-q8_0+v-q4_0", "rtn:g32+kv-q8_0")
+    flags = {"methods": ",".join(methods), "tasks": "kl", "window": "32", "stride": "32", "max_windows": "2"}
+    assert wide.compare(*QUIET, "--backend", "torch,llama.cpp", **flags, out=str(out)) == 0
+    for method in methods[:3]:
+        assert kl(out, method) > 1e-7
+        ours, theirs = kl(out, method), kl(out, f"{method}@llama.cpp")
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-9) if library < 1e-4 else ours / 5 < theirs < 5 * ours
+    found = records(out)
+    attention = {name: found[f"{name}@llama.cpp"]["runtime"]["facts"][1] for name in methods}
+    assert "keys q4_0, values q4_0; flash attention, which quantized values need" in attention["fp16+kv-q4_0"]
+    assert "keys q8_0, values f16; attention is not flash attention" in attention["fp16+k-q8_0"]
+    assert "bits per cached token" in found["fp16+kv-q4_0@llama.cpp"]["details"]
+    assert "16 x Q4_0" not in found["fp16+kv-q4_0@llama.cpp"]["runtime"]["facts"][0]
+    if library < 1e-4:
+        # floor, then the recipes: types, flash attention, rotation
+        assert made == [
+            ("F16", "F16", 0, False), ("Q4_0", "Q4_0", 1, False), ("Q8_0", "F16", 0, False),
+            ("Q8_0", "Q4_0", 1, False), ("Q8_0", "Q8_0", 1, False),
+        ]  # fmt: skip
+
+
+def test_a_rotation_of_heads_that_llamacpp_does_not_rotate_is_refused_before_scoring(library, wide, tmp_path, capsys):
+    flags = {"methods": "fp16+kv-q4_0-hadamard", "tasks": "kl", "out": str(tmp_path / "out")}
+    assert wide.compare(*QUIET, "--backend", "llama.cpp", **flags) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "llama.cpp rotates heads that 64 divides, and this model's have 32; leave -hadamard out" in error
+
+
+def test_the_key_of_rows_names_types_that_are_not_the_default(library):
+    ours = backend()
+    assert ours.identity(None)["backend"] | {"runtime": ""} == {
+        "runtime": "", "provider": "CPU", "cache": "fp16", "flash": False,
+    }  # fmt: skip
+    variant = Variant("key", {}, {}, {}, (), scheme=scheme_of(parse_parts(["kv-q8_0"])))
+    found = ours.identity(variant)["backend"]
+    assert (found["cache"], found["flash"]) == ("keys q8_0, values q8_0", True)
+
+
+@pytest.fixture(scope="module")
+def wide_ggufs(tmp_path_factory):
+    settings = {"hidden_size": 128, "max_position_embeddings": CONTEXT}  # heads of 32 numbers
+    return write_ggufs(tmp_path_factory.mktemp("wide"), "f32", "q8", **settings)
+
+
+WINDOWS = {"tasks": "kl", "window": "32", "stride": "32", "max_windows": "2", "methods": None}
+
+
+def test_a_gguf_file_has_the_keys_and_values_of_a_flag(library, bench, wide_ggufs, tmp_path):
+    made = getattr(import_module(STAND_IN), "MADE", [])
+    made.clear()
+    out = tmp_path / "out"
+    given = ("--variant", f"q8={wide_ggufs['q8']}", "--backend", "torch,llama.cpp", "--kv-types", "q8_0,q4_0")
+    flags = WINDOWS | {"model": str(wide_ggufs["f32"]), "out": str(out)}
+    assert bench.compare(*QUIET, *given, **flags) == 0
+    found = records(out)
+    names = ["q8", "q8@llama.cpp", "q8@weights", "q8@weights@llama.cpp"]
+    assert list(found) == ["baseline@llama.cpp", *names]
+    assert kl(out, "q8") > 2 * kl(out, "q8@weights")
+    for name in ("q8", "q8@llama.cpp"):
+        details = found[name]["details"]
+        assert details["keys"].startswith("q8_0") and details["values"].startswith("q4_0")
+        assert details["scored"] == "as a whole: weights and keys and values"
+        assert "bits per cached token" in details
+    assert "keys" not in found["q8@weights"]["details"]
+    assert "keys q8_0, values q4_0; flash attention" in found["q8@llama.cpp"]["runtime"]["facts"][1]
+    assert "keys and values are fp16" in found["q8@weights@llama.cpp"]["runtime"]["facts"][1]
+    if library < 1e-4:
+        assert kl(out, "q8@llama.cpp") == pytest.approx(kl(out, "q8"), rel=1e-2)
+        assert made == [("F16", "F16", 0, False), ("Q8_0", "Q4_0", 1, False), ("F16", "F16", 0, False)]
+
+
+REFUSED_TYPES = {
+    "no GGUF file": ((), "q8_0", "--kv-types is of GGUF files by --variant"),
+    "three": (("q8",), "q8_0,q8_0,q8_0", "takes one type, or those of keys and of values"),
+    "not ggml's": (("q8",), "int8", "--kv-types int8 is of llama.cpp's types, and it has no type int8-token"),
+    "a head too small": (("q8",), "q8_0", "with --kv-types: q8_0 has blocks of 32"),
+}
+
+
+@pytest.mark.parametrize("files,types,says", REFUSED_TYPES.values(), ids=REFUSED_TYPES)
+def test_other_types_of_a_gguf_file_are_refused(bench, ggufs, tmp_path, files, types, says, capsys):
+    given = [word for name in files for word in ("--variant", f"{name}={ggufs[name]}")]
+    flags = WINDOWS | {
+        "model": str(ggufs["f32"]),
+        "out": str(tmp_path / "out"),
+        "methods": None if files else "rtn:g32",
+    }
+    assert bench.compare(*QUIET, *given, "--kv-types", types, **flags) == 2
+    assert says in " ".join(capsys.readouterr().err.split())

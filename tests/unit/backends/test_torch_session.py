@@ -208,7 +208,7 @@ def test_a_variants_integers_are_let_go_of_once_they_are_installed(model, backen
         watched.extend(weakref.ref(weight.codes) for weight in variant.weights.values())
         return variant
 
-    monkeypatch.setattr("qeval.backends.torch.load_variant", load)
+    monkeypatch.setattr("qeval.backends.base.load_variant", load)
     with backend.open(Saved(tmp_path)):
         gc.collect()
         assert watched and not any(codes() is not None for codes in watched)

@@ -45,6 +45,8 @@ COMPARE = SHARED | {
     "--methods": None,
     "--config": None,
     "--variant": None,
+    "--external-parts": "split",
+    "--kv-types": None,
     "--backend": "torch",
     "--tasks": "kl,ppl,mmlu",
     "--corpus": None,
@@ -192,6 +194,7 @@ def test_the_choices_of_a_flag_are_frozen():
     hints = get_type_hints(compare).items()
     found = {name: get_args(kind) for name, kind in hints if get_origin(kind) is Literal}
     assert found == {
+        "external_parts": ("split", "all", "weights"),
         "bos": ("auto", "always", "never"),
         "exporter": ("auto", "genai", "dynamo"),
         "format": ("nbits", "qdq"),

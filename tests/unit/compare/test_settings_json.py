@@ -46,7 +46,8 @@ FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None
 BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
-    "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(),
+    "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
+    "kv_types": ("q8_0",),
 }  # fmt: skip
 
 

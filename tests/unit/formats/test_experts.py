@@ -9,6 +9,8 @@ from qeval.formats.base import Values
 from qeval.formats.checkpoint import open_checkpoint
 from qeval.formats.match_baseline import BaselineWeights
 from qeval.formats.misreadings import values_of
+from qeval.formats.registry import format_of
+from qeval.formats.scheme import read_scheme
 from qeval.formats.stack import stack_rows
 from qeval.models.families import tiny_family
 from qeval.models.structure.graph import describe_model
@@ -57,6 +59,21 @@ PACKED_EXPERTS = [
     ("Qwen3Moe", MODELOPT | {"group_size": 16}, packers.modelopt, "int4-g16"),
     ("Qwen3Moe", FP8 | {"weight_block_size": [32, 32]}, tiles, "int8-g16"),
 ]
+
+
+def test_inputs_of_experts_are_named_and_left_as_they_are(mixtures, tmp_path):
+    folder, baseline = mixtures["Qwen3Moe"]
+    tensors = load_file(folder / "model.safetensors")
+    names = [name for name in tensors if "_proj.weight" in name]
+    config = FP8 | {"weight_block_size": [32, 32]}
+    parts = {name: tiles(quantize_rtn(tensors[name].float(), parse("int8-g16"))) for name in names}
+    with open_checkpoint(packers.save_checkpoint(folder, tmp_path, config, parts)) as stored:
+        found = read_scheme(stored, Reading(format_of(config, "here"), config, {}), baseline)
+    experts = [name for name in baseline.parameters if ".experts." in name]
+    assert found.scheme.names() == {"activations": "fp8-g32"}
+    assert found.input_formats == dict.fromkeys(experts)
+    (sentence,) = found.limits
+    assert sentence.startswith(f"inputs of {len(experts)} of {len(experts) + 4} linears: experts are kept in stacks")
 
 
 @pytest.mark.parametrize("family,config,pack,grid", PACKED_EXPERTS)

@@ -120,14 +120,9 @@ def test_inputs_that_are_scaled_while_running_are_kept_beside_the_integers(base,
         read(packers.save_checkpoint(base, tmp_path / "wrong", MODELOPT, wrong), baseline)
 
 
-def test_what_model_optimizer_rounds_beside_the_weights_is_told():
+def test_the_algorithms_of_model_optimizer_are_told():
     config = MODELOPT | {"quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
-    algorithm, activations, cache = format_of(config, "here").notes(config)
-    assert (algorithm, activations) == (
-        "NVFP4",
-        "its own kernels round activations too: only the loss of its weights is scored",
-    )
-    assert cache == "its own kernels round the cache of keys and values: not scored either"
+    assert format_of(config, "here").notes(config) == ("NVFP4",)
     layers = {"a": {"quant_algo": "W4A16_AWQ"}, "b": {"quant_algo": "W8A16"}}
     config = MODELOPT | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     assert format_of(config, "here").notes(config) == ("W4A16_AWQ, W8A16",)

@@ -115,6 +115,7 @@ VOID = {"void": "calibrated on it"}
         ([BEST], "only one variant"),
         ([BEST, row("a", 1, (None, None, None), status="broken")], "only one variant"),
         ([BEST, row("big@ort", 160, (0.010, 0.009, 0.011), twin="big", backend="ort")], "only one variant"),
+        ([BEST, row("big@weights", 160, (0.001, 0.001, 0.001), role="part")], "only one variant"),
         ([row("a", 1, (0.1, None, None)), row("b", 2, (0.2, None, None))], "no intervals"),
         ([row("a", 1, (0.1, 0.1, 0.1), (-0.3, -0.2)), row("b", 2, (0.2, 0.2, 0.2), (-0.3, -0.2))], "loses accuracy"),
     ],
