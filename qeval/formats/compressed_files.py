@@ -33,6 +33,7 @@ from qeval.store.tensors import save_tensors
 
 _SHARD_BYTES = 5_000_000_000
 _METHOD = "compressed-tensors"
+_READABLE = 0o644
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +173,9 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
         index = {"metadata": {"total_size": size}, "weight_map": placed}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for number, file in enumerate(files):
-        (folder / f"part-{number}").rename(folder / file)
+        path = folder / f"part-{number}"
+        path.chmod(_READABLE)  # safetensors lets the owner alone read, and a server may be someone else
+        path.rename(folder / file)
 
 
 def _parts(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[Mapping[str, Tensor]]:

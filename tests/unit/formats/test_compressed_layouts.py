@@ -133,6 +133,7 @@ def test_many_tensors_go_to_several_files_with_an_index(tmp_path):
         *(f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)), INDEX,
     ]  # fmt: skip
     assert [entry.name for entry in read_entries(weight_files(tmp_path))] == [*tensors]
+    assert {path.stat().st_mode & 0o777 for path in weight_files(tmp_path)} == {0o644}
 
 
 @pytest.mark.parametrize("grid", [*EXACT, "nvfp4"])

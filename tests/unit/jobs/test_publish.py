@@ -17,7 +17,8 @@ from qeval.store.seal import has_valid_seal
 from qeval.types import Request
 from tests.fixtures.bench import records
 from tests.fixtures.exports import FLOATS, LAYER, LINEARS, export_bench, exporter, kl_rows, variant_of
-from tests.fixtures.tiny import save_tiny
+from tests.fixtures.families import tiny_family
+from tests.fixtures.tiny import change_config, save_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +196,26 @@ def test_a_tied_head_stays_in_float(bench, tmp_path):
     folder, manifest = qeval.export(str(model), method="rtn:int4-g32", to="hf", out=tmp_path / "out")
     assert manifest.matrices == LINEARS
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [("Mixtral", "is an expert in a stack"), ("GPT2", "is no matrix of a Linear module")],
+)
+def test_matrices_that_lie_otherwise_are_refused(tmp_path, family, says):
+    tiny_family(family, vocab_size=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(qeval.UsageError, match=says):
+        qeval.export(str(tmp_path / "model"), method="rtn:int4-channel", to="hf", out=tmp_path / "out")
+
+
+def test_code_beside_the_weights_stays_there(tmp_path):
+    model = save_tiny(tmp_path / "model", intermediate_size=128)
+    change_config(model, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    (model / "modeling.py").write_text("raise SystemExit\n")
+    folder, _ = qeval.export(str(model), method="rtn:int4-g32", to="hf", out=tmp_path / "out")
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert not [*folder.glob("*.py")]
 
 
 def test_a_folder_that_is_there_is_refused_first(export, tmp_path):
