@@ -25,6 +25,7 @@ SETTINGS = Settings(
     recipes=(
         Recipe("a", "mixed", "int3-g64", "int8-channel", None, 4.8, "positional", True, (GridRule("*q*", "float"),)),
         Recipe("b", "mixed", budget=4.8, formats=("int4-g64", "bf16")),
+        Recipe("c", "rtn", keys="int8-token"),
     ),
     variants=(("v", Path("some/folder")),),
     tasks=("kl", "mmlu"),
@@ -47,7 +48,7 @@ BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
     "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
-    "kv_types": ("q8_0",),
+    "kv_types": ("q8_0",), "split": True,
 }  # fmt: skip
 
 
