@@ -22,6 +22,7 @@ from qeval.backends.stream.variant_reader import SavedVariant, saved_variant
 from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, layers_in_turn, load_buffer, load_whole
 from qeval.errors import QevalError, UsageError
 from qeval.models.checkpoint.fit import saved_buffers
+from qeval.models.checkpoint.meta_model import set_parameter
 from qeval.models.checkpoint.safetensors_rows import Plain, StoredTensor
 from qeval.models.checkpoint.weight_map import map_weights
 from qeval.models.checkpoint.weights import TensorEntry
@@ -44,6 +45,7 @@ class Streamed:
     relay: Relay
     layers: tuple[str, ...]
     checkpoint: Mapping[str, StoredTensor]
+    embedding_name: str
     head_name: str
     device: torch.device
     resident: int
@@ -55,6 +57,28 @@ class Streamed:
         """Return the decoder layers' weights, a variant's in place of the model's own."""
         tensors = Tensors(self.checkpoint, variant.tensors if variant else {})
         return LayerWeights(self.model, self.layers, tensors, self.device, self.change)
+
+    @contextmanager
+    def outside_of(self, variant: SavedVariant) -> Iterator[None]:
+        """Put what a variant changes outside the layers (embeddings, the final norm) in the model's place for a while.
+
+        The head's matrix is not among it: a session reads that by itself.
+        """
+        inside = tuple(f"{layer}." for layer in self.layers)
+        names = [name for name in variant.manifest.floats if not name.startswith(inside)]
+        embedding, parameters = self.model.get_input_embeddings(), dict(self.model.named_parameters())
+        others = [name for name in names if name not in (self.embedding_name, self.head_name)]
+        own = {name: parameters[name] for name in others if name in parameters}  # a tied head's own name is none
+        own_lookup, table = embedding.forward, variant.tensors.get(self.embedding_name)
+        try:
+            if self.embedding_name in names and isinstance(table, Plain):
+                embedding.forward = LookedUp(embedding, table)
+            load_whole(self.model, list(own), Tensors(self.checkpoint, variant.tensors), self.device, _accept)
+            yield
+        finally:
+            embedding.forward = own_lookup
+            for name, parameter in own.items():
+                set_parameter(self.model, name, parameter)
 
 
 def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compute: str) -> Streamed:
@@ -83,7 +107,12 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     assert isinstance(table, Plain)
     embedding.forward = LookedUp(embedding, table)
     layer_names = tuple(f"{name}.{index}" for index in range(len(layers)))
-    return Streamed(model, Relay(model, list(layers)), layer_names, checkpoint, head_name, device, resident)
+    relay = Relay(model, list(layers))
+    return Streamed(model, relay, layer_names, checkpoint, embedding_name, head_name, device, resident)
+
+
+def _accept(_name: str, _value: Tensor) -> None:
+    """Take a variant's tensor as it is: it was checked when the variant was made or read."""
 
 
 @torch.inference_mode()
@@ -243,6 +272,7 @@ class StreamBackend:
         session = self._session(variant)
         try:
             with ExitStack() as stack:
+                stack.enter_context(self.stream.outside_of(variant))
                 for name, scales in variant.input_scales.items():
                     module = self.stream.model.get_submodule(name.removesuffix(".weight"))
                     stack.enter_context(scaled_input(module, scales.to(self.stream.device)))

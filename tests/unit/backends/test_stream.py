@@ -8,15 +8,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.core_model_loading import Transpose
 
+from qeval.backends.base import Saved
 from qeval.backends.stream.backend import StreamBackend, inspect, streamed
-from qeval.backends.torch import TorchSession
+from qeval.backends.torch import TorchBackend, TorchSession
 from qeval.compare.arguments import size_bytes
 from qeval.errors import QevalError, UsageError
 from qeval.models.checkpoint.meta_model import build_meta_model
 from qeval.models.checkpoint.weights import read_entries
 from qeval.models.families import Family
+from qeval.models.structure.graph import describe_model
+from qeval.models.structure.head import head_of
 from qeval.models.structure.weight_views import stacks_of
+from qeval.quant.grid import parse
+from qeval.quant.rtn import quantize_rtn
+from qeval.quant.variant import FloatWeight, Variant
 from qeval.store.rows import concat
+from qeval.store.variants import Origin, save_variant
 from qeval.types import Call, Request
 from tests.fixtures.bench import Bench
 from tests.fixtures.families import FAMILIES, LATENT, STREAMED_FAMILIES, tiny_family
@@ -76,6 +83,34 @@ def test_buffers_that_are_kept_with_the_weights_are_read(tmp_path, monkeypatch):
     assert not torch.equal(before, expected)
     with backend_of(model, tmp_path, 4 * LIMIT).open(None) as session:
         assert torch.equal(session.states(requests)[0], expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_variant_changes_outside_the_layers_is_streamed_too(tied, tmp_path):
+    model, requests = tiny_family("Llama", tie_word_embeddings=tied), (Request(tokens(40), tuple(range(40))),)
+    names = ["model.embed_tokens.weight", "model.norm.weight", *([] if tied else ["lm_head.weight"])]
+    floats = {name: model.get_parameter(name).detach() * (1.5 + place) for place, name in enumerate(names)}
+    matrix = "model.layers.0.self_attn.q_proj.weight"
+    weights = {matrix: quantize_rtn(model.get_parameter(matrix).detach(), parse("int8-channel"))}
+    variant = Variant("key", weights, floats, {}, tuple(FloatWeight(name, 1, "changed") for name in floats))
+    origin = Origin(
+        recipe={"method": "rtn"}, model={"name": "tiny"}, calibration={"source": "pydoc"}, float_bits=32, seconds=0.0
+    )
+    save_variant(variant, tmp_path / "variant", origin)
+    whole = TorchBackend(model, describe_model(model), head_of(model), torch.float32)
+    with whole.open(variant) as session:
+        states = session.states(requests)[0]
+        expected = states, session.logits(states)
+    streaming = backend_of(model, tmp_path / "model")
+    with streaming.open(None) as session:
+        before = session.states(requests)[0]
+    with streaming.open(Saved(tmp_path / "variant")) as session:
+        states = session.states(requests)[0]
+        assert torch.equal(states, expected[0])
+        assert torch.equal(session.logits(states), expected[1])
+    assert not torch.equal(before, states)
+    with streaming.open(None) as session:
+        assert torch.equal(session.states(requests)[0], before)
 
 
 @pytest.fixture(scope="module")
