@@ -311,12 +311,13 @@ def verify_variant(folder: Path) -> Manifest:
 
 
 def load_variant(folder: Path, device: torch.device | None = None) -> Variant:
-    """Return the variant that was saved to `folder`, verified; its codes are unpacked on `device`."""
+    """Return the variant that was saved to `folder`, verified; its codes are unpacked on `device`, its ranges stay."""
     manifest = verify_variant(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
         if device is not None and device.type != "cpu":
-            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+            moved = {name: tensor.to(device) for name, tensor in tensors.items() if not name.endswith(".range")}
+            tensors |= moved
         return _variant(manifest, tensors)
     except torch.OutOfMemoryError:
         raise
