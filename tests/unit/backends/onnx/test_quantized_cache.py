@@ -1,6 +1,8 @@
 """Keys and values on GroupQueryAttention's integers: the kernel beside torch."""
 
+import json
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,14 +11,36 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("onnxruntime")
-pytest.importorskip("onnx_ir")
+pytest.importorskip("onnxruntime_genai")
 
 import onnx_ir as ir
 
+from qeval.backends.onnx.backend import OrtBackend
+from qeval.backends.onnx.cache_format import cache_format
+from qeval.backends.onnx.insert_cache import quantize_caches
+from qeval.backends.onnx.insert_weights import Style
+from qeval.backends.onnx.inspection import inspect_folder
+from qeval.backends.onnx.providers import choose_provider
+from qeval.backends.onnx.serving import read_served
+from qeval.errors import QevalError, UsageError
+from qeval.metrics.tokens import near_kl
 from qeval.quant.fake_quant import fake_quantize_heads
 from qeval.quant.floats import largest_magnitude
-from qeval.quant.scheme import parse_format
-from tests.fixtures.onnx import graph_of, session_of, value
+from qeval.quant.scheme import Scheme, parse_format, scheme_of
+from qeval.quantize.ranges import collect_ranges
+from qeval.types import Request
+from tests.fixtures.onnx import (
+    exporter,
+    graph_of,
+    loaded,
+    made,
+    ort_session,
+    product_graph,
+    session_of,
+    shared_home,
+    torch_backend,
+    value,
+)
 
 HEADS, GROUPS, SIZE = 4, 2, 32
 FORMATS = ("int8-tensor-ort", "int8-channel-ort", "int4-tensor-ort", "int4-channel-ort")
@@ -122,3 +146,115 @@ def test_ties_go_where_the_kernel_has_them(name):
 def test_a_scale_goes_into_the_largest_magnitude_a_power_of_two_of_times():
     assert [parse_format(name, "keys").steps for name in ("int8-tensor", "int8-tensor-ort")] == [127, 128]
     assert math.log2(parse_format("int4-channel-ort", "values").steps) == 3
+
+
+TOKENS = tuple(torch.randint(2, 250, (60,), generator=torch.Generator().manual_seed(5)).tolist())
+REQUEST = Request(TOKENS, tuple(range(60)))
+
+
+@pytest.fixture
+def home(monkeypatch):
+    monkeypatch.setenv("QEVAL_HOME", str(shared_home()))
+
+
+def with_caches(model, name):
+    """A variant of INT4 weights with keys and values of a format, calibrated on half of the text."""
+    scheme = scheme_of({"keys": name, "values": name})
+    ranges = collect_ranges(loaded(model).model, [], scheme, [TOKENS[:30]], lambda done: None)
+    return replace(made(model, "rtn:g32"), scheme=scheme, ranges=ranges)
+
+
+def kl_from_torch(model, variant, session):
+    """The mean KL of a session from torch with the same scheme, in nats."""
+    with torch_backend(model).open(variant) as ours, torch.inference_mode():
+        states = ours.states([REQUEST])[0], session.states([REQUEST])[0]
+        return float(near_kl(ours.logits, states[0], session.logits, states[1]).mean())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_exported_folder_answers_as_torch_does_with_the_same_scheme(name, home, tmp_path):
+    variant, out = with_caches("llama", name), tmp_path / "out"
+    exporter("llama").write(variant, Style(), out)
+    session = ort_session(out)
+    assert kl_from_torch("llama", variant, session) < 1e-6
+    assert kl_from_torch("llama", variant.weights_alone, session) > 1e-6
+    span = "tensor" if "tensor" in name else "channel"
+    said = f"2 layers keep keys and values as integers: {name[3]} bits, a scale a {span}."
+    assert said in inspect_folder(out, needs_tokenizer=False).describe()
+
+    with pytest.raises(UsageError, match="feeds floats alone"):
+        read_served(inspect_folder(out, needs_tokenizer=False))
+
+    # a shared prefix is kept as integers too
+    assert session.sharing == "one"
+    prefix = session.prefill(TOKENS[:20])
+    rest = Request(TOKENS[20:], tuple(range(40)))
+    continued = session.states([rest, rest], prefix)[1]
+    assert torch.allclose(continued, session.states([REQUEST])[0][20:], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS[:3:2])
+def test_the_runtime_generates_from_the_folder(name, home, tmp_path):
+    og = pytest.importorskip("onnxruntime_genai")
+    variant, out = with_caches("llama", name), tmp_path / "out"
+    exporter("llama").write(variant, Style(), out)
+    assert json.loads((out / "genai_config.json").read_text())["search"]["past_present_share_buffer"] is False
+    model = og.Model(str(out))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=40, min_length=40, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([TOKENS[:30]], np.int32))
+    session = ort_session(out)
+    for _ in range(5):
+        so_far = tuple(int(token) for token in generator.get_sequence(0))
+        expected = session.logits(session.states([Request(so_far, (len(so_far) - 1,))])[0])[0]
+        assert np.abs(generator.get_logits().flatten()[: len(expected)] - expected.numpy()).max() < 1e-3
+        generator.generate_next_token()
+
+
+def test_the_backend_opens_such_a_variant_and_says_how_it_is_run(home):
+    variant = with_caches("llama", "int4-channel-ort")
+    backend = OrtBackend(exporter("llama"), Style(), choose_provider("cpu"), 1)
+    with backend.open(variant) as session:
+        assert kl_from_torch("llama", variant, session) < 1e-6
+        record = backend.describe(session, variant)
+    assert record.shares_prefixes == "one"
+    assert any("keep keys and values as integers" in fact for fact in record.facts)
+
+
+def test_heads_that_were_zero_on_all_of_the_text_stay_zero(home, tmp_path):
+    variant = with_caches("llama", "int8-channel-ort")
+    zero = {name: amax * (torch.arange(amax.shape[-1]) % 2) for name, amax in variant.ranges.items()}
+    variant = replace(variant, ranges=zero)
+    exporter("llama").write(variant, Style(), tmp_path / "out")
+    assert kl_from_torch("llama", variant, ort_session(tmp_path / "out")) < 1e-6
+
+
+def test_a_graph_of_other_attention_is_refused(home, tmp_path):
+    with pytest.raises(QevalError, match="GroupQueryAttention in 0 layers of 2"):
+        quantize_caches(product_graph(torch.eye(4)), with_caches("llama", FORMATS[0]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({"keys": "int8-tensor-ort"}, "one format"),
+        (
+            {"keys": "int8-tensor-ort", "values": "int8-channel-ort"},
+            "not keys int8-tensor-ort, values int8-channel-ort",
+        ),
+        ({"keys": "int8-tensor", "values": "int8-tensor"}, "say for example"),
+        ({"keys": "int8-tensor-ort-hadamard", "values": "int8-tensor-ort-hadamard"}, "one format"),
+        ({"activations": "int8-token"}, "no activations"),
+    ],
+)
+def test_what_the_operator_lacks_is_refused(names, says):
+    with pytest.raises(UsageError, match=says):
+        cache_format(scheme_of(names))
+
+
+def test_other_providers_are_refused():
+    both = scheme_of(dict.fromkeys(("keys", "values"), FORMATS[0]))
+    with pytest.raises(UsageError, match="--ep cpu"):
+        cache_format(both, "cuda")
+    assert cache_format(Scheme(), "cuda") is None
