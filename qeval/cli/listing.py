@@ -40,6 +40,10 @@ _SCHEMES = (
     ("awq+kv-int8", "keys and values in INT8, a scale a token and head (dynamic)"),
     ("fp16+kv-q4_0", "keys and values alone, in llama.cpp's Q4_0 (q8_0 too): blocks of 32 along the head"),
     ("fp16+kv-q4_0-hadamard", "the same, heads rotated by llama.cpp's Hadamard matrix before"),
+    (
+        "fp16+kv-int8-tensor-ort",
+        "INT8 or INT4 as ONNX Runtime's: a static scale a tensor or channel, amax / 128 or / 8",
+    ),
     ("fp16+k-int8-channel+v-fp8-token", "keys with a static scale a channel, values in FP8 with a scale a token"),
 )
 _FORMATS = (
@@ -92,7 +96,7 @@ def methods() -> None:
     show("with activations, keys, values", _SCHEMES)
     say(
         "After a +: a- (activations), k-, v- or kv-, then int2..int8, fp8 [e5m2], mxfp8, mxfp4, nvfp4, q8_0 or q4_0, "
-        "then token | gN | channel | tensor (static), floor | even | rceil, hadamard. Torch alone runs them."
+        "then token | gN | channel | tensor (static), floor | even | rceil, ort, hadamard. Torch runs them all."
     )
     show("with rotations (QuaRot)", _ROTATIONS)
     say("After a +: r1, r2 and r4 in one word, and -seedN. Torch alone runs rotated models.")

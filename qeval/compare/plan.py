@@ -242,7 +242,7 @@ def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     folders = {place.name: place.path for place in places}
     refuse_rotations_off_torch(settings.every_recipe, folders, settings.backends.names)
     schemes = schemes_of(settings.every_recipe, folders)
-    refuse_schemes_off_torch(schemes, settings.backends.names)
+    refuse_schemes_off_torch(schemes, settings.backends.names, settings.backends.ep)
     if settings.model.stream:
         refuse_schemes(schemes, "--stream runs")
         refuse_rotations(settings.every_recipe, folders, "--stream runs")

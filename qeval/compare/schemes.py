@@ -12,6 +12,7 @@ from torch import Tensor
 from qeval.backends.install import installed
 from qeval.backends.llamacpp.cache_types import cache_types
 from qeval.backends.llamacpp.library import LLAMACPP
+from qeval.backends.onnx.cache_format import cache_format
 from qeval.config import FORMAT_FIELDS, Recipe
 from qeval.errors import QevalError, UsageError
 from qeval.formats.scheme import ExternalScheme
@@ -24,7 +25,7 @@ from qeval.quant.variant import Variant
 from qeval.quantize.ranges import collect_ranges
 from qeval.store.variants import MANIFEST, read_manifest
 
-_TORCH = "torch"
+_TORCH, _ORT = "torch", "ort"
 NOT_ROUNDED = "not rounded here"
 """The detail that says what a checkpoint's configuration rounds and qeval does not."""
 _CACHED_TOKEN = "bits per cached token"
@@ -49,19 +50,44 @@ def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
         )
 
 
-def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[str]) -> None:
-    """Refuse schemes on backends that don't run them: llama.cpp runs keys and values of its own types.
+def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[str], ep: str) -> None:
+    """Refuse schemes on backends that don't run them: llama.cpp and ONNX Runtime run keys and values of their own.
+
+    Args:
+        schemes: By the variant's name.
+        backends: Their names.
+        ep: ONNX Runtime's execution provider.
 
     Raises:
         UsageError: It names backends and variants.
     """
-    if others := [name for name in backends if name not in (_TORCH, LLAMACPP)]:
+    if others := [name for name in backends if name not in (_TORCH, _ORT, LLAMACPP)]:
         refuse_schemes(schemes, f"--backend {','.join(others)} runs")
+    if _ORT in backends:
+        refuse_schemes_off_ort(schemes, ep, f"--backend {_ORT} can't run")
     for name, scheme in schemes.items() if LLAMACPP in backends else ():
         try:
             cache_types(scheme)
         except UsageError as error:
             raise UsageError(f"--backend {LLAMACPP} can't run {name}: {error}") from error
+
+
+def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -> None:
+    """Refuse schemes that ONNX Runtime's attention does not have.
+
+    Args:
+        schemes: By the variant's name.
+        ep: The execution provider.
+        where: What can't be done, as the beginning of a sentence: `qeval export can't write`.
+
+    Raises:
+        UsageError: It names the first such variant.
+    """
+    for name, scheme in schemes.items():
+        try:
+            cache_format(scheme, ep)
+        except UsageError as error:
+            raise UsageError(f"{where} {name}: {error}") from error
 
 
 def refuse_rotations(recipes: Sequence[Recipe], folders: Mapping[str, Path], where: str) -> None:

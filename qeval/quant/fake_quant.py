@@ -1,8 +1,9 @@
 """Activations, keys and values rounded and returned as floats: what a runtime computes with, in fp32.
 
 Integers are symmetric, rounded half to even, with qmax = 2^(bits-1) - 1 from the largest magnitude: `q =
-clamp(round(x * (qmax / amax)))` and `q * (amax / qmax)`, as weights are. Small floats follow `quant/floats.py`. ggml's
-block types follow `ggml-quants.c` (`quantize_row_q8_0_ref`, `quantize_row_q4_0_ref`): scales are stored in fp16.
+clamp(round(x * (qmax / amax)))` and `q * (amax / qmax)`, as weights are; with `ort`, qmax = 2^(bits-1), bit for bit as
+ONNX Runtime's GroupQueryAttention does it. Small floats follow `quant/floats.py`. ggml's block types follow
+`ggml-quants.c` (`quantize_row_q8_0_ref`, `quantize_row_q4_0_ref`): scales are stored in fp16.
 """
 
 import math
@@ -102,7 +103,7 @@ def _on_one_scale(values: Tensor, amax: Tensor, how: TensorFormat) -> Tensor:
         scales = block_scales(values, amax, how.element, "fp32")
         return round_to_element(values / scales, how.element).mul_(scales)
     largest = (1 << (how.bits - 1)) - 1
-    inverse, scales = inverse_and_scale(amax, largest)
+    inverse, scales = inverse_and_scale(amax, how.steps)
     return (values * inverse).round_().clamp_(-largest - 1, largest).mul_(scales)
 
 

@@ -35,7 +35,9 @@ GGML_KINDS = ("q8_0", "q4_0")
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
 _KINDS = (*_INTEGERS, *_ELEMENTS, *GGML_KINDS)
 _SPANS = ("token", "block", "channel", "tensor", "static")
-_WORDS = (*_SPANS, "gN", *POWER_RULES, "e4m3", "e5m2", "hadamard")
+_WORDS = (*_SPANS, "gN", *POWER_RULES, "e4m3", "e5m2", "ort", "hadamard")
+_ORT_KINDS = ("int4", "int8")
+"""The integers that ONNX Runtime's GroupQueryAttention keeps keys and values in."""
 _SIZES = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16, "q8_0": 32, "q4_0": 32}
 _BLOCK = 32
 _ROTATIONS = ("r1", "r2", "r4")
@@ -56,6 +58,8 @@ class TensorFormat:
         rule: How a float's scale is made of the largest magnitude.
         element: The float type; None for integers and ggml's types.
         hadamard: Whether heads are rotated by a Hadamard matrix before they are rounded, and back afterwards.
+        ort: Whether integers have ONNX Runtime's scale of keys and values, amax / 2^(bits-1), by which the largest
+            positive number is one code too large and clipped; others have amax / (2^(bits-1) - 1).
     """
 
     kind: str
@@ -64,11 +68,17 @@ class TensorFormat:
     rule: Scaling = "fp32"
     element: Minifloat | None = None
     hadamard: bool = False
+    ort: bool = False
 
     @property
     def bits(self) -> int:
         """Bits of a number without its share of a scale."""
         return self.element.bits if self.element else int(re.sub(r"\D*(\d+).*", r"\1", self.kind))
+
+    @property
+    def steps(self) -> int:
+        """The largest magnitude over an integer's scale."""
+        return (1 << (self.bits - 1)) - (0 if self.ort else 1)
 
     @property
     def is_static(self) -> bool:
@@ -94,7 +104,7 @@ class TensorFormat:
         return str(self) + f" ({where}{', under a static one a tensor' if self.kind == 'nvfp4' else ''})"
 
     def __str__(self) -> str:
-        """Return the name that `parse_format` takes: `fp8-token`, `int8-g64`, `mxfp4-rceil`, `q4_0-hadamard`."""
+        """Return the name that `parse_format` takes: `fp8-token`, `int8-tensor-ort`, `mxfp4-rceil`, `q4_0-hadamard`."""
         words = [self.kind]
         if self.element == E5M2:
             words.append("e5m2")
@@ -102,6 +112,8 @@ class TensorFormat:
             words.append(self.rule)
         if self.kind not in _SIZES:
             words.append(f"g{self.size}" if self.size else self.span)
+        if self.ort:
+            words.append("ort")
         return "-".join([*words, *(["hadamard"] if self.hadamard else [])])
 
 
@@ -249,6 +261,11 @@ def parse_format(name: str, part: str) -> TensorFormat:
         raise UsageError(f"'{name}': e4m3 and e5m2 are the two forms of fp8.")
     if part == "activations" and (span == "channel" or "hadamard" in options):
         raise UsageError(f"'{name}': a scale a channel and a rotation belong to keys and values, not to activations.")
+    if "ort" in options and (part == "activations" or kind not in _ORT_KINDS or span not in ("channel", "tensor")):
+        raise UsageError(
+            f"'{name}' of {part}: ort is ONNX Runtime's rounding of keys and values to {' or '.join(_ORT_KINDS)} by "
+            "a static scale; say for example +kv-int8-tensor-ort or +kv-int4-channel-ort."
+        )
 
     rule: Scaling = "fp32"
     if kind.startswith("mx"):
@@ -260,6 +277,7 @@ def parse_format(name: str, part: str) -> TensorFormat:
         rule="e4m3" if kind == "nvfp4" else rule,
         element=E5M2 if "e5m2" in options else _ELEMENTS.get(kind),
         hadamard="hadamard" in options,
+        ort="ort" in options,
     )
 
 

@@ -19,7 +19,6 @@ from qeval.files.process_id import temporary_prefix
 from qeval.paths import home
 from qeval.progress import Progress
 from qeval.store.run import RuntimeRecord
-from qeval.store.variants import load_variant
 
 
 class _OnProvider:
@@ -109,7 +108,7 @@ class OrtBackend(_OnProvider):
             with self._opened(self.exporter.float_folder()) as session:
                 yield session
             return
-        variant = load_variant(target.folder) if isinstance(target, Saved) else target
+        variant = target.variant() if isinstance(target, Saved) else target
         with _workplace() as folder:
             self.exporter.write(variant, self.style, folder / "model")
             with self._opened(folder / "model") as session:

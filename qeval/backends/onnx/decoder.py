@@ -24,19 +24,25 @@ rows, and the head's output in fp32."""
 
 _PRODUCTS = ("MatMul", "MatMulNBits", "Gemm", "FusedMatMul")
 _AFTER_HEAD = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Tanh")
-_DTYPES: dict[str, type[np.floating]] = {"FLOAT": np.float32, "FLOAT16": np.float16}
+_DTYPES: dict[str, type[np.generic]] = {
+    "FLOAT": np.float32, "FLOAT16": np.float16, "INT8": np.int8, "UINT8": np.uint8,
+}  # fmt: skip
+"""Keys and values; two of 4 bits lie in a byte."""
 _INTEGERS: dict[str, type[np.integer]] = {"INT64": np.int64, "INT32": np.int32}
 
 
 @dataclass(frozen=True)
 class PastInput:
-    """One layer's keys or values: fed as `name` [batch, heads, past, head_size], returned as `present`."""
+    """One layer's keys or values: fed as `name` [batch, heads, past, head_size], returned as `present`.
+
+    Where two numbers lie in a byte, `head_size` is half of a head's.
+    """
 
     name: str
     present: str
     heads: int
     head_size: int
-    dtype: type[np.floating]
+    dtype: type[np.generic]
 
 
 @dataclass(frozen=True)
@@ -156,11 +162,13 @@ def past_inputs(facts: OnnxFacts) -> tuple[PastInput, ...]:
 
 def _past(port: Port, present: str, facts: OnnxFacts) -> PastInput:
     heads = port.shape[1] if len(port.shape) == 4 else None
-    size = port.shape[3] if len(port.shape) == 4 and isinstance(port.shape[3], int) else facts.head_size
+    size = port.shape[3] if len(port.shape) == 4 and isinstance(port.shape[3], int) else None
+    if size is None and port.dtype != "UINT8":  # bytes of an open size may hold a number or two
+        size = facts.head_size
     if not isinstance(heads, int) or size is None or port.dtype not in _DTYPES:
         raise UsageError(
             f"{facts.files.model}: the shape or type of '{port.name}' ({port.dtype}, {list(port.shape)}) is none that "
-            "qeval knows; it takes float keys and values [batch, heads, past, head size]."
+            "qeval knows; it takes keys and values [batch, heads, past, head size] in floats or integers."
         )
     return PastInput(port.name, present, heads, size, _DTYPES[port.dtype])
 

@@ -25,6 +25,7 @@ import torch
 from qeval.backends.onnx import dynamo
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
 from qeval.backends.onnx.folder import opened
+from qeval.backends.onnx.insert_cache import quantize_caches
 from qeval.backends.onnx.insert_weights import NBITS, Meant, Style, apply, make_exact
 from qeval.backends.onnx.match_parameters import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
@@ -181,6 +182,7 @@ class OnnxExporter:
                 model = ir.load(source / MODEL)
                 places = read_places(model.graph, json.loads((source / _PLACES).read_text(encoding="utf-8")))
                 meant = apply(model.graph, places, variant, style)
+                quantize_caches(model.graph, variant, part)
                 _save(model, part)
                 _check_written(part, meant, style)
                 if style.format == "qdq":

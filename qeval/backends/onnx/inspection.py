@@ -81,6 +81,8 @@ class OnnxFacts:
     """Sizes of sliding windows in GroupQueryAttention, in tokens, and how many layers have each."""
     windowed_caches: int
     """Layers whose cache holds no more than the window (`sliding_window_cache`), so that empty past inputs fail."""
+    integer_caches: Mapping[str, int]
+    """Forms of keys and values that are kept as integers, in words, and how many layers have each."""
     quantized_activations: int
     """Nodes that round activations to integers in the graph."""
     size_bytes: int
@@ -187,8 +189,19 @@ def _facts(files: Files, model: ir.Model, ports: Ports, stored: Iterable[Stored]
         attention=_attention(attending),
         windows=dict(sorted(windows.items())),
         windowed_caches=sum(_number(each, "sliding_window_cache", 0) for each in grouped),
+        integer_caches=Counter(filter(None, map(_integer_cache, grouped))),
         quantized_activations=quantized_activations(model.graph),
         size_bytes=_size_bytes(model),
+    )
+
+
+def _integer_cache(attributes: Mapping[str, Any]) -> str | None:
+    """Return how a GroupQueryAttention keeps its keys and values, or None for floats."""
+    if not (bits := _number(attributes, "kv_cache_bit_width", 0)):
+        return None
+    spans = (attributes[name].as_string() for name in ("k_quant_type", "v_quant_type") if name in attributes)
+    return f"{bits} bits, " + ", ".join(
+        dict.fromkeys(f"a scale {each.lower().replace('per_', 'a ')}" for each in spans)
     )
 
 
@@ -283,6 +296,8 @@ def _sentences(facts: OnnxFacts) -> Iterator[str]:
         yield f"{len(left)} matrices of the body are floats: {', '.join(matrix.node for matrix in left[:3])} ..."
     if facts.quantized_activations:
         yield f"{facts.quantized_activations} nodes round activations to integers in the graph."
+    for form, count in facts.integer_caches.items():
+        yield f"{count} layers keep keys and values as integers: {form}."
     for size, count in facts.windows.items():
         yield f"{count} layers attend to a window of {size} tokens."
     if facts.windowed_caches:

@@ -59,6 +59,11 @@ def read_served(facts: OnnxFacts) -> Served:
     pasts = past_inputs(facts)
     if not pasts:
         raise UsageError(f"{path} takes no keys and values of earlier tokens: export it with a cache to generate.")
+    if any(np.issubdtype(past.dtype, np.integer) for past in pasts):
+        raise UsageError(
+            f"{path} keeps keys and values as integers, and this engine feeds floats alone; give a folder whose keys "
+            "and values are floats."
+        )
     model = load_graph(path)
     with broken_rules(path):
         product = head_product(model.graph, ports.logits.name, path)

@@ -20,6 +20,8 @@ from qeval.quant.scheme import Scheme, parse_format, parse_parts, scheme_of
         ("k-int8-channel+v-fp8-token", {"keys": "int8-channel", "values": "fp8-token"}),
         ("kv-q4_0-hadamard", {"keys": "q4_0-hadamard", "values": "q4_0-hadamard"}),
         ("v-q8_0-g32", {"values": "q8_0"}),
+        ("kv-int8-static-ort", {"keys": "int8-tensor-ort", "values": "int8-tensor-ort"}),
+        ("k-int4-ort-channel-hadamard", {"keys": "int4-channel-ort-hadamard"}),
     ],
 )
 def test_parts_become_formats_whose_names_mean_the_same(parts, formats):
@@ -44,6 +46,11 @@ def test_parts_become_formats_whose_names_mean_the_same(parts, formats):
         ("kv-q4_0-token", "each block of 32"),
         ("kv-q4_0-g64", "each block of 32"),
         ("a-int8-g0", "word"),
+        ("a-int8-tensor-ort", "of activations: ort"),
+        ("kv-int8-ort", "static scale"),
+        ("kv-int8-token-ort", "int8-tensor-ort"),
+        ("kv-int5-tensor-ort", "int4 or int8"),
+        ("kv-fp8-tensor-ort", "int4 or int8"),
         ("a-", "format"),
     ],
 )
@@ -59,7 +66,15 @@ def test_a_part_comes_once():
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("q8_0", 8.5), ("q4_0", 4.5), ("int8", 8 + 32 / 64), ("int8-channel", 8), ("int4-g32", 5), ("mxfp8", 8.25)],
+    [
+        ("q8_0", 8.5),
+        ("q4_0", 4.5),
+        ("int8", 8 + 32 / 64),
+        ("int8-channel", 8),
+        ("int4-tensor-ort", 4),
+        ("int4-g32", 5),
+        ("mxfp8", 8.25),
+    ],
 )
 def test_bits_of_a_cached_number_count_its_scales(name, bits):
     assert parse_format(name, "keys").bits_per_number(64) == bits
