@@ -204,8 +204,8 @@ class BaselineBackend(Backend[S], Protocol[S]):
         """Return the head that a target's stored states go through."""
         ...
 
-    def reserve(self, positions: int) -> None:
-        """Count the final states of a job of so many positions among what memory holds.
+    def reserve(self, positions: int, schemes: Sequence[Scheme] = ()) -> None:
+        """Count the final states of a job of so many positions among what memory holds, and schemes' roundings.
 
         Raises:
             UsageError: Too little is left.

@@ -9,11 +9,14 @@ import torch
 
 from qeval.errors import QevalError, UsageError, is_out_of_memory
 from qeval.models.device import free_bytes, release_cached
+from qeval.quant.scheme import Scheme
 from qeval.types import Request
 
 _CPU_BATCH, _GPU_BATCH = 2048, 32768
 """Tokens a batch beyond which nothing gets faster."""
 _LEAST_BATCH = 128
+_ROUNDED_ARRAYS = 8
+"""fp32 arrays of a tensor's size while it is rounded (ggml's types take the most), and those that stay."""
 _SHARE = 4
 """A batch's activations may take one part in so many of what is free: keys, values and logits come beside."""
 
@@ -54,6 +57,19 @@ def token_activations(config: Any, itemsize: int) -> int:
     heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
     width = int(config.hidden_size)
     return itemsize * (4 * int(inner) + (6 + 3 * chosen) * width + 4 * max(int(heads), width))
+
+
+def rounding_bytes(config: Any, scheme: Scheme) -> int:
+    """Return the bytes that rounding a scheme's tensors takes a token beside its activations (an upper estimate).
+
+    One linear's input, or one layer's keys or values, in fp32: scaled, rounded, its parts and its scales by blocks; the
+    input that was rounded last and the rounded keys stay beside.
+    """
+    width, inner = int(config.hidden_size), getattr(config, "intermediate_size", None) or 4 * int(config.hidden_size)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    inputs = max(int(inner), width) if scheme.activations else 0
+    return 4 * _ROUNDED_ARRAYS * (inputs + (int(heads) * int(size) if scheme.caches else 0))
 
 
 def has_bf16() -> bool:

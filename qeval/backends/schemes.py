@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from qeval.models.structure.kv_cache import KvChange
@@ -12,16 +13,22 @@ from qeval.models.structure.precision import outside_autocast
 from qeval.models.structure.trace import text_config
 from qeval.quant.fake_quant import fake_quantize_heads, fake_quantize_rows
 from qeval.quant.scheme import Scheme, TensorFormat
-from qeval.quant.variant import Variant
 
 
-def kv_changes(model: Any, variant: Variant) -> list[KvChange]:
-    """Return what rounds each layer's keys and values; none where the variant's scheme leaves both as they are."""
-    if not variant.scheme.caches:
+def kv_changes(model: Any, scheme: Scheme, ranges: Mapping[str, Tensor], device: torch.device) -> list[KvChange]:
+    """Return what rounds each layer's keys and values; none where the scheme leaves both as they are.
+
+    Args:
+        model: The model.
+        scheme: The variant's.
+        ranges: The largest magnitudes of static formats, as `Variant.ranges` holds them.
+        device: Where the model computes.
+    """
+    if not scheme.caches:
         return []
-    ranges = {name: amax.to(model.device) for name, amax in variant.ranges.items()}
+    near = {name: amax.to(device) for name, amax in ranges.items() if name.endswith((".keys", ".values"))}
     layers = range(int(text_config(model).num_hidden_layers))
-    return [_kv_change(variant.scheme, ranges.get(f"{layer}.keys"), ranges.get(f"{layer}.values")) for layer in layers]
+    return [_kv_change(scheme, near.get(f"{layer}.keys"), near.get(f"{layer}.values")) for layer in layers]
 
 
 def _kv_change(scheme: Scheme, key_range: Tensor | None, value_range: Tensor | None) -> KvChange:
@@ -37,7 +44,9 @@ def _kv_change(scheme: Scheme, key_range: Tensor | None, value_range: Tensor | N
 
 
 @contextmanager
-def rounded_inputs(model: Any, formats: Mapping[str, TensorFormat], ranges: Mapping[str, Tensor]) -> Iterator[None]:
+def rounded_inputs(
+    model: Any, formats: Mapping[str, TensorFormat], ranges: Mapping[str, Tensor], device: torch.device
+) -> Iterator[None]:
     """Round the inputs of linears inside a `with` block.
 
     Hooks are called in the order in which they were set, so enter it after what multiplies inputs by scales.
@@ -46,6 +55,7 @@ def rounded_inputs(model: Any, formats: Mapping[str, TensorFormat], ranges: Mapp
         model: The model.
         formats: By the weights of the linears; the head's input stays in float.
         ranges: The largest magnitudes of static formats by the weight's name.
+        device: Where the model computes; a streamed model's parameters say nothing of it.
     """
     head, slot = model.get_output_embeddings(), _LastInput()
     with ExitStack() as stack:
@@ -53,7 +63,8 @@ def rounded_inputs(model: Any, formats: Mapping[str, TensorFormat], ranges: Mapp
         for name, how in formats.items():
             module = model.get_submodule(name.removesuffix(".weight"))
             if module is not head:
-                stack.callback(_round_input(module, slot, how, ranges.get(name)))
+                amax = ranges.get(name)
+                stack.callback(_round_input(module, slot, how, None if amax is None else amax.to(device)))
         yield
 
 
@@ -86,9 +97,7 @@ class _Way(NamedTuple):
 
 def _round_input(module: nn.Module, slot: _LastInput, how: TensorFormat, amax: Tensor | None) -> Callable[[], None]:
     """Have a module's input rounded from now on; return what undoes it."""
-    weight = next(module.parameters())
-    compute = outside_autocast(partial(_rounded, how=how, amax=None if amax is None else amax.to(weight.device)))
-
+    compute = outside_autocast(partial(_rounded, how=how, amax=amax))
     way = _Way(how, None if amax is None else float(amax))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

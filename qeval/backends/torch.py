@@ -35,6 +35,7 @@ from qeval.models.structure.supported import context_length
 from qeval.models.structure.trace import text_config
 from qeval.models.structure.weight_views import weights_of
 from qeval.progress import Progress
+from qeval.quant.scheme import Scheme
 from qeval.store.variants import read_manifest
 from qeval.types import Request
 
@@ -271,7 +272,7 @@ class TorchBackend:
         variant = target.variant() if isinstance(target, Saved) else target
         return self._head if variant is None else variant_head(self._model, variant, self._head, self._head_name)
 
-    def reserve(self, positions: int) -> None:
+    def reserve(self, positions: int, schemes: Sequence[Scheme] = ()) -> None:
         """Do nothing: the whole model is in memory, and states lie in the host's."""
 
     def change_weights(self, change: Callable[[str, Tensor], None]) -> None:
@@ -306,8 +307,8 @@ class TorchBackend:
             variant = variant.variant(self._place_of_codes(variant.folder))
         head = self.head_for(variant)
         weights = installed(self._model, variant, skip=self._head_name, keep_dtype=self._weight_dtype)
-        changes = kv_changes(self._model, variant)
-        rounded = rounded_inputs(self._model, variant.rounded_inputs, variant.ranges)
+        changes = kv_changes(self._model, variant.scheme, variant.ranges, self._model.device)
+        rounded = rounded_inputs(self._model, variant.rounded_inputs, variant.ranges, self._model.device)
         del variant, target  # its integers need not lie in memory beside what they stand for
         self._is_lent = True
         try:

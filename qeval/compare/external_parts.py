@@ -29,13 +29,11 @@ class PartsChoice:
     Attributes:
         parts: All of each, its weights alone, or both, the second as NAME@weights.
         backends: What scores them.
-        stream: Whether the model is streamed.
         caches: The keys and values of GGUF files.
     """
 
     parts: ExternalParts = "split"
     backends: Sequence[str] = ("torch",)
-    stream: bool = False
     caches: Scheme = field(default_factory=Scheme)
 
     def entries(self, entry: VariantEntry, flag: str, source: BaselineModel) -> list[VariantEntry]:
@@ -64,7 +62,7 @@ class PartsChoice:
         if by := self._weights_alone_by(scheme):
             raise UsageError(
                 f"{flag}: {by} weights alone, and {rounded} are rounded too. Give --external-parts weights, or score "
-                "it by torch alone and without --stream."
+                "it by torch alone."
             )
         whole = self._with_caches(entry, flag, source) if has_caches else entry
         alone = replace(
@@ -77,16 +75,14 @@ class PartsChoice:
     def _with_caches(self, entry: VariantEntry, flag: str, source: BaselineModel) -> VariantEntry:
         """Return a GGUF file's variant with the keys and values of --kv-types."""
         try:
-            check_scheme(self.caches, source.model, source.description)
+            check_scheme(self.caches, source.model, source.description, source.head_shapes)
         except UsageError as error:
             raise UsageError(f"{flag} with --kv-types: {error}") from error
-        details = scheme_details(self.caches, source.model)
+        details = scheme_details(self.caches, source.model, source.head_shapes)
         return replace(entry, scheme=self.caches, notes={**entry.notes, **details})
 
     def _weights_alone_by(self, scheme: Scheme) -> str:
         """Return what of the run takes weights alone, as a sentence's beginning; empty where nothing does."""
-        if self.stream:
-            return "--stream runs"
         others = [name for name in self.backends if name != "torch" and not (name == LLAMACPP and _is_ggmls(scheme))]
         return f"--backend {','.join(others)} runs" if others else ""
 
@@ -104,7 +100,7 @@ def parts_choice(settings: Settings, *, has_gguf: bool) -> PartsChoice:
     words = settings.kv_types
     if words and not has_gguf:
         raise UsageError("--kv-types is of GGUF files by --variant; recipes name their own, such as rtn+kv-q8_0.")
-    return PartsChoice(settings.external_parts, settings.backends.names, settings.model.stream, kv_scheme(words))
+    return PartsChoice(settings.external_parts, settings.backends.names, kv_scheme(words))
 
 
 def kv_scheme(words: Sequence[str]) -> Scheme:

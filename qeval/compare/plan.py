@@ -21,7 +21,6 @@ from qeval.compare.loading import loaded_model
 from qeval.compare.schemes import (
     refuse_rotations,
     refuse_rotations_off_torch,
-    refuse_schemes,
     refuse_schemes_off_torch,
     schemes_of,
 )
@@ -188,7 +187,8 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = suites_of(settings, loaded, tasks)
     drift, parts = drift_of(settings, loaded) if settings.continues else (None, ())
-    backend.reserve(max((shard.tokens for shard in shards), default=0))
+    positions, schemes = max((shard.tokens for shard in shards), default=0), [r.scheme for r in settings.every_recipe]
+    backend.reserve(positions, schemes)
     token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
@@ -198,6 +198,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
     given = read_variants(places, loaded, source, backend, token_check, fits, choice)
+    backend.reserve(positions, [*schemes, *(each.target.effective_scheme for each in given if each.folder)])
     onnx_variants = read_onnx_folders(places, settings.backends.ep, loaded, source, token_check)
     backends, floors = backends_of(BackendInputs(settings, loaded, source, backend, places))
     return Plan(
@@ -244,7 +245,6 @@ def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     schemes = schemes_of(settings.every_recipe, folders)
     refuse_schemes_off_torch(schemes, settings.backends.names, settings.backends.ep)
     if settings.model.stream:
-        refuse_schemes(schemes, "--stream runs")
         refuse_rotations(settings.every_recipe, folders, "--stream runs")
 
 

@@ -1,9 +1,10 @@
 """Schemes of recipes and variants: what can't be run is refused before any work; calibration; words for reports."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qeval.backends.onnx.cache_format import cache_format
 from qeval.config import FORMAT_FIELDS, Recipe
 from qeval.errors import QevalError, UsageError
 from qeval.formats.scheme import ExternalScheme
+from qeval.models.structure.forward import run_samples
 from qeval.models.structure.graph import Description
 from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.models.structure.weight_views import is_expert
@@ -25,6 +27,8 @@ from qeval.quant.variant import Variant
 from qeval.quantize.ranges import collect_ranges
 from qeval.store.variants import MANIFEST, read_manifest
 
+HeadShapes = Callable[[], Sequence[HeadShape]]
+"""Returns the shapes of a model's keys and values by layer; raises a UsageError where they can't be rounded."""
 _TORCH, _ORT = "torch", "ort"
 NOT_ROUNDED = "not rounded here"
 """The detail that says what a checkpoint's configuration rounds and qeval does not."""
@@ -46,7 +50,7 @@ def refuse_schemes(schemes: Mapping[str, Scheme], where: str) -> None:
     if named:
         raise UsageError(
             f"{where} weights alone, and these change activations, keys or values: {named}. Leave the parts after the "
-            "first + out, or score them by compare with torch and without --stream."
+            "first + out, or score them by compare with torch."
         )
 
 
@@ -129,8 +133,14 @@ def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[s
     }
 
 
-def check_scheme(scheme: Scheme, model: Any, description: Description) -> None:
+def check_scheme(scheme: Scheme, model: Any, description: Description, head_shapes: HeadShapes) -> None:
     """Refuse a scheme that a model can't be run with, before any work.
+
+    Args:
+        scheme: What is rounded beside the weights.
+        model: The model.
+        description: Its structure.
+        head_shapes: Returns the shapes of its keys and values, or refuses them; called where those are rounded.
 
     Raises:
         UsageError: Experts lie in stacks, attention is of an unknown kind, or heads don't divide into blocks.
@@ -143,7 +153,7 @@ def check_scheme(scheme: Scheme, model: Any, description: Description) -> None:
         )
     if not scheme.caches:
         return
-    shapes = check_cache(model)
+    shapes = head_shapes()
     for part, how in (("keys", scheme.keys), ("values", scheme.values)):
         sizes = {getattr(shape, part)[1] for shape in shapes}
         if how is not None and how.divides_heads and any(size % how.size for size in sizes):
@@ -179,12 +189,13 @@ def with_scheme(
     if scheme.is_static:
         names = [name for name in variant.activation_inputs if name != description.head]
         with _as_run(model, variant, description.head, turns=recipe.rotation is not None):
-            ranges = collect_ranges(model, names, scheme, samples, advance)
-        _check_reached(recipe, ranges, names)
-    return replace(variant, scheme=scheme, ranges=ranges, details={**variant.details, **scheme_details(scheme, model)})
+            ranges = collect_ranges(model, names, scheme, partial(run_samples, model, samples, advance))
+        check_reached(recipe, ranges, names)
+    details = scheme_details(scheme, model, partial(check_cache, model))
+    return replace(variant, scheme=scheme, ranges=ranges, details={**variant.details, **details})
 
 
-def _check_reached(recipe: Recipe, ranges: Mapping[str, Tensor], names: Sequence[str]) -> None:
+def check_reached(recipe: Recipe, ranges: Mapping[str, Tensor], names: Sequence[str]) -> None:
     """Refuse static activations of a linear that no calibration token reached, as an expert's may be."""
     if recipe.scheme.has_static_inputs and (missing := [name for name in names if name not in ranges]):
         raise QevalError(
@@ -210,7 +221,7 @@ def with_external_scheme(variant: Variant, read: ExternalScheme, model: Any) -> 
             check_cache(model)
         except UsageError as error:
             read = read.without_caches(f"keys and values: {error}")
-    details = {**variant.details, **scheme_details(read.scheme, model)}
+    details = {**variant.details, **scheme_details(read.scheme, model, partial(check_cache, model))}
     if read.input_formats and read.scheme.activations:
         details["activations"] += f", but for {_other_inputs(read.input_formats)}"
     if read.notes:
@@ -231,7 +242,7 @@ def details_of_weights(details: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in details.items() if name not in _SCHEME_DETAILS}
 
 
-def scheme_details(scheme: Scheme, model: Any) -> dict[str, str]:
+def scheme_details(scheme: Scheme, model: Any, head_shapes: HeadShapes) -> dict[str, str]:
     """Return a scheme in a report's words, with the bits of a cached token where keys or values are rounded."""
     details = {}
     if scheme.activations:
@@ -241,7 +252,7 @@ def scheme_details(scheme: Scheme, model: Any) -> dict[str, str]:
     if scheme.values:
         details["values"] = scheme.values.describe("token and head")
     if scheme.caches:
-        bits, numbers = _cache_bits(scheme, check_cache(model), next(model.parameters()).element_size() * 8)
+        bits, numbers = _cache_bits(scheme, head_shapes(), next(model.parameters()).element_size() * 8)
         details[_CACHED_TOKEN] = f"{bits:,.0f} ({bits / numbers:.2f} a number)"
     return details
 

@@ -360,13 +360,8 @@ def check_streamed(recipes: Sequence[Recipe]) -> None:
     """Refuse recipes that a streamed model can't be quantized by.
 
     Raises:
-        UsageError: Another tool quantizes, or more than weights is rounded.
+        UsageError: Another tool quantizes, or the model is rotated or smoothed first.
     """
-    if schemes := [recipe.name for recipe in recipes if recipe.scheme]:
-        raise UsageError(
-            f"{', '.join(schemes)}: of a streamed model weights alone are quantized; leave the parts after the first + "
-            "or --stream out."
-        )
     if turned := [recipe.name for recipe in recipes if recipe.rotations]:
         raise UsageError(f"{', '.join(turned)}: qeval rotates models that are in memory; leave +r or --stream out.")
     if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:

@@ -3,16 +3,19 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from qeval.backends.memory import return_large_blocks
-from qeval.backends.stream.backend import StreamBackend, inspect, streamed
-from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText
+from qeval.backends.stream.backend import StreamBackend, inspect, scaled_inputs, streamed, streamed_head_shapes
+from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText, run_streamed
 from qeval.backends.stream.trials import StreamedTrials
+from qeval.backends.stream.variant_reader import SavedVariant, saved_variant
+from qeval.compare.schemes import check_reached, scheme_details
 from qeval.compare.settings import ModelChoice
 from qeval.compare.variants import BaselineModel, Calibration, Workshop
 from qeval.config import Recipe
@@ -24,6 +27,7 @@ from qeval.models.info import LoadedModel
 from qeval.models.load import load_model
 from qeval.models.source import resolve
 from qeval.models.structure.graph import Group
+from qeval.models.structure.kv_cache import HeadShape
 from qeval.models.structure.precision import keep_sums_in_fp32, set_exact_sums
 from qeval.models.structure.supported import support_notes
 from qeval.models.structure.weight_views import weights_of
@@ -34,6 +38,7 @@ from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize_by_rows
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
+from qeval.quantize.build import plan_variant
 from qeval.quantize.context import Source
 from qeval.quantize.quantizers import (
     RoundedGroups,
@@ -43,10 +48,11 @@ from qeval.quantize.quantizers import (
     rounding_units_of,
     with_floats,
 )
+from qeval.quantize.ranges import collect_ranges
 from qeval.quantize.scaling import Search
 from qeval.quantize.sequential import RoundedMatrix, round_layer
 from qeval.store.spill import Spill, open_spill
-from qeval.store.variants import Origin, save_variant_by_parts
+from qeval.store.variants import Origin, save_variant, save_variant_by_parts, save_with_scheme
 
 WeightParts = Iterator[tuple[str, QWeight]]
 _SEARCH_BYTES = 16 << 20
@@ -102,6 +108,18 @@ class StreamedModel(BaselineModel):
         """Return what makes variants straight from the checkpoint."""
         return StreamWorkshop(self, calibration, self.backend, seed, progress)
 
+    def head_shapes(self) -> Sequence[HeadShape]:
+        """Return the shapes of the keys and values by layer; all layers are read for that once.
+
+        Raises:
+            UsageError: Attention does not read what its cache returns, so that they can't be rounded.
+        """
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> list[HeadShape]:
+        return streamed_head_shapes(self.backend.stream)
+
     def check_room(self, recipe: Recipe, samples: Sequence[Sequence[int]]) -> None:
         """Refuse a calibrated recipe for which memory does not hold even one layer at work.
 
@@ -142,6 +160,9 @@ class StreamWorkshop(Workshop):
             UsageError: memory does not hold what it takes.
         """
         start = time.perf_counter()
+        if recipe.scheme:
+            self._write_with_scheme(recipe, folder)
+            return
         source, passes = self._source_of(recipe)
         grids, plan = self._outline(source, recipe)
         with self._quantizing(recipe, plan) as advance:
@@ -152,6 +173,48 @@ class StreamWorkshop(Workshop):
                 return job.finished(), self.origin(recipe, time.perf_counter() - start)
 
             save_variant_by_parts(itertools.chain(parts, self._head(job)), rest, folder)
+
+    def _write_with_scheme(self, recipe: Recipe, folder: Path) -> None:
+        """Write the variant of a recipe's weights alone, which the cache holds or gets, with the recipe's scheme."""
+        start, scheme = time.perf_counter(), recipe.scheme
+        details = scheme_details(scheme, self._loaded.model, self._loaded.head_shapes)
+        if recipe.quant_method.rounding == "none":
+            _, plan = plan_variant(self._source(False, False), recipe, self.key(recipe), _ignore)
+            ranges = self._ranges(recipe, plan.activation_inputs, None)
+            variant = replace(plan, scheme=scheme, ranges=ranges, details={**plan.details, **details})
+            save_variant(variant, folder, self.origin(recipe, time.perf_counter() - start))
+            return
+        weights = self.folder(recipe.weights_alone)
+        saved = saved_variant(weights)
+        # as with the model in memory, the float model's ranges unless scales were folded into weights
+        folds = bool(saved.input_scales or (saved.manifest.floats and not saved.manifest.stored))
+        ranges = self._ranges(recipe, saved.manifest.activation_inputs, saved if folds else None)
+        details = {**saved.manifest.details, **details}
+        variant = Variant(self.key(recipe), {}, {}, {}, (), details=details, scheme=scheme, ranges=ranges)
+        seconds = saved.manifest.seconds + time.perf_counter() - start
+        save_with_scheme(weights, variant, self.origin(recipe, seconds), folder)
+
+    def _ranges(
+        self, recipe: Recipe, inputs: Sequence[str], variant: SavedVariant | None
+    ) -> Mapping[str, torch.Tensor]:
+        """Return the largest magnitudes of a recipe's static formats, with a variant's weights or the model's own."""
+        if not recipe.scheme.is_static:
+            return {}
+        loaded, samples = self._loaded, self._calibration().samples
+        names = [name for name in inputs if name != loaded.description.head]
+        left = room_for_states(self._backend, loaded, recipe, samples)
+        units = sum(map(len, samples)) * len(self._stream.layers)
+        # before what looks at inputs, which then sees them scaled
+        scaled = nullcontext() if variant is None else scaled_inputs(self._stream, variant)
+        with (
+            scaled,
+            open_spill(_spill_folder(), in_memory=left) as states,
+            self._progress.phase(f"calibrate {recipe.name}", units) as advance,
+        ):
+            run = partial(run_streamed, self._stream, variant, samples, states, advance)
+            ranges = collect_ranges(loaded.model, names, recipe.scheme, run)
+        check_reached(recipe, ranges, names)
+        return ranges
 
     def _source_of(self, recipe: Recipe) -> tuple[Source, Passes]:
         """Return what a recipe is built from, and the passes over the layers that it takes."""
@@ -299,6 +362,10 @@ def _rounding_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> 
     """Return what GPTQ takes: all second moments; one's factors in fp64 and a matrix by columns, beside all codes."""
     matrix, codes = max(map(max, sizes)), sum(map(sum, sizes))
     return 4 * sum(n * n for n in columns) + 48 * max(columns) ** 2 + 24 * copies * matrix + codes + _SEARCH_BYTES
+
+
+def _ignore(_: int) -> None:
+    """Show no progress of work that is done at once."""
 
 
 def _spill_folder() -> Path:

@@ -23,6 +23,7 @@ from qeval.models.checkpoint.weights import ADAPTER, adapter_refusal
 from qeval.models.device import release_cached
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
+from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.quant.grid import WeightGrid, parse
@@ -82,6 +83,14 @@ class BaselineModel:
     def float_bits(self) -> int:
         """Bits of a weight in the checkpoint."""
         return self.weight_dtype.itemsize * 8
+
+    def head_shapes(self) -> Sequence[HeadShape]:
+        """Return the shapes of the keys and values by layer.
+
+        Raises:
+            UsageError: Attention does not read what its cache returns, so that they can't be rounded.
+        """
+        return check_cache(self.model)
 
     def workshop(self, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> "Workshop":
         """Return what makes variants of the model; `calibration` is called when the first calibrated recipe is met."""
@@ -385,7 +394,7 @@ def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int
                 rotated.add(recipe.rotations)
             check_samples(recipe, samples)
             if recipe.scheme:
-                check_scheme(recipe.scheme, loaded.model, loaded.description)
+                check_scheme(recipe.scheme, loaded.model, loaded.description, loaded.head_shapes)
             possible = possible_grids(source, recipe)
             for name, grid in ((name, grid) for name, grids in possible.items() for grid in grids):
                 fits(name, grid, source.search.parameters[name].shape[1])

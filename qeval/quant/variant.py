@@ -1,6 +1,6 @@
 """A variant: a model's quantized matrices, the floats that its method changed, and an account of every weight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -90,8 +90,7 @@ class Variant:
     @property
     def rounded_inputs(self) -> dict[str, TensorFormat]:
         """The formats of the quantized matrices' inputs by the matrix; of the head's too, which is not rounded."""
-        formats = dict.fromkeys(self.activation_inputs, self.scheme.activations) | dict(self.input_formats)
-        return {name: how for name, how in formats.items() if how is not None}
+        return formats_of_inputs(self.activation_inputs, self.scheme, self.input_formats)
 
     @property
     def quantized_matrices(self) -> tuple[str, ...]:
@@ -101,8 +100,7 @@ class Variant:
     @property
     def activation_inputs(self) -> tuple[str, ...]:
         """The names of the linears whose inputs the scheme's activations are: the quantized ones, or all in float."""
-        in_float = (each.name for each in self.kept if each.reason == LEFT_IN_FLOAT)
-        return (*self.quantized_matrices, *in_float)
+        return (*self.quantized_matrices, *left_in_float(self.kept))
 
     @property
     def quantized_parameters(self) -> int:
@@ -135,3 +133,22 @@ class Variant:
         """Bits a parameter over the whole model, head and embedding included."""
         parameters = self.quantized_parameters + sum(kept.parameters for kept in self.kept)
         return self.size_bytes(float_bits) * 8 / parameters
+
+
+def left_in_float(kept: Iterable[FloatWeight]) -> list[str]:
+    """Return the linears that a recipe leaves in float while it rounds their inputs."""
+    return [each.name for each in kept if each.reason == LEFT_IN_FLOAT]
+
+
+def formats_of_inputs(
+    names: Iterable[str], scheme: Scheme, others: Mapping[str, TensorFormat | None]
+) -> dict[str, TensorFormat]:
+    """Return the formats that linears' inputs are rounded to, by the linear.
+
+    Args:
+        names: The linears whose inputs the scheme's activations are.
+        scheme: The variant's.
+        others: The linears for which it does not hold; None leaves them as they are.
+    """
+    formats = dict.fromkeys(names, scheme.activations) | dict(others)
+    return {name: how for name, how in formats.items() if how is not None}

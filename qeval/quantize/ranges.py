@@ -1,16 +1,14 @@
 """The largest magnitudes on calibration text of what a scheme rounds with static scales."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qeval.models.structure.forward import run_samples
 from qeval.models.structure.kv_cache import KvChange, passing_cache
 from qeval.models.structure.trace import text_config
 from qeval.models.structure.weight_views import Before, watch_products
-from qeval.progress import Advance
 from qeval.quant.fake_quant import rotate, rotation_size
 from qeval.quant.floats import largest_magnitude
 from qeval.quant.scheme import Scheme, TensorFormat
@@ -18,7 +16,7 @@ from qeval.quant.scheme import Scheme, TensorFormat
 
 @torch.inference_mode()
 def collect_ranges(
-    model: Any, names: Sequence[str], scheme: Scheme, samples: Sequence[Sequence[int]], advance: Advance
+    model: Any, names: Sequence[str], scheme: Scheme, run: Callable[[Callable[[], Any]], None]
 ) -> dict[str, Tensor]:
     """Return the largest magnitudes, as `Variant.ranges` holds them, from one pass over calibration text.
 
@@ -26,8 +24,7 @@ def collect_ranges(
         model: The model as it is to be run, but with nothing rounded beside its weights.
         names: The matrices whose inputs are rounded.
         scheme: The formats; those that are not static need nothing.
-        samples: Token ids, one sequence a forward pass.
-        advance: Called with the tokens of each pass.
+        run: Runs the text, one sequence a forward pass, each with a cache that its argument makes (or None).
 
     Returns:
         fp32 on the CPU: one number a linear by the matrix's name; by `LAYER.keys` and `LAYER.values` one number, or
@@ -37,7 +34,7 @@ def collect_ranges(
     listeners = {name: ranges.listener(name) for name in names} if scheme.has_static_inputs else {}
     changes = [ranges.watcher(layer) for layer in range(int(text_config(model).num_hidden_layers))]
     with watch_products(model, before=listeners):
-        run_samples(model, samples, advance, lambda: passing_cache(changes) if scheme.caches else None)
+        run(lambda: passing_cache(changes) if scheme.caches else None)
     return {name: amax.cpu() for name, amax in ranges.amax.items()}
 
 

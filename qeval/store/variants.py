@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,9 +30,9 @@ from qeval.paths import home
 from qeval.quant.grid import FloatGrid, PerTensor, parse
 from qeval.quant.pack import pack_tensor, unpack_tensor
 from qeval.quant.qweight import QWeight
-from qeval.quant.scheme import parse_format, scheme_of
+from qeval.quant.scheme import TensorFormat, parse_format, scheme_of
 from qeval.quant.stored_scales import decode_scales, encode_scales, repeat_scales
-from qeval.quant.variant import Choice, FloatWeight, StoredMatrix, Variant
+from qeval.quant.variant import Choice, FloatWeight, StoredMatrix, Variant, left_in_float
 from qeval.store.seal import has_valid_seal, parse_object, seal
 from qeval.store.spill import Spill, open_spill
 from qeval.store.tensors import Spec, save_tensors, tensor_file
@@ -40,6 +40,8 @@ from qeval.store.tensors import Spec, save_tensors, tensor_file
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 FORMAT_VERSION: Literal[2] = 2
 _FLOAT_BITS = (8, 16, 32, 64)
+_BLOCK_BYTES = 16 << 20
+"""Of a tensor that is copied from file to file."""
 
 
 class _Part(BaseModel):
@@ -125,6 +127,23 @@ class Manifest(_Part):
         return on_grids + stored + sum(entry.parameters for entry in self.kept)
 
     @property
+    def activation_inputs(self) -> tuple[str, ...]:
+        """The names of the linears whose inputs the scheme's activations are, as `Variant` has them."""
+        matrices = (*(entry.name for entry in self.weights), *(entry.name for entry in self.stored))
+        return (*matrices, *left_in_float(self.floats_kept))
+
+    @property
+    def floats_kept(self) -> tuple[FloatWeight, ...]:
+        """The weights in float, with their reasons."""
+        return tuple(FloatWeight(**entry.model_dump()) for entry in self.kept)
+
+    @property
+    def parsed_input_formats(self) -> dict[str, TensorFormat | None]:
+        """The formats of `input_formats`."""
+        named = self.input_formats.items()
+        return {name: None if how is None else parse_format(how, "activations") for name, how in named}
+
+    @property
     def adds_up(self) -> bool:
         """Return whether the size is that of the weights listed, those in float at some width of floats."""
         listed = sum(entry.size_bits for entry in self.weights) + sum(entry.size_bits for entry in self.stored)
@@ -197,6 +216,47 @@ def save_variant_by_parts(
         _write_manifest(variant, origin, part)
 
 
+def save_with_scheme(source: Path, variant: Variant, origin: Origin, folder: Path) -> None:
+    """Write the variant of a folder once more with a scheme; the files are those of `save_variant`.
+
+    Its matrices are copied a block of rows at a time and never all in memory.
+
+    Args:
+        source: The folder of a variant of weights alone.
+        variant: The new key, scheme, ranges and details; what it says of weights is not looked at.
+        origin: Where it came from.
+        folder: Where it goes.
+
+    Raises:
+        UsageError: The folder exists and holds something else.
+        QevalError: It cannot be written.
+    """
+    check_free(folder)
+    ranges = _tensors(replace(variant, weights={}, floats={}, input_scales={}, input_rotations={}))
+    with atomic_folder(folder) as part:
+        with safe_open(source / WEIGHTS, "pt") as weights:
+            empty = {name: weights.get_slice(name)[:0] for name in weights.keys()}  # noqa: SIM118 - no mapping
+            specs = {
+                name: Spec(each.dtype, tuple(weights.get_slice(name).get_shape())) for name, each in empty.items()
+            } | {name: Spec(amax.dtype, tuple(amax.shape)) for name, amax in ranges.items()}
+            with tensor_file(part / WEIGHTS, specs) as file:
+                for name, spec in specs.items():
+                    file.write(name, [ranges[name]] if name in ranges else _blocks(weights, name, spec))
+        kept = {
+            "key": variant.key, "recipe": origin.recipe, "calibration": origin.calibration, "seconds": origin.seconds,
+            "details": dict(variant.details), "scheme": variant.scheme.names(), "ranges": list(variant.ranges),
+            "weights_sha256": digest_file(part / WEIGHTS), "sha256": None,
+        }  # fmt: skip
+        _write(read_manifest(source).model_copy(update=kept), part)
+
+
+def _blocks(weights: Any, name: str, spec: Spec) -> Iterator[Tensor]:
+    """Yield a tensor of an open file in blocks of rows."""
+    rows = max(1, _BLOCK_BYTES * spec.shape[0] // max(1, spec.size_bytes))
+    for start in range(0, spec.shape[0], rows):
+        yield weights.get_slice(name)[start : start + rows]
+
+
 class _PackedParts:
     """Packed matrices, or rows of them one after the other, in a spill."""
 
@@ -231,7 +291,10 @@ def _stacked_spec(specs: Sequence[Spec]) -> Spec:
 
 
 def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
-    manifest = _manifest(variant, origin, digest_file(part / WEIGHTS))
+    _write(_manifest(variant, origin, digest_file(part / WEIGHTS)), part)
+
+
+def _write(manifest: Manifest, part: Path) -> None:
     unused = {name for name in ("scheme", "ranges", "input_formats", "input_rotations") if not getattr(manifest, name)}
     content = json.loads(manifest.model_dump_json(exclude=unused))
     for choice in content["choices"]:
@@ -334,16 +397,13 @@ def _variant(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Variant:
         weights={entry.name: _weight(entry, tensors) for entry in manifest.weights},
         floats={name: tensors[name] for name in manifest.floats},
         input_scales={name: tensors[f"{name}.input_scale"] for name in manifest.input_scales},
-        kept=tuple(FloatWeight(**entry.model_dump()) for entry in manifest.kept),
+        kept=manifest.floats_kept,
         choices=tuple(Choice(**entry.model_dump()) for entry in manifest.choices),
         details=manifest.details,
         stored=tuple(StoredMatrix(**entry.model_dump()) for entry in manifest.stored),
         scheme=scheme_of(manifest.scheme),
         ranges={name: tensors[f"{name}.range"] for name in manifest.ranges},
-        input_formats={
-            name: None if how is None else parse_format(how, "activations")
-            for name, how in manifest.input_formats.items()
-        },
+        input_formats=manifest.parsed_input_formats,
         input_rotations={name: tensors[f"{name}.input_rotation"] for name in manifest.input_rotations},
     )
 

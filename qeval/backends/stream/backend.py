@@ -1,7 +1,7 @@
 """Opens a weightless model as sessions: the baseline's, or a saved variant's, read from its packed form."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from qeval.backends.base import Saved, Target
 from qeval.backends.install import scaled_input
-from qeval.backends.memory import batch_tokens, token_activations
+from qeval.backends.memory import batch_tokens, rounding_bytes, token_activations
+from qeval.backends.schemes import kv_changes, rounded_inputs
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead, head_of_parts
 from qeval.backends.stream.layer_runner import Relay
@@ -29,8 +30,10 @@ from qeval.models.checkpoint.weights import TensorEntry
 from qeval.models.load import check_finite
 from qeval.models.structure.graph import Description, Probe, describe_model
 from qeval.models.structure.head import Head, head_of
+from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.models.structure.trace import decoder_layers, probe_tokens
 from qeval.progress import Progress
+from qeval.quant.scheme import Scheme
 
 _STATE_BYTES = 4
 _PROBE_ROWS = 256
@@ -164,6 +167,28 @@ def _probed_at(stream: Streamed, layer: int) -> Iterator[Probe]:
         yield probe
 
 
+@contextmanager
+def scaled_inputs(stream: Streamed, variant: SavedVariant) -> Iterator[None]:
+    """Multiply linears' inputs by a variant's scales."""
+    with ExitStack() as stack:
+        for name, scales in variant.input_scales.items():
+            module = stream.model.get_submodule(name.removesuffix(".weight"))
+            stack.enter_context(scaled_input(module, scales.to(stream.device)))
+        yield
+
+
+def streamed_head_shapes(stream: Streamed) -> list[HeadShape]:
+    """Return the shapes of the keys and values of a streamed model, all of whose layers are read for that.
+
+    Raises:
+        UsageError: as `check_cache`.
+    """
+    weights = stream.weights()
+    stream.relay.every_layer(lambda index: weights.install(index, None), weights.remove)
+    with closing(weights):
+        return check_cache(stream.model, stream.device)
+
+
 class StreamBackend:
     """Streams a model or its variants under a limit on memory, one at a time."""
 
@@ -213,14 +238,17 @@ class StreamBackend:
         """Change each weight of a layer in place, whenever it is read."""
         self.stream = replace(self.stream, change=change)
 
-    def reserve(self, positions: int) -> None:
-        """Count the final states of a job of so many positions too.
+    def reserve(self, positions: int, schemes: Sequence[Scheme] = ()) -> None:
+        """Count the final states of a job of so many positions too, and the copies that rounding by schemes makes.
 
         Raises:
             UsageError: too little is left.
         """
+        config, itemsize = self.stream.model.config.get_text_config(), self._settings.weight.element_size()
+        rounding = max((rounding_bytes(config, scheme) for scheme in schemes), default=0)
         state_bytes = positions * self.budget.width * _STATE_BYTES
-        self.budget = replace(self.budget, state_bytes=state_bytes)
+        activations = token_activations(config, itemsize) + rounding
+        self.budget = replace(self.budget, state_bytes=state_bytes, token_activations=activations)
         self.budget.check()
 
     @property
@@ -268,14 +296,14 @@ class StreamBackend:
             raise QevalError(f"A streamed model opens variants from their folders, and '{target.key}' is in memory.")
         self.close()
         self._is_lent = True
-        variant = saved_variant(target.folder)
+        variant = saved_variant(target.folder, target.scheme)
         session = self._session(variant)
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.stream.outside_of(variant))
-                for name, scales in variant.input_scales.items():
-                    module = self.stream.model.get_submodule(name.removesuffix(".weight"))
-                    stack.enter_context(scaled_input(module, scales.to(self.stream.device)))
+                stack.enter_context(scaled_inputs(self.stream, variant))
+                formats, device = variant.rounded_inputs, self.stream.device
+                stack.enter_context(rounded_inputs(self.stream.model, formats, variant.ranges, device))
                 yield session
         finally:
             session.close()
@@ -288,6 +316,7 @@ class StreamBackend:
             self._baseline = None
 
     def _session(self, variant: SavedVariant | None) -> StreamSession:
+        scheme, ranges = (variant.scheme, variant.ranges) if variant else (Scheme(), {})
         return StreamSession(
             self.stream.model,
             self.stream.relay,
@@ -295,6 +324,7 @@ class StreamBackend:
             self._head(variant),
             self.budget,
             self.sharing,
+            kv_changes(self.stream.model, scheme, ranges, self.stream.device),
         )
 
     def _head(self, variant: SavedVariant | None) -> Head | StreamedHead:

@@ -5,16 +5,19 @@ second moments are those of `calibrate.stream` and `calibrate.in_order`, bit for
 files without a name in the cache's folder.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
 
 from qeval.backends.stream.backend import Streamed
+from qeval.backends.stream.layer_runner import padded
+from qeval.backends.stream.variant_reader import SavedVariant
 from qeval.backends.stream.weights import layers_in_turn
 from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.weight_views import weight_of, weights_of
+from qeval.progress import Advance
 from qeval.quant.statistics import Accumulator, InputStatistics
 from qeval.quantize.patching import layers_of
 from qeval.quantize.scaling import Search
@@ -75,6 +78,33 @@ class RelayedText(Stream):
     def _through(self, sample: int) -> Tensor:
         hidden = self._spill.get(sample) if self._next else None
         return self._relay.run(self._next, hidden, None, self._ids[sample])
+
+
+def run_streamed(
+    stream: Streamed,
+    variant: SavedVariant | None,
+    samples: Sequence[Sequence[int]],
+    states: Spill,
+    advance: Advance,
+    make_cache: Callable[[], Any],
+) -> None:
+    """Run calibration text through all layers, for whatever listens to them.
+
+    Args:
+        stream: The model.
+        variant: Whose weights it has; None for its own.
+        samples: Token ids, one sequence a forward pass.
+        states: Takes each sample's between layers.
+        advance: Called with the tokens of each pass through a layer.
+        make_cache: Makes the cache of a pass, or None.
+    """
+    ids = [padded([sample], stream.device) for sample in samples]
+    with closing(layers_in_turn(stream.weights(variant), range(len(stream.layers)))) as layers:
+        for layer in layers:
+            for sample, tokens in enumerate(ids):
+                hidden = states.get(sample) if layer else None
+                states.put(sample, stream.relay.run(layer, hidden, make_cache(), tokens))
+                advance(tokens.shape[1])
 
 
 class LayerStatistics(Mapping[str, InputStatistics]):

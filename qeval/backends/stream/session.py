@@ -20,6 +20,7 @@ from qeval.backends.stream.steps import Path, Step, is_inside, plan_steps
 from qeval.backends.stream.weights import LayerWeights
 from qeval.backends.torch import check_length, rope_limit
 from qeval.models.structure.head import Head
+from qeval.models.structure.kv_cache import KvChange, passing_cache
 from qeval.models.structure.supported import context_length
 from qeval.models.structure.trace import text_config
 from qeval.types import Call, Request
@@ -48,14 +49,26 @@ class StreamSession(SessionDefaults):
         head: Head | StreamedHead,
         budget: Budget,
         sharing: Sharing,
+        kv_changes: Sequence[KvChange] = (),
     ) -> None:
-        """`weights` are put into the model that `relay` runs; `sharing` was proven for it."""
+        """Answer with a model whose layers are read.
+
+        Args:
+            model: The weightless model.
+            relay: Runs one of its layers.
+            weights: What puts a layer's weights into it.
+            head: Makes logits of final states.
+            budget: The memory that a pass may take.
+            sharing: What was proven that sequences may share.
+            kv_changes: What rounds each layer's keys and values; none where they stay as they are.
+        """
         config = model.config
         self._model, self._sharing, self._shares = model, sharing, sharing.apart
         self._config, self._relay, self._weights, self._head, self._budget = config, relay, weights, head, budget
         self._rope_limit = rope_limit(config)
         self._expected: deque[Call] = deque()
         self._done: dict[Call, deque[list[Tensor]]] = {}
+        self._kv_changes = tuple(kv_changes)
         self.packs = False
         self.passes = 0
         """How often all layers were read."""
@@ -154,8 +167,11 @@ class StreamSession(SessionDefaults):
 
     def _step(self, index: int, step: Step, prefixes: dict[Path, PrefixLayer]) -> Tensor:
         outer = prefixes.get(step.path)
-        layer = PrefixLayer(outer, apart=self._shares) if step.keeps else outer
-        cache = None if layer is None else cache_of([layer] * self._weights.count)
+        change = self._kv_changes[index] if self._kv_changes else None
+        layer = PrefixLayer(outer, apart=self._shares, change=change) if step.keeps else outer
+        cache = None if change is None else passing_cache(self._kv_changes)
+        if layer is not None:
+            cache = cache_of([layer] * self._weights.count)
         with shared_attention(self._model) if outer and not step.keeps and self._shares else nullcontext():
             output = self._relay.run(index, step.hidden, cache, step.ids(self._weights.device))
         if step.keeps and layer is not None:

@@ -12,7 +12,9 @@ from qeval.models.checkpoint.weights import TensorEntry, read_entries
 from qeval.quant.grid import PerTensor, WeightGrid, parse
 from qeval.quant.pack import unpack
 from qeval.quant.qweight import QWeight
+from qeval.quant.scheme import Scheme, TensorFormat, scheme_of
 from qeval.quant.stored_scales import decode_scales, repeat_scales, rows_of_scales
+from qeval.quant.variant import formats_of_inputs
 from qeval.store.variants import WEIGHTS, Manifest, WeightEntry, verify_variant
 
 _CHUNK_NUMBERS = 1 << 20
@@ -69,15 +71,31 @@ class PackedMatrix:
 
 @dataclass(frozen=True, eq=False)
 class SavedVariant:
-    """A variant's folder as changes to the model: tensors by name, and scales of linears' inputs."""
+    """A variant's folder as changes to the model.
+
+    Attributes:
+        manifest: What it says of itself.
+        tensors: Its weights by name.
+        input_scales: What linears' inputs are multiplied by.
+        scheme: What is rounded beside the weights.
+        ranges: The largest magnitudes of the scheme's static formats.
+        rounded_inputs: The formats of linears' inputs.
+    """
 
     manifest: Manifest
     tensors: Mapping[str, StoredTensor]
     input_scales: Mapping[str, Tensor]
+    scheme: Scheme
+    ranges: Mapping[str, Tensor]
+    rounded_inputs: Mapping[str, TensorFormat]
 
 
-def saved_variant(folder: Path) -> SavedVariant:
-    """Return the variant of a folder, verified; nothing but its input scales is read into memory.
+def saved_variant(folder: Path, scheme: Scheme | None = None) -> SavedVariant:
+    """Return the variant of a folder, verified; nothing but its input scales and ranges is read into memory.
+
+    Args:
+        folder: The variant's.
+        scheme: What is rounded beside its weights, where that is not what its manifest says; it is dynamic.
 
     Raises:
         UsageError, BrokenRecordError: as `verify_variant`.
@@ -86,10 +104,22 @@ def saved_variant(folder: Path) -> SavedVariant:
     entries = entries_by_name(read_entries([folder / WEIGHTS]))
     packed: dict[str, StoredTensor] = {entry.name: _packed(entry, entries) for entry in manifest.weights}
     floats: dict[str, StoredTensor] = {name: Plain(entries[name]) for name in manifest.floats}
-    scales = {name: entries[f"{name}.input_scale"] for name in manifest.input_scales}
+    own = scheme is None
+    others = manifest.parsed_input_formats if own else {}
+    effective = scheme_of(manifest.scheme) if scheme is None else scheme
     return SavedVariant(
-        manifest, packed | floats, {name: read_rows(entry, 0, entry.shape[0]) for name, entry in scales.items()}
+        manifest=manifest,
+        tensors=packed | floats,
+        input_scales={name: _vector(entries[f"{name}.input_scale"]) for name in manifest.input_scales},
+        scheme=effective,
+        ranges={name: _vector(entries[f"{name}.range"]) for name in manifest.ranges if own},
+        rounded_inputs=formats_of_inputs(manifest.activation_inputs, effective, others),
     )
+
+
+def _vector(entry: TensorEntry) -> Tensor:
+    """Read a small tensor whole; one number may have no dimension."""
+    return read_rows(entry, 0, entry.shape[0] if entry.shape else 1)
 
 
 def _packed(entry: WeightEntry, entries: Mapping[str, TensorEntry]) -> PackedMatrix:

@@ -68,8 +68,12 @@ def passing_cache(changes: Sequence[KvChange]) -> Any:
 
 
 @torch.inference_mode()
-def check_cache(model: Any) -> list[HeadShape]:
+def check_cache(model: Any, device: torch.device | None = None) -> list[HeadShape]:
     """Return the shapes of a model's keys and values by layer, if its attention reads what its cache returns.
+
+    Args:
+        model: The model.
+        device: Where it computes, where its parameters don't say that.
 
     Raises:
         UsageError: Its attention is of another kind, so that rounded keys and values would go unread or misread.
@@ -78,14 +82,14 @@ def check_cache(model: Any) -> list[HeadShape]:
     if getattr(text_config(model), "kv_lora_rank", None) is not None:
         raise UsageError(f"{name} caches latents in the place of keys and values, and qeval does not round those.")
     try:
-        return _shapes(model)
+        return _shapes(model, device or model.device)
     except UsageError:
         raise
     except _FAILURES as error:
         raise _unknown_attention(model, f"{type(error).__name__}: {first_line(error)}") from error
 
 
-def _shapes(model: Any) -> list[HeadShape]:
+def _shapes(model: Any, device: torch.device) -> list[HeadShape]:
     """Run a few tokens, and compare what attention reads with what the cache returned."""
     layers = int(text_config(model).num_hidden_layers)
     returned: list[tuple[Tensor, Tensor]] = []
@@ -95,7 +99,7 @@ def _shapes(model: Any) -> list[HeadShape]:
         returned.append((keys.clone(), values.clone()))
         return returned[-1]
 
-    ids = probe_tokens(model, model.device)
+    ids = probe_tokens(model, device)
     with _watched_attention(model, read):
         arguments = cache_arguments(model.base_model.forward)(passing_cache([change] * layers))
         model.base_model(input_ids=ids, **arguments)

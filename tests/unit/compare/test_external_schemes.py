@@ -152,20 +152,22 @@ def test_the_parts_are_a_choice(bench, checkpoints, out, tmp_path):
     assert "activations" not in said
 
 
-@pytest.mark.parametrize("flags", [("--stream",), ("--backend", "llama.cpp")])
-def test_what_runs_weights_alone_names_the_flag(bench, checkpoints, out, tmp_path, flags, capsys, monkeypatch):
+def test_what_runs_weights_alone_names_the_flag(bench, checkpoints, out, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("qeval.compare.plan.kinds_of", lambda _: [])
     given = ("--variant", f"it={checkpoints['ct-fp8-dynamic']}")
+    flags = ("--backend", "llama.cpp")
     assert bench.compare("--quiet", *given, *flags, **FLAGS, methods=None, out=str(tmp_path / "out")) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert f"{' '.join(flags)} runs weights alone, and activations are rounded too." in error
     assert "Give --external-parts weights" in error
 
 
-def test_a_streamed_model_scores_the_weights(bench, checkpoints, out, tmp_path):
-    given = ("--variant", f"it={checkpoints['ct-fp8-dynamic']}", "--external-parts", "weights", "--stream")
+@pytest.mark.parametrize("case", ["ct-fp8-dynamic", "mo-fp8"])
+def test_a_streamed_model_scores_all_of_it_and_the_weights(bench, checkpoints, out, tmp_path, case):
+    given = ("--variant", f"it={checkpoints[case]}", "--stream")
     assert bench.compare("--quiet", *given, **FLAGS, methods=None, out=str(tmp_path / "out")) == 0
-    assert kl(tmp_path / "out", "it") == pytest.approx(kl(out, "ct-fp8-dynamic@weights"), abs=1e-6)
+    assert kl(tmp_path / "out", "it") == pytest.approx(kl(out, case), abs=1e-6)
+    assert kl(tmp_path / "out", "it@weights") == pytest.approx(kl(out, f"{case}@weights"), abs=1e-6)
 
 
 def test_what_is_not_rounded_is_a_warning_and_in_the_record(bench, checkpoints, tmp_path, capsys):
