@@ -158,8 +158,8 @@ class Plan:
     @property
     def models(self) -> int:
         """The number of scored models: the baseline, and every variant on every backend."""
-        variants = len(self.settings.every_recipe) + len(self.given)
-        return 1 + len(self.floors) + self.rounds + len(self.backends) * variants + len(self.onnx_variants)
+        variants, parts = len(self.settings.recipes) + len(self.given), len(self.settings.parts)
+        return 1 + len(self.floors) + self.rounds + len(self.backends) * variants + parts + len(self.onnx_variants)
 
 
 def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
@@ -242,8 +242,9 @@ def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     """Refuse rounded activations, keys and values where only weights are, and rotations that torch alone runs."""
     folders = {place.name: place.path for place in places}
     refuse_rotations_off_torch(settings.every_recipe, folders, settings.backends.names)
-    schemes = schemes_of(settings.every_recipe, folders)
-    refuse_schemes_off_torch(schemes, settings.backends.names, settings.backends.ep)
+    names, ep = settings.backends.names, settings.backends.ep
+    refuse_schemes_off_torch(schemes_of(settings.recipes, folders), names, ep)
+    refuse_schemes_off_torch(schemes_of(settings.parts, {}), names[:1], ep)  # parts are scored on the first alone
     if settings.model.stream:
         refuse_rotations(settings.every_recipe, folders, "--stream runs")
 

@@ -323,9 +323,13 @@ def score_all(baseline: ScoredModel, models: Sequence[ScoredModel], work: Work) 
 
 
 def _on_every_backend(plan: Plan, entry: VariantEntry, progress: Progress) -> Iterator[ScoredModel]:
-    """Yield a variant on every backend: on the first by the name that was typed, then by that with `@backend`."""
+    """Yield a variant on every backend: on the first by the name that was typed, then by that with `@backend`.
+
+    A part that --split added is scored on the first alone.
+    """
     twin: ReferenceModel | None = None
-    for place, backend in enumerate(plan.backends):
+    is_part = any(entry.name == recipe.name for recipe in plan.settings.parts)
+    for place, backend in enumerate(plan.backends[:1] if is_part else plan.backends):
         name = f"{entry.name}@{backend.name}" if place else entry.name
         error = entry.error or backend.prepare(progress)
         key = {} if error else {"weights": plan.baseline_key, **entry.identity, **backend.identity(entry.target)}

@@ -104,3 +104,20 @@ def test_a_run_with_nothing_to_split_is_refused(place, tmp_path, capfd):
     assert "no recipe here rounds more than one of weights, activations, keys and values" in " ".join(
         capfd.readouterr().err.split()
     )
+
+
+def test_parts_are_scored_on_the_first_backend_alone(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    bench = Bench(tmp_path / "bench")
+    config = json.loads((bench.model / "config.json").read_text())
+    (bench.model / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))  # the builder wants one
+    flags = {"methods": "rtn:g32+kv-int8-tensor-ort", "tasks": "kl", "max_windows": "1", "backend": "torch,ort"}
+    assert bench.compare("--quiet", "--split", **flags) == 0
+    variants = {variant["name"]: variant for variant in bench.report()["variants"]}
+    whole = "rtn:g32+kv-int8-tensor-ort"
+    parts = ["rtn:g32", "fp16+k-int8-tensor-ort", "fp16+v-int8-tensor-ort"]  # which ONNX Runtime can't run apart
+    assert set(variants) == {"baseline@ort", whole, f"{whole}@ort", *parts}
+    assert list(variants[whole]["parts"].values()) == parts
+    assert variants[f"{whole}@ort"]["parts"] == {}
+    assert variants[f"{whole}@ort"]["metrics"]["kernel_kl_nats"]["value"] < 1e-6
