@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from qeval.errors import UsageError, unknown
 from qeval.methods import METHODS, QuantMethod
 from qeval.quant.candidates import CANDIDATE_MARK, UNQUANTIZED, candidate_formats
-from qeval.quant.grid import FLOAT, FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, SymmetricRange, WeightGrid, names_float, parse
+from qeval.quant.grid import FLOAT, FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, WeightGrid, names_float, parse
 from qeval.quant.scheme import (
     ROTATION,
     W8A8,
@@ -25,6 +25,7 @@ from qeval.quant.scheme import (
     scheme_of,
     split_w8a8,
 )
+from qeval.recipe_checks import UNNAMED_GRID, refuse_impossible
 
 Importance = Literal["measured", "fisher", "positional"]
 """How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
@@ -35,11 +36,9 @@ PART_FIELDS = (*FORMAT_FIELDS, ROTATION)
 BASELINE = "baseline"
 """The name of the unquantized model in every row; no variant may take it."""
 
-_DEFAULT_GRID = "int4-g128"
 _DEFAULT_DAMPING = 0.01
 _DEFAULT_ALPHA = 0.5
 _HIGH_BITS = 8
-_SPANS = frozenset(get_args(SymmetricRange))
 _OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"clip": True},
     "noclip": {"clip": False},
@@ -102,7 +101,7 @@ class Recipe:
 
     name: str
     method: str
-    grid: str = _DEFAULT_GRID
+    grid: str = UNNAMED_GRID
     high: str | None = None
     clip: bool | None = None
     budget: float | None = None
@@ -126,86 +125,7 @@ class Recipe:
             raise unknown("method", self.method, METHODS)
         if self.name == BASELINE or not self.name:
             raise UsageError(f"A variant cannot be named '{self.name}'; that name is the unquantized model's.")
-        method = self.quant_method
-        if self.formats:
-            self._check_formats()
-        if not method.mixes and (self.budget is not None or self.high is not None):
-            raise UsageError(f"'{self.name}': a budget or a high grid belongs to mixed methods, not to {self.method}.")
-        if method.rounding != "sequential" and (self.damping is not None or self.act_order is not None):
-            raise UsageError(f"'{self.name}': damping and act-order belong to gptq, not to {self.method}.")
-        if self.algorithm is not None and self.algorithm not in method.algorithms:
-            raise UsageError(f"'{self.name}': {self.method} has no algorithm '{self.algorithm}'.")
-        if method.rounding == "external" and (self.clip is not None or self.quantize_head):
-            raise UsageError(f"'{self.name}': clip, noclip and the head belong to qeval's own methods.")
-        if self.damping is not None and not 0 < self.damping <= 1:
-            raise UsageError(f"'{self.name}': damping is a share above 0 and at most 1, not {self.damping:g}.")
-        if self.fold_only and not method.scales_inputs:
-            raise UsageError(f"'{self.name}': fold belongs to awq and mixed, which scale inputs, not to {self.method}.")
-        self._check_rotation()
-        self._check_scheme()
-        if method.rounding == "smoothed" and self.clip:
-            raise UsageError(f"'{self.name}': {self.method} searches no clip range.")
-        if self.alpha is not None and (method.rounding != "smoothed" or not 0 <= self.alpha <= 1):
-            raise UsageError(f"'{self.name}': alpha belongs to smoothquant, and lies between 0 and 1.")
-        self._check_grids()
-
-    def _check_scheme(self) -> None:
-        """Refuse formats that mean nothing, and a recipe that rounds nothing."""
-        scheme = self.scheme
-        if self.quant_method.rounding != "none":
-            return
-        if not scheme:
-            raise UsageError(f"'{self.name}' rounds nothing; name what it rounds, for example {self.method}+kv-int8.")
-        if self.quantize_head or self.rules:
-            raise UsageError(f"'{self.name}': rules and the head go with quantized weights.")
-
-    def _check_rotation(self) -> None:
-        """Refuse places that mean nothing, and rotations of what qeval does not round itself."""
-        if self.rotations is None:
-            return
-        rounding = self.quant_method.rounding
-        if rounding == "external":
-            raise UsageError(f"'{self.name}': {self.method} takes models as they are; leave the rotation out.")
-        if rounding == "none":
-            raise UsageError(f"'{self.name}': rotations go with quantized weights; alone they change nothing.")
-
-    def _check_formats(self) -> None:
-        """Refuse formats that leave nothing to choose, or come where something else says what a group may get."""
-        if not self.quant_method.mixes:
-            raise UsageError(
-                f"'{self.name}': several formats to choose among belong to mixed methods, not to {self.method}; "
-                f"name one, or take {self.quant_method.mixed or 'mixed'}."
-            )
-        if self.grid != _DEFAULT_GRID or self.high is not None:
-            raise UsageError(
-                f"'{self.name}': the formats name all that a group may get; leave the grid ({self.grid}) and the high "
-                "one out, or add them to the formats."
-            )
-        if self.importance == "positional":
-            raise UsageError(
-                f"'{self.name}': the positional rule knows INT4 and INT8 alone; take --importance measured or fisher "
-                "with a --budget."
-            )
-        candidate_formats(self.name, self.formats)
-
-    def _check_grids(self) -> None:
-        """Refuse grids that the method can't take."""
-        if self.formats:
-            return
-        method = self.quant_method
-        for text in (self.grid, self.high or "", *(rule.grid for rule in self.rules)):
-            if not set(FLOAT_WORDS).isdisjoint(text.split("-")) and (method.mixes or method.rounding == "external"):
-                does = "mixes widths of integers" if method.mixes else "is asked for integers alone"
-                several = f", or several formats (mixed:int4/{text}-6bpw)" if method.mixes else ""
-                raise UsageError(
-                    f"'{self.name}': {self.method} {does}, not {text}; take rtn, awq or gptq, such as "
-                    f"awq:nvfp4{several}."
-                )
-            if method.rounding == "external" and not _SPANS.isdisjoint(text.split("-")):
-                raise UsageError(
-                    f"'{self.name}': {self.method} spans its range in a way of its own; leave {text} out, "
-                    "or take rtn, awq, gptq or mixed."
-                )
+        refuse_impossible(self)
 
     @property
     def quant_method(self) -> QuantMethod:
@@ -375,7 +295,7 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
     if W8A8 in grid:
         grid, formats = split_w8a8(name, grid)
         scheme = {**formats, **scheme}
-    grid_name = "-".join(grid) or _DEFAULT_GRID
+    grid_name = "-".join(grid) or UNNAMED_GRID
     grid_name = str(parse(grid_name)) if names_float(grid_name) else grid_name  # with what a short name leaves out
     return Recipe(name=name, method=method, grid=grid_name, **options, **scheme)
 

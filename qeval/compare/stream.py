@@ -52,7 +52,8 @@ from qeval.quantize.ranges import collect_ranges
 from qeval.quantize.scaling import Search
 from qeval.quantize.sequential import RoundedMatrix, round_layer
 from qeval.store.spill import Spill, open_spill
-from qeval.store.variants import Origin, save_variant, save_variant_by_parts, save_with_scheme
+from qeval.store.variant_blocks import save_variant_by_parts, save_with_scheme
+from qeval.store.variants import Origin, save_variant
 
 WeightParts = Iterator[tuple[str, QWeight]]
 _SEARCH_BYTES = 16 << 20

@@ -10,15 +10,13 @@ The folder appears whole or not at all, and reads back to the same variant.
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,21 +25,18 @@ from qeval.files.atomic import atomic_folder, is_temporary
 from qeval.identity import digest_file
 from qeval.parsing import error_reason, first_fault, load_json
 from qeval.paths import home
-from qeval.quant.grid import FloatGrid, PerTensor, parse
+from qeval.quant.grid import FloatGrid, parse
 from qeval.quant.pack import pack_tensor, unpack_tensor
 from qeval.quant.qweight import QWeight
 from qeval.quant.scheme import TensorFormat, parse_format, scheme_of
 from qeval.quant.stored_scales import decode_scales, encode_scales, repeat_scales
 from qeval.quant.variant import Choice, FloatWeight, StoredMatrix, Variant, left_in_float
 from qeval.store.seal import has_valid_seal, parse_object, seal
-from qeval.store.spill import Spill, open_spill
-from qeval.store.tensors import Spec, save_tensors, tensor_file
+from qeval.store.tensors import save_tensors
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 FORMAT_VERSION: Literal[2] = 2
 _FLOAT_BITS = (8, 16, 32, 64)
-_BLOCK_BYTES = 16 << 20
-"""Of a tensor that is copied from file to file."""
 
 
 class _Part(BaseModel):
@@ -181,120 +176,12 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
     """
     check_free(folder)
     with atomic_folder(folder) as part:
-        save_tensors(_tensors(variant), part / WEIGHTS)
-        _write_manifest(variant, origin, part)
+        save_tensors(variant_tensors(variant), part / WEIGHTS)
+        write_manifest(manifest_of(variant, origin, digest_file(part / WEIGHTS)), part)
 
 
-def save_variant_by_parts(
-    parts: Iterable[tuple[str, QWeight]], rest: Callable[[], tuple[Variant, Origin]], folder: Path
-) -> None:
-    """Write a variant whose matrices come one by one, never all at once; the files are those of `save_variant`.
-
-    Which floats a method changes may be known only when all matrices are there, and their sizes decide where in the
-    file the matrices lie. So the matrices wait in a temporary file, as large as they are.
-
-    Args:
-        parts: The matrices, in any order; one may come in several, rows after rows.
-        rest: Called once all are there for the variant with its matrices on the meta device, and its origin.
-        folder: Where it goes.
-
-    Raises:
-        UsageError: The folder exists and holds something else.
-        QevalError: It cannot be written.
-    """
-    check_free(folder)
-    with atomic_folder(folder) as part, open_spill(folder.parent) as spill:
-        waiting = _PackedParts(spill)
-        for name, weight in parts:
-            waiting.add(name, weight)
-        variant, origin = rest()
-        floats = _tensors(replace(variant, weights={}))
-        specs = waiting.specs | {name: Spec(value.dtype, tuple(value.shape)) for name, value in floats.items()}
-        with tensor_file(part / WEIGHTS, specs) as file:
-            for key in specs:
-                file.write(key, [floats[key]] if key in floats else waiting.parts(key))
-        _write_manifest(variant, origin, part)
-
-
-def save_with_scheme(source: Path, variant: Variant, origin: Origin, folder: Path) -> None:
-    """Write the variant of a folder once more with a scheme; the files are those of `save_variant`.
-
-    Its matrices are copied a block of rows at a time and never all in memory.
-
-    Args:
-        source: The folder of a variant of weights alone.
-        variant: The new key, scheme, ranges and details; what it says of weights is not looked at.
-        origin: Where it came from.
-        folder: Where it goes.
-
-    Raises:
-        UsageError: The folder exists and holds something else.
-        QevalError: It cannot be written.
-    """
-    check_free(folder)
-    ranges = _tensors(replace(variant, weights={}, floats={}, input_scales={}, input_rotations={}))
-    with atomic_folder(folder) as part:
-        with safe_open(source / WEIGHTS, "pt") as weights:
-            empty = {name: weights.get_slice(name)[:0] for name in weights.keys()}  # noqa: SIM118 - no mapping
-            specs = {
-                name: Spec(each.dtype, tuple(weights.get_slice(name).get_shape())) for name, each in empty.items()
-            } | {name: Spec(amax.dtype, tuple(amax.shape)) for name, amax in ranges.items()}
-            with tensor_file(part / WEIGHTS, specs) as file:
-                for name, spec in specs.items():
-                    file.write(name, [ranges[name]] if name in ranges else _blocks(weights, name, spec))
-        kept = {
-            "key": variant.key, "recipe": origin.recipe, "calibration": origin.calibration, "seconds": origin.seconds,
-            "details": dict(variant.details), "scheme": variant.scheme.names(), "ranges": list(variant.ranges),
-            "weights_sha256": digest_file(part / WEIGHTS), "sha256": None,
-        }  # fmt: skip
-        _write(read_manifest(source).model_copy(update=kept), part)
-
-
-def _blocks(weights: Any, name: str, spec: Spec) -> Iterator[Tensor]:
-    """Yield a tensor of an open file in blocks of rows."""
-    rows = max(1, _BLOCK_BYTES * spec.shape[0] // max(1, spec.size_bytes))
-    for start in range(0, spec.shape[0], rows):
-        yield weights.get_slice(name)[start : start + rows]
-
-
-class _PackedParts:
-    """Packed matrices, or rows of them one after the other, in a spill."""
-
-    def __init__(self, spill: Spill) -> None:
-        self._spill, self._counts = spill, Counter[str]()
-
-    def add(self, name: str, weight: QWeight) -> None:
-        """Add all of a matrix, or its next rows; a scale that spans all of it is kept once."""
-        one = isinstance(weight.grid.granularity, PerTensor)
-        for key, tensor in _packed(name, weight).items():
-            grows = key == f"{name}.codes" or (not one and key != f"{name}.global_scale")
-            if grows or not self._counts[key]:
-                self._spill.put((key, self._counts[key]), tensor)
-                self._counts[key] += 1
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        """The tensors of whole matrices."""
-        specs = self._spill.specs
-        return {
-            key: _stacked_spec([specs[key, place] for place in range(count)]) for key, count in self._counts.items()
-        }
-
-    def parts(self, key: str) -> Iterator[Tensor]:
-        """Return what a tensor came in."""
-        return (self._spill.get((key, place)) for place in range(self._counts[key]))
-
-
-def _stacked_spec(specs: Sequence[Spec]) -> Spec:
-    """Return the tensor of rows that are one below the other."""
-    return Spec(specs[0].dtype, (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:]))
-
-
-def _write_manifest(variant: Variant, origin: Origin, part: Path) -> None:
-    _write(_manifest(variant, origin, digest_file(part / WEIGHTS)), part)
-
-
-def _write(manifest: Manifest, part: Path) -> None:
+def write_manifest(manifest: Manifest, part: Path) -> None:
+    """Write a manifest, sealed, beside the weights that it tells of; what is not used is not named."""
     unused = {name for name in ("scheme", "ranges", "input_formats", "input_rotations") if not getattr(manifest, name)}
     content = json.loads(manifest.model_dump_json(exclude=unused))
     for choice in content["choices"]:
@@ -408,10 +295,11 @@ def _variant(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Variant:
     )
 
 
-def _tensors(variant: Variant) -> dict[str, Tensor]:
+def variant_tensors(variant: Variant) -> dict[str, Tensor]:
+    """Return what the weights' file holds, by name."""
     tensors: dict[str, Tensor] = {}
     for name, weight in variant.weights.items():
-        tensors |= _packed(name, weight)
+        tensors |= packed_tensors(name, weight)
     tensors |= variant.floats
     tensors |= {f"{name}.input_scale": scales for name, scales in variant.input_scales.items()}
     tensors |= {f"{name}.range": amax for name, amax in variant.ranges.items()}
@@ -419,7 +307,8 @@ def _tensors(variant: Variant) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _packed(name: str, weight: QWeight) -> dict[str, Tensor]:
+def packed_tensors(name: str, weight: QWeight) -> dict[str, Tensor]:
+    """Return what the file holds of one matrix, by name: packed codes, scales, zero points, the scale of all of it."""
     tensors = {f"{name}.codes": pack_tensor(weight.codes, weight.grid.bits)}
     tensors[f"{name}.scales"] = encode_scales(weight)
     if weight.zeros is not None:
@@ -443,7 +332,8 @@ def _weight(entry: WeightEntry, tensors: Mapping[str, Tensor]) -> QWeight:
     return QWeight(grid, codes, scales, zeros, global_scale)
 
 
-def _manifest(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest:
+def manifest_of(variant: Variant, origin: Origin, weights_sha256: str) -> Manifest:
+    """Return what a folder says of a variant, its origin and the sha256 of its weights' file."""
     return Manifest(
         format_version=FORMAT_VERSION,
         key=variant.key,
