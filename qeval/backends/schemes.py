@@ -63,8 +63,7 @@ def rounded_inputs(
         for name, how in formats.items():
             module = model.get_submodule(name.removesuffix(".weight"))
             if module is not head:
-                amax = ranges.get(name)
-                stack.callback(_round_input(module, slot, how, None if amax is None else amax.to(device)))
+                stack.callback(_round_input(module, slot, how, ranges.get(name), device))
         yield
 
 
@@ -95,9 +94,11 @@ class _Way(NamedTuple):
     amax: float | None
 
 
-def _round_input(module: nn.Module, slot: _LastInput, how: TensorFormat, amax: Tensor | None) -> Callable[[], None]:
-    """Have a module's input rounded from now on; return what undoes it."""
-    compute = outside_autocast(partial(_rounded, how=how, amax=amax))
+def _round_input(
+    module: nn.Module, slot: _LastInput, how: TensorFormat, amax: Tensor | None, device: torch.device
+) -> Callable[[], None]:
+    """Have a module's input rounded from now on; return what undoes it. `amax` lies in host memory."""
+    compute = outside_autocast(partial(_rounded, how=how, amax=None if amax is None else amax.to(device)))
     way = _Way(how, None if amax is None else float(amax))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from qeval.backends.onnx.providers import choose_provider
 from qeval.backends.onnx.serving import read_served
 from qeval.errors import QevalError, UsageError
 from qeval.metrics.tokens import near_kl
+from qeval.models.structure.forward import run_samples
 from qeval.quant.fake_quant import fake_quantize_heads
 from qeval.quant.floats import largest_magnitude
 from qeval.quant.scheme import Scheme, parse_format, scheme_of
@@ -160,7 +162,8 @@ def home(monkeypatch):
 def with_caches(model, name):
     """A variant of INT4 weights with keys and values of a format, calibrated on half of the text."""
     scheme = scheme_of({"keys": name, "values": name})
-    ranges = collect_ranges(loaded(model).model, [], scheme, [TOKENS[:30]], lambda done: None)
+    run = partial(run_samples, loaded(model).model, [TOKENS[:30]], lambda done: None)
+    ranges = collect_ranges(loaded(model).model, [], scheme, run)
     return replace(made(model, "rtn:g32"), scheme=scheme, ranges=ranges)
 
 
