@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qeval.results import ExportedModel, QuantizedVariant, SensitivityMap
 
 _HOLDS: Mapping[ExportForm, str] = {"onnx": "the graph", "hf": "the checkpoint", "gguf": "the GGUF file"}
-"""What an export's folder is for, by its form."""
+"""The purpose of an export's folder, by its form."""
 
 
 def quantize(

@@ -17,13 +17,14 @@ from qeval.compare.environment import describe_environment
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
 from qeval.compare.schemes import refuse_rotations, refuse_schemes, schemes_of
-from qeval.compare.variants import BaselineModel, VariantEntry, Workshop, check_recipes, given_entry, is_variant
+from qeval.compare.variants import BaselineModel, VariantEntry, Workshop, check_recipes, given_entry
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.models.source import resolve
 from qeval.progress import Progress
 from qeval.store.run import ModelRecord
 from qeval.store.timings import BenchRecord, BenchSettings
+from qeval.store.variants import is_variant
 from qeval.tasks.corpus import bos_token, encode, load_corpus
 
 _CHECKS, _CHECK_PROMPT, _CHECK_TOKENS, _REJOIN_TOKENS = 3, 64, 32, 8

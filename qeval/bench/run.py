@@ -23,13 +23,13 @@ from qeval.bench.results import Results
 from qeval.bench.rounds import CellGrid, Clock, run_rounds
 from qeval.bench.settings import PRECISIONS
 from qeval.bench.worker_handle import EngineError
-from qeval.compare.variants import VariantEntry, is_variant
+from qeval.compare.variants import VariantEntry
 from qeval.errors import QevalError, UsageError
 from qeval.files.hashes import cached_hash
 from qeval.identity import digest_file
 from qeval.progress import Progress
 from qeval.store.timings import BenchRecord, CellOutcome, Drift, EngineRecord
-from qeval.store.variants import read_manifest
+from qeval.store.variants import is_variant, read_manifest
 
 
 def run_bench(plan: BenchPlan, progress: Progress, started: float) -> BenchRecord:

@@ -16,10 +16,11 @@ from qeval.compare.external_checkpoints import (
 )
 from qeval.compare.external_parts import PartsChoice
 from qeval.compare.external_paths import VariantPath
-from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, given_entry, is_variant
+from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, given_entry
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.models.onnx_layout import is_onnx
+from qeval.store.variants import is_variant
 
 if TYPE_CHECKING:
     from qeval.compare.onnx import OnnxVariant

@@ -25,7 +25,7 @@ from qeval.progress import Advance
 from qeval.quant.scheme import ROTATION, Scheme, TensorFormat, scheme_of
 from qeval.quant.variant import Variant
 from qeval.quantize.ranges import collect_ranges
-from qeval.store.variants import MANIFEST, read_manifest
+from qeval.store.variants import Manifest, is_variant, read_manifest
 
 HeadShapes = Callable[[], Sequence[HeadShape]]
 """Returns the shapes of a model's keys and values by layer; raises a UsageError where they can't be rounded."""
@@ -65,15 +65,10 @@ def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[s
     Raises:
         UsageError: It names backends and variants.
     """
-    if others := [name for name in backends if name not in (_TORCH, _ORT, LLAMACPP)]:
-        refuse_schemes(schemes, f"--backend {','.join(others)} runs")
     if _ORT in backends:
         refuse_schemes_off_ort(schemes, ep, f"--backend {_ORT} can't run")
-    for name, scheme in schemes.items() if LLAMACPP in backends else ():
-        try:
-            cache_types(scheme)
-        except UsageError as error:
-            raise UsageError(f"--backend {LLAMACPP} can't run {name}: {error}") from error
+    if LLAMACPP in backends:
+        _refuse_where(cache_types, schemes, f"--backend {LLAMACPP} can't run")
 
 
 def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -> None:
@@ -87,9 +82,14 @@ def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -
     Raises:
         UsageError: It names the first such variant.
     """
+    _refuse_where(partial(cache_format, ep=ep), schemes, where)
+
+
+def _refuse_where(check: Callable[[Scheme], object], schemes: Mapping[str, Scheme], where: str) -> None:
+    """Refuse the first scheme that `check` refuses, by its name; `where` is the beginning of the sentence."""
     for name, scheme in schemes.items():
         try:
-            cache_format(scheme, ep)
+            check(scheme)
         except UsageError as error:
             raise UsageError(f"{where} {name}: {error}") from error
 
@@ -105,9 +105,8 @@ def refuse_rotations(recipes: Sequence[Recipe], folders: Mapping[str, Path], whe
     Raises:
         UsageError: There are such variants; it names them.
     """
-    stored = [name for name, folder in folders.items() if (folder / MANIFEST).is_file()]
     names = [recipe.name for recipe in recipes if recipe.rotation]
-    names += [name for name in stored if ROTATION in read_manifest(folders[name]).recipe]
+    names += [name for name, manifest in _manifests(folders).items() if ROTATION in manifest.recipe]
     if names:
         raise UsageError(
             f"{where} no rotated model: {', '.join(names)}. Leave the rotation out, or score it by compare with torch "
@@ -127,10 +126,14 @@ def refuse_rotations_off_torch(recipes: Sequence[Recipe], folders: Mapping[str, 
 
 def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[str, Scheme]:
     """Return the schemes by variant of recipes, and of folders (by their names) that hold variants made before."""
-    stored = {name: folder for name, folder in folders.items() if (folder / MANIFEST).is_file()}
     return {recipe.name: recipe.scheme for recipe in recipes} | {
-        name: scheme_of(read_manifest(folder).scheme) for name, folder in stored.items()
+        name: scheme_of(manifest.scheme) for name, manifest in _manifests(folders).items()
     }
+
+
+def _manifests(folders: Mapping[str, Path]) -> dict[str, Manifest]:
+    """Return what the folders among `folders` that hold variants made before say of them, by name."""
+    return {name: read_manifest(folder) for name, folder in folders.items() if is_variant(folder)}
 
 
 def check_scheme(scheme: Scheme, model: Any, description: Description, head_shapes: HeadShapes) -> None:

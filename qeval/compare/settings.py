@@ -24,7 +24,7 @@ Bos = Literal["auto", "always", "never"]
 Exporter = Literal["auto", "genai", "dynamo"]
 Executor = Literal["local", "ray"]
 ExportForm = Literal["onnx", "hf", "gguf"]
-"""What `export` writes: an ONNX folder, a checkpoint in compressed-tensors' layouts, or a GGUF file."""
+"""The forms of `export`: an ONNX folder, a checkpoint in compressed-tensors' layouts, or a GGUF file."""
 ExternalParts = Literal["split", "all", "weights"]
 AUTO = "auto"
 """Of a device or a provider: whatever serves this machine; `compare.machine` says which."""

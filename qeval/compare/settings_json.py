@@ -17,7 +17,7 @@ _SETTINGS = TypeAdapter(Settings)
 _CHANGES_NO_ROW = ("command", "out", "threads", "batch_tokens", "workers", "executor", "worker_gpus")
 """What two commands that work on one run may differ in: rows depend on it by rounding at most."""
 _DEFAULTS: Mapping[str, Any] = {"external_parts": "split", "kv_types": [], "split": False}
-"""What settings of older runs don't have."""
+"""Settings that older runs don't have."""
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:

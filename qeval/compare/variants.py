@@ -40,7 +40,7 @@ from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SA
 from qeval.quantize.statistics import collect
 from qeval.quantize.tools.registry import tool_version
 from qeval.store.run import OverlapRecord, VariantRecord
-from qeval.store.variants import MANIFEST, Origin, load_variant, read_manifest, save_variant, verify_variant
+from qeval.store.variants import Origin, is_variant, load_variant, read_manifest, save_variant, verify_variant
 from qeval.tasks.contamination import Fingerprint
 
 FISHER_VERSION = 2
@@ -117,7 +117,7 @@ class VariantEntry:
     gguf: Path | None = None
     """The GGUF file that it was read from."""
     scheme: Scheme | None = None
-    """What is rounded beside its weights, where that is not what its manifest says."""
+    """The formats of what is rounded beside its weights, where its manifest says others."""
     part_of: str | None = None
     """The variant whose weights alone this is, where both are scored."""
 
@@ -347,11 +347,6 @@ FitsKernel = Callable[[str, WeightGrid, int], object]
 
 def _any_grid(name: str, grid: WeightGrid, columns: int) -> None:
     """Torch computes with any grid."""
-
-
-def is_variant(folder: Path) -> bool:
-    """Return whether a folder holds a variant of qeval's, and not some other model."""
-    return (folder / MANIFEST).exists()
 
 
 def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel = _any_grid) -> VariantEntry:

@@ -71,9 +71,9 @@ DecodedMatrix = QWeight | Values
 Config = Mapping[str, Any]
 """`quantization_config` of a checkpoint's config.json."""
 RoundedInput = Callable[[str, Config], TensorRounding | None]
-"""How a configuration rounds the inputs of a module, by its name in the file; None where it leaves them."""
+"""Returns the rounding of a module's inputs by its name in the file and the configuration; None for no rounding."""
 RoundedCache = Callable[[Config, PartName], TensorRounding | None]
-"""How it rounds `keys` or `values`; None where it leaves them."""
+"""Returns the rounding of `keys` or `values` by the configuration; None for no rounding."""
 DecodeModule = Callable[[Module, Config], DecodedMatrix]
 
 

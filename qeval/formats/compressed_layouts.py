@@ -50,7 +50,7 @@ _INPUTS_OF_TILES = ("fp8-g128",)
 _CACHE = "fp8-tensor"
 _CACHE_ARGS: Args = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 _LARGEST = {"int8-tensor": 127.0, "fp8-tensor": E4M3.largest}
-"""What the largest magnitude of a static format becomes."""
+"""The number that the largest magnitude of a static format becomes."""
 
 
 @dataclass(frozen=True)

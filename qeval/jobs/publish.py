@@ -263,7 +263,7 @@ WRITERS: Mapping[ExportForm, Callable[[LoadedModel, BaselineModel], VariantWrite
     "hf": CheckpointWriter,
     "gguf": GgufFileWriter,
 }
-"""What writes variants, by the form."""
+"""The writers of variants, by the form."""
 
 
 def _scored_name(run: Path, recipe: Recipe, key: str) -> str:

@@ -25,7 +25,7 @@ W8A8 = "w8a8"
 ROTATION = "rotation"
 """The field of a recipe that names the places of rotations."""
 _INPUTS = "inputs"
-"""What a stored scheme calls rotations while running."""
+"""The name of rotations while running in a stored scheme."""
 _PREFIXES: Mapping[str, tuple[PartName, ...]] = {
     "a": ("activations",), "k": ("keys",), "v": ("values",), "kv": ("keys", "values"),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from qeval.types import Better, Estimate
 
 _UNCATEGORIZED = "uncategorized"
 _TRUST = ("brier", "ece")
-"""How far probabilities over the choices can be trusted: both are lower for the better."""
+"""Measures of the trust that probabilities over the choices deserve: both are lower for the better."""
 
 
 def accuracies(task: str, rows: ItemRows, seed: int) -> Metrics:

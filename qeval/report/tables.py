@@ -267,7 +267,7 @@ def weights_in_float(report: Report) -> Table:
 
 
 ROLE_REMARKS = {"floor": "noise floor", "part": "a part alone"}
-"""What is said beside the name of a model that doesn't stand for itself."""
+"""Remarks beside the name of a model that doesn't stand for itself."""
 
 
 def floor_remark(report: Report, variant: VariantReport, name: str) -> str | None:

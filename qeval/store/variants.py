@@ -200,13 +200,18 @@ def check_free(folder: Path) -> None:
     if not folder.exists():
         return
     names = {path.name for path in folder.iterdir() if not is_temporary(path)} if folder.is_dir() else {""}
-    if names and not _is_variant(folder):
+    if names and not _is_own(folder):
         raise UsageError(f"'{folder}' exists and is no variant; name another folder.")
     if others := sorted(names - {MANIFEST, WEIGHTS}):
         raise UsageError(f"'{folder}' holds {others[0]} beside a variant, which would be lost; name another folder.")
 
 
-def _is_variant(folder: Path) -> bool:
+def is_variant(folder: Path) -> bool:
+    """Return whether a folder holds a variant of qeval's, and not some other model."""
+    return (folder / MANIFEST).exists()
+
+
+def _is_own(folder: Path) -> bool:
     """Return whether a folder's manifest is one of qeval's; in the cache, where all is qeval's, a torn one is too."""
     path = folder / MANIFEST
     if not path.is_file():

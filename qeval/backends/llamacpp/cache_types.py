@@ -51,7 +51,7 @@ class CacheTypes:
 
 
 F16_CACHE = CacheTypes()
-"""What llama.cpp has where nothing else is said."""
+"""The types of llama.cpp where nothing else is said."""
 
 
 def cache_types(scheme: Scheme) -> CacheTypes:

@@ -38,7 +38,7 @@ def written(grid, activations=None):
 
 
 def read(layout, parts):
-    """What the reader makes of the tensors, by the configuration that belongs to them."""
+    """The reader's matrices of the tensors, by the configuration that belongs to them."""
     config = {"format": layout.format, "config_groups": {"group_0": layout.config_group(["Linear"])}}
     COMPRESSED_TENSORS.notes(config)
     return COMPRESSED_TENSORS.decode(Module("m", ROWS, COLUMNS, parts), config)

@@ -49,7 +49,7 @@ FORMATS = ("int8-tensor-ort", "int8-channel-ort", "int4-tensor-ort", "int4-chann
 
 
 class Outputs(NamedTuple):
-    """What one node of attention returns: [1, tokens, width], and the codes of keys and values."""
+    """The outputs of one node of attention: [1, tokens, width], and the codes of keys and values."""
 
     attended: torch.Tensor
     keys: torch.Tensor
