@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -15,15 +16,18 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` to `path`, with what the file says of itself.
+    """Write `tensors` to `path`, with what the file says of itself; it is as readable as any new file.
 
     Raises:
         OSError: The file can't be written, say because the disk is full; safetensors' own error is none.
     """
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(permissions)  # safetensors' own file is for its owner alone
 
 
 class Spec(NamedTuple):

@@ -19,6 +19,7 @@ from qeval.quant.variant import Choice, FloatWeight, Variant
 from qeval.store.rows import RowStore
 from qeval.store.schema import ITEMS_SCHEMA, TOKENS_SCHEMA
 from qeval.store.states import StateStore
+from qeval.store.tensors import save_tensors
 from qeval.store.variants import (
     MANIFEST,
     WEIGHTS,
@@ -170,6 +171,12 @@ def test_saving_again_replaces_a_variant_and_nothing_else(tmp_path):
             save_variant(newer, tmp_path / place, ORIGIN)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert {path.name for path in tmp_path.iterdir()} == {"v", "mine", "file"}
+
+
+def test_a_file_of_tensors_is_as_readable_as_any_other_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    save_tensors({"weight": torch.ones(2, 2)}, tmp_path / "weights")
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_an_error_while_saving_leaves_nothing_and_keeps_the_old_variant(tmp_path, monkeypatch):
