@@ -36,9 +36,9 @@ def test_a_model_that_reads_its_padding_is_batched_by_length():
     model = tiny_family("Llama")
     logits, inner, rows = TorchSession(model).logits, model.base_model.forward, []
 
-    def forward(input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+    def forward(input_ids, attention_mask=None, **others):
         rows.append((input_ids.shape[0], input_ids.shape[1]))
-        return inner(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        return inner(input_ids=input_ids, **others)
 
     model.base_model.forward = forward
     said = Generation(model, logits, keeps=True).run(PROMPTS, COUNT, Likeliest())
