@@ -102,9 +102,10 @@ class Plan:
         warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
         if self.drift and self.drift.prompts < self.settings.drift.prompts:
+            why = "--corpus chat has no more" if self.drift.corpus == CHAT else "the corpus repeats itself"
             warnings.append(
-                f"{self.settings.drift.prompts} prompts were asked for, and {self.drift.prompts} of them are distinct: "
-                "the corpus repeats itself, and no prompt is continued twice."
+                f"{self.settings.drift.prompts} prompts were asked for, and there are {self.drift.prompts} distinct "
+                f"ones: {why}, and no prompt is continued twice."
             )
         return [*warnings, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
 
