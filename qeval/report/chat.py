@@ -48,8 +48,8 @@ def chat_notes(chat: ChatRecord) -> list[str]:
         )
     if chat.prompts_with_tools_left_out:
         sentences.append(
-            f"Chat: {chat.prompts_with_tools_left_out} prompts with tools were left out, since the chat template takes "
-            "no tools."
+            "Chat: the chat template takes no tools, so prompts with tools are left out "
+            f"({chat.prompts_with_tools_left_out} of them)."
         )
     if chat.in_bytes:
         shares = [f"{language} ({formatting.percent(share)})" for language, share in chat.in_bytes.items()]

@@ -7,7 +7,6 @@ are the same tokens tomorrow.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,12 @@ from qeval.parsing import error_reason
 from qeval.tasks.chat_prompts import Message, Tool
 from qeval.tasks.corpus import encode, read_text
 
-_DAY = datetime(2025, 1, 1, tzinfo=UTC)
+_DAY = {"%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%B": "January", "%b": "Jan", "%A": "Wednesday", "%a": "Wed"}
+"""What a template's codes of the date become."""
+_DATE = "01 Jan 2025"
+_CLOCK = "".join(f"| replace('{code}', '{part}') " for code, part in _DAY.items())
+_SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ format {_CLOCK}}}}}{{%- endmacro %}}\n"
+"""Jinja that stands for the clock which transformers gives to templates."""
 _TURN = "A plain answer"
 
 
@@ -90,10 +94,9 @@ class ChatTemplate:
         try:
             text = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=self.text,
+                chat_template=_SAME_DAY + self.text if "strftime_now" in self.text else self.text,
                 tokenize=False,
-                strftime_now=_DAY.strftime,
-                date_string=_DAY.strftime("%d %b %Y"),
+                date_string=_DATE,
                 **options,
             )
         except Exception as error:  # a template raises whatever its expressions do
