@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from qeval.backends.sampling import Choice
+from qeval.backends.decoding import Decoding
 from qeval.errors import QevalError
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme, scheme_of
@@ -97,7 +97,7 @@ class Session(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[TokenIds], count: int, choice: Choice, stops: Collection[int]
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
     ) -> list[TokenIds]:
         """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
 
@@ -122,7 +122,7 @@ class SessionDefaults:
         raise QevalError("This backend can't generate the baseline's continuations; leave drift out of --tasks.")
 
     def generate(
-        self, prompts: Sequence[TokenIds], count: int, choice: Choice, stops: Collection[int]
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
     ) -> list[TokenIds]:
         """Refuse to generate.
 

@@ -5,7 +5,7 @@ where a trial gave the state of the same prompt without padding; elsewhere promp
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from qeval.backends.sampling import Choice
+from qeval.backends.decoding import Decoding
 from qeval.backends.sharing import differs
 from qeval.models.structure.forward import cache_arguments
 from qeval.types import TokenIds
@@ -44,20 +44,19 @@ class Generation:
 
     @torch.inference_mode()
     def run(
-        self, prompts: Sequence[TokenIds], count: int, choice: Choice, stops: Collection[int] = ()
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int] = ()
     ) -> list[TokenIds]:
         """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
 
         Args:
             prompts: Token ids.
             count: The most tokens that one is continued by.
-            choice: What picks the next token.
+            decoding: What picks the next token.
             stops: Ids that end a continuation.
         """
         found: dict[int, TokenIds] = {}
         for rows in self._batches(prompts):
-            said = self._run([prompts[row] for row in rows], count, choice.rows(rows), frozenset(stops))
-            found.update(zip(rows, said, strict=True))
+            found.update(self._run({row: prompts[row] for row in rows}, count, decoding, frozenset(stops)))
         return [found[row] for row in range(len(prompts))]
 
     def _batches(self, prompts: Sequence[TokenIds]) -> Iterator[list[int]]:
@@ -72,25 +71,27 @@ class Generation:
                 yield [row for row in side if len(prompts[row]) == length]
 
     def _run(
-        self, prompts: Sequence[TokenIds], count: int, choose: Callable[[Tensor], Tensor], stops: frozenset[int]
-    ) -> list[TokenIds]:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[*[_PADDING] * (longest - len(each)), *each] for each in prompts], device=self._device)
-        lacking = torch.tensor([longest - len(each) for each in prompts], device=self._device)
+        self, prompts: Mapping[int, TokenIds], count: int, decoding: Decoding, stops: frozenset[int]
+    ) -> dict[int, TokenIds]:
+        """Return what the prompts of one batch go on with, by their index."""
+        longest = max(map(len, prompts.values()))
+        ids = torch.tensor([[*[_PADDING] * (longest - len(p)), *p] for p in prompts.values()], device=self._device)
+        lacking = torch.tensor([longest - len(prompt) for prompt in prompts.values()], device=self._device)
         cache = DynamicCache(config=self.model.config) if self.keeps else None
-        said: list[list[int]] = [[] for _ in prompts]
-        open_rows, fed = set(range(len(prompts))), ids
-        for _ in range(count):
-            chosen = choose(self.logits(self._forward(fed, ids.shape[1], lacking, cache)[:, -1]))
-            for row, token in enumerate(chosen.tolist()):
-                if row in open_rows:
+        said: dict[int, list[int]] = {row: [] for row in prompts}
+        unfinished, fed = set(prompts), ids
+        for step in range(count):
+            logits = self.logits(self._forward(fed, ids.shape[1], lacking, cache)[:, -1])
+            chosen = decoding.pick(logits, tuple(prompts), step)
+            for row, token in zip(prompts, chosen.tolist(), strict=True):
+                if row in unfinished:
                     said[row].append(token)
-            open_rows -= {row for row in open_rows if said[row][-1] in stops}
-            if not open_rows:
+            unfinished -= {row for row in unfinished if said[row][-1] in stops}
+            if not unfinished:
                 break
             ids = torch.cat([ids, chosen[:, None]], dim=1)
             fed = ids if cache is None else chosen[:, None]
-        return [tuple(tokens) for tokens in said]
+        return {row: tuple(tokens) for row, tokens in said.items()}
 
     def _forward(self, fed: Tensor, total: int, lacking: Tensor, cache: Any) -> Tensor:
         """Return the final states [rows, fed tokens, d_model] of the last of `total` tokens a row."""

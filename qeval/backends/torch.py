@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
+from qeval.backends.decoding import Decoding, Greedy
 from qeval.backends.generation import Generation
 from qeval.backends.install import installed, variant_head, with_room
 from qeval.backends.memory import FittingBatches, batch_tokens
 from qeval.backends.prefix import PrefixLayer, cache_of
-from qeval.backends.sampling import Choice, Likeliest
 from qeval.backends.schemes import kv_changes, rounded_inputs
 from qeval.backends.shared import PackedRow, shared_attention
 from qeval.backends.sharing import Sharing, sharing_of
@@ -148,10 +148,10 @@ class TorchSession(SessionDefaults):
         Raises:
             QevalError: As `generate`.
         """
-        return torch.tensor(self.generate([tuple(prompt) for prompt in prompts], count, Likeliest(), ()))
+        return torch.tensor(self.generate([tuple(prompt) for prompt in prompts], count, Greedy(), ()))
 
     def generate(
-        self, prompts: Sequence[TokenIds], count: int, choice: Choice, stops: Collection[int]
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
     ) -> list[TokenIds]:
         """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
 
@@ -168,7 +168,7 @@ class TorchSession(SessionDefaults):
         grows = self.sharing.prefixes and not self._kv_changes  # rounded ones are computed anew for each token
         changed = partial(passing_cache, self._kv_changes) if self._kv_changes else None
         generation = Generation(self._model, self._head.logits, grows, changed, self._rope_limit)
-        return generation.run(prompts, count, choice, stops)
+        return generation.run(prompts, count, decoding, stops)
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """Return the states of requests that lie on one side of the rotary limit, as one batch."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qeval.backends.base import Backend
-from qeval.backends.sampling import Choice, Likeliest, Sampled
+from qeval.backends.decoding import Decoding, Greedy, Sampling
 from qeval.compare.chat_choice import ChatChoice
 from qeval.files.atomic import write_text
 from qeval.files.locks import alone
@@ -76,12 +76,12 @@ class Answerer:
             yield waiting[:count]
             waiting = waiting[count:]
 
-    def _how(self, prompts: Sequence[TokenIds]) -> Choice:
+    def _how(self, prompts: Sequence[TokenIds]) -> Decoding:
         """Return how tokens are chosen; each prompt's seed is of its own tokens, whatever stands beside it."""
         if self.choice.temperature == 0:
-            return Likeliest()
+            return Greedy()
         seeds = tuple(int(digest({"seed": self.seed, "prompt": list(prompt)})[:15], 16) for prompt in prompts)
-        return Sampled(self.choice.temperature, seeds)
+        return Sampling(self.choice.temperature, seeds)
 
     def _identity(self, prompt: TokenIds) -> dict[str, Any]:
         return {

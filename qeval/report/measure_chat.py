@@ -18,7 +18,7 @@ from qeval.types import Better
 
 PREFIX = "chat_"
 """Before the names of metrics of the answers alone."""
-MACRO = "all, each as one"
+OVER_LANGUAGES = "all, each as one"
 _BUCKETS = (16, 64, 256)
 """Tokens at which the buckets of places in an answer end; the last has no end."""
 _MEANS: dict[str, tuple[str, Better]] = {"kl_nats": ("nats", "lower"), "top1_agreement": ("fraction", "higher")}
@@ -59,7 +59,7 @@ def answer_groups(rows: TokenRows, baseline: TokenRows, chat: ChatRecord, run: R
     groups = [group for of in by_what.values() if len(of) > 1 for group in of]
     if len(by_what.get("language", [])) > 1 and (macro := _over_languages(rows, chat, run)):
         at = max(place for place, group in enumerate(groups) if group.by == "language")
-        groups.insert(at + 1, AnswerGroup(by="language", name=MACRO, metrics=macro))
+        groups.insert(at + 1, AnswerGroup(by="language", name=OVER_LANGUAGES, metrics=macro))
     return [group for group in groups if group.metrics]
 
 

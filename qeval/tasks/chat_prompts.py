@@ -23,7 +23,7 @@ from qeval.tasks.hub_data import HubText
 
 Message = Mapping[str, Any]
 """One message of a conversation: `role`, `content`, and what else OpenAI's form has."""
-Tool = Mapping[str, Any]
+ToolSchema = Mapping[str, Any]
 
 _SHIPPED = "tasks/chat/prompts.jsonl"
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
@@ -45,7 +45,7 @@ class ChatPrompt:
     kind: str
     language: str
     messages: tuple[Message, ...]
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[ToolSchema, ...] = ()
 
     @property
     def pieces(self) -> tuple[tuple[Message, ...], ...]:
@@ -178,7 +178,7 @@ def _call(call: object, where: str) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _tools(tools: object, where: str) -> Iterable[Tool]:
+def _tools(tools: object, where: str) -> Iterable[ToolSchema]:
     if tools is None:
         return
     if isinstance(tools, str):  # some data sets hold them as text

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from qeval.errors import UsageError
 from qeval.parsing import error_reason
-from qeval.tasks.chat_prompts import Message, Tool
+from qeval.tasks.chat_prompts import Message, ToolSchema
 from qeval.tasks.corpus import encode, read_text
 
 _DAY = {"%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%B": "January", "%b": "Jan", "%A": "Wednesday", "%a": "Wed"}
@@ -62,7 +62,7 @@ class ChatTemplate:
         """The markers of thinking that the template itself names, or None."""
         return next((each for each in _MARKERS if each.begin in self.text and each.end in self.text), None)
 
-    def render(self, tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool], where: str) -> str:
+    def render(self, tokenizer: Any, messages: Sequence[Message], tools: Sequence[ToolSchema], where: str) -> str:
         """Return a conversation as text that the model's answer follows.
 
         Args:

@@ -6,7 +6,7 @@ import numpy as np
 
 from qeval.report.align import TokenRows
 from qeval.report.explain.model import SpanLoss
-from qeval.report.explain.tokens import check_text
+from qeval.report.explain.tokens import check_window_text
 from qeval.stats.bootstrap import Floats, Ints
 from qeval.store.texts import Texts
 
@@ -57,7 +57,7 @@ def _span(rows: TokenRows, texts: Texts | None, at: Ints, total: float) -> SpanL
     window, first, last = int(rows.windows[at[0]]), int(rows.positions[at[0]]), int(rows.positions[at[-1]])
     text = texts.window(window) if texts else None
     if text is not None:
-        check_text(text, rows, int(at[0]))
+        check_window_text(text, rows, int(at[0]))
     return SpanLoss(
         window=window,
         first=first,

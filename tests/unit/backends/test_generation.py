@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from qeval.backends.decoding import Greedy, Sampling
 from qeval.backends.generation import Generation
-from qeval.backends.sampling import Likeliest, Sampled
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError
 from tests.fixtures.families import tiny_family
@@ -27,7 +27,7 @@ def alone(model, prompt, count=COUNT):
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Mistral", "GPT2", "Mixtral"])
 def test_a_batch_of_any_lengths_says_what_each_prompt_says_alone(family):
     model = tiny_family(family)
-    said = TorchSession(model).generate(PROMPTS, COUNT, Likeliest(), ())
+    said = TorchSession(model).generate(PROMPTS, COUNT, Greedy(), ())
     assert said == [alone(model, prompt) for prompt in PROMPTS]
 
 
@@ -41,16 +41,16 @@ def test_a_model_that_reads_its_padding_is_batched_by_length():
         return inner(input_ids=input_ids, **others)
 
     model.base_model.forward = forward
-    said = Generation(model, logits, keeps=True).run(PROMPTS, COUNT, Likeliest())
+    said = Generation(model, logits, keeps=True).run(PROMPTS, COUNT, Greedy())
     assert said == [alone(tiny_family("Llama"), prompt) for prompt in PROMPTS]
     assert {shape for shape in rows if shape[0] > 1} == {(2, 9), (2, 1)}
 
 
 def test_an_answer_ends_with_its_first_stop_token_and_no_other_row_is_cut():
     model = tiny_family("Llama")
-    free = TorchSession(model).generate(PROMPTS, COUNT, Likeliest(), ())
+    free = TorchSession(model).generate(PROMPTS, COUNT, Greedy(), ())
     stop = free[0][4]
-    ended = TorchSession(model).generate(PROMPTS, COUNT, Likeliest(), [stop])
+    ended = TorchSession(model).generate(PROMPTS, COUNT, Greedy(), [stop])
     assert ended[0][-1] == stop
     assert len(ended[0]) == free[0].index(stop) + 1
     for short, long in zip(ended, free, strict=True):
@@ -59,15 +59,15 @@ def test_an_answer_ends_with_its_first_stop_token_and_no_other_row_is_cut():
 
 def test_samples_depend_on_their_seed_and_on_no_other_row():
     session = TorchSession(tiny_family("Llama"))
-    together = session.generate(PROMPTS, COUNT, Sampled(0.8, (1, 2, 3, 4, 5)), ())
+    together = session.generate(PROMPTS, COUNT, Sampling(0.8, (1, 2, 3, 4, 5)), ())
     for row, prompt in enumerate(PROMPTS):
-        assert session.generate([prompt], COUNT, Sampled(0.8, (row + 1,)), ()) == [together[row]]
-    assert session.generate(PROMPTS, COUNT, Sampled(0.8, (6, 7, 8, 9, 10)), ()) != together
+        assert session.generate([prompt], COUNT, Sampling(0.8, (row + 1,)), ()) == [together[row]]
+    assert session.generate(PROMPTS, COUNT, Sampling(0.8, (6, 7, 8, 9, 10)), ()) != together
 
 
 def test_a_sampler_draws_each_token_as_often_as_its_probability_says():
     logits, temperature, draws = torch.tensor([0.0, 1.0, 2.0, -1.0]), 0.7, 4000
-    counts = Counter(int(Sampled(temperature, (seed,)).rows([0])(logits[None])[0]) for seed in range(draws))
+    counts = Counter(int(Sampling(temperature, (seed,)).pick(logits[None], [0], 0)[0]) for seed in range(draws))
     expected = torch.softmax(logits / temperature, dim=-1)
     for token, p in enumerate(expected.tolist()):
         assert abs(counts[token] / draws - p) < 4 * (p * (1 - p) / draws) ** 0.5
@@ -76,4 +76,4 @@ def test_a_sampler_draws_each_token_as_often_as_its_probability_says():
 def test_a_prompt_without_room_for_its_answer_is_refused():
     session = TorchSession(tiny_family("Llama"))
     with pytest.raises(QevalError, match="longer than the context of 256"):
-        session.generate([PROMPTS[0], PROMPTS[0] * 28], COUNT, Likeliest(), ())
+        session.generate([PROMPTS[0], PROMPTS[0] * 28], COUNT, Greedy(), ())

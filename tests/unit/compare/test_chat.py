@@ -33,6 +33,13 @@ def bench(tmp_path_factory):
         yield place
 
 
+@pytest.fixture(scope="module")
+def alone(bench):
+    """The folder of a run of chat alone."""
+    assert bench.compare("--quiet", **flags_of(bench), out=str(bench.folder / "alone")) == 0
+    return bench.folder / "alone"
+
+
 def flags_of(bench: Bench, **changed: str | None) -> dict[str, str | None]:
     return chat_flags(bench.folder / "prompts.jsonl", **changed)
 
@@ -105,31 +112,28 @@ def test_continuations_are_of_the_prompts_under_the_template(bench):
     assert said == answers[1][:6]  # greedy answers begin as greedy continuations do
 
 
-def test_answers_are_generated_once(bench, tmp_path, monkeypatch):
-    assert bench.compare("--quiet", **flags_of(bench), out=str(tmp_path / "one")) == 0
+def test_answers_are_generated_once(bench, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(Generation, "run", lambda *_, **__: pytest.fail("an answer was generated again"))
-    assert bench.compare("--quiet", **flags_of(bench), out=str(tmp_path / "two")) == 0
-    assert row_differences(tmp_path / "two", tmp_path / "one") == []
+    assert bench.compare("--quiet", **flags_of(bench), out=str(tmp_path / "again")) == 0
+    assert row_differences(tmp_path / "again", alone) == []
 
 
 def test_samples_go_by_the_seed_and_batches_change_none(bench, tmp_path, monkeypatch):
     found = []
-    for name, seed, batch in (("a", "0", "4096"), ("b", "0", "40"), ("c", "1", "4096")):
+    for name, seed, batch in (("a", "0", "4096"), ("b", "0", "40"), ("c", "1", "40")):
         monkeypatch.setenv("QEVAL_HOME", str(tmp_path / f"home-{name}"))
-        out = tmp_path / name
-        flags = flags_of(bench, chat_temperature="0.9", seed=seed, batch_tokens=batch)
-        assert bench.compare("--quiet", **flags, out=str(out)) == 0
-        found.append([row["token"] for row in rows_of(out, "baseline")])
+        flags = flags_of(bench, chat_temperature="0.9", seed=seed, batch_tokens=batch, tasks="ppl")
+        assert bench.compare("--quiet", **flags, out=str(tmp_path / name)) == 0
+        found.append([row["token"] for row in rows_of(tmp_path / name, "baseline")])
     assert found[0] == found[1] != found[2]
 
 
-def test_the_template_is_part_of_the_token_hash(bench, tmp_path):
+def test_the_template_is_part_of_the_token_hash(bench, alone, tmp_path):
     """The same tokens under a template of other text are other prompts: what it does elsewhere may differ."""
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE + "{# no change #}", encoding="utf-8")
-    assert bench.compare("--quiet", **flags_of(bench), out=str(tmp_path / "own")) == 0
     assert bench.compare("--quiet", **flags_of(bench, template=str(template)), out=str(tmp_path / "mine")) == 0
-    own, mine = (read_run(tmp_path / name) for name in ("own", "mine"))
+    own, mine = read_run(alone), read_run(tmp_path / "mine")
     assert own.protocol.chat.answers == mine.protocol.chat.answers
     assert own.witness != mine.witness
     assert own.protocol.tokens_sha256 != mine.protocol.tokens_sha256

@@ -7,7 +7,7 @@ import pytest
 
 from qeval.report.align import TokenRows
 from qeval.report.independent import window_clusters
-from qeval.report.measure_chat import MACRO, answer_groups, chat_metrics
+from qeval.report.measure_chat import OVER_LANGUAGES, answer_groups, chat_metrics
 from qeval.store.run import AnswerRecord, ChatRecord, CorpusPart, ProtocolRecord
 
 LENGTH = 40
@@ -81,8 +81,8 @@ def test_groups_hold_the_rows_that_their_names_say(rows, chat):
 
 def test_the_mean_over_languages_counts_each_as_one(rows, chat):
     groups = {g.name: g.metrics["kl_nats"] for g in answer_groups(rows, rows, chat, Run) if g.by == "language"}
-    assert groups[MACRO].value == pytest.approx((groups["en"].value + groups["de"].value) / 2)
-    assert groups[MACRO].clusters == 2
+    assert groups[OVER_LANGUAGES].value == pytest.approx((groups["en"].value + groups["de"].value) / 2)
+    assert groups[OVER_LANGUAGES].clusters == 2
 
 
 def test_the_answers_metrics_leave_the_text_out(rows, chat):
