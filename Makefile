@@ -6,7 +6,7 @@ DEMO_OUT ?= reports/demo-run
 .PHONY: demo test test-latest lock setup setup-dev check docs format clean
 
 demo: setup
-	$(BIN)/qeval compare --model demo --methods rtn,awq,mixed --max-windows 8 --out $(DEMO_OUT)
+	$(BIN)/qeval compare --model demo --methods rtn,awq,mixed --corpus pydoc,chat --chat-tokens 48 --max-windows 8 --out $(DEMO_OUT)
 	@echo "The report: $(DEMO_OUT)/report.html"
 
 test: setup-dev check

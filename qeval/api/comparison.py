@@ -58,6 +58,10 @@ def compare(
     drift_prompts: int = 32,
     drift_prompt_tokens: int = 64,
     drift_tokens: int = 64,
+    prompts: PathLike | None = None,
+    template: PathLike | None = None,
+    chat_tokens: int = 256,
+    chat_temperature: float = 0.0,
     calibration: PathLike | None = None,
     calibration_samples: int | None = None,
     calibration_length: int = 512,
@@ -105,7 +109,7 @@ def compare(
         stream: Read decoder layers one at a time.
         max_memory: With `stream`: bytes, or a text such as "2GiB".
         tasks: kl, ppl, drift, mmlu, or any lm-eval task of choices.
-        corpus: wikitext2, c4, pydoc, code, or a text file, or several.
+        corpus: wikitext2, c4, pydoc, code, chat (the baseline's own answers), or a text file, or several.
         protocol: A named protocol; excludes `window`, `stride`, `convention`.
         convention: How perplexity is counted, and its windows.
         window: Tokens a window.
@@ -119,6 +123,10 @@ def compare(
         drift_prompts: With drift: prompts to continue.
         drift_prompt_tokens: With drift: tokens of each prompt.
         drift_tokens: With drift: tokens that each is continued by.
+        prompts: With the corpus "chat": a file of JSON lines, or a data set of the hub; default: shipped prompts.
+        template: With the corpus "chat": a chat template in place of the model's own.
+        chat_tokens: With the corpus "chat": the most tokens of an answer.
+        chat_temperature: With the corpus "chat": 0 for greedy answers; above, sampled by `seed`.
         calibration: pile-val, wikitext2, cnn_dailymail, pydoc, or a text file.
         calibration_samples: Calibration sequences.
         calibration_length: Tokens in each.
@@ -188,7 +196,7 @@ def _run(
         from qeval.report.run_rows import PairedRun  # noqa: PLC0415
         from qeval.results import Run  # noqa: PLC0415
 
-        plan = make_plan(settings_here(settings, progress), memory)
+        plan = make_plan(settings_here(settings, progress), memory, progress)
         if on_plan is not None:
             on_plan(plan)
         with membership(plan, progress, shared=memory is None) as ledger:

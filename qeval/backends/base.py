@@ -5,7 +5,7 @@ backend can give it (then `logits` is the head's matrix product), or the logits 
 `logits` returns them as they are).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from qeval.backends.decoding import Decoding
 from qeval.errors import QevalError
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme, scheme_of
 from qeval.quant.variant import Variant
 from qeval.store.run import RuntimeRecord
 from qeval.store.variants import load_variant, read_manifest
-from qeval.types import Call, Request
+from qeval.types import Call, Request, TokenIds
 
 
 class Prefix(Protocol):
@@ -88,10 +89,20 @@ class Session(Protocol):
         ...
 
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
-        """Return the `count` tokens [prompts, count] that prompts of one length go on with, the likeliest each.
+        """Return the `count` tokens [prompts, count] that prompts go on with, the likeliest each.
 
         Raises:
             QevalError: The session scores and doesn't generate (`SessionDefaults`).
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
+    ) -> list[TokenIds]:
+        """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
+
+        Raises:
+            QevalError: As `greedy`.
         """
         ...
 
@@ -109,6 +120,16 @@ class SessionDefaults:
             QevalError: Always.
         """
         raise QevalError("This backend can't generate the baseline's continuations; leave drift out of --tasks.")
+
+    def generate(
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
+    ) -> list[TokenIds]:
+        """Refuse to generate.
+
+        Raises:
+            QevalError: Always.
+        """
+        raise QevalError("This backend can't generate the baseline's answers; leave chat out of --corpus.")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ cannot see it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
+from qeval.backends.decoding import Decoding, Greedy
+from qeval.backends.generation import Generation
 from qeval.backends.install import installed, variant_head, with_room
 from qeval.backends.memory import FittingBatches, batch_tokens
 from qeval.backends.prefix import PrefixLayer, cache_of
@@ -37,7 +38,7 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme
 from qeval.store.variants import read_manifest
-from qeval.types import Request
+from qeval.types import Request, TokenIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,28 +142,33 @@ class TorchSession(SessionDefaults):
         """Return the fp32 logits [n, vocab] of states [n, d_model]."""
         return self._head.logits(states)
 
-    @torch.inference_mode()
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> Tensor:
-        """Return the `count` tokens [prompts, count] that prompts of one length go on with, keys and values kept.
+        """Return the `count` tokens [prompts, count] that prompts go on with, keys and values kept.
 
         Raises:
-            QevalError: they would be longer than the model's context, or turned by two sets of rotary frequencies.
+            QevalError: As `generate`.
         """
-        length = len(prompts[0])
-        check_length(length + count, self.max_length)
-        if length <= self._rope_limit < length + count:
-            raise QevalError(
-                f"A continuation from {length} to {length + count} tokens crosses the model's rotary limit of "
-                f"{self._rope_limit:g}; generate fewer tokens."
-            )
+        return torch.tensor(self.generate([tuple(prompt) for prompt in prompts], count, Greedy(), ()))
+
+    def generate(
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
+    ) -> list[TokenIds]:
+        """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
+
+        Raises:
+            QevalError: One would be longer than the model's context, or turned by two sets of rotary frequencies.
+        """
+        for length in map(len, prompts):
+            check_length(length + count, self.max_length)
+            if length <= self._rope_limit < length + count:
+                raise QevalError(
+                    f"A continuation from {length} to {length + count} tokens crosses the model's rotary limit of "
+                    f"{self._rope_limit:g}; generate fewer tokens."
+                )
         grows = self.sharing.prefixes and not self._kv_changes  # rounded ones are computed anew for each token
-        cache = DynamicCache(config=self._model.config) if grows else None
-        fed, said = self._ids(prompts), []
-        for _ in range(count):
-            chosen = self._head.logits(self._forward(fed, cache)[:, -1]).argmax(dim=-1, keepdim=True)
-            fed = chosen if cache is not None else torch.cat([fed, chosen], dim=1)
-            said.append(chosen)
-        return torch.cat(said, dim=1).cpu()
+        changed = partial(passing_cache, self._kv_changes) if self._kv_changes else None
+        generation = Generation(self._model, self._head.logits, grows, changed, self._rope_limit)
+        return generation.run(prompts, count, decoding, stops)
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """Return the states of requests that lie on one side of the rotary limit, as one batch."""

@@ -10,6 +10,7 @@ from qeval.config import Recipe
 from qeval.errors import UsageError
 from qeval.hub import OFFLINE_FLAG, data_offline_reason, offline, why_silent
 from qeval.progress import Progress
+from qeval.tasks.chat_prompts import fetch_prompts, hub_prompts
 from qeval.tasks.corpus import HUB_CALIBRATION, HUB_CORPORA, corpus_names, load_calibration, load_corpus
 from qeval.tasks.hub_data import HubText, check_subjects, in_cache, mmlu_data_set, mmlu_subjects
 from qeval.tasks.names import HUB, MMLU
@@ -46,6 +47,8 @@ def needs_of(settings: Settings) -> list[Need]:
         UsageError: MMLU has no such subject.
     """
     found = _of_corpora(settings.corpus) if settings.scores_tokens or settings.continues else []
+    if settings.answers and (where := hub_prompts(settings.chat.prompts)):
+        found.append(_of_text(where.hub_id, where, "--prompts FILE", partial(fetch_prompts, where)))
     for task in settings.question_tasks:
         if task != MMLU:
             found.append(Need(_PROBE, lambda: False, lambda: None, ()))

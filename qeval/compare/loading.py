@@ -11,6 +11,7 @@ from qeval.compare.settings import ModelChoice
 from qeval.compare.stream import streamed_model
 from qeval.compare.variants import BaselineModel
 from qeval.errors import UsageError
+from qeval.identity import digest
 from qeval.models.in_memory import MemoryModel
 from qeval.models.info import LoadedModel, needs_folder
 from qeval.models.load import load_model
@@ -66,6 +67,18 @@ def source_of_model(choice: ModelChoice, memory: MemoryModel | None = None) -> t
         compute_dtype=getattr(torch, loaded.info.compute_dtype),
         device=loaded.model.device,
     )
+
+
+def baseline_key(loaded: LoadedModel, device: str, compute: str) -> str:
+    """Return the identity of the baseline's numbers: weights, configuration, compute type, kind of device.
+
+    Args:
+        loaded: The model.
+        device: As the settings name it, such as `cuda:1`: which one of its kind it is changes no number.
+        compute: The type of the arithmetic, such as `float32`.
+    """
+    parts = {"weights": loaded.info.weights_sha256, "config": loaded.config_sha256}
+    return digest({**parts, "compute": compute, "device": device.partition(":")[0]})
 
 
 def tell_warnings(loaded: LoadedModel, progress: Progress) -> None:

@@ -11,13 +11,14 @@ import torch
 from qeval.backends.base import Backend, BaselineBackend
 from qeval.backends.memory import require_bf16
 from qeval.compare.backends import BackendInputs, backends_of, kinds_of
+from qeval.compare.chat import ChatWork, chat_work
 from qeval.compare.contamination import overlap_of, with_overlap
 from qeval.compare.cost import Shape
 from qeval.compare.external_checkpoints import TokenCheck
 from qeval.compare.external_parts import parts_choice
 from qeval.compare.external_paths import VariantPath, is_gguf, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
-from qeval.compare.loading import loaded_model
+from qeval.compare.loading import baseline_key, loaded_model
 from qeval.compare.schemes import (
     refuse_rotations,
     refuse_rotations_off_torch,
@@ -36,19 +37,18 @@ from qeval.compare.variants import (
 )
 from qeval.errors import UsageError
 from qeval.executors.cluster import require_ray
-from qeval.identity import digest
 from qeval.models.in_memory import MemoryModel
 from qeval.models.info import LoadedModel
 from qeval.models.structure.weight_views import weights_of
 from qeval.models.vocabulary import check_ids
-from qeval.progress import Progress
+from qeval.progress import Progress, Silent
 from qeval.quantize.build import quantizable
 from qeval.score.corpus import Shard
 from qeval.score.drift import DriftPart
 from qeval.score.token_hash import witness_of
 from qeval.store.out import check_out
 from qeval.store.run import CalibrationRecord, DriftRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
-from qeval.tasks.corpus import encode, load_calibration, load_corpus
+from qeval.tasks.corpus import CHAT, encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, TaskData
 from qeval.tasks.windows import tokens_sha256
 
@@ -102,9 +102,10 @@ class Plan:
         warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
         if self.drift and self.drift.prompts < self.settings.drift.prompts:
+            why = "--corpus chat has no more" if self.drift.corpus == CHAT else "the corpus repeats itself"
             warnings.append(
-                f"{self.settings.drift.prompts} prompts were asked for, and {self.drift.prompts} of them are distinct: "
-                "the corpus repeats itself, and no prompt is continued twice."
+                f"{self.settings.drift.prompts} prompts were asked for, and there are {self.drift.prompts} distinct "
+                f"ones: {why}, and no prompt is continued twice."
             )
         return [*warnings, *(bos_warnings(self.protocol, self.loaded) if self.protocol else ())]
 
@@ -136,15 +137,7 @@ class Plan:
 
     def key_in(self, compute: str) -> str:
         """Return the identity of the baseline's numbers in a compute type."""
-        kind = self.settings.model.device.partition(":")[0]
-        return digest(
-            {
-                "weights": self.model.weights_sha256,
-                "config": self.loaded.config_sha256,
-                "compute": compute,
-                "device": kind,
-            }
-        )
+        return baseline_key(self.loaded, self.settings.model.device, compute)
 
     def workshop(self, progress: Progress) -> AbstractContextManager[Workshop]:
         """Return what makes the run's variants; what calibrating left is let go of when the block ends."""
@@ -162,12 +155,13 @@ class Plan:
         return 1 + len(self.floors) + self.rounds + len(self.backends) * variants + parts + len(self.onnx_variants)
 
 
-def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
-    """Load and check everything that `settings` names.
+def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: Progress | None = None) -> Plan:
+    """Load and check everything that `settings` names, and have the baseline answer prompts where it is to.
 
     Args:
         settings: What the run is to be.
         memory: The model, where the caller has loaded it already.
+        progress: Hears of the answers; nobody without it.
 
     Raises:
         UsageError: something that was asked for is not there or does not fit.
@@ -184,12 +178,13 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     loaded, source, backend = loaded_model(settings.model, memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
     check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
-    protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
     suites = suites_of(settings, loaded, tasks)
-    drift, parts = drift_of(settings, loaded) if settings.continues else (None, ())
+    chat = chat_work(settings, loaded, backend, progress or Silent()) if settings.answers else None
+    protocol, shards = token_work(settings.corpus, loaded, chat) if settings.scores_tokens else (None, ())
+    drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
     positions, schemes = max((shard.tokens for shard in shards), default=0), [r.scheme for r in settings.every_recipe]
     backend.reserve(positions, schemes)
-    token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks)
+    token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks, chat)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.every_recipe):
@@ -272,17 +267,24 @@ def default_threads(settings: Settings) -> int:
 
 
 def _token_check(
-    settings: Settings, loaded: LoadedModel, token_hash: str, suites: Sequence[Suite], tasks: Sequence[TaskData]
+    settings: Settings,
+    loaded: LoadedModel,
+    token_hash: str,
+    suites: Sequence[Suite],
+    tasks: Sequence[TaskData],
+    chat: ChatWork | None,
 ) -> TokenCheck:
     """Return what every side of the run is asked, and what a tokenizer makes of it."""
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens or settings.continues:
-        texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in each_corpus(settings.corpus)]
+        named = [each for each in each_corpus(settings.corpus) if chat is None or each.corpus != CHAT]
+        texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in named]
+    texts += [answer.text for answer in chat.answers] if chat else []
 
     def token_hash_of(tokenizer: Any) -> str:
-        side = replace(loaded, tokenizer=tokenizer)
-        protocol, shards = token_work(settings.corpus, side) if settings.scores_tokens else (None, ())
-        drift = drift_of(settings, side)[0] if settings.continues else None
+        side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
+        protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
+        drift = drift_of(settings, side, asked)[0] if settings.continues else None
         return witness_of(shards, suites_of(settings, side, tasks), protocol, drift)
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)

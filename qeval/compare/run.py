@@ -45,7 +45,7 @@ from qeval.store.rows import ROW_KINDS, concat
 from qeval.store.run import RUN_VERSION, CalibrationRecord, RunRecord, VariantRecord, write_run
 from qeval.store.variants import MANIFEST, read_manifest
 
-_CACHES = ("variants", "states", "hashes", "onnx")
+_CACHES = ("variants", "states", "answers", "hashes", "onnx")
 """Folders of the cache that processes write into; the models' removes its own leftovers."""
 
 

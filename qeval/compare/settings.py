@@ -3,18 +3,20 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
+from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.options import Checked, Option
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
 from qeval.recipe_parts import added_parts
+from qeval.tasks.corpus import CHAT, corpus_names
 from qeval.types import OnnxFormat, OnnxPrecision
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
@@ -97,7 +99,9 @@ class CorpusChoice(Checked):
     corpus: Annotated[
         str | None,
         Option(
-            "wikitext2 (the default), c4, pydoc, code, or a text file; several with commas.", parse=read.corpus_text
+            "wikitext2 (the default), c4, pydoc, code, chat (the baseline's own answers), or a text file; several with "
+            "commas.",
+            parse=read.corpus_text,
         ),
     ] = None
     protocol: Annotated[str | None, Option("A named protocol; see `qeval tasks`.")] = None
@@ -256,6 +260,7 @@ class Settings(Checked):
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
+    chat: ChatChoice = field(default_factory=ChatChoice)
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -295,6 +300,11 @@ class Settings(Checked):
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
+        if self.chat != ChatChoice() and not self.answers:
+            raise UsageError(
+                "--prompts, --template, --chat-tokens and --chat-temperature are for --corpus chat; add it, or leave "
+                "them out."
+            )
         if self.model.stream:
             self._check_stream()
         if scheme := _SCHEME.match(str(self.out)):
@@ -318,6 +328,11 @@ class Settings(Checked):
             )
         if self.worker_count > 1 or self.executor == "ray":
             raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
+        if self.answers:
+            raise UsageError(
+                "--corpus chat has the baseline answer one token after another, and --stream would read every layer "
+                "for each: leave one of them out."
+            )
         if self.continues:
             raise UsageError(
                 "--tasks drift generates one token after another, and --stream would read every layer for each: leave "
@@ -349,6 +364,11 @@ class Settings(Checked):
     def question_tasks(self) -> tuple[str, ...]:
         """Return the tasks of questions, in their order."""
         return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT))
+
+    @property
+    def answers(self) -> bool:
+        """Return whether the baseline answers prompts."""
+        return CHAT in corpus_names(self.corpus.corpus or "") and (self.scores_tokens or self.continues)
 
     @property
     def continues(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.settings import Settings
 from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
@@ -16,7 +17,12 @@ from qeval.store.run import RunRecord
 _SETTINGS = TypeAdapter(Settings)
 _CHANGES_NO_ROW = ("command", "out", "threads", "batch_tokens", "workers", "executor", "worker_gpus")
 """What two commands that work on one run may differ in: rows depend on it by rounding at most."""
-_DEFAULTS: Mapping[str, Any] = {"external_parts": "split", "kv_types": [], "split": False}
+_DEFAULTS: Mapping[str, Any] = {
+    "external_parts": "split",
+    "kv_types": [],
+    "split": False,
+    "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
+}
 """Settings that older runs don't have."""
 
 

@@ -2,27 +2,39 @@
 
 from collections.abc import Sequence
 
+from qeval.compare.chat import ChatWork
 from qeval.compare.hub_access import needs_of
-from qeval.compare.settings import Settings
+from qeval.compare.settings import DriftChoice, Settings
 from qeval.compare.tokens import each_corpus, protocol_of
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.models.vocabulary import check_ids
 from qeval.score.drift import DriftPart, parts_of
 from qeval.store.run import DriftRecord
-from qeval.tasks.corpus import bos_token, encode, load_corpus
+from qeval.tasks.corpus import CHAT, bos_token, encode, load_corpus
 from qeval.tasks.drift import prompts_of
 from qeval.tasks.harness import Suite, TaskData, encode_task, load_task
 from qeval.tasks.windows import tokens_sha256
 
 
-def drift_of(settings: Settings, loaded: LoadedModel) -> tuple[DriftRecord, tuple[DriftPart, ...]]:
+def drift_of(
+    settings: Settings, loaded: LoadedModel, chat: ChatWork | None = None
+) -> tuple[DriftRecord, tuple[DriftPart, ...]]:
     """Return the prompts that are continued greedily: the record of them, and their parts.
+
+    They are pieces of the first corpus; where that is `chat`, its prompts under the chat template.
+
+    Args:
+        settings: The run's.
+        loaded: The model.
+        chat: The baseline's answers, where a corpus is they.
 
     Raises:
         UsageError: They and what follows do not fit the context, or the corpus is too short.
     """
     choice = settings.drift
+    if chat is not None and each_corpus(settings.corpus)[0].corpus == CHAT:
+        return _drift_of_chat(choice, loaded, chat)
     whole = choice.prompt_tokens + choice.tokens
     if whole > loaded.info.context_length:
         raise UsageError(
@@ -42,6 +54,28 @@ def drift_of(settings: Settings, loaded: LoadedModel) -> tuple[DriftRecord, tupl
         prompt_tokens=choice.prompt_tokens,
         generated=choice.tokens,
         bos=bos is not None,
+    )
+    return record, parts_of(prompts, choice.tokens)
+
+
+def _drift_of_chat(
+    choice: DriftChoice, loaded: LoadedModel, chat: ChatWork
+) -> tuple[DriftRecord, tuple[DriftPart, ...]]:
+    prompts = chat.first_prompts[: choice.prompts]
+    longest = max(map(len, prompts))
+    if longest + choice.tokens > loaded.info.context_length:
+        raise UsageError(
+            f"A prompt of {longest} tokens and {choice.tokens} more are longer than the model's context of "
+            f"{loaded.info.context_length}; give a smaller --drift-tokens."
+        )
+    record = DriftRecord(
+        corpus=CHAT,
+        corpus_sha256=chat.record.corpus_sha256,
+        tokens_sha256=tokens_sha256([token for prompt in prompts for token in prompt]),
+        prompts=len(prompts),
+        prompt_tokens=longest,
+        generated=choice.tokens,
+        bos=chat.record.bos,
     )
     return record, parts_of(prompts, choice.tokens)
 

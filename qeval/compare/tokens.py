@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from qeval.compare.chat import ChatWork
 from qeval.compare.settings import CorpusChoice
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.info import LoadedModel
 from qeval.models.vocabulary import check_ids
 from qeval.score.corpus import Shard, shards_of
-from qeval.store.run import CorpusPart, ProtocolRecord
-from qeval.tasks.corpus import Corpus, bos_token, corpus_names, encode, load_corpus
+from qeval.store.run import ChatRecord, CorpusPart, ProtocolRecord
+from qeval.tasks.corpus import CHAT, Corpus, bos_token, corpus_names, encode, load_corpus
 from qeval.tasks.documents import prefix_token, rolling
 from qeval.tasks.protocols import Protocol, choose_protocol
 from qeval.tasks.windows import Window, Windows
@@ -56,13 +57,23 @@ def protocol_of(choice: CorpusChoice, loaded: LoadedModel) -> Protocol:
     return protocol
 
 
-def token_work(choice: CorpusChoice, loaded: LoadedModel) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
-    """Return what is scored of a text: the record of it, and the shards.
+def token_work(
+    choice: CorpusChoice, loaded: LoadedModel, chat: ChatWork | None = None
+) -> tuple[ProtocolRecord, tuple[Shard, ...]]:
+    """Return what is scored of texts: the record of it, and the shards.
+
+    Args:
+        choice: The texts and their windows.
+        loaded: The model.
+        chat: The baseline's answers, where one of the texts is they.
 
     Raises:
         UsageError: as `protocol_of`, and where the text is not there or too short.
     """
-    parts = [_one(each, loaded) for each in each_corpus(choice)]
+    parts = [
+        (chat.record, chat.windows) if chat is not None and each.corpus == CHAT else _one(each, loaded)
+        for each in each_corpus(choice)
+    ]
     record, windows = parts[0] if len(parts) == 1 else _together(parts)
     return record, shards_of(windows)
 
@@ -112,13 +123,15 @@ def _together(parts: Sequence[_Part]) -> _Part:
     Raises:
         UsageError: the convention counts words, or two texts have one name.
     """
-    records, first = [record for record, _ in parts], parts[0][0]
+    records = [record for record, _ in parts]
+    first = next((record for record in records if record.chat is None), records[0])  # its windows have a size
     names = [record.corpus for record in records]
     if first.words is not None:
         raise UsageError(f"--convention {first.convention} counts the words of one --corpus at a time.")
     if len(set(names)) < len(names):
         raise UsageError(f"Two of the corpora are called {max(names, key=names.count)}; rename one.")
-    starts = accumulate((record.windows for record in records), initial=0)
+    starts = list(accumulate((record.windows for record in records), initial=0))
+    chats = [_moved(record.chat, start) for record, start in zip(records, starts, strict=False) if record.chat]
     merged = first.model_copy(
         update={
             "name": ", ".join(record.name for record in records),
@@ -130,9 +143,16 @@ def _together(parts: Sequence[_Part]) -> _Part:
                 CorpusPart(first=start, **{name: getattr(record, name) for name in _OF_PART})
                 for record, start in zip(records, starts, strict=False)
             ],
+            "chat": next(iter(chats), None),
         }
     )
     return merged, tuple(window for _, windows in parts for window in windows)
+
+
+def _moved(chat: ChatRecord, start: int) -> ChatRecord:
+    """Return the record of answers whose first window is number `start`."""
+    answers = [each.model_copy(update={"window": each.window + start}) for each in chat.answers]
+    return chat.model_copy(update={"answers": answers})
 
 
 def bos_warnings(record: ProtocolRecord, loaded: LoadedModel) -> list[str]:

@@ -6,17 +6,18 @@ from functools import cached_property
 import numpy as np
 
 from qeval.errors import QevalError
-from qeval.gate.metrics import QUANTILES, kind_of, split
+from qeval.gate.metrics import ANSWERS, QUANTILES, kind_of, split
 from qeval.report import measure_drift, measure_items
 from qeval.report.align import ItemRows, TokenRows
 from qeval.report.independent import is_first_question, question_clusters
+from qeval.report.measure_chat import in_answers
 from qeval.report.notes import chance_sentence
 from qeval.report.run_rows import PairedRun
 from qeval.stats import bounds
 from qeval.stats.bootstrap import Floats, NonFiniteError
 from qeval.stats.bounds import Bounded
 from qeval.stats.flips import mcnemar
-from qeval.store.run import TaskRecord, VariantRecord
+from qeval.store.run import ChatRecord, TaskRecord, VariantRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,10 @@ class Figures:
         if bound is None:
             raise QevalError(f"The run scored no row for {metric}.")
         clusters = "windows" if self._run.windows_are_apart else "stretches of text"
-        return Figure(bound.value, bound, "tokens", clusters, unchanged=float(name in ("top1_agreement", "overlap")))
+        clusters = "conversations" if name.startswith(ANSWERS) else clusters
+        return Figure(
+            bound.value, bound, "tokens", clusters, unchanged=float(name.endswith(("top1_agreement", "overlap")))
+        )
 
     def _require_finite(self) -> None:
         """Refuse every metric of a variant whose KL is not finite: what is compared with numbers that are none is none.
@@ -99,9 +103,12 @@ class Figures:
         return sizes[name]
 
     def _of_tokens(self, name: str) -> Bounded | None:
-        rows = self._tokens
+        rows, of_answers = self._tokens, name.startswith(ANSWERS)
+        name = name.removeprefix(ANSWERS)
         column = column_of(name)
         counted = self._run.distinct_rows[rows.scored[column]]
+        if of_answers:
+            counted = counted & in_answers(rows, self._chat)[rows.scored[column]]
         values, windows = rows.of(column)[counted], rows.clusters(column).select(counted)
         if not values.size:
             return None
@@ -152,6 +159,13 @@ class Figures:
         accuracy = measure_items.accuracies(record.name, baseline, self._run.record.seed)[f"{record.name}_acc"]
         guess = measure_items.chance(baseline)
         return chance_sentence(record.title, guess) if measure_items.at_chance(accuracy, guess) else None
+
+    @property
+    def _chat(self) -> ChatRecord:
+        chat = self._run.protocol and self._run.protocol.chat
+        if not chat:
+            raise QevalError("The run scored no answers of the baseline; run it again with --corpus chat.")
+        return chat
 
     @cached_property
     def _tokens(self) -> TokenRows:

@@ -41,6 +41,10 @@ METRICS: dict[str, MetricKind] = {
     "overlap": MetricKind("overlap of distributions", "%", "at_least", "kl"),
     "ppl_increase": MetricKind("increase of perplexity", "%", "at_most", "ppl", signed=True),
     "nll_diff_nats": MetricKind("increase of NLL", "nats", "at_most", "ppl", signed=True),
+    "chat_kl_nats": MetricKind("mean KL on answers", "nats", "at_most", "kl"),
+    "chat_kl_nats_p99": MetricKind("p99 KL on answers", "nats", "at_most", "kl"),
+    "chat_top1_agreement": MetricKind("top-1 agreement on answers", "%", "at_least", "kl"),
+    "chat_ppl_increase": MetricKind("increase of perplexity on answers", "%", "at_most", "ppl", signed=True),
     "drift_equal": MetricKind("tokens equal along continuations", "%", "at_least", "drift"),
     "drift_diverged": MetricKind("prompts whose continuation leaves the baseline's", "%", "at_most", "drift"),
     "drift_first_tokens": MetricKind("continuation before leaving the baseline's", "tokens", "at_least", "drift"),
@@ -48,6 +52,8 @@ METRICS: dict[str, MetricKind] = {
     "size_bytes": MetricKind("size", "MB", "at_most", "size"),
     "bits_per_weight": MetricKind("bits per weight", "bits", "at_most", "size"),
 }
+ANSWERS = "chat_"
+"""Before the names of metrics of the baseline's answers alone (`--corpus chat`)."""
 QUANTILES = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
 
 TASK_METRICS: dict[str, MetricKind] = {

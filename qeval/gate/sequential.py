@@ -15,7 +15,7 @@ from qeval.errors import QevalError
 from qeval.gate import explanations
 from qeval.gate.bounded_metrics import Figure, Figures, column_of
 from qeval.gate.judge import counts_as, decide
-from qeval.gate.metrics import QUANTILES, split
+from qeval.gate.metrics import ANSWERS, QUANTILES, split
 from qeval.gate.policy import Policy, Rule
 from qeval.gate.verdict import GateOutcome, RuleVerdict, of_rule
 from qeval.report import measure_items
@@ -135,6 +135,12 @@ def _token_excess(
     run: PairedRun, variant: VariantRecord, name: str, margin: float, drawn: Drawn
 ) -> tuple[Floats, float]:
     """Return each drawn window's sum of (value - margin), and the least variance to take a sum for."""
+    if name.startswith(ANSWERS) and run.protocol and run.protocol.parts:
+        raise QevalError(
+            f"{name} is of some of the windows that are drawn, and a gate that may stop early takes all alike; gate a "
+            "finished run, or draw from --corpus chat alone."
+        )
+    name = name.removeprefix(ANSWERS)
     rows, column = run.tokens(variant), column_of(name)
     values, limit = rows.of(column), margin
     if name in QUANTILES:

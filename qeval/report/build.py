@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qeval.errors import QevalError
-from qeval.report import corpora, measure_drift, measure_items, measure_tokens
+from qeval.report import corpora, measure_chat, measure_drift, measure_items, measure_tokens
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
 from qeval.report.measure_parts import sum_over_joint
 from qeval.report.measure_positions import kl_by_position
 from qeval.report.model import (
+    AnswerGroup,
     BaselineReport,
     ComparisonReport,
     Curve,
@@ -46,6 +47,7 @@ class _Tokens(NamedTuple):
     curves: dict[str, Curve | None]
     by_entropy: dict[str, list[EntropyBucket]]
     by_corpus: dict[str, dict[str, Metrics]]
+    chat: dict[str, list[AnswerGroup]]
     by_position: dict[str, list[PositionBucket]]
     kl: dict[str, Floats]
     windows: Clusters | None
@@ -132,7 +134,7 @@ def mark_pareto(variants: list[VariantReport]) -> list[VariantReport]:
     return [variant.model_copy(update={"pareto": variant.name in front}) for variant in variants]
 
 
-_NO_TOKENS = _Tokens({}, {}, {}, {}, {}, {}, None)
+_NO_TOKENS = _Tokens({}, {}, {}, {}, {}, {}, {}, None)
 
 
 def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
@@ -146,6 +148,7 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
     curves: dict[str, Curve | None] = {}
     by_entropy: dict[str, list[EntropyBucket]] = {}
     by_corpus: dict[str, dict[str, Metrics]] = {}
+    chat: dict[str, list[AnswerGroup]] = {}
     by_position: dict[str, list[PositionBucket]] = {}
     kl: dict[str, Floats] = {}
     windows = None
@@ -153,13 +156,16 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
         name, rows = variant.name, paired.tokens(variant)
         metrics[name] = _token_metrics(rows, baseline, run, protocol)
         by_corpus[name] = corpora.by_corpus(rows, baseline, protocol, run)
+        if protocol.chat:
+            metrics[name] |= measure_chat.chat_metrics(rows, baseline, protocol.chat, run)
+            chat[name] = measure_chat.answer_groups(rows, baseline, protocol.chat, run)
         if "kl" in run.metrics:
             curves[name] = measure_tokens.kl_curve(rows)
             by_entropy[name] = kl_by_entropy(rows, baseline, run.seed)
             by_position[name] = kl_by_position(rows, run.seed)
             if variant.role != "floor" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
-    return _Tokens(metrics, curves, by_entropy, by_corpus, by_position, kl, windows)
+    return _Tokens(metrics, curves, by_entropy, by_corpus, chat, by_position, kl, windows)
 
 
 def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protocol: ProtocolRecord) -> Metrics:
@@ -264,6 +270,7 @@ def _variant(
         tasks=results.get(record.name, {}),
         kl_curve=tokens.curves.get(record.name),
         by_corpus=tokens.by_corpus.get(record.name, {}),
+        chat=tokens.chat.get(record.name, []),
         kl_by_entropy=tokens.by_entropy.get(record.name, []),
         kl_by_position=tokens.by_position.get(record.name, []),
         parts_over_joint=sum_over_joint(record, tokens.kl, tokens.windows, run.seed),

@@ -12,6 +12,8 @@ _COLUMNS = {
     "drift_margin_nats": "Margin there, nats",
     "drift_rejoined": "Rejoins when forced",
 }
+_CHAT = "chat"
+"""The corpus whose prompts are of many lengths."""
 _NOTE = (
     "Tokens equal: each position after the baseline's own tokens. A free run diverges at the first that is not; tokens "
     "before: how many it shares with the baseline until then, all of them where it never leaves. KL is KL(baseline ‖ "
@@ -27,8 +29,9 @@ def drift_section(report: Report) -> Section | None:
     if record is None:
         return None
     start = "BOS starts each" if record.bos else "no BOS"
+    length = f"up to {record.prompt_tokens}" if record.corpus == _CHAT else f"{record.prompt_tokens}"
     sentence = (
-        f"{record.prompts} prompts of {record.prompt_tokens} tokens of {record.corpus} ({start}), each continued "
+        f"{record.prompts} prompts of {length} tokens of {record.corpus} ({start}), each continued "
         f"greedily by the baseline with {record.generated} tokens."
     )
     rows = tuple(_row(variant) for variant in report.variants)

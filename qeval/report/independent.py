@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qeval.stats.bootstrap import Clusters, Ints
-from qeval.store.run import ProtocolRecord
+from qeval.store.run import ChatRecord, ProtocolRecord
 
 GRAM = 32
 """Tokens in a row that stand for a stretch of text."""
@@ -44,9 +44,28 @@ def is_first_text(windows: Ints, clusters: Ints, protocol: ProtocolRecord | None
 def overlap_clusters(windows: Ints, protocol: ProtocolRecord | None) -> Ints:
     """Return each row's cluster where windows that overlap are taken together: a window's length of new text in each.
 
-    The first window of a text is all new; of each later one the last `stride` tokens are.
+    The first window of a text is all new; of each later one the last `stride` tokens are. The answers of one
+    conversation are one cluster.
     """
-    if protocol is None or protocol.stride >= protocol.window:
+    if protocol is None:
+        return windows
+    if protocol.chat is not None:
+        return _join_conversations(windows, _overlapping(windows, protocol), protocol.chat)
+    return _overlapping(windows, protocol)
+
+
+def _join_conversations(windows: Ints, clusters: Ints, chat: ChatRecord) -> Ints:
+    """Return the clusters where every window of a conversation is of the cluster of its first."""
+    firsts: dict[int, int] = {}
+    first_window = {answer.window: firsts.setdefault(answer.prompt, answer.window) for answer in chat.answers}
+    distinct, place = np.unique(windows, return_inverse=True)
+    joined = np.asarray([first_window.get(int(window), -1) for window in distinct], np.int64)[place.ravel()]
+    return np.where(joined < 0, clusters, joined)
+
+
+def _overlapping(windows: Ints, protocol: ProtocolRecord) -> Ints:
+    """Return the clusters of windows that overlap by the protocol's stride."""
+    if protocol.stride >= protocol.window:
         return windows
     starts = np.array([part.first for part in protocol.parts] or [0], np.int64)
     start = starts[np.searchsorted(starts, windows, side="right") - 1]
@@ -93,10 +112,15 @@ def window_notes(windows: Ints, clusters: Ints, protocol: ProtocolRecord | None)
     labels = (windows, overlap_clusters(windows, protocol), clusters)
     total, stretches, distinct = (len(np.unique(label)) for label in labels)
     notes = []
-    if protocol and stretches < total:
+    if protocol and protocol.stride < protocol.window and stretches < total:
         notes.append(
             f"The {total:,} windows overlap ({protocol.window} tokens, stride {protocol.stride}), so intervals count "
             f"{_count(stretches, 'stretch', 'stretches')} of text, each of about a window's length."
+        )
+    elif protocol and protocol.chat and stretches < total:
+        notes.append(
+            f"The {len(protocol.chat.answers):,} answers are of {protocol.chat.prompts:,} conversations, so intervals "
+            "count conversations."
         )
     if distinct < stretches:
         notes.append(

@@ -34,6 +34,7 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `nll_diff_nats` | mean of the paired differences of NLL | nats |
 | `delta_p`, `delta_p_rms` | change of the true token's probability: mean, root mean square | probability |
 | `delta_p_p01`, `_p05`, `_p50`, `_p95`, `_p99` | its quantiles: 1 % of tokens lose more than `_p01` | probability |
+| `chat_kl_nats`, `chat_kl_nats_p99`, `chat_top1_agreement`, `chat_ppl_ratio` | the same on answers alone | |
 | `drift_equal` | share of tokens, each after the baseline's own, that the variant would say too | fraction |
 | `drift_diverged` | share of prompts at which a free run leaves the baseline's continuation | fraction |
 | `drift_first_tokens` | mean number of tokens before it does (all of them where it doesn't) | tokens |
@@ -186,6 +187,18 @@ class Mix(_Part):
     groups: list[GroupRecord]
 
 
+GroupedBy = Literal["kind", "language", "part", "token"]
+"""What answers are parted by: the prompt's kind or language; of their tokens, thinking or not, and the place."""
+
+
+class AnswerGroup(_Part):
+    """The loss on some of the baseline's answers, or some of their tokens: KL, top-1 agreement, perplexity ratio."""
+
+    by: GroupedBy
+    name: str
+    metrics: Metrics
+
+
 class VariantReport(_Part):
     """One variant: how it was made, how big it is, what it lost."""
 
@@ -209,6 +222,7 @@ class VariantReport(_Part):
     tasks: dict[str, TaskResult]
     kl_curve: Curve | None
     by_corpus: dict[str, Metrics] = {}  # each text apart, and `macro`, their mean; empty where there is one
+    chat: list[AnswerGroup] = []  # groups of the baseline's answers; empty where no prompt was answered
     kl_by_entropy: list[EntropyBucket] = []  # the surest fifth first; empty where KL was not asked for or is not finite
     kl_by_position: list[PositionBucket] = []  # empty where windows are short, or as `kl_by_entropy`
     parts_over_joint: Metric | None = None  # the sum of the KLs of `parts` over its own; None where it was not split

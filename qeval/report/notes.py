@@ -1,5 +1,6 @@
 """Sentences on what limits the numbers."""
 
+from qeval.report.chat import chat_notes
 from qeval.report.model import Metrics, Task
 from qeval.stats.bootstrap import FEW_CLUSTERS
 from qeval.store.run import RunRecord
@@ -10,6 +11,8 @@ def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
     sentences = list(run.model.notes)
     if run.protocol and run.protocol.windows < FEW_CLUSTERS:
         sentences.append(_few("Token metrics", run.protocol.windows, "windows"))
+    if run.protocol and run.protocol.chat:
+        sentences += chat_notes(run.protocol.chat)
     for task in tasks:
         sentences += _task_notes(task, baseline)
     return sentences

@@ -1,6 +1,6 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, mix_tables, part_tables, tables
+from qeval.report import chat, confidence, corpora, drift, formatting, loss_breakdown, mix_tables, part_tables, tables
 from qeval.report.document import Plot, Section, Table, TableCell
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
@@ -23,6 +23,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
             if any(v.runtime for v in report.variants)
             else []
         ),
+        *([answers] if (answers := chat.chat_section(report)) else []),
         *([continuations] if (continuations := drift.drift_section(report)) else []),
         *(_task(report, task, drawn) for task in report.tasks),
         *([rows] if rows else []),

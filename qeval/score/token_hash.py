@@ -37,11 +37,13 @@ def witness_of(
 ) -> str:
     """Return the hash of what a run scores: windows with positions, questions, and whether BOS stands in the windows.
 
-    The BOS in front of a question is among the ids of its prompt; so it is with prompts that are continued.
+    The BOS in front of a question is among the ids of its prompt; so it is with prompts that are continued. A chat
+    template counts by its text.
     """
     bos = protocol.bos if protocol else None
     sha = hashlib.sha256(f"witness {WITNESS_VERSION} bos {bos}".encode())
     prompts = [b"continued " + drift.tokens_sha256.encode()] if drift else []
+    prompts += [b"template " + protocol.chat.template_sha256.encode()] if protocol and protocol.chat else []
     for part in chain(_parts(shards, suites), prompts):
         sha.update(len(part).to_bytes(8, "little") + part)
     return sha.hexdigest()[:32]
@@ -90,7 +92,7 @@ def notes_on(ours: Any, theirs: Any) -> dict[str, str]:
     if other:
         told["tokenizer"] = f"gives other ids for texts that this run does not score, such as {other[0]!r}"
     if theirs.chat_template and theirs.chat_template != ours.chat_template:
-        told["chat template"] = "another than the baseline's (no template is used in scoring)"
+        told["chat template"] = "another than the baseline's, in which every side is asked"
     return told
 
 

@@ -55,6 +55,34 @@ class CorpusPart(_Record):
     windows_available: int
 
 
+class AnswerRecord(_Record):
+    """One answer of the baseline: the window that holds it, and where it lies among the window's tokens."""
+
+    window: int
+    prompt: int  # the number of its conversation; answers of one conversation are one cluster
+    kind: str  # "code"
+    language: str  # "de"
+    first: int  # the position of its first token
+    final: int  # the position of the first token after its thinking; `first` where it does not think
+    ended: bool  # False: it reached the limit, and is cut there
+
+
+class ChatRecord(_Record):
+    """The prompts that the baseline answered, how, and its answers, one a window."""
+
+    source: str  # "shipped", a file's name, a hub id
+    template: str | None  # the file that it was given in; None: the model's own
+    template_sha256: str
+    prompts: int
+    prompts_with_tools_left_out: int  # since the template takes none
+    longest_answer: int  # tokens
+    temperature: float  # 0: greedy
+    in_bytes: dict[
+        str, float
+    ]  # language -> share of its prompts' tokens that are parts of characters, where it's large
+    answers: list[AnswerRecord]
+
+
 class ProtocolRecord(_Record):
     """The protocol of the token rows."""
 
@@ -76,6 +104,7 @@ class ProtocolRecord(_Record):
     words: int | None = None  # of the scored documents as they were, where the convention counts them
     bytes: int | None = None
     parts: list[CorpusPart] = []  # where several texts are scored; empty for one
+    chat: ChatRecord | None = None  # where one of them is the baseline's answers to prompts
 
 
 class TaskRecord(_Record):

@@ -48,7 +48,9 @@ HUB_CALIBRATION: Mapping[str, HubText] = {
     "pile-val": HubText("mit-han-lab/pile-val-backup", None, "validation", "text", documents=_DOCUMENTS),
     "cnn_dailymail": HubText("abisee/cnn_dailymail", "3.0.0", "train", "article", documents=_DOCUMENTS),
 }
-CORPORA = ("pydoc", "code", *HUB_CORPORA)
+CHAT = "chat"
+"""The corpus that is no text: the baseline's answers to prompts (`tasks.chat_prompts`)."""
+CORPORA = ("pydoc", "code", CHAT, *HUB_CORPORA)
 CALIBRATION_CORPORA = ("pydoc", *HUB_CALIBRATION)
 
 
@@ -58,6 +60,8 @@ def load_corpus(name_or_path: str) -> Corpus:
     Raises:
         UsageError: There is no such corpus or file, the file is not UTF-8, or the hub can't be reached.
     """
+    if name_or_path == CHAT:
+        raise UsageError("'chat' is no text but a model's own answers, which `qeval compare` scores; name a text here.")
     if name_or_path == "code":
         return _corpus(name_or_path, code_text())
     return _load(name_or_path, "corpus", HUB_CORPORA, "test")
@@ -219,12 +223,23 @@ def _hub_text(name: str, where: HubText) -> str:
     """Return the documents of a hub data set, joined: as they were stored here, else from the hub or its cache."""
     text = where.read()
     if text is None:
-        text = where.joiner.join(_documents(name, where))
+        rows = hub_rows(name, where, "Pass the path of a text file instead, or 'pydoc', which needs no hub.")
+        text = where.joiner.join(row[where.column] or where.blank for row in rows)
         where.write(text)
     return text
 
 
-def _documents(name: str, where: HubText) -> list[str]:
+def hub_rows(name: str, where: HubText, instead: str) -> list[Mapping[str, Any]]:
+    """Return the rows of a hub data set, the first `where.documents` of them.
+
+    Args:
+        name: What the error calls it.
+        where: Where it lies.
+        instead: What to do without it, in a sentence.
+
+    Raises:
+        UsageError: It can't be loaded, or has no such column.
+    """
     import datasets  # noqa: PLC0415 - heavy, and needed for hub data sets alone
 
     datasets.disable_progress_bars()
@@ -234,9 +249,11 @@ def _documents(name: str, where: HubText) -> list[str]:
     streams = where.documents is not None and data_offline_reason() is None
     try:
         rows = datasets.load_dataset(where.hub_id, where.config, split=where.split, streaming=streams)
-        return [row[where.column] or where.blank for row in islice(rows, where.documents)]
+        found: list[Mapping[str, Any]] = list(islice(rows, where.documents))
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"'{name}' ({where.hub_id} on the hub) can't be loaded: {first_line(error)}. "
-            "Pass the path of a text file instead, or 'pydoc', which needs no hub."
+            f"'{name}' ({where.hub_id} on the hub) can't be loaded: {first_line(error)}. {instead}"
         ) from error
+    if found and where.column not in found[0]:
+        raise UsageError(f"'{name}' ({where.hub_id} on the hub) has no column {where.column}. {instead}")
+    return found

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qeval.errors import BrokenRecordError, unknown
 from qeval.report import Report
+from qeval.report.chat import answer_metrics
 from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.privacy import local_name
 from qeval.report.tables import perplexities
@@ -75,6 +76,10 @@ def _results(report: Report, variant: VariantReport) -> Iterator[EvalResult]:
     for name, (kind, title) in (perplexity | _TOKENS).items():
         if name in variant.metrics:
             yield _result(variant, variant.metrics[name], (kind, title), _corpus(report))
+    for name, title in answer_metrics(report).items():
+        if name in variant.metrics:
+            kind = name.removeprefix("chat_").replace("kl_nats", "kl_divergence")
+            yield _result(variant, variant.metrics[name], (kind, f"{title}, on the baseline's answers"), _chat(report))
     for task in report.tasks:
         key = f"{task.record.name}_acc"
         where = _questions(task)
@@ -123,6 +128,18 @@ def _corpus(report: Report) -> dict[str, Any]:
             "corpus_sha256": protocol.corpus_sha256, "tokens_sha256": protocol.tokens_sha256,
         },
     }  # fmt: skip
+
+
+def _chat(report: Report) -> dict[str, Any]:
+    chat = report.protocol and report.protocol.chat
+    if not chat:
+        raise ValueError("Metrics of answers without their prompts.")
+    return {
+        "dataset_type": "chat",
+        "dataset_name": f"answers to {chat.prompts} prompts ({chat.source})",
+        "dataset_config": f"chat-{chat.longest_answer}",
+        "dataset_args": {"temperature": chat.temperature, "template_sha256": chat.template_sha256},
+    }
 
 
 def _questions(task: Task) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from qeval.report import Report, formatting
 from qeval.report.card.markers import BEGIN, END
 from qeval.report.card.plots import FOLDER, Pair
 from qeval.report.card.results import model_name
+from qeval.report.chat import answer_metrics
 from qeval.report.measure_items import at_chance as is_at_chance
 from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.sections import intervals_sentence, provenance
@@ -72,6 +73,11 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
             "`kl_abs_modelopt` is the sum of p·\\|log p − log q\\|, what Model Optimizer's benchmark page prints as "
             "KL-divergence; compare it with that page and with nothing else."
         )
+
+    if shown := answer_metrics(report):
+        yield "### Chat"
+        rows = [[v.name, *(_text(v.metrics.get(name)) for name in shown)] for v in _shown(report)]
+        yield _table(("Variant", *shown.values()), rows)
 
     yield escape.escape_markdown(intervals_sentence(report))
     yield "### How to measure it again"

@@ -11,14 +11,15 @@ from qeval.report.align import FEW_TOKEN_COLUMNS
 from qeval.report.explain.layers import layers_loss
 from qeval.report.explain.model import ChangedQuestion, Explanation, LayersLoss, TaskLoss, TokensLoss
 from qeval.report.explain.questions import changed_questions, task_loss
+from qeval.report.explain.spans import worst_spans
 from qeval.report.explain.tokens import tokens_loss
 from qeval.report.run_rows import PairedRun
 from qeval.report.soundness import not_quantized
 from qeval.store.run import TaskRecord, VariantRecord
 from qeval.store.texts import Texts, read_texts
 
-TOKENS = 100
-"""How many of the tokens with the largest KL are kept."""
+TOKENS, SPANS = 100, 50
+"""How many of the tokens with the largest KL are kept, and of the spans."""
 
 _NO_TEXTS = (
     "This run kept no texts of its tokens and questions, so their numbers stand for them; run the same command again, "
@@ -47,6 +48,9 @@ def build_explanation(run_dir: Path, name: str) -> Explanation:
     record, texts = run.variant(name), read_texts(run_dir)
     _require_rows(run)
     tokens = _tokens(run, record, texts, TOKENS)
+    if tokens:
+        spans = worst_spans(run.tokens(record), texts, SPANS)
+        tokens = tokens.model_copy(update={"spans": spans})
     tasks = [loss for task in run.record.tasks if (loss := _task(run, record, task, texts)) is not None]
     return Explanation(
         schema_version=1,

@@ -88,6 +88,22 @@ class TokenLoss(_Part):
     variant_probability: float | None
 
 
+class SpanLoss(_Part):
+    """A spike: positions in a row, `first` to `last`, of which some have a KL among the largest hundredth.
+
+    `kl_nats` is their sum. `text` is what the distributions at these positions predict, `before` what was read before
+    it; both are None where the run kept no texts.
+    """
+
+    window: int
+    first: int
+    last: int
+    kl_nats: float
+    largest_kl_nats: float
+    before: str | None
+    text: str | None
+
+
 class TokensLoss(_Part):
     """The positions with the largest KL, and how much of all KL the worst of them hold.
 
@@ -99,6 +115,7 @@ class TokensLoss(_Part):
     worst_levels: list[float]
     worst_shares: list[float]
     worst: list[TokenLoss]
+    spans: list[SpanLoss] = []
 
 
 class LayerLoss(_Part):

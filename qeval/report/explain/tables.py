@@ -10,6 +10,7 @@ from qeval.report.explain.model import (
     Explanation,
     GroupLoss,
     LayersLoss,
+    SpanLoss,
     TaskLoss,
     TokenLoss,
     TokensLoss,
@@ -35,6 +36,7 @@ def explanation_tables(explanation: Explanation, limit: int) -> list[Table]:
         tables.append(
             tokens_table([(None, one) for one in explanation.tokens.worst], limit, total=explanation.tokens.positions)
         )
+        tables += [spans_table(explanation.tokens.spans, limit)] if explanation.tokens.spans else []
     if explanation.layers:
         tables.append(layers_table([(None, explanation.layers)], limit))
     return tables
@@ -139,6 +141,35 @@ def tokens_table(rows: Sequence[tuple[str | None, TokenLoss]], limit: int | None
     return Table(
         "Tokens with the largest KL", columns, cells, note, live=True, filters=_filters(rows, len(columns) - 1)
     )
+
+
+def spans_table(spans: Sequence[SpanLoss], limit: int | None = None) -> Table:
+    """Return the spikes: the spans with the largest summed KL, with their text."""
+    shown = spans[:limit]
+    cells = tuple(
+        (
+            TableCell(f"{one.window}:{one.first}"),
+            TableCell(str(one.last - one.first + 1)),
+            TableCell(formatting.number(one.kl_nats, 3)),
+            TableCell(formatting.number(one.largest_kl_nats, 3)),
+            NOTHING if one.before is None else TableCell(escape.visible(one.before, _CONTEXT_LETTERS)),
+            NOTHING if one.text is None else TableCell(escape.visible(one.text, _QUESTION_LETTERS)),
+        )
+        for one in shown
+    )
+    columns = (
+        "Window:token",
+        "Tokens",
+        "KL in all, nats",
+        "Largest, nats",
+        "What was read before",
+        "What they predict",
+    )
+    note = (
+        f"{_of_all(len(shown), len(spans), 'spans')}, the largest sum first. A span is of positions whose KL is among "
+        "the largest hundredth, with at most two others in a row between them."
+    )
+    return Table("Spikes: where the loss is large, tokens in a row", columns, cells, note)
 
 
 def layers_table(rows: Sequence[tuple[str | None, LayersLoss]], limit: int | None = None) -> Table:

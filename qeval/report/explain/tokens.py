@@ -56,7 +56,7 @@ def _token(rows: TokenRows, baseline: TokenRows, texts: Texts | None, at: int) -
     window, position = int(rows.windows[at]), int(rows.positions[at])
     text = texts.window(window) if texts else None
     if text is not None:
-        _check(text, rows, at)
+        check_window_text(text, rows, at)
     following = _following(rows, baseline, at, text)
     place = position + 1
 
@@ -87,7 +87,12 @@ def _following(rows: TokenRows, baseline: TokenRows, at: int, text: WindowText |
     return _Following(token, p, q)
 
 
-def _check(text: WindowText, rows: TokenRows, at: int) -> None:
+def check_window_text(text: WindowText, rows: TokenRows, at: int) -> None:
+    """Refuse a window's texts that are of other tokens than its rows.
+
+    Raises:
+        BrokenRecordError: The token of row `at` is another.
+    """
     position = int(rows.positions[at])
     if position >= len(text.tokens) or text.tokens[position] != rows.tokens[at]:
         raise BrokenRecordError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.settings import (
     BackendChoice,
     CalibrationChoice,
@@ -29,9 +30,10 @@ SETTINGS = Settings(
     ),
     variants=(("v", Path("some/folder")),),
     tasks=("kl", "mmlu"),
-    corpus=CorpusChoice("file.txt", None, 64, 32, 3, "always"),
+    corpus=CorpusChoice("chat,file.txt", None, 64, 32, 3, "always"),
     questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2),
     drift=DriftChoice(4, 5, 6),
+    chat=ChatChoice("prompts.jsonl", Path("a.jinja"), 7, 0.5),
     calibration=CalibrationChoice("text.txt", 3, 77),
     out=Path("out"),
     backends=BackendChoice(("torch", "ort"), (1, 4), "cpu", "dynamo", "qdq", "fp32"),
@@ -46,9 +48,9 @@ FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None
         "executor": "local", "worker_gpus": 0.5}  # fmt: skip
 BOUND = {
     "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
-    "corpus": CorpusChoice(), "questions": TaskChoice(), "calibration": CalibrationChoice(),
+    "corpus": CorpusChoice("chat"), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
-    "kv_types": ("q8_0",), "split": True,
+    "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from qeval.store.ledger import LEDGER, read_ledger
 from qeval.store.rows import RowStore
 from qeval.store.seal import seal
 from tests.fixtures.bench import Bench, row_differences, row_files
+from tests.fixtures.chat import TEMPLATE, chat_flags, set_template, write_prompts
 from tests.fixtures.kills import CONTEXT, SHARD_TOKENS, Place, finish
 
 METHODS = "rtn:g32,rtn:int8-channel"
@@ -49,6 +50,16 @@ def place(tmp_path_factory):
 def attempts(out):
     with read_ledger(out) as ledger:
         return ledger.attempts()
+
+
+def test_workers_read_the_baselines_answers_to_prompts(tmp_path, monkeypatch):
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    bench = Bench(tmp_path)
+    set_template(bench.model, TEMPLATE)
+    flags = chat_flags(write_prompts(tmp_path / "prompts.jsonl"))
+    assert bench.compare("--quiet", **flags, out=str(tmp_path / "one")) == 0
+    assert bench.compare("--quiet", **flags, out=str(tmp_path / "two"), workers="2", threads="2") == 0
+    assert row_differences(tmp_path / "two", tmp_path / "one") == []
 
 
 def test_two_workers_give_the_rows_of_one_and_do_each_job_once(place, tmp_path, monkeypatch, capfd):

@@ -1,0 +1,135 @@
+"""Generate tokens after prompts of any lengths in one batch, with keys and values kept.
+
+Shorter prompts are padded on the left, behind a mask. Not every architecture honours it, so a batch is padded only
+where a trial gave the state of the same prompt without padding; elsewhere prompts of one length make a batch.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from qeval.backends.decoding import Decoding
+from qeval.backends.sharing import differs
+from qeval.models.structure.forward import cache_arguments
+from qeval.types import TokenIds
+
+_MASK, _PLACES = "attention_mask", "position_ids"
+_PADDING = 0
+"""The id that stands where the mask hides it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A model that generates.
+
+    Attributes:
+        model: A transformers causal language model in eval mode.
+        logits: Its head: final states [rows, d_model] to logits [rows, vocab].
+        keeps: Whether keys and values are kept; without, every step runs all tokens again.
+        change_cache: Makes the cache of a pass that keeps nothing, for what rounds keys and values; None for none.
+        rope_limit: The length beyond which a sequence is turned by other rotary frequencies; no batch crosses it.
+    """
+
+    model: Any
+    logits: Callable[[Tensor], Tensor]
+    keeps: bool
+    change_cache: Callable[[], Any] | None = None
+    rope_limit: float = math.inf
+
+    @torch.inference_mode()
+    def run(
+        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int] = ()
+    ) -> list[TokenIds]:
+        """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
+
+        Args:
+            prompts: Token ids.
+            count: The most tokens that one is continued by.
+            decoding: What picks the next token.
+            stops: Ids that end a continuation.
+        """
+        found: dict[int, TokenIds] = {}
+        for rows in self._batches(prompts):
+            found.update(self._run({row: prompts[row] for row in rows}, count, decoding, frozenset(stops)))
+        return [found[row] for row in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[TokenIds]) -> Iterator[list[int]]:
+        """Yield the prompts of each batch by index: all on one side of the rotary limit where they may be padded."""
+        for is_long in (False, True):
+            side = [row for row, prompt in enumerate(prompts) if (len(prompt) > self.rope_limit) == is_long]
+            lengths = sorted({len(prompts[row]) for row in side})
+            if len(lengths) > 1 and self._padding_holds(min((prompts[row] for row in side), key=len), lengths[-1]):
+                yield side
+                continue
+            for length in lengths:
+                yield [row for row in side if len(prompts[row]) == length]
+
+    def _run(
+        self, prompts: Mapping[int, TokenIds], count: int, decoding: Decoding, stops: frozenset[int]
+    ) -> dict[int, TokenIds]:
+        """Return what the prompts of one batch go on with, by their index."""
+        longest = max(map(len, prompts.values()))
+        ids = torch.tensor([[*[_PADDING] * (longest - len(p)), *p] for p in prompts.values()], device=self._device)
+        lacking = torch.tensor([longest - len(prompt) for prompt in prompts.values()], device=self._device)
+        cache = DynamicCache(config=self.model.config) if self.keeps else None
+        said: dict[int, list[int]] = {row: [] for row in prompts}
+        unfinished, fed = set(prompts), ids
+        for step in range(count):
+            logits = self.logits(self._forward(fed, ids.shape[1], lacking, cache)[:, -1])
+            chosen = decoding.pick(logits, tuple(prompts), step)
+            for row, token in zip(prompts, chosen.tolist(), strict=True):
+                if row in unfinished:
+                    said[row].append(token)
+            unfinished -= {row for row in unfinished if said[row][-1] in stops}
+            if not unfinished:
+                break
+            ids = torch.cat([ids, chosen[:, None]], dim=1)
+            fed = ids if cache is None else chosen[:, None]
+        return {row: tuple(tokens) for row, tokens in said.items()}
+
+    def _forward(self, fed: Tensor, total: int, lacking: Tensor, cache: Any) -> Tensor:
+        """Return the final states [rows, fed tokens, d_model] of the last of `total` tokens a row."""
+        places: dict[str, Tensor] = {}
+        if lacking.any():
+            column = torch.arange(total, device=self._device)[None, :]
+            places[_MASK] = (column >= lacking[:, None]).long()
+            if _PLACES in self._parameters:
+                places[_PLACES] = (column - lacking[:, None]).clamp(min=0)[:, total - fed.shape[1] :]
+        if cache is None and self.change_cache is not None:
+            cache = self.change_cache()
+        output = self.model.base_model(input_ids=fed, **cache_arguments(self.model.base_model.forward)(cache), **places)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _padding_holds(self, prompt: TokenIds, length: int) -> bool:
+        """Return whether a prompt that is padded to a length, and a step after it, gives its states without padding."""
+        if _MASK not in self._parameters:
+            return False
+        lacking = torch.tensor([length - len(prompt)], device=self._device)
+        padded = torch.tensor([[*[_PADDING] * (length - len(prompt)), *prompt]], device=self._device)
+        whole = torch.tensor([[*prompt, prompt[-1]]], device=self._device)
+        expected = self._forward(whole, whole.shape[1], torch.zeros_like(lacking), None)[0, -2:]
+
+        cache = DynamicCache(config=self.model.config) if self.keeps else None
+        first = self._forward(padded, length, lacking, cache)[0, -1:]
+        longer = torch.cat([padded, padded[:, -1:]], dim=1)
+        fed = longer if cache is None else longer[:, -1:]
+        second = self._forward(fed, length + 1, lacking, cache)[0, -1:]
+        return (
+            differs([torch.cat([first, second])], [expected], self.model.get_output_embeddings().weight.dtype) is None
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def _parameters(self) -> Collection[str]:
+        return signature(self.model.base_model.forward).parameters
