@@ -88,11 +88,11 @@ class Figures:
                 raise NonFiniteError(bad, kl.size)
 
     def _size(self, name: str) -> float:
-        record = self._variant
-        if record.size_bytes <= 0:
+        record, whole = self._variant, self._run.record.baseline_size_bytes
+        if not record.size_bytes or whole is None or record.bits_per_weight is None:
             raise QevalError(f"The run's record gives '{record.name}' no size.")
         sizes = {
-            "size_ratio": self._run.record.baseline_size_bytes / record.size_bytes,
+            "size_ratio": whole / record.size_bytes,
             "size_bytes": float(record.size_bytes),
             "bits_per_weight": record.bits_per_weight,
         }

@@ -123,7 +123,7 @@ def quality(variant: VariantReport) -> float | None:
 
 def mark_pareto(variants: list[VariantReport]) -> list[VariantReport]:
     """Mark the variants that no other equals in size and loss and beats in one."""
-    points = {v.name: (v.size_bytes, q) for v in variants if (q := quality(v)) is not None}
+    points = {v.name: (v.ranked_bytes, q) for v in variants if (q := quality(v)) is not None}
     front = {
         name
         for name, (size, loss) in points.items()
@@ -237,6 +237,7 @@ def _variant(
     tokens: _Tokens,
 ) -> VariantReport:
     own_metrics = metrics.get(record.name, {})
+    size, whole = record.size_bytes, run.baseline_size_bytes
     broken = _broken(own_metrics)
     status = "broken" if broken else record.status
 
@@ -258,7 +259,7 @@ def _variant(
         **{name: getattr(record, name) for name in copied},
         status=status,
         error=broken or record.error,
-        saving=1 - record.size_bytes / run.baseline_size_bytes,
+        saving=None if size is None or whole is None else 1 - size / whole,
         pareto=False,
         metrics=own_metrics,
         tasks=results.get(record.name, {}),

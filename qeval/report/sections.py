@@ -7,7 +7,7 @@ from qeval.report.plots import file_slug
 from qeval.report.ranking import ranking
 from qeval.report.recommendation import RULE, recommend
 from qeval.report.summary import summary
-from qeval.store.run import EnvironmentRecord
+from qeval.store.run import EnvironmentRecord, ModelRecord
 
 
 def report_sections(report: Report, plots: list[Plot], rows: Section | None = None) -> list[Section]:
@@ -174,7 +174,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
     return [
         ("Command", p.command),
         ("Model", " ".join(filter(None, (model.name, f"({model.source})", model.hub_id, model.revision)))),
-        ("Architecture", f"{model.architecture}, {model.parameters:,} parameters, {model.layers} layers"),
+        ("Architecture", _architecture(model)),
         ("Weights, sha256", model.weights_sha256),
         ("Types", f"weights {model.weight_dtype}, computed in {model.compute_dtype}"),
         *_measured_on(report),
@@ -193,6 +193,12 @@ def provenance(report: Report) -> list[tuple[str, str]]:
             f"lm-eval {env.lm_eval}",
         ),
     ]
+
+
+def _architecture(model: ModelRecord) -> str:
+    if model.parameters is None:
+        return model.architecture
+    return f"{model.architecture}, {model.parameters:,} parameters, {model.layers} layers"
 
 
 def _device(env: EnvironmentRecord) -> str:

@@ -30,7 +30,7 @@ def impossible_baseline(run: PairedRun) -> str | None:
     return next((f"{NO_BASELINE} {reason}" for reason in reasons if reason), None)
 
 
-def impossible_tokens(rows: TokenRows, vocabulary: int) -> str | None:
+def impossible_tokens(rows: TokenRows, vocabulary: int | None) -> str | None:
     """Return what of a baseline's token rows no model gives."""
     for column, what in (("nll", "ppl"), ("entropy_nats", "entropy_nats")):
         if column in rows.values and (bad := _not_finite(rows.of(column))):
@@ -43,7 +43,7 @@ def impossible_tokens(rows: TokenRows, vocabulary: int) -> str | None:
     if float(np.ptp(entropy)) > _SAME_NATS:
         return None
     everywhere = f"at each of {entropy.size:,} positions"
-    if abs(float(entropy[0]) - log(vocabulary)) < 1e-3:
+    if vocabulary is not None and abs(float(entropy[0]) - log(vocabulary)) < 1e-3:
         return f"It gives every token the same probability {everywhere} (its entropy is that of {vocabulary:,} tokens)."
     return f"It gives the same distribution {everywhere} (its entropy is {entropy[0]:.6f} nats everywhere)."
 

@@ -64,7 +64,7 @@ def _best(report: Report, best: VariantReport) -> str:
 
 def _front(report: Report, best: VariantReport) -> list[str]:
     """Return the smaller variants that nothing beats at their size, the largest first; one of sizes that read alike."""
-    smaller = sorted((v for v in report.variants if v.pareto and v.name != best.name), key=lambda v: v.size_bytes)
+    smaller = sorted((v for v in report.variants if v.pareto and v.name != best.name), key=lambda v: v.ranked_bytes)
     shown = {formatting.size(v.size_bytes): v for v in smaller}  # the larger of two that read alike lost less
     return [
         f"Of those no bigger than {size} ({v.bits_per_weight:.2f} bits per weight, "

@@ -16,6 +16,7 @@ _SCHEME = {
 }  # fmt: skip
 """The columns for what is rounded beside a variant's weights, by the names of its details."""
 VOID = "void: calibrated on what it was scored on"
+_SYMMETRY = {True: "symmetric", False: "asymmetric", None: "unknown"}
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
 
@@ -39,7 +40,7 @@ def overview_table(report: Report) -> Table:
     base = report.baseline
     first = (
         TableCell(baseline_name(report)),
-        TableCell(f"{base.bits_per_weight:.2f}"),
+        TableCell(formatting.bits(base.bits_per_weight)),
         TableCell(formatting.size(base.size_bytes)),
         *(_baseline_cell(report, name) for name in wanted),
     )
@@ -60,8 +61,8 @@ def variants_table(report: Report) -> Table:
     dash = TableCell(formatting.MISSING)
     scheme = {key: label for key, label in _SCHEME.items() if any(key in v.details for v in report.variants)}
     first = (
-        TableCell(baseline_name(report)), dash, dash, dash, TableCell(f"{base.bits_per_weight:.2f}"),
-        TableCell(f"{base.bits_per_weight:.2f}"), TableCell(formatting.size(base.size_bytes)), dash, dash,
+        TableCell(baseline_name(report)), dash, dash, dash, TableCell(formatting.bits(base.bits_per_weight)),
+        TableCell(formatting.bits(base.bits_per_weight)), TableCell(formatting.size(base.size_bytes)), dash, dash,
         *(dash for _ in scheme),
     )  # fmt: skip
     rows = [
@@ -69,9 +70,9 @@ def variants_table(report: Report) -> Table:
             TableCell(v.name),
             TableCell(v.method),
             TableCell(v.grid),
-            TableCell(f"{v.granularity}, {'symmetric' if v.symmetric else 'asymmetric'}"),
-            TableCell(f"{v.bits_per_weight:.2f}"),
-            TableCell(f"{v.bits_per_weight_model:.2f}"),
+            TableCell(f"{v.granularity}, {_SYMMETRY[v.symmetric]}"),
+            TableCell(formatting.bits(v.bits_per_weight)),
+            TableCell(formatting.bits(v.bits_per_weight_model)),
             TableCell(formatting.size(v.size_bytes)),
             TableCell(formatting.percent(v.saving)),
             TableCell(v.status),
@@ -292,7 +293,7 @@ def _overview_row(report: Report, variant: VariantReport, names: list[str]) -> t
     remark = VOID if variant.void else remark
     return (
         TableCell(variant.name, remark=remark),
-        TableCell(f"{variant.bits_per_weight:.2f}"),
+        TableCell(formatting.bits(variant.bits_per_weight)),
         TableCell(formatting.size(variant.size_bytes)),
         *(metric_cell(variant.metrics.get(name), remark=floor_remark(report, variant, name)) for name in names),
     )

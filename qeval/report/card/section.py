@@ -105,13 +105,13 @@ def _sizes(report: Report) -> list[list[str]]:
     base = report.baseline
     first = [
         baseline_name(report),
-        f"{base.bits_per_weight:.2f}",
+        formatting.bits(base.bits_per_weight),
         formatting.size(base.size_bytes),
         formatting.MISSING,
         "done",
     ]
     rest = [
-        [v.name, f"{v.bits_per_weight:.2f}", formatting.size(v.size_bytes), formatting.percent(v.saving), v.status]
+        [v.name, formatting.bits(v.bits_per_weight), formatting.size(v.size_bytes), formatting.percent(v.saving), v.status]
         for v in _shown(report)
     ]
     return [first, *rest]
