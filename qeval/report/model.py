@@ -47,6 +47,7 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `TASK_flips` | `TASK_right_to_wrong` and `TASK_wrong_to_right` together | fraction |
 | `TASK_brier`, `TASK_brier_diff` | mean squared error of the choices' softmax; its difference | fraction |
 | `TASK_ece` | its calibration error: confidence against share right, 15 bins | fraction |
+| `SCORE_score`, `SCORE_score_diff` | mean of an imported score; minus the baseline's, paired | its own |
 | `TASK_choice_kl_nats` | mean KL over the softmax of the choices' log-likelihoods | nats |
 """
 
@@ -64,6 +65,7 @@ from qeval.store.run import (
     ModelRecord,
     ProtocolRecord,
     RuntimeRecord,
+    ScoreRecord,
     TaskRecord,
 )
 from qeval.types import Better, Estimate
@@ -301,6 +303,7 @@ class Report(_Part):
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
     tasks: list[Task]
+    scores: list[ScoreRecord] = []  # given by another program, of an imported run
     metrics_asked: list[str]
     intervals: Intervals
     notes: list[str]

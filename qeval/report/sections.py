@@ -2,6 +2,7 @@
 
 from qeval.report import confidence, corpora, drift, formatting, loss_breakdown, mix_tables, part_tables, tables
 from qeval.report.document import Plot, Section, Table, TableCell
+from qeval.report.measure_scores import scores_table
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
 from qeval.report.ranking import ranking
@@ -25,6 +26,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
         ),
         *([continuations] if (continuations := drift.drift_section(report)) else []),
         *(_task(report, task, drawn) for task in report.tasks),
+        *([_scores(report)] if report.scores else []),
         *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
         _provenance(report),
@@ -54,6 +56,10 @@ def _summary(report: Report, drawn: dict[str, Plot]) -> Section:
         warnings=tuple(report.warnings),
         notes=(*findings, *report.notes, RULE, intervals_sentence(report)),
     )
+
+
+def _scores(report: Report) -> Section:
+    return Section(id="scores", title="Imported scores", tables=(scores_table(report, report.scores),))
 
 
 def _variants(report: Report) -> Section:

@@ -23,6 +23,8 @@ _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 def baseline_name(report: Report) -> str:
     """Return the baseline's name, by the type of its weights, such as `FP16 baseline`."""
     dtype = report.model.weight_dtype
+    if report.model.source == "imported":
+        return "baseline"
     return f"{_DTYPES.get(dtype, dtype)} baseline"
 
 
@@ -34,7 +36,8 @@ def overview_table(report: Report) -> Table:
         {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
         | perplexities(report)
         | {"drift_equal": "Same greedy token"}
-        | {f"{task.name}_acc": task.title for task in tasks},
+        | {f"{task.name}_acc": task.title for task in tasks}
+        | {f"{score.name}_score": score.title for score in report.scores},
     )
 
     base = report.baseline

@@ -84,7 +84,7 @@ class TaskRecord(_Record):
     name: str  # "mmlu"
     source: str  # "hub", a folder's name, "mmlu_sample"
     title: str  # "MMLU 5-shot", "MMLU-style sample 5-shot"
-    shots: int
+    shots: int | None  # None: an imported run does not know
     subjects: list[str]
     categories: dict[str, str]  # subject -> category ("stem", "humanities", "social_sciences", "other")
     items: int
@@ -103,6 +103,34 @@ class DriftRecord(_Record):
     prompt_tokens: int  # BOS included
     generated: int  # tokens a prompt
     bos: bool
+
+
+class ScoreRecord(_Record):
+    """The settings of one score's rows, which another program gave (`qeval import`)."""
+
+    name: str  # as rows and policies have it: "gsm8k_exact_match_strict_match"
+    title: str  # "gsm8k, exact_match (strict-match)"
+    better: Literal["higher", "lower"]
+    unit: str  # "fraction" for scores of 0 to 1, "nats", else "score"
+    subjects: list[str]
+    items: int
+    harness: str  # "lm-eval", "inspect", "csv"
+
+
+class ImportedFile(_Record):
+    """A file that rows came from, and the model that they are of."""
+
+    model: str
+    name: str  # without the place where it lay
+    sha256: str
+    format: str  # "lm-eval", "inspect", "csv", "jsonl", "parquet"
+
+
+class ImportRecord(_Record):
+    """The source of an imported run: what another program measured, and which hashes vouch for equal prompts."""
+
+    files: list[ImportedFile]
+    hashes: list[str]  # of "doc_hash", "prompt_hash", "target_hash": those that were compared between sides
 
 
 class GroupRecord(_Record):
@@ -246,11 +274,13 @@ class RunRecord(_Record):
     calibration: CalibrationRecord | None
     variants: list[VariantRecord]
     environment: EnvironmentRecord
-    metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ...
+    metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ..., and the names of scores
     warnings: list[str]
     drift: DriftRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
     witness: str | None = None  # the hash of token ids, positions and BOS of all that was scored; None in older records
+    scores: list[ScoreRecord] = []
+    imported: ImportRecord | None = None  # None: qeval measured it itself
     chain: Chain | None = None
     sha256: str | None = None  # of all the rest of the record
 
