@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from qeval.report.align import BASELINE_NAME
 from qeval.store.out import check_out
 from qeval.store.run import RunRecord
 
+_THREADS = 2
 _NAME = re.compile(r"[^\s/\\=]+")
 
 
@@ -47,7 +49,8 @@ def import_files(
     """
     started = datetime.now(UTC)
     check_out(out, "the run")
-    parts = [part for source in _expanded(sources) for part in _read(source, reading)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        parts = [part for own in threads.map(lambda source: _read(source, reading), _expanded(sources)) for part in own]
     if repeats:
         parts = _numbered(parts)
     sides = _sides(parts, _baseline(parts, baseline))

@@ -7,7 +7,7 @@ negative log-likelihood a word or byte. Metrics that exist for a whole corpus al
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +103,8 @@ def _choices(samples: Samples, acc: Floats) -> Choices | None:
         return None
     starts = np.concatenate([[0], np.cumsum(samples.counts)[:-1]]).astype(np.int64)
     pred = _first_largest(samples.loglikelihoods, samples.counts, starts)
-    for gold in (_indices(samples.targets), _matches(samples)):
+    for read in (_indices, _matches):  # the second reads the file once more
+        gold = read(samples)
         if gold is not None and ((gold >= 0) & (gold < samples.counts)).all() and ((pred == gold) == (acc == 1)).all():
             norm = _scores(samples, "acc_norm") if "acc_norm" in samples.metrics else None
             return Choices(gold, pred, samples.loglikelihoods, samples.counts, norm)
@@ -119,10 +120,11 @@ def _first_largest(values: Floats, counts: Ints, starts: Ints) -> Ints:
     return np.where(first == never, -1, first).astype(np.int64)
 
 
-def _indices(targets: Sequence[str]) -> Ints | None:
-    if not all(target.isdecimal() for target in targets):
+def _indices(samples: Samples) -> Ints | None:
+    """Return the targets as places of choices; None where they are no numbers."""
+    if not all(target.isdecimal() for target in samples.targets):
         return None
-    return np.asarray([int(target) for target in targets], np.int64)
+    return np.asarray([int(target) for target in samples.targets], np.int64)
 
 
 def _matches(samples: Samples) -> Ints | None:

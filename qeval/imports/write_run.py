@@ -11,12 +11,12 @@ import numpy as np
 import psutil
 
 from qeval import __version__
-from qeval.identity import digest, digest_file
+from qeval.identity import digest
 from qeval.imports.check_sides import Side
 from qeval.imports.foreign_rows import HASHES
 from qeval.report.align import BASELINE_NAME
 from qeval.store.attempts import attempt
-from qeval.store.chain import chain_of
+from qeval.store.chain import chain_of, digests_of
 from qeval.store.rows import RowKind, RowStore
 from qeval.store.run import (
     RUN_VERSION,
@@ -50,7 +50,8 @@ def write_imported(out: Path, sides: Sides, started: datetime, command: str) -> 
         QevalError: A file can't be written.
     """
     store = RowStore(out)
-    digests = {file: digest_file(file) for each in sides.values() for side in each for file in side.files}
+    files = list(dict.fromkeys(file for each in sides.values() for side in each for file in side.files))
+    digests = dict(zip(files, digests_of(files), strict=True))
     shards: dict[RowKind, list[Path]] = {"tokens": [], "items": [], "drift": [], "scores": []}
     with attempt(out, command):
         for each in sides.values():
