@@ -76,8 +76,9 @@ def _texts(path: Path) -> dict[str, Texts]:
         if path.suffix == ".jsonl":
             return _of_lines(path)
         if path.suffix == ".csv":
-            header = path.open(encoding="utf-8").readline().strip().split(",")
-            types = pcsv.ConvertOptions(column_types=dict.fromkeys([name.strip('"') for name in header], pa.string()))
+            with pcsv.open_csv(path) as reader:
+                names = reader.schema.names
+            types = pcsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
             table = pcsv.read_csv(path, convert_options=types)
         else:
             table = pq.ParquetFile(path).read()
