@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qeval.api.folders import card, diff, gate, load, verify
     from qeval.api.gating import gate_model
     from qeval.api.harness import lm_eval_model
+    from qeval.api.importing import import_rows
     from qeval.api.making import export, quantize, sensitivity
     from qeval.api.sweeping import sweep
     from qeval.errors import BrokenRecordError, QevalError, UsageError
@@ -40,6 +41,7 @@ __all__ = [
     "export",
     "gate",
     "gate_model",
+    "import_rows",
     "lm_eval_model",
     "load",
     "quantize",
@@ -55,6 +57,7 @@ _MODULES = {
     "qeval.api.folders": ("card", "diff", "gate", "load", "verify"),
     "qeval.api.gating": ("gate_model",),
     "qeval.api.harness": ("lm_eval_model",),
+    "qeval.api.importing": ("import_rows",),
     "qeval.api.making": ("export", "quantize", "sensitivity"),
     "qeval.api.sweeping": ("sweep",),
     "qeval.errors": ("BrokenRecordError", "QevalError", "UsageError"),

@@ -21,7 +21,6 @@ from qeval.report.run_rows import PairedRun
 from qeval.report.summary import summary
 from qeval.report.tables import overview_table
 from qeval.store.run import RunRecord, TaskRecord
-from qeval.store.variants import Manifest
 from qeval.types import Estimate
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from qeval.jobs.publish import PublishedManifest
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
+    from qeval.store.variants import Manifest
 
 _COMPARED = ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats")
 """Columns of token rows that are distances from the baseline already."""
@@ -187,7 +187,7 @@ class QuantizedVariant(NamedTuple):
 
     name: str
     folder: Path
-    manifest: Manifest
+    manifest: "Manifest"
 
 
 class ExportedModel(NamedTuple):

@@ -59,10 +59,11 @@ def _show_record(run: "BenchRun", *, as_json: bool) -> None:
 def _show_plan(plan: "BenchPlan", console: Console) -> None:
     """Print what will be run, and how long it may take."""
     from qeval.models.device import device_in_words  # noqa: PLC0415 - torch takes seconds to import
+    from qeval.report import formatting  # noqa: PLC0415
 
     choice, settings = plan.choice, plan.record.settings
     table = plan_table()
-    table.add_row("model", f"{plan.record.model.name} ({plan.record.model.parameters / 1e6:.0f} M weights)")
+    table.add_row("model", f"{plan.record.model.name} ({formatting.count(plan.record.model.parameters)} weights)")
     table.add_row("engines", ", ".join(choice.engines))
     table.add_row("variants", ", ".join(choice.variant_names))
     cells = f"batch {_listed(choice.batches)} x prompt {_listed(choice.prompts)}, {choice.generate} tokens generated"

@@ -17,6 +17,8 @@ class Command(NamedTuple):
     summary: str
     module: str | None = None
     """A module of this package; None: the one of the command's name."""
+    function: str | None = None
+    """Its function there; None: the one of the command's name."""
     takes_all_flags: bool = False
     """Whether flags that the command does not know reach it as words."""
 
@@ -35,6 +37,11 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({
         "Quantize a model one way and write it as an ONNX folder, a checkpoint for vLLM or a GGUF file."
     ),
     "explain": Command("Show which rows make a variant's loss, from a finished run's folder alone."),
+    "import": Command(
+        "Make a run of rows that other programs measured, which gate, diff and card read as any other.",
+        "import_rows",
+        "import_rows",
+    ),
     "gate": Command("Judge a run by a policy."),
     "verify": Command("Check every checksum of a run, and compute a random sample of its rows again from the model."),
     "selfcheck": Command(
@@ -91,7 +98,7 @@ class _Commands(Mapping[str, TyperCommand]):
 def _load(name: str) -> TyperCommand:
     entry = COMMANDS[name]
     context = {"allow_extra_args": True, "ignore_unknown_options": True} if entry.takes_all_flags else None
-    return parser_of(getattr(import_module(f"qeval.cli.{entry.module or name}"), name), name, context)
+    return parser_of(getattr(import_module(f"qeval.cli.{entry.module or name}"), entry.function or name), name, context)
 
 
 def parser_of(function: Callable[..., Any], name: str, context: dict[str, Any] | None = None) -> TyperCommand:

@@ -17,7 +17,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     cost = estimate(plan)
     table = plan_table()
     table.add_row(
-        "model", f"{plan.model.name} ({plan.model.architecture}, {plan.model.parameters / 1e6:.0f} M weights)"
+        "model", f"{plan.model.name} ({plan.model.architecture}, {formatting.count(plan.model.parameters)} weights)"
     )
     if plan.model.hub_id:
         table.add_row("from", f"{plan.model.hub_id} at commit {str(plan.model.revision)[:12]}")

@@ -1,12 +1,13 @@
 """A variant's figures with their bounds, from a finished run's paired rows; no torch."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from qeval.errors import QevalError
+from qeval.gate.figure import Figure, both_ways
 from qeval.gate.metrics import ANSWERS, QUANTILES, kind_of, split
+from qeval.gate.score_figures import score_figure
 from qeval.report import measure_drift, measure_items
 from qeval.report.align import ItemRows, TokenRows
 from qeval.report.independent import is_first_question, question_clusters
@@ -14,32 +15,9 @@ from qeval.report.measure_chat import in_answers
 from qeval.report.notes import chance_sentence
 from qeval.report.run_rows import PairedRun
 from qeval.stats import bounds
-from qeval.stats.bootstrap import Floats, NonFiniteError
+from qeval.stats.bootstrap import NonFiniteError
 from qeval.stats.bounds import Bounded
-from qeval.stats.flips import mcnemar
 from qeval.store.run import ChatRecord, TaskRecord, VariantRecord
-
-
-@dataclass(frozen=True, eq=False)
-class Figure:
-    """A figure that a rule limits: a value in the metric's unit, and its bounds where it rests on rows.
-
-    `rows` and `clusters` say what of ("questions" in "subjects"); `detail` is a remark on the figure; `at_chance` is
-    the sentence about a baseline that is no better than guessing; `unchanged` is the value of the baseline itself.
-    """
-
-    value: float
-    bounded: Bounded | None = None
-    rows: str = ""
-    clusters: str = ""
-    detail: str | None = None
-    at_chance: str | None = None
-    unchanged: float = 0.0
-
-    @property
-    def effect(self) -> float:
-        """The distance of the value from that of no change at all."""
-        return abs(self.value - self.unchanged)
 
 
 class Figures:
@@ -92,11 +70,11 @@ class Figures:
                 raise NonFiniteError(bad, kl.size)
 
     def _size(self, name: str) -> float:
-        record = self._variant
-        if record.size_bytes <= 0:
+        record, whole = self._variant, self._run.record.baseline_size_bytes
+        if not record.size_bytes or whole is None or record.bits_per_weight is None:
             raise QevalError(f"The run's record gives '{record.name}' no size.")
         sizes = {
-            "size_ratio": self._run.record.baseline_size_bytes / record.size_bytes,
+            "size_ratio": whole / record.size_bytes,
             "size_bytes": float(record.size_bytes),
             "bits_per_weight": record.bits_per_weight,
         }
@@ -135,6 +113,12 @@ class Figures:
         return Figure(share.value, share, rested, "prompts", unchanged=float(name == "drift_equal"))
 
     def _of_task(self, task: str, name: str) -> Figure:
+        for score in self._run.record.scores:
+            if score.name == task:
+                own = self._run.scores(score, self._variant)
+                return score_figure(score, name, own, self._run.baseline_scores(score))
+        if name == "score_loss":
+            raise QevalError(f"'{task}' is no imported score; limit {task}_acc_drop.")
         record = self._task(task)
         every, base = self._answers(record), self._run.baseline_items(record)
         distinct = is_first_question(base.prompts)
@@ -144,7 +128,7 @@ class Figures:
         remark = detail = None
         if name == "acc_drop":
             bound: Bounded = bounds.drop_of(baseline.acc, rows.acc, subjects)
-            remark, detail = self._at_chance(record, baseline), _both_ways(baseline.acc, rows.acc)
+            remark, detail = self._at_chance(record, baseline), both_ways(baseline.acc, rows.acc)
         elif name == "choice_kl_nats":
             bound = bounds.mean_of(measure_items.choice_kl_nats(rows, baseline), subjects)
         else:
@@ -191,17 +175,13 @@ class Figures:
 
     def _require(self, task: str) -> None:
         measured = self._run.record.metrics
+        if task not in measured and self._run.record.imported:
+            raise QevalError(f"The run was imported and holds no '{task}'; it has {', '.join(measured)}.")
         if task not in measured:
             raise QevalError(
                 f"The run did not measure '{task}'; run it again with --tasks {','.join([*measured, task])} "
                 "added to it."
             )
-
-
-def _both_ways(before: Floats, now: Floats) -> str:
-    """Return flips of accuracy both ways, and whether more went one way."""
-    lost, won = int((before > now).sum()), int((before < now).sum())
-    return f"{lost} lost and {won} won (McNemar's exact test: p = {mcnemar(lost, won):.2g})"
 
 
 def column_of(metric: str) -> str:

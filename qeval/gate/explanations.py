@@ -1,6 +1,6 @@
 """Verdicts in words: what was measured, what it may at most be, and what that means for the margin."""
 
-from qeval.gate.bounded_metrics import Figure
+from qeval.gate.figure import Figure
 from qeval.gate.metrics import SCALE, MetricKind
 from qeval.gate.policy import Rule
 from qeval.gate.verdict import GateOutcome
@@ -43,13 +43,17 @@ def sequential(rule: Rule, figure: Figure, confidence: float, outcome: GateOutco
     return f"{effect}, {side} {limit} with {100 * confidence:.4g} % confidence whenever one stops"
 
 
-def advice(kind: MetricKind, figure: Figure, more: int | None, smallest: float | None) -> str:
+def advice(
+    kind: MetricKind, figure: Figure, more: int | None, smallest: float | None, repeats: int | None = None
+) -> str:
     """Return what would decide an inconclusive rule, and what this run could have seen."""
     parts = []
     if more is not None:
         parts.append(f"about {more:,} more {figure.rows} would decide it, if the figure stays")
     elif figure.bounded is not None and figure.bounded.mean.clusters >= 2:
         parts.append(f"it lies so near the margin that no number of {figure.rows} would decide it soon")
+    if repeats is not None:
+        parts.append(f"so would about {repeats:,} repeats an item")
     if smallest is not None:
         shown = smallest / SCALE[kind.unit]
         parts.append(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from qeval.errors import BrokenRecordError, QevalError, UsageError, unknown
 from qeval.gate import explanations
-from qeval.gate.bounded_metrics import Figure, Figures
+from qeval.gate.bounded_metrics import Figures
+from qeval.gate.figure import Figure
 from qeval.gate.metrics import MetricKind
 from qeval.gate.policy import Policy, Rule
 from qeval.gate.verdict import GateOutcome, GateVerdict, RuleVerdict, VariantVerdict, any_of, every, of_rule
@@ -16,6 +17,7 @@ from qeval.report.run_rows import PairedRun
 from qeval.report.soundness import impossible_baseline, not_quantized, remarks
 from qeval.stats.bootstrap import Interval, NonFiniteError
 from qeval.stats.bounds import factor_to_decide, smallest_effect
+from qeval.stats.repeats import BoundedScore, repeats_to_decide
 from qeval.store.run import VariantRecord
 
 
@@ -72,6 +74,12 @@ def variant_verdict(
     outcome = every([rule.counts_as for rule in rules])
     if outcome != "broken" and policy.needs_quantized and (reason := not_quantized(run, record)):
         return VariantVerdict(record.name, "fail", tuple(rules), f"{reason} The policy requires: quantized.")
+    is_unknown = policy.needs_quantized and record.quantized_weights is None
+    if outcome == "pass" and is_unknown and policy.when_inconclusive != "pass":
+        reason = "The run was imported, so whether anything in it is quantized is not known."
+        return VariantVerdict(
+            record.name, policy.when_inconclusive, tuple(rules), f"{reason} The policy requires: quantized."
+        )
     return VariantVerdict(record.name, outcome, tuple(rules))
 
 
@@ -99,6 +107,7 @@ class _Doubt(NamedTuple):
 
     more_rows: int | None
     smallest_effect: float | None
+    repeats: int | None = None
 
 
 _NO_DOUBT = _Doubt(None, None)
@@ -162,7 +171,7 @@ class _Judge:
             outcome = "inconclusive"
         elif outcome == "inconclusive":
             doubt = _doubt(figure, rule.margin, confidence)
-            why.append(explanations.advice(rule.kind, figure, doubt.more_rows, doubt.smallest_effect))
+            why.append(explanations.advice(rule.kind, figure, doubt.more_rows, doubt.smallest_effect, doubt.repeats))
 
         why += [explanations.under_floor(rule.kind, floor)] if floor is not None and lost else []
         why += [remark] if (remark := explanations.rough(figure)) else []
@@ -172,7 +181,7 @@ class _Judge:
             value=figure.value, low=bound.low, high=bound.high, rows=figure.rows, floor=floor,
             n=figure.bounded.mean.n if figure.bounded else None,
             clusters=figure.bounded.mean.clusters if figure.bounded else None,
-            more_rows=doubt.more_rows, smallest_effect=doubt.smallest_effect,
+            more_rows=doubt.more_rows, smallest_effect=doubt.smallest_effect, repeats=doubt.repeats,
         )  # fmt: skip
 
     def _floor(self, metric: str, figure: Figure) -> float | None:
@@ -215,7 +224,9 @@ def _doubt(figure: Figure, margin: float, confidence: float) -> _Doubt:
         return _NO_DOUBT
     factor = factor_to_decide(figure.bounded, margin, confidence)
     more = None if factor is None else max(1, round((factor - 1) * figure.bounded.mean.n))
-    return _Doubt(more, smallest_effect(figure.bounded, confidence))
+    bounded = figure.bounded
+    repeats = repeats_to_decide(bounded, margin, confidence) if isinstance(bounded, BoundedScore) else None
+    return _Doubt(more, smallest_effect(bounded, confidence), repeats)
 
 
 def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:

@@ -10,11 +10,13 @@ from typing import Literal
 
 from qeval.errors import UsageError, unknown
 
-Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens"]
+Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens", "units"]
 Limit = Literal["at_most", "at_least"]
 MetricSource = Literal["kl", "ppl", "drift", "task", "size"]
 
-SCALE: dict[Unit, float] = {"points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0}
+SCALE: dict[Unit, float] = {
+    "points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0, "units": 1.0,
+}  # fmt: skip
 """What a margin's number is multiplied with to stand in a figure's own unit (shares, nats, bytes)."""
 
 
@@ -61,6 +63,7 @@ TASK_METRICS: dict[str, MetricKind] = {
     "flips": MetricKind("flipped answers", "%", "at_most", "task"),
     "right_to_wrong": MetricKind("answers gone wrong", "%", "at_most", "task"),
     "choice_kl_nats": MetricKind("mean KL over the choices", "nats", "at_most", "task"),
+    "score_loss": MetricKind("loss of the score", "units", "at_most", "task", signed=True),
 }
 
 

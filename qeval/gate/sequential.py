@@ -13,7 +13,8 @@ import numpy as np
 
 from qeval.errors import QevalError
 from qeval.gate import explanations
-from qeval.gate.bounded_metrics import Figure, Figures, column_of
+from qeval.gate.bounded_metrics import Figures, column_of
+from qeval.gate.figure import Figure
 from qeval.gate.judge import counts_as, decide
 from qeval.gate.metrics import ANSWERS, QUANTILES, split
 from qeval.gate.policy import Policy, Rule

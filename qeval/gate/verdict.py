@@ -20,7 +20,8 @@ class RuleVerdict:
     """One rule on one variant. Figures are in the metric's own unit (shares, nats, factors, bytes), None where unknown.
 
     `low` and `high` are bounds held with `confidence` each; `more_rows` is how many more `rows` would decide an
-    inconclusive rule, `smallest_effect` the distance from the margin that this run could have told.
+    inconclusive rule, `repeats` how many scores an item would, and `smallest_effect` the distance from the margin that
+    this run could have told.
     """
 
     rule: str  # "mmlu_acc_drop at most 1.0 points"
@@ -41,6 +42,7 @@ class RuleVerdict:
     rows: str = ""
     more_rows: int | None = None
     smallest_effect: float | None = None
+    repeats: int | None = None
     floor: float | None = None
 
 

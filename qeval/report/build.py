@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qeval.errors import QevalError
-from qeval.report import corpora, measure_chat, measure_drift, measure_items, measure_tokens
+from qeval.report import corpora, measure_chat, measure_drift, measure_items, measure_scores, measure_tokens
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
@@ -81,7 +81,9 @@ def build_paired(rows: PairedRun) -> Report:
     # measure
     tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
-    metrics, results = _merged(tokens, items, _drift(rows), [BASELINE_NAME, *(variant.name for variant in rows.done)])
+    metrics, results = _merged(
+        tokens, items, [_drift(rows), *_scores(rows)], [BASELINE_NAME, *(variant.name for variant in rows.done)]
+    )
     variants = [_variant(each, run, metrics, results, tokens) for each in run.variants]
     tasks = [each.task for each in items]
 
@@ -102,6 +104,7 @@ def build_paired(rows: PairedRun) -> Report:
         protocol=run.protocol,
         drift=run.drift,
         tasks=tasks,
+        scores=run.scores,
         metrics_asked=run.metrics,
         intervals=_intervals(run.seed),
         notes=notes(run, tasks, metrics[BASELINE_NAME]) + unchecked(run) + rows.repeat_notes,
@@ -125,7 +128,7 @@ def quality(variant: VariantReport) -> float | None:
 
 def mark_pareto(variants: list[VariantReport]) -> list[VariantReport]:
     """Mark the variants that no other equals in size and loss and beats in one."""
-    points = {v.name: (v.size_bytes, q) for v in variants if (q := quality(v)) is not None}
+    points = {v.name: (v.ranked_bytes, q) for v in variants if (q := quality(v)) is not None}
     front = {
         name
         for name, (size, loss) in points.items()
@@ -185,6 +188,21 @@ def _drift(paired: PairedRun) -> dict[str, Metrics]:
     return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
 
 
+def _scores(paired: PairedRun) -> list[dict[str, Metrics]]:
+    """Return every model's means of each imported score, and their differences from the baseline's, by name."""
+    kinds = []
+    for record in paired.record.scores:
+        baseline = paired.baseline_scores(record)
+        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline)}
+        _require_finite(metrics[BASELINE_NAME])
+        for variant in paired.done:
+            rows = paired.scores(record, variant)
+            own = measure_scores.score_metrics(record, rows)
+            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline)
+        kinds.append(metrics)
+    return kinds
+
+
 def _items(paired: PairedRun, record: TaskRecord) -> _Items:
     task, seed, baseline = record.name, paired.record.seed, paired.baseline_items(record)
     models = {BASELINE_NAME: baseline}
@@ -213,10 +231,13 @@ def _with_margins(results: dict[str, TaskResult], models: dict[str, ItemRows], s
 
 
 def _merged(
-    tokens: _Tokens, items: list[_Items], drift: dict[str, Metrics], names: list[str]
+    tokens: _Tokens, items: list[_Items], more: list[dict[str, Metrics]], names: list[str]
 ) -> tuple[dict[str, Metrics], dict[str, dict[str, TaskResult]]]:
     """Return each model's metrics of all kinds, and its tasks' results."""
-    metrics = {name: tokens.metrics.get(name, {}) | drift.get(name, {}) for name in names}
+    metrics = {name: dict(tokens.metrics.get(name, {})) for name in names}
+    for kind in more:
+        for name in names:
+            metrics[name] |= kind.get(name, {})
     for each in items:
         for name in names:
             metrics[name] |= each.metrics[name]
@@ -243,6 +264,7 @@ def _variant(
     tokens: _Tokens,
 ) -> VariantReport:
     own_metrics = metrics.get(record.name, {})
+    size, whole = record.size_bytes, run.baseline_size_bytes
     broken = _broken(own_metrics)
     status = "broken" if broken else record.status
 
@@ -264,7 +286,7 @@ def _variant(
         **{name: getattr(record, name) for name in copied},
         status=status,
         error=broken or record.error,
-        saving=1 - record.size_bytes / run.baseline_size_bytes,
+        saving=None if size is None or whole is None else 1 - size / whole,
         pareto=False,
         metrics=own_metrics,
         tasks=results.get(record.name, {}),

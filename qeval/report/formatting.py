@@ -73,45 +73,60 @@ def metric_text(metric: Metric, *, signed: bool = False) -> str:
     return value_text(metric, signed=signed) + (f" {interval}" if interval else "")
 
 
-def size(size_bytes: float) -> str:
-    """Return a size in powers of ten.
+def size(size_bytes: float | None) -> str:
+    """Return a size in powers of ten; a dash where it is not known.
 
     >>> size(269_030_000), size(1_812_000_000)
     ('269 MB', '1.81 GB')
     """
+    if size_bytes is None:
+        return MISSING
     for unit, factor in _UNITS:
         if size_bytes >= factor:
             return f"{size_bytes / factor:.3g} {unit}"
     return f"{size_bytes:.0f} B"
 
 
-def count(number: int) -> str:
-    """Return a large count as a reader says it.
+def bits(bits_per_weight: float | None) -> str:
+    """Return bits per weight; a dash where they are not known.
+
+    >>> bits(4.128), bits(None)
+    ('4.13', '–')
+    """
+    return MISSING if bits_per_weight is None else f"{bits_per_weight:.2f}"
+
+
+def count(number: int | None) -> str:
+    """Return a large count as a reader says it; a dash where it is not known.
 
     >>> count(134_515_008), count(1_235_814_400), count(960)
     ('135 M', '1.24 B', '960')
     """
+    if number is None:
+        return MISSING
     for unit, factor in (("B", 1e9), ("M", 1e6)):
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:,}"
 
 
-def percent(share: float, decimals: int = 0) -> str:
-    """Return a share in per cent.
+def percent(share: float | None, decimals: int = 0) -> str:
+    """Return a share in per cent; a dash where it is not known.
 
     >>> percent(0.457)
     '46 %'
     """
-    return f"{number(100 * share, decimals)} %"
+    return MISSING if share is None else f"{number(100 * share, decimals)} %"
 
 
-def duration(seconds: float) -> str:
-    """Return a time a reader can picture.
+def duration(seconds: float | None) -> str:
+    """Return a time a reader can picture; a dash where it is not known.
 
     >>> duration(501.2), duration(12.51), duration(7260)
     ('8 min 21 s', '12.5 s', '2 h 1 min')
     """
+    if seconds is None:
+        return MISSING
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)

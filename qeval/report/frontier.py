@@ -91,7 +91,7 @@ def draw(axes: Axes, variants: Sequence[VariantReport], place: int, label: str) 
     for v in variants:
         metric = v.metrics["kl_nats"]
         if metric.low is not None and metric.high is not None and metric.low > 0:
-            axes.vlines(v.bits_per_weight, metric.low, metric.high, color=colour, linewidth=1.0, alpha=0.6)
+            axes.vlines(_ranked_bits(v), metric.low, metric.high, color=colour, linewidth=1.0, alpha=0.6)
 
 
 def _floors(reports: Sequence[Report]) -> list[float]:
@@ -109,4 +109,10 @@ def _finished(figure: Figure, axes: Axes, loss: str) -> tuple[str, bytes]:
 
 
 def _bits(variants: Sequence[VariantReport]) -> list[float]:
-    return [v.bits_per_weight for v in variants]
+    return [_ranked_bits(v) for v in variants]
+
+
+def _ranked_bits(variant: VariantReport) -> float:
+    if variant.bits_per_weight is None:
+        raise ValueError(f"The bits of '{variant.name}' are not known, so it can't be ranked.")
+    return variant.bits_per_weight

@@ -48,6 +48,7 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `TASK_flips` | `TASK_right_to_wrong` and `TASK_wrong_to_right` together | fraction |
 | `TASK_brier`, `TASK_brier_diff` | mean squared error of the choices' softmax; its difference | fraction |
 | `TASK_ece` | its calibration error: confidence against share right, 15 bins | fraction |
+| `SCORE_score`, `SCORE_score_diff` | mean of an imported score; minus the baseline's, paired | its own |
 | `TASK_choice_kl_nats` | mean KL over the softmax of the choices' log-likelihoods | nats |
 """
 
@@ -65,6 +66,7 @@ from qeval.store.run import (
     ModelRecord,
     ProtocolRecord,
     RuntimeRecord,
+    ScoreRecord,
     TaskRecord,
 )
 from qeval.types import Better, Estimate
@@ -212,11 +214,11 @@ class VariantReport(_Part):
     key: str
     grid: str
     granularity: str
-    symmetric: bool
-    bits_per_weight: float
-    bits_per_weight_model: float
-    size_bytes: int
-    saving: float  # share of the baseline's bytes that is saved
+    symmetric: bool | None
+    bits_per_weight: float | None
+    bits_per_weight_model: float | None
+    size_bytes: int | None
+    saving: float | None  # share of the baseline's bytes that is saved
     pareto: bool  # no other variant is both at most as big and at most as far from the baseline
     metrics: Metrics
     tasks: dict[str, TaskResult]
@@ -238,6 +240,13 @@ class VariantReport(_Part):
     void: str | None = None  # why its figures say nothing: it was calibrated on what it was scored on
 
     @property
+    def ranked_bytes(self) -> int:
+        """Return the size of a variant that is ranked; an imported one has none, and is never ranked."""
+        if self.size_bytes is None:
+            raise ValueError(f"The size of '{self.name}' is not known, so it can't be ranked.")
+        return self.size_bytes
+
+    @property
     def ranked(self) -> bool:
         """Return whether it stands for itself: not the noise floor, a part of a variant, or one on a second backend."""
         return self.role == "variant" and self.twin is None
@@ -248,11 +257,11 @@ class BaselineReport(_Part):
 
     label: str
     backend: str | None
-    bits_per_weight: float
-    size_bytes: int
+    bits_per_weight: float | None
+    size_bytes: int | None
     metrics: Metrics
     tasks: dict[str, TaskResult]
-    seconds: float
+    seconds: float | None
 
 
 class Task(_Part):
@@ -308,6 +317,7 @@ class Report(_Part):
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
     tasks: list[Task]
+    scores: list[ScoreRecord] = []  # given by another program, of an imported run
     metrics_asked: list[str]
     intervals: Intervals
     notes: list[str]

@@ -37,10 +37,10 @@ def quality_against_size(report: Report) -> Drawing | None:
         return None
     name = "kl_nats" if "kl_nats" in points[0][1].metrics else "ppl_ratio"
     figure, axes = style.figure(3.2)
-    front = sorted((v.size_bytes / 1e6, q) for _, v, q in points if v.pareto)
+    front = sorted((v.ranked_bytes / 1e6, q) for _, v, q in points if v.pareto)
     axes.plot(*zip(*front, strict=True), color=style.muted(), linewidth=1.2, zorder=1, label="Pareto front")
     for index, variant, _ in points:
-        _point(axes, variant.size_bytes / 1e6, variant.metrics[name], index, variant)
+        _point(axes, variant.ranked_bytes / 1e6, variant.metrics[name], index, variant)
     if name == "kl_nats" and all(value > 0 for *_, value in points):
         axes.set_yscale("log")
     axes.set_xlabel("Size on disk (MB)")
@@ -51,8 +51,8 @@ def quality_against_size(report: Report) -> Drawing | None:
     plain_ticks(axes.yaxis)
 
     # names at the points, with a legend in their place where they have no room
-    places = [(v.size_bytes / 1e6, q, v.name) for _, v, q in points]
-    intervals = [_interval_path(v.size_bytes / 1e6, v.metrics[name]) for _, v, _ in points]
+    places = [(v.ranked_bytes / 1e6, q, v.name) for _, v, q in points]
+    intervals = [_interval_path(v.ranked_bytes / 1e6, v.metrics[name]) for _, v, _ in points]
     if not label_points(figure, axes, places, [*filter(None, intervals), Path(front)]):
         figure.legend(loc="outside lower center", ncols=2)
     filled = formatting.listed([v.name for _, v, _ in points if v.pareto])

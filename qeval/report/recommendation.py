@@ -46,9 +46,9 @@ def recommend(report: Report) -> Recommendation:
 
     best = min(lossless, key=_kl)
     close = [best, *(v for v in lossless if _upper(v) <= max(CLOSE * _kl(best), _floor(report)))]
-    smallest = min(v.size_bytes for v in close)
-    chosen = min((v for v in close if v.size_bytes <= SAME_SIZE * smallest), key=_kl)
-    smaller = [v for v in measured if SAME_SIZE * v.size_bytes < chosen.size_bytes]
+    smallest = min(v.ranked_bytes for v in close)
+    chosen = min((v for v in close if v.ranked_bytes <= SAME_SIZE * smallest), key=_kl)
+    smaller = [v for v in measured if SAME_SIZE * v.ranked_bytes < chosen.ranked_bytes]
     caveat = (_DEMO,) if report.model.source == "demo" else ()
     return Recommendation(chosen.name, (_choice(report, chosen, best), _rest(report, chosen, smaller), *caveat))
 

@@ -12,10 +12,11 @@ from qeval.errors import BrokenRecordError, unknown
 from qeval.report import align
 from qeval.report.align import BASELINE_NAME, DriftRows, ItemRows, TokenRows
 from qeval.report.independent import is_first_text, question_notes, window_clusters, window_notes
+from qeval.report.score_rows import ScoreRows, pair_scores, score_rows
 from qeval.store.attempts import check_finished
 from qeval.store.chain import UNCHAINED, check_chain
 from qeval.store.rows import RowStore
-from qeval.store.run import ProtocolRecord, RunRecord, TaskRecord, VariantRecord, read_run
+from qeval.store.run import ProtocolRecord, RunRecord, ScoreRecord, TaskRecord, VariantRecord, read_run
 
 _CACHED_ROWS = 2_000_000
 """Token rows of variants that are kept at most: some 60 bytes each."""
@@ -50,6 +51,7 @@ class PairedRun:
         self._store, self._columns = RowStore(folder), columns
         self._items: dict[tuple[str, str], ItemRows] = {}
         self._tokens: dict[str, TokenRows] = {}
+        self._scores: dict[tuple[str, str], ScoreRows] = {}
 
     @property
     def missing_chain(self) -> str | None:
@@ -79,6 +81,8 @@ class PairedRun:
             table = self._token_table
         elif self.record.drift:
             table = self._drift_table
+        elif self.record.scores:
+            table = self._score_table
         else:
             return None
         rows = align.select(table, BASELINE_NAME, None)
@@ -176,6 +180,28 @@ class PairedRun:
         paired = align.drift_rows(rows, self.record.drift, variant.name)
         align.pair_drift(paired, baseline, variant.name)
         return paired
+
+    def baseline_scores(self, score: ScoreRecord) -> ScoreRows:
+        """Return the baseline's scores of one kind, which another program gave."""
+        key = score.name, BASELINE_NAME
+        if key not in self._scores:
+            rows = align.select(self._score_table, BASELINE_NAME, None)
+            self._scores[key] = score_rows(rows, score, BASELINE_NAME)
+        return self._scores[key]
+
+    def scores(self, score: ScoreRecord, variant: VariantRecord) -> ScoreRows:
+        """Return a variant's scores of one kind, of the baseline's items."""
+        key, baseline = (score.name, variant.name), self.baseline_scores(score)
+        if key not in self._scores:
+            rows = align.select(self._score_table, variant.name, variant.backend)
+            paired = score_rows(rows, score, variant.name)
+            pair_scores(paired, baseline, score.name, variant.name)
+            self._scores[key] = paired
+        return self._scores[key]
+
+    @cached_property
+    def _score_table(self) -> pa.Table:
+        return self._store.read("scores")
 
     @cached_property
     def _drift_table(self) -> pa.Table:

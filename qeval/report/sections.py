@@ -2,12 +2,13 @@
 
 from qeval.report import chat, confidence, corpora, drift, formatting, loss_breakdown, mix_tables, part_tables, tables
 from qeval.report.document import Plot, Section, Table, TableCell
+from qeval.report.measure_scores import scores_table
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
 from qeval.report.ranking import ranking
 from qeval.report.recommendation import RULE, recommend
 from qeval.report.summary import summary
-from qeval.store.run import EnvironmentRecord
+from qeval.store.run import EnvironmentRecord, ModelRecord
 
 
 def report_sections(report: Report, plots: list[Plot], rows: Section | None = None) -> list[Section]:
@@ -26,6 +27,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
         *([answers] if (answers := chat.chat_section(report)) else []),
         *([continuations] if (continuations := drift.drift_section(report)) else []),
         *(_task(report, task, drawn) for task in report.tasks),
+        *([_scores(report)] if report.scores else []),
         *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
         _provenance(report),
@@ -55,6 +57,10 @@ def _summary(report: Report, drawn: dict[str, Plot]) -> Section:
         warnings=tuple(report.warnings),
         notes=(*findings, *report.notes, RULE, intervals_sentence(report)),
     )
+
+
+def _scores(report: Report) -> Section:
+    return Section(id="scores", title="Imported scores", tables=(scores_table(report, report.scores),))
 
 
 def _variants(report: Report) -> Section:
@@ -175,7 +181,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
     return [
         ("Command", p.command),
         ("Model", " ".join(filter(None, (model.name, f"({model.source})", model.hub_id, model.revision)))),
-        ("Architecture", f"{model.architecture}, {model.parameters:,} parameters, {model.layers} layers"),
+        ("Architecture", _architecture(model)),
         ("Weights, sha256", model.weights_sha256),
         ("Types", f"weights {model.weight_dtype}, computed in {model.compute_dtype}"),
         *_measured_on(report),
@@ -194,6 +200,12 @@ def provenance(report: Report) -> list[tuple[str, str]]:
             f"lm-eval {env.lm_eval}",
         ),
     ]
+
+
+def _architecture(model: ModelRecord) -> str:
+    if model.parameters is None:
+        return model.architecture
+    return f"{model.architecture}, {model.parameters:,} parameters, {model.layers} layers"
 
 
 def _device(env: EnvironmentRecord) -> str:

@@ -30,7 +30,7 @@ def impossible_baseline(run: PairedRun) -> str | None:
     return next((f"{NO_BASELINE} {reason}" for reason in reasons if reason), None)
 
 
-def impossible_tokens(rows: TokenRows, vocabulary: int) -> str | None:
+def impossible_tokens(rows: TokenRows, vocabulary: int | None) -> str | None:
     """Return what of a baseline's token rows no model gives."""
     for column, what in (("nll", "ppl"), ("entropy_nats", "entropy_nats")):
         if column in rows.values and (bad := _not_finite(rows.of(column))):
@@ -43,7 +43,7 @@ def impossible_tokens(rows: TokenRows, vocabulary: int) -> str | None:
     if float(np.ptp(entropy)) > _SAME_NATS:
         return None
     everywhere = f"at each of {entropy.size:,} positions"
-    if abs(float(entropy[0]) - log(vocabulary)) < 1e-3:
+    if vocabulary is not None and abs(float(entropy[0]) - log(vocabulary)) < 1e-3:
         return f"It gives every token the same probability {everywhere} (its entropy is that of {vocabulary:,} tokens)."
     return f"It gives the same distribution {everywhere} (its entropy is {entropy[0]:.6f} nats everywhere)."
 
@@ -78,7 +78,7 @@ def remarks(run: PairedRun) -> list[str]:
 
 def not_quantized(run: PairedRun, variant: VariantRecord) -> str | None:
     """Return why a variant is none that quantization made: nothing in it is quantized, or it is the baseline itself."""
-    if not variant.quantized_weights:
+    if variant.quantized_weights == 0:
         return f"Nothing in '{variant.name}' is quantized: all its weights are kept in float."
     if _is_baseline(run, variant):
         return (
@@ -103,7 +103,16 @@ def _is_baseline(run: PairedRun, variant: VariantRecord) -> bool:
     ]
     if run.record.drift:
         same.append(bool((run.drift(variant).kl_nats == 0).all()))
-    return bool(same) and all(same)
+    if not same:
+        return _scores_alike(run, variant)
+    return all(same)
+
+
+def _scores_alike(run: PairedRun, variant: VariantRecord) -> bool:
+    """Return whether no imported score differs; those of right and wrong alone may be alike by chance: not counted."""
+    pairs = [(run.scores(score, variant), run.baseline_scores(score)) for score in run.record.scores]
+    telling = [pair for pair in pairs if not pair[1].is_right_or_wrong]
+    return bool(telling) and all(np.array_equal(rows.values, base.values) for rows, base in telling)
 
 
 def _equal_variants(run: PairedRun) -> list[str]:

@@ -6,6 +6,7 @@ from qeval.report.conventions import RATIO
 from qeval.report.floors import largest_floor
 from qeval.report.model import ComparisonReport, Metric, Report, Task, VariantReport
 from qeval.report.tables import baseline_name
+from qeval.store.run import ScoreRecord
 
 
 def summary(report: Report) -> list[str]:
@@ -16,7 +17,8 @@ def summary(report: Report) -> list[str]:
         sentences.append(_best(report, ranked[0][1]))
         sentences += _front(report, ranked[0][1])
     sentences += _order(report.comparisons) + _floor(report)
-    sentences += [_task(report, task) for task in report.tasks if ranked]
+    sentences += [_task(report, task) for task in report.tasks if ranked or report.model.source == "imported"]
+    sentences += [_score(report, score) for score in report.scores]
     sentences += [f"{v.name} {_TROUBLE[v.status]}: {v.error}" for v in report.variants if v.status != "done"]
     return sentences
 
@@ -47,10 +49,13 @@ def _scope(report: Report) -> str:
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
     on += [f"{report.drift.prompts} greedy continuations of {report.drift.generated} tokens"] if report.drift else []
-    size = formatting.size(base.size_bytes)
+    on += [f"{score.items} items of {score.title}" for score in report.scores]
+    is_imported = report.model.source == "imported"
+    size = "" if is_imported else f"; {formatting.size(base.size_bytes)}"
     return (
-        f"{count} quantized {'variant' if count == 1 else 'variants'} of {report.model.name} against its "
-        f"{baseline_name(report)} ({base.label}; {size}), paired on {formatting.listed(on)}."
+        f"{count}{'' if is_imported else ' quantized'} {'variant' if count == 1 else 'variants'} of "
+        f"{report.model.name} against its {baseline_name(report)} ({base.label}{size}), "
+        f"paired on {formatting.listed(on)}."
         + (f" {formatting.listed(runtimes)} scored them too ({len(again)} more rows below)." if runtimes else "")
     )
 
@@ -64,7 +69,7 @@ def _best(report: Report, best: VariantReport) -> str:
 
 def _front(report: Report, best: VariantReport) -> list[str]:
     """Return the smaller variants that nothing beats at their size, the largest first; one of sizes that read alike."""
-    smaller = sorted((v for v in report.variants if v.pareto and v.name != best.name), key=lambda v: v.size_bytes)
+    smaller = sorted((v for v in report.variants if v.pareto and v.name != best.name), key=lambda v: v.ranked_bytes)
     shown = {formatting.size(v.size_bytes): v for v in smaller}  # the larger of two that read alike lost less
     return [
         f"Of those no bigger than {size} ({v.bits_per_weight:.2f} bits per weight, "
@@ -109,6 +114,22 @@ def _floor(report: Report) -> list[str]:
     )
     size = f"a KL of {formatting.metric_text(floor)} nats"
     return [f"The noise floor ({variant.name}: the baseline against itself) is {size}{inconclusive}."]
+
+
+def _score(report: Report, score: ScoreRecord) -> str:
+    """Return which variants' imported scores are certainly worse than the baseline's."""
+    worse = [
+        f"{v.name} ({formatting.metric_text(d, signed=True)})"
+        for v in report.variants
+        if (d := v.metrics.get(f"{score.name}_score_diff")) and _is_worse(d, score)
+    ]
+    return f"{score.title}: {formatting.listed(worse) + ' lost' if worse else 'no loss is resolved'}."
+
+
+def _is_worse(difference: Metric, score: ScoreRecord) -> bool:
+    if difference.low is None or difference.high is None:
+        return False
+    return difference.high < 0 if score.better == "higher" else difference.low > 0
 
 
 def _task(report: Report, task: Task) -> str:

@@ -139,7 +139,7 @@ def _holds(reports: Sequence[Report], name: str) -> bool:
 def _row(report: Report, variant: VariantReport, names: Sequence[str]) -> tuple[TableCell, ...]:
     remark = ROLE_REMARKS.get(variant.role, variant.status if variant.status != "done" else None)
     cells = [metric_cell(variant.metrics.get(name), signed=name.endswith("_diff")) for name in names]
-    bits, size = TableCell(f"{variant.bits_per_weight:.2f}"), TableCell(formatting.size(variant.size_bytes))
+    bits, size = TableCell(formatting.bits(variant.bits_per_weight)), TableCell(formatting.size(variant.size_bytes))
     return TableCell(report.model.name), TableCell(variant.name, remark=remark), bits, size, *cells
 
 

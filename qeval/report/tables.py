@@ -16,12 +16,15 @@ _SCHEME = {
 }  # fmt: skip
 """The columns for what is rounded beside a variant's weights, by the names of its details."""
 VOID = "void: calibrated on what it was scored on"
+_SYMMETRY = {True: "symmetric", False: "asymmetric", None: "unknown"}
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 
 
 def baseline_name(report: Report) -> str:
     """Return the baseline's name, by the type of its weights, such as `FP16 baseline`."""
     dtype = report.model.weight_dtype
+    if report.model.source == "imported":
+        return "baseline"
     return f"{_DTYPES.get(dtype, dtype)} baseline"
 
 
@@ -33,13 +36,14 @@ def overview_table(report: Report) -> Table:
         {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
         | perplexities(report)
         | {"drift_equal": "Same greedy token"}
-        | {f"{task.name}_acc": task.title for task in tasks},
+        | {f"{task.name}_acc": task.title for task in tasks}
+        | {f"{score.name}_score": score.title for score in report.scores},
     )
 
     base = report.baseline
     first = (
         TableCell(baseline_name(report)),
-        TableCell(f"{base.bits_per_weight:.2f}"),
+        TableCell(formatting.bits(base.bits_per_weight)),
         TableCell(formatting.size(base.size_bytes)),
         *(_baseline_cell(report, name) for name in wanted),
     )
@@ -60,8 +64,8 @@ def variants_table(report: Report) -> Table:
     dash = TableCell(formatting.MISSING)
     scheme = {key: label for key, label in _SCHEME.items() if any(key in v.details for v in report.variants)}
     first = (
-        TableCell(baseline_name(report)), dash, dash, dash, TableCell(f"{base.bits_per_weight:.2f}"),
-        TableCell(f"{base.bits_per_weight:.2f}"), TableCell(formatting.size(base.size_bytes)), dash, dash,
+        TableCell(baseline_name(report)), dash, dash, dash, TableCell(formatting.bits(base.bits_per_weight)),
+        TableCell(formatting.bits(base.bits_per_weight)), TableCell(formatting.size(base.size_bytes)), dash, dash,
         *(dash for _ in scheme),
     )  # fmt: skip
     rows = [
@@ -69,9 +73,9 @@ def variants_table(report: Report) -> Table:
             TableCell(v.name),
             TableCell(v.method),
             TableCell(v.grid),
-            TableCell(f"{v.granularity}, {'symmetric' if v.symmetric else 'asymmetric'}"),
-            TableCell(f"{v.bits_per_weight:.2f}"),
-            TableCell(f"{v.bits_per_weight_model:.2f}"),
+            TableCell(f"{v.granularity}, {_SYMMETRY[v.symmetric]}"),
+            TableCell(formatting.bits(v.bits_per_weight)),
+            TableCell(formatting.bits(v.bits_per_weight_model)),
             TableCell(formatting.size(v.size_bytes)),
             TableCell(formatting.percent(v.saving)),
             TableCell(v.status),
@@ -292,7 +296,7 @@ def _overview_row(report: Report, variant: VariantReport, names: list[str]) -> t
     remark = VOID if variant.void else remark
     return (
         TableCell(variant.name, remark=remark),
-        TableCell(f"{variant.bits_per_weight:.2f}"),
+        TableCell(formatting.bits(variant.bits_per_weight)),
         TableCell(formatting.size(variant.size_bytes)),
         *(metric_cell(variant.metrics.get(name), remark=floor_remark(report, variant, name)) for name in names),
     )

@@ -287,14 +287,17 @@ def smallest_effect(of: Bounded, confidence: float, power: float = POWER) -> flo
     return (high - of.value) * (1 + critical(power, freedom) / critical(confidence, freedom))
 
 
-def factor_to_decide(of: Bounded, margin: float, confidence: float) -> float | None:
+def factor_to_decide(
+    of: Bounded, margin: float, confidence: float, more: Callable[[float], Bounded] | None = None
+) -> float | None:
     """Return how many times as many rows would put one bound past `margin`, the value staying what it is.
 
-    None where even ten thousand times as many would not.
+    None where even ten thousand times as many would not. `more` gives what a factor of something else than rows gives.
     """
+    grown = more or of.grown
 
     def decided(factor: float) -> bool:
-        low, high = of.grown(factor).bounds(confidence)
+        low, high = grown(factor).bounds(confidence)
         return (high is not None and high <= margin) or (low is not None and low > margin)
 
     if not decided(_MOST_ROWS):

@@ -76,7 +76,7 @@ def chain_of(out: Path, keys: Iterable[str], settings: Mapping[str, Any] | None)
     shards = _shard_paths(out)
     return Chain(
         index=digest_file(out / "rows" / "index.json"),
-        shards=dict(zip(shards, _digests(list(shards.values())), strict=True)),
+        shards=dict(zip(shards, digests_of(list(shards.values())), strict=True)),
         manifests={key: digest_file(_manifest(out, key)) for key in sorted(set(keys))},
         texts={path.name: digest_file(path) for path in text_files(out)},
         settings=None if settings is None else content_sha256(settings),
@@ -139,7 +139,7 @@ def _index_problems(out: Path, chain: Chain) -> Iterator[str]:
 def _shard_problems(out: Path, chain: Chain) -> Iterator[str]:
     paths = {name: out / "rows" / name for name in chain.shards}
     there = {name: path for name, path in paths.items() if path.is_file()}
-    digests = dict(zip(there, _digests(list(there.values())), strict=True))
+    digests = dict(zip(there, digests_of(list(there.values())), strict=True))
     for name, path in paths.items():
         if name not in digests:
             yield f"{path} is missing; run the same command again to make it."
@@ -191,6 +191,7 @@ def _manifest(out: Path, key: str) -> Path:
     return out / MANIFESTS / f"{Path(key).name}.json"
 
 
-def _digests(paths: list[Path]) -> list[str]:
+def digests_of(paths: list[Path]) -> list[str]:
+    """Return the sha256 of each file, by several threads."""
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(digest_file, paths))

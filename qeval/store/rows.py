@@ -1,4 +1,4 @@
-"""Rows on disk: Parquet shards under OUT/rows/tokens, OUT/rows/items and OUT/rows/drift, one a finished job.
+"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, scores), one a finished job.
 
 `OUT/rows/index.json` says which shards belong to the run as last asked for; the others stay for the next time.
 """
@@ -18,10 +18,22 @@ from qeval.files.atomic import write_text
 from qeval.files.records import find_record, verify_record, write_record
 from qeval.parsing import error_reason
 from qeval.progress import Notify
-from qeval.store.schema import DRIFT_SCHEMA, ITEMS_SCHEMA, OLDER_TOKENS_SCHEMA, READ_ERRORS, TOKENS_SCHEMA
+from qeval.store.schema import (
+    DRIFT_SCHEMA,
+    ITEMS_SCHEMA,
+    OLDER_TOKENS_SCHEMA,
+    READ_ERRORS,
+    SCORES_SCHEMA,
+    TOKENS_SCHEMA,
+)
 
-RowKind = Literal["tokens", "items", "drift"]
-SCHEMAS: dict[RowKind, pa.Schema] = {"tokens": TOKENS_SCHEMA, "items": ITEMS_SCHEMA, "drift": DRIFT_SCHEMA}
+RowKind = Literal["tokens", "items", "drift", "scores"]
+SCHEMAS: dict[RowKind, pa.Schema] = {
+    "tokens": TOKENS_SCHEMA,
+    "items": ITEMS_SCHEMA,
+    "drift": DRIFT_SCHEMA,
+    "scores": SCORES_SCHEMA,
+}
 ROW_KINDS: tuple[RowKind, ...] = tuple(SCHEMAS)
 _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])

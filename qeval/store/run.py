@@ -25,22 +25,22 @@ class _Record(BaseModel):
 
 
 class ModelRecord(_Record):
-    """The baseline's weights: where they came from and what they are."""
+    """The baseline's weights: where they came from and what they are; None is what an imported run does not know."""
 
     name: str  # as the user typed it
-    source: str  # "hub", "folder", "gguf", "demo"
+    source: str  # "hub", "folder", "gguf", "demo", "imported"
     hub_id: str | None
     revision: str | None
     architecture: str  # "LlamaForCausalLM"
     weights_sha256: str
     weight_dtype: str  # "float16"
     compute_dtype: str  # "float32"
-    layers: int
-    hidden_size: int
-    vocab_size: int
-    parameters: int
-    tied_embeddings: bool
-    context_length: int
+    layers: int | None
+    hidden_size: int | None
+    vocab_size: int | None
+    parameters: int | None
+    tied_embeddings: bool | None
+    context_length: int | None
     notes: list[str]  # what a reader must know, such as weights that come from a Q4_1 file
 
 
@@ -113,7 +113,7 @@ class TaskRecord(_Record):
     name: str  # "mmlu"
     source: str  # "hub", a folder's name, "mmlu_sample"
     title: str  # "MMLU 5-shot", "MMLU-style sample 5-shot"
-    shots: int
+    shots: int | None  # None: an imported run does not know
     subjects: list[str]
     categories: dict[str, str]  # subject -> category ("stem", "humanities", "social_sciences", "other")
     items: int
@@ -132,6 +132,34 @@ class DriftRecord(_Record):
     prompt_tokens: int  # BOS included
     generated: int  # tokens a prompt
     bos: bool
+
+
+class ScoreRecord(_Record):
+    """The settings of one score's rows, which another program gave (`qeval import`)."""
+
+    name: str  # as rows and policies have it: "gsm8k_exact_match_strict_match"
+    title: str  # "gsm8k, exact_match (strict-match)"
+    better: Literal["higher", "lower"]
+    unit: str  # "fraction" for scores of 0 to 1, "nats", else "score"
+    subjects: list[str]
+    items: int
+    harness: str  # "lm-eval", "inspect", "csv"
+
+
+class ImportedFile(_Record):
+    """A file that rows came from, and the model that they are of."""
+
+    model: str
+    name: str  # without the place where it lay
+    sha256: str
+    format: str  # "lm-eval", "inspect", "csv", "jsonl", "parquet"
+
+
+class ImportRecord(_Record):
+    """The source of an imported run: what another program measured, and which hashes vouch for equal prompts."""
+
+    files: list[ImportedFile]
+    hashes: list[str]  # of "doc_hash", "prompt_hash", "target_hash": those that were compared between sides
 
 
 class GroupRecord(_Record):
@@ -180,7 +208,7 @@ class OverlapRecord(_Record):
 
 
 class VariantRecord(_Record):
-    """A quantized model: how it was made and how big it is."""
+    """A quantized model: how it was made and how big it is; None is what an imported run does not know."""
 
     name: str  # unique in the run, as typed: "awq", "rtn:int8-channel"
     method: str  # "rtn", "awq", "mixed", "mixed-rtn"
@@ -192,12 +220,12 @@ class VariantRecord(_Record):
     key: str  # the identity of the quantized weights
     grid: str  # "int4-g128", "int4-g128 + int8-g128"
     granularity: str  # "block 128", "per channel", "block 128 + per channel"
-    symmetric: bool
-    bits_per_weight: float  # of the quantized matrices, scales and zero points counted
-    bits_per_weight_model: float  # of all parameters, head and embedding included
-    size_bytes: int  # of the variant's weights on disk, float parts in the checkpoint's dtype
-    quantized_weights: int
-    quantized_parameters: int
+    symmetric: bool | None
+    bits_per_weight: float | None  # of the quantized matrices, scales and zero points counted
+    bits_per_weight_model: float | None  # of all parameters, head and embedding included
+    size_bytes: int | None  # of the variant's weights on disk, float parts in the checkpoint's dtype
+    quantized_weights: int | None
+    quantized_parameters: int | None
     kept: list[KeptRecord]
     input_scales: list[str]  # linears whose input is multiplied explicitly
     details: dict[str, str]  # what else a reader may ask: the method's options, in words
@@ -267,19 +295,21 @@ class RunRecord(_Record):
     seed: int
     model: ModelRecord
     baseline_label: str  # "FP16 weights computed in fp32"
-    baseline_size_bytes: int
-    baseline_bits_per_weight: float
-    baseline_seconds: float
+    baseline_size_bytes: int | None
+    baseline_bits_per_weight: float | None
+    baseline_seconds: float | None
     protocol: ProtocolRecord | None
     tasks: list[TaskRecord]
     calibration: CalibrationRecord | None
     variants: list[VariantRecord]
     environment: EnvironmentRecord
-    metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ...
+    metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ..., and the names of scores
     warnings: list[str]
     drift: DriftRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
     witness: str | None = None  # the hash of token ids, positions and BOS of all that was scored; None in older records
+    scores: list[ScoreRecord] = []
+    imported: ImportRecord | None = None  # None: qeval measured it itself
     chain: Chain | None = None
     sha256: str | None = None  # of all the rest of the record
 

@@ -7,6 +7,8 @@ next token) with the baseline's, and are null in the baseline's own rows and whe
 
 Item rows: one a question. `item` is the question's index in its file.
 
+Score rows: one a score that another program gave an item (`qeval import`), several where it was asked again.
+
 Drift rows: one a token of the baseline's greedy continuation of a prompt. `position` counts generated tokens, `token`
 is what the baseline said there, `pred` what this variant says after the baseline's own tokens (the baseline too:
 rounding may tell two equally likely tokens apart otherwise when all positions are run at once). The rest compares the
@@ -59,8 +61,10 @@ ITEMS_SCHEMA = pa.schema(
         pa.field("choice_loglikelihoods", pa.list_(pa.float64()), nullable=False),  # nats, one a choice
         pa.field("acc", pa.float64()),  # the harness's own metric for the item, 0 or 1
         pa.field("acc_norm", pa.float64()),  # likewise, length-normalized, where the task has it
-        pa.field("shots", pa.int32(), nullable=False),  # examples in the prompt after any were dropped
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field(
+            "shots", pa.int32(), nullable=False
+        ),  # examples in the prompt after any were dropped; -1: not known (imported)
+        pa.field("prompt_tokens", pa.int32(), nullable=False),  # -1: not known (imported)
         pa.field("prompt_sha256", pa.string(), nullable=False),  # of the token ids: equal on both sides of a pair
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
@@ -77,6 +81,20 @@ DRIFT_SCHEMA = pa.schema(
         pa.field("pred", pa.int32(), nullable=False),
         pa.field("kl_nats", pa.float64()),  # KL(baseline || variant)
         pa.field("margin_nats", pa.float64()),  # baseline's log p(token) - log p(pred): 0 where they are the same
+    ],
+    metadata={b"rows_version": str(ROWS_VERSION).encode()},
+)
+
+SCORES_SCHEMA = pa.schema(
+    [
+        pa.field("variant", _name, nullable=False),
+        pa.field("backend", _name, nullable=False),
+        pa.field("task", pa.string(), nullable=False),  # "gsm8k_exact_match": a task's metric, as the record lists it
+        pa.field("subject", pa.string(), nullable=False),  # what an item is clustered by; the task itself without any
+        pa.field("item", pa.string(), nullable=False),
+        pa.field("repeat", pa.string(), nullable=False),  # the seed, epoch or run of several scores of an item
+        pa.field("score", pa.float64()),  # null where the item was not scored
+        pa.field("prompt_sha256", pa.string(), nullable=False),  # of what was asked: equal on both sides of a pair
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )

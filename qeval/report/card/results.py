@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from qeval.errors import BrokenRecordError, unknown
-from qeval.report import Report
+from qeval.report import Report, formatting
 from qeval.report.chat import answer_metrics
 from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.privacy import local_name
@@ -91,6 +91,18 @@ def _results(report: Report, variant: VariantReport) -> Iterator[EvalResult]:
             if name in variant.metrics:
                 extra = {"baseline_at_chance": True} if task.baseline_at_chance else {}
                 yield _result(variant, variant.metrics[name], (kind, title), where, extra)
+    yield from _score_results(report, variant)
+
+
+def _score_results(report: Report, variant: VariantReport) -> Iterator[EvalResult]:
+    for score in report.scores:
+        where = {
+            "dataset_type": score.name, "dataset_name": score.title,
+            "dataset_args": {"items": score.items, "harness": score.harness},
+        }  # fmt: skip
+        for name, title in (("score", score.title), ("score_diff", f"{score.title}, minus the baseline's, paired")):
+            metric = variant.metrics[f"{score.name}_{name}"]
+            yield _result(variant, metric, (name, title), where, {"better": score.better})
 
 
 def _result(
@@ -148,6 +160,6 @@ def _questions(task: Task) -> dict[str, Any]:
     return {
         "dataset_type": record.source if record.source == "mmlu_sample" else kind,
         "dataset_name": record.title,
-        "dataset_config": f"{record.shots}-shot",
+        "dataset_config": f"{formatting.MISSING if record.shots is None else record.shots}-shot",
         "dataset_args": {"num_few_shot": record.shots, "questions": record.items, "harness": record.harness},
     }

@@ -19,6 +19,7 @@ from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.sections import intervals_sentence, provenance
 from qeval.report.summary import summary
 from qeval.report.tables import baseline_name, perplexities
+from qeval.store.run import ScoreRecord
 
 _PROVENANCE = (
     "Model",
@@ -51,7 +52,8 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
     yield from (f"> **Note.** {escape.escape_markdown(note)}" for note in (*report.warnings, *report.notes))
     yield "\n".join(f"- {escape.escape_markdown(sentence)}" for sentence in summary(report))
     yield from (_picture(pair) for pair in plots)
-    yield _table(("Variant", "Bits/weight", "Size", "Saved", "Status"), _sizes(report))
+    if report.model.source != "imported":
+        yield _table(("Variant", "Bits/weight", "Size", "Saved", "Status"), _sizes(report))
 
     for task in report.tasks:
         yield f"### {escape.escape_markdown(task.record.title)}"
@@ -61,6 +63,10 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
                 f"The baseline's accuracy cannot be told from guessing ({formatting.percent(task.chance)}), so neither "
                 "can a loss of it."
             )
+
+    for score in report.scores:
+        yield f"### {escape.escape_markdown(score.title)}"
+        yield _table(*_score(report, score))
 
     if "ppl" in report.baseline.metrics:
         for name, title in perplexities(report).items():
@@ -111,13 +117,19 @@ def _sizes(report: Report) -> list[list[str]]:
     base = report.baseline
     first = [
         baseline_name(report),
-        f"{base.bits_per_weight:.2f}",
+        formatting.bits(base.bits_per_weight),
         formatting.size(base.size_bytes),
         formatting.MISSING,
         "done",
     ]
     rest = [
-        [v.name, f"{v.bits_per_weight:.2f}", formatting.size(v.size_bytes), formatting.percent(v.saving), v.status]
+        [
+            v.name,
+            formatting.bits(v.bits_per_weight),
+            formatting.size(v.size_bytes),
+            formatting.percent(v.saving),
+            v.status,
+        ]
         for v in _shown(report)
     ]
     return [first, *rest]
@@ -132,6 +144,15 @@ def _accuracy(report: Report, task: Task) -> tuple[list[str], list[list[str]]]:
     rows.append(["difference, paired", formatting.MISSING, *(_text(metric, signed=True) for metric in differences)])
     flips = [v.metrics.get(f"{task.record.name}_flips") for v in _shown(report)]
     rows.append(["answers that flipped", formatting.MISSING, *(_text(metric) for metric in flips)])
+    return columns, rows
+
+
+def _score(report: Report, score: ScoreRecord) -> tuple[list[str], list[list[str]]]:
+    columns = ["Model", baseline_name(report), *(v.name for v in _shown(report))]
+    name = f"{score.name}_score"
+    means = [_text(m) for m in (report.baseline.metrics.get(name), *_each(report, name))]
+    differences = [_text(m, signed=True) for m in _each(report, f"{name}_diff")]
+    rows = [[model_name(report), *means], ["difference, paired", formatting.MISSING, *differences]]
     return columns, rows
 
 

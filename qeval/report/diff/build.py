@@ -5,15 +5,15 @@ from pathlib import Path
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.report.align import FEW_TOKEN_COLUMNS
-from qeval.report.diff.check import same_questions, same_tokens, same_weights
-from qeval.report.diff.measure import DiffSide, item_differences, judged, token_differences
+from qeval.report.diff.check import same_questions, same_scored, same_tokens, same_weights
+from qeval.report.diff.measure import DiffSide, item_differences, judged, score_difference, token_differences
 from qeval.report.diff.model import AnswerChanges, ChangedMetric, Diff, Difference, VariantDiff
 from qeval.report.measure_items import accuracies, at_chance, chance
 from qeval.report.notes import chance_sentence
 from qeval.report.run_rows import PairedRun
 from qeval.report.soundness import impossible_baseline, remarks
 from qeval.stats.flips import holm
-from qeval.store.run import RunRecord, TaskRecord, VariantRecord
+from qeval.store.run import RunRecord, ScoreRecord, TaskRecord, VariantRecord
 
 _COLUMNS = {"kl": ("kl_nats", "top1_agreement"), "ppl": ("nll",)}
 
@@ -33,16 +33,19 @@ def build_diff(run_a: Path, run_b: Path, names: Sequence[tuple[str, str]] = ()) 
 
     # what both runs measured, row by row
     columns, tasks = _shared_columns(a, b), _shared_tasks(a, b)
-    if not columns and not tasks:
+    scores = _shared_scores(a, b)
+    if not columns and not tasks and not scores:
         raise BrokenRecordError(
             f"'{run_a}' and '{run_b}' have no metric in common ({_run_metrics(a)} and {_run_metrics(b)}), so nothing "
             "can be paired."
         )
     apart = [same_tokens(a, b)] if columns else []
     apart += [same_questions(a, b, *pair) for pair in tasks]
+    for pair in scores:
+        same_scored(a, b, *pair)
 
     pairs = _pairs(a, b, names)
-    differences = [_variant(DiffSide(a, mine), DiffSide(b, other), columns, tasks) for mine, other in pairs]
+    differences = [_variant(DiffSide(a, mine), DiffSide(b, other), columns, tasks, scores) for mine, other in pairs]
     return Diff(
         schema_version=1,
         a=str(run_a),
@@ -50,12 +53,20 @@ def build_diff(run_a: Path, run_b: Path, names: Sequence[tuple[str, str]] = ()) 
         model=a.record.model.name,
         changed=_changed(a.record, b.record, pairs),
         variants=_adjusted(differences),
-        notes=[*_notes(a, b, [task for task, _ in tasks], max(apart)), *_left_out(a, b, pairs, tasks), *_of_runs(a, b)],
+        notes=[
+            *_notes(a, b, [task for task, _ in tasks], max(apart, default=None)),
+            *_left_out(a, b, pairs, tasks),
+            *_of_runs(a, b),
+        ],
     )
 
 
 def _variant(
-    a: DiffSide, b: DiffSide, columns: Sequence[str], tasks: Sequence[tuple[TaskRecord, TaskRecord]]
+    a: DiffSide,
+    b: DiffSide,
+    columns: Sequence[str],
+    tasks: Sequence[tuple[TaskRecord, TaskRecord]],
+    scores: Sequence[tuple[ScoreRecord, ScoreRecord]],
 ) -> VariantDiff:
     differences: list[Difference] = token_differences(a, b, columns) if columns else []
     answers: list[AnswerChanges] = []
@@ -63,6 +74,7 @@ def _variant(
         items, went = item_differences(a, b, pair)
         differences += items
         answers.append(went)
+    differences += [score_difference(a, b, each) for each in scores]
     return VariantDiff(a=a.variant.name, b=b.variant.name, differences=differences, answers=answers)
 
 
@@ -94,6 +106,11 @@ def _shared_columns(a: PairedRun, b: PairedRun) -> list[str]:
 def _shared_tasks(a: PairedRun, b: PairedRun) -> list[tuple[TaskRecord, TaskRecord]]:
     others = {task.name: task for task in b.record.tasks}
     return [(task, others[task.name]) for task in a.record.tasks if task.name in others]
+
+
+def _shared_scores(a: PairedRun, b: PairedRun) -> list[tuple[ScoreRecord, ScoreRecord]]:
+    others = {score.name: score for score in b.record.scores}
+    return [(score, others[score.name]) for score in a.record.scores if score.name in others]
 
 
 def _pairs(a: PairedRun, b: PairedRun, names: Sequence[tuple[str, str]]) -> list[tuple[VariantRecord, VariantRecord]]:
@@ -133,8 +150,8 @@ def _calibration(record: RunRecord) -> str:
     return "none" if c is None else f"{c.source}, {c.samples} x {c.length} tokens ({c.tokens_sha256[:12]})"
 
 
-def _notes(a: PairedRun, b: PairedRun, tasks: Sequence[TaskRecord], apart: float) -> list[str]:
-    notes = [f"The two baselines' log-likelihoods are the same within {apart:.2g} nats."]
+def _notes(a: PairedRun, b: PairedRun, tasks: Sequence[TaskRecord], apart: float | None) -> list[str]:
+    notes = [] if apart is None else [f"The two baselines' log-likelihoods are the same within {apart:.2g} nats."]
     if not any(v.role == "floor" for run in (a, b) for v in run.done):
         notes.append(
             "Neither run measured the noise floor (the baseline against itself), so a small difference may be noise "

@@ -5,8 +5,9 @@ import numpy as np
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.report.align import ItemRows, TokenRows
 from qeval.report.run_rows import PairedRun
+from qeval.report.score_rows import pair_scores
 from qeval.stats.bootstrap import Floats
-from qeval.store.run import TaskRecord
+from qeval.store.run import ScoreRecord, TaskRecord
 
 TOLERANCE_NATS = 1e-3
 """By how much one log-likelihood of the two baselines may differ: machines and versions round differently."""
@@ -19,6 +20,13 @@ def same_weights(a: PairedRun, b: PairedRun) -> None:
         UsageError: the baselines are other weights.
     """
     mine, other = a.record.model, b.record.model
+    if (a.record.imported or b.record.imported) and mine.name != other.name:
+        raise UsageError(
+            f"The baselines differ: '{a.folder}' compares with {mine.name} and '{b.folder}' with {other.name}, and no "
+            "weights of an imported run are known; a diff needs one model."
+        )
+    if a.record.imported or b.record.imported:
+        return
     if mine.weights_sha256 != other.weights_sha256:
         raise UsageError(
             f"The baselines differ: '{a.folder}' was made from {mine.name} (weights {mine.weights_sha256[:12]}) and "
@@ -72,6 +80,26 @@ def same_questions(a: PairedRun, b: PairedRun, task: TaskRecord, other: TaskReco
                 f"question {mine.items[at]} of '{mine.subjects[at]}'; run both on the same questions and --shots."
             )
     return _alike(a, b, f"log-likelihoods of {task.name}", mine.choices, others.choices)
+
+
+def same_scored(a: PairedRun, b: PairedRun, score: ScoreRecord, other: ScoreRecord) -> None:
+    """Refuse runs whose scores of one name are not of the same items, asked alike.
+
+    Raises:
+        UsageError: it says what differs.
+    """
+    if score.better != other.better:
+        raise UsageError(f"'{a.folder}' and '{b.folder}' say differently whether more of '{score.name}' is better.")
+    mine, others = a.baseline_scores(score), b.baseline_scores(other)
+    if len(mine.items) != len(others.items):
+        raise UsageError(
+            f"'{a.folder}' has {len(mine.items)} items of {score.name} and '{b.folder}' {len(others.items)}; import "
+            "the same items into both."
+        )
+    try:
+        pair_scores(others, mine, score.name, str(b.folder))
+    except BrokenRecordError as error:
+        raise UsageError(str(error)) from error
 
 
 def finite_tokens(rows: TokenRows, column: str, who: str) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from qeval.errors import BrokenRecordError
 from qeval.report import measure_items
 from qeval.report.align import ItemRows, TokenRows
 from qeval.report.diff.check import finite_items, finite_tokens
@@ -15,7 +16,8 @@ from qeval.report.model import Metric
 from qeval.report.run_rows import PairedRun
 from qeval.stats.bootstrap import LEVEL, Clusters, Floats
 from qeval.stats.closed import Mean, clustered_mean
-from qeval.store.run import TaskRecord, VariantRecord
+from qeval.stats.repeats import difference_of
+from qeval.store.run import ScoreRecord, TaskRecord, VariantRecord
 from qeval.types import Better, Estimate
 
 _TOKENS: dict[str, tuple[str, str, Better]] = {
@@ -70,6 +72,24 @@ def item_differences(
     return differences, _answers(a.run, task, mine, other)
 
 
+def score_difference(a: DiffSide, b: DiffSide, scores: tuple[ScoreRecord, ScoreRecord]) -> Difference:
+    """Return the difference of one imported score, each item's mean over its repeats.
+
+    Raises:
+        BrokenRecordError: Some items were not scored.
+    """
+    score = scores[0]
+    mine, other = a.run.scores(score, a.variant), b.run.scores(scores[1], b.variant)
+    for rows, side in ((mine, a), (other, b)):
+        if rows.non_finite:
+            raise BrokenRecordError(
+                f"'{side.variant.name}' has {rows.non_finite} items of '{score.name}' without score."
+            )
+    bounded = difference_of(other.means - mine.means, (mine.variances, other.variances), mine.clusters)
+    what = score.title, score.unit, score.better
+    return _of_mean(score.name, what, (mine.means, other.means), bounded.mean, None)
+
+
 def _answers(run: PairedRun, task: TaskRecord, mine: ItemRows, other: ItemRows) -> AnswerChanges:
     went = {name: int(mask.sum()) for name, mask in measure_items.transitions(other, mine).items()}
     baseline = run.baseline_items(task)
@@ -101,9 +121,15 @@ def _difference(
     clusters: Clusters,
     floor: float | None,
 ) -> Difference:
+    a, b = pair
+    return _of_mean(name, what, pair, clustered_mean(b - a, clusters), floor)
+
+
+def _of_mean(
+    name: str, what: tuple[str, str, Better], pair: tuple[Floats, Floats], mean: Mean, floor: float | None
+) -> Difference:
     title, unit, better = what
     a, b = pair
-    mean = clustered_mean(b - a, clusters)
     ends = mean.interval()
     estimate = Estimate(mean.value, ends.low, ends.high, unit, better, mean.n, mean.clusters)
     p = _p_value(mean)

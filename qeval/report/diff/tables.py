@@ -45,7 +45,7 @@ def _sentence(variant: VariantDiff) -> str:
 def _by(one: Difference) -> str:
     value = one.difference.value or 0.0
     size = one.difference.model_copy(update={"value": abs(value), "low": None, "high": None})
-    unit = {"nats": " nats", "fraction": " points"}[one.difference.unit]
+    unit = {"nats": " nats", "fraction": " points"}.get(one.difference.unit, "")
     amount = formatting.value_text(size).removesuffix(" %")
     return f"is {'higher' if value > 0 else 'lower'} by {amount}{unit} ({one.verdict})"
 

@@ -1,0 +1,90 @@
+"""The nouns of an import: where rows come from, and what one file says of one score of one task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from numpy import object_
+from numpy.typing import NDArray
+
+from qeval.stats.bootstrap import Floats, Ints
+
+Direction = Literal["higher", "lower"]
+Texts = NDArray[object_]
+HASHES = ("doc_hash", "prompt_hash", "target_hash")
+"""The hashes by which lm-eval's samples say what was asked."""
+ONLY_REPEAT = "0"
+"""The repeat of an item that has one score."""
+
+
+class SourceFile(NamedTuple):
+    """A file of rows, and the name of their model; None: the file says it, or its own name does."""
+
+    path: Path
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user says of files that do not say it themselves.
+
+    `task` takes all files as one task; `better` is the direction of metrics whose direction isn't known.
+    """
+
+    task: str | None = None
+    better: Direction | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Answers to multiple-choice items: `gold` and `pred` are indices of choices, [items].
+
+    `loglikelihoods` holds the choices' summed log-likelihoods (nats), one item after the other, `counts` [items] how
+    many each item has.
+    """
+
+    gold: Ints
+    pred: Ints
+    loglikelihoods: Floats
+    counts: Ints
+    acc_norm: Floats | None
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignRows:
+    """One model's rows of one score of one task, from one file; all arrays are [rows].
+
+    `unit` is None where the file does not say; `hashes` are by name, those that the file has.
+    """
+
+    model: str
+    file: Path
+    format: str
+    task: str
+    metric: str
+    filter: str | None
+    better: Direction
+    unit: str | None
+    subjects: Texts
+    items: Texts
+    repeats: Texts
+    scores: Floats
+    hashes: Mapping[str, Texts] = field(default_factory=dict)
+    choices: Choices | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The score's name in rows and policies, such as gsm8k_exact_match_strict_match; a task's own for answers."""
+        if self.choices is not None or self.metric == "score":
+            return self.task
+        parts = [self.task, self.metric, *([self.filter] if self.filter not in (None, "none") else [])]
+        return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
+
+    @property
+    def title(self) -> str:
+        """The score in words, such as 'gsm8k, exact_match (strict-match)'."""
+        if self.choices is not None or self.metric == "score":
+            return self.task
+        return f"{self.task}, {self.metric}" + (f" ({self.filter})" if self.filter not in (None, "none") else "")
