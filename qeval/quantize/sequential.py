@@ -26,7 +26,7 @@ from qeval.quant.gptq import Factor, Rounded, factorize, quantize_gptq
 from qeval.quant.grid import WeightGrid
 from qeval.quant.rtn import quantize_rtn as round_plainly
 from qeval.quant.statistics import add_moments
-from qeval.quantize.patching import layers_of, replace_values, skip_layers
+from qeval.quantize.patching import LayerOutput, layers_of, replace_values, skip_layers
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Stream:
         self.parameters: Mapping[str, Tensor] = weights_of(model)
         self._model, self._layers, self._next = model, layers, 0
         self._ids = [torch.tensor([list(sample)], dtype=torch.long, device=self._device) for sample in samples]
-        self._states: list[Any] = [None] * len(self._ids)
+        self._states: list[LayerOutput | None] = [None] * len(self._ids)
 
     def moments(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """Return the mean over tokens of x x^T [columns, columns] fp32 for each group's input x, by its first name.
@@ -196,11 +196,11 @@ class Stream:
     def pass_layer(self) -> None:
         """Take every sample's states through the next layer, as its weights are now."""
 
-        def store(_: nn.Module, __: Any, output: Any) -> None:
-            self._states[sample] = output
+        def store(_: nn.Module, __: Any, keywords: Mapping[str, Any], output: Any) -> None:
+            self._states[sample] = LayerOutput.of(keywords, output)
             raise StopPass
 
-        handle = self._layers[self._next].register_forward_hook(store)
+        handle = self._layers[self._next].register_forward_hook(store, with_kwargs=True)
         try:
             for sample in range(len(self._ids)):
                 self._run(sample)
