@@ -34,6 +34,8 @@ def source_of(
     samples: Sequence[Sequence[int]],
     statistics: Mapping[str, Any],
     float_bits: int | None = None,
+    *,
+    all_experts: bool = False,
 ) -> Source:
     """Return a source over `model`; a tied head is listed under its own name too.
 
@@ -44,12 +46,14 @@ def source_of(
         samples: Token ids of the calibration text; empty where none is needed.
         statistics: Of every layer's input, by group; empty where none are needed.
         float_bits: Of a weight in the checkpoint; None for those of the head as the model holds it.
+        all_experts: Whether each expert is calibrated on every token.
     """
     parameters = weights_of(model)
     parameters[description.head] = head.weight
     trials = InMemory(model, description, head, samples)
     bits = float_bits or head.weight.dtype.itemsize * 8
-    return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials, bits)
+    search = Search(parameters, dict(statistics))
+    return Source(model, description, head, samples, search, trials, bits, all_experts)
 
 
 @torch.inference_mode()

@@ -97,6 +97,11 @@ class Group:
         return self.entry or self.names[0]
 
     @property
+    def is_one_expert(self) -> bool:
+        """Return whether it is an expert's inner matrix, whose input is of the tokens routed to that expert."""
+        return self.entry is None and len(self.names) == 1 and is_expert(self.names[0])
+
+    @property
     def is_explicit(self) -> bool:
         """Return whether scales that nothing before takes can be applied to the input while running."""
         return not any(map(is_expert, self.names))

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from qeval.errors import UsageError
 from qeval.models.structure.precision import outside_autocast
 
 Before = Callable[[Tensor], None]
@@ -109,7 +110,11 @@ def expert_of(name: str) -> int:
 
 @contextmanager
 def watch_products(
-    model: Any, before: Mapping[str, Before] | None = None, after: Mapping[str, After] | None = None
+    model: Any,
+    before: Mapping[str, Before] | None = None,
+    after: Mapping[str, After] | None = None,
+    *,
+    all_experts: bool = False,
 ) -> Iterator[None]:
     """Call back at every product by the named weights, before or after it is computed.
 
@@ -120,6 +125,10 @@ def watch_products(
         model: The model.
         before: Callbacks by the weight's name, called with the input.
         after: Callbacks by the weight's name, called with input and output.
+        all_experts: Whether each expert sees every token, not those routed to it alone. Outputs stay what they are.
+
+    Raises:
+        UsageError: `all_experts`, and a model hands its experts their tokens in a way that is not known.
     """
     before = {name: outside_autocast(early) for name, early in (before or {}).items()}
     after = {name: outside_autocast(late) for name, late in (after or {}).items()}
@@ -136,6 +145,8 @@ def watch_products(
             for holder, stacks in slices.stacks.items():
                 module = model.get_submodule(holder)
                 stack.callback(module.register_forward_pre_hook(slices.entered(stacks)).remove)
+                if all_experts:
+                    stack.callback(module.register_forward_pre_hook(slices.show_all_experts).remove)
                 stack.callback(module.register_forward_hook(slices.left).remove)
         yield
 
@@ -179,6 +190,11 @@ class _Slices(TorchFunctionMode):
 
         return enter
 
+    def show_all_experts(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Run a module of experts with every token routed to each, then look away from the run that counts."""
+        module.forward(*_routed_to_all(module, args))
+        self._names.clear()
+
     def left(self, *_: Any) -> None:
         """Forget the slices once the module ran."""
         self._names.clear()
@@ -208,6 +224,29 @@ class _Slices(TorchFunctionMode):
             if late := self._after.get(name):
                 late(rows, output)
         return torch.stack(outputs)  # of what `after` was given, so that gradients pass through it
+
+
+def _routed_to_all(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the arguments of a module of experts by which each expert is given every token.
+
+    transformers hands over tokens [tokens, d_model] with the experts of each and their shares, [tokens, chosen] both;
+    Llama 4 tokens [experts * tokens, d_model], of zeros where an expert is not chosen, and each token has one.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    experts = len(next(parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3))
+    match args:
+        case (Tensor() as tokens, Tensor() as chosen, Tensor() as shares) if chosen.shape == shares.shape:
+            every = torch.arange(experts, device=chosen.device, dtype=chosen.dtype).expand(len(tokens), -1)
+            return tokens, every, shares.new_zeros(every.shape)
+        case (Tensor() as tokens,) if len(tokens) % experts == 0:
+            return (tokens.reshape(experts, -1, tokens.shape[-1]).sum(0).repeat(experts, 1),)
+        case _:
+            raise UsageError(
+                f"--calibrate-all-experts: {type(module).__name__} is not handed its tokens in a way that qeval knows; "
+                "leave it out."
+            )
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
