@@ -11,6 +11,18 @@ Rounding = Literal["nearest", "sequential", "smoothed", "external", "none"]
 """The ways in which weights become integers: each to the nearest value; column after column, layer after layer;
 to the nearest once activations' outliers were moved into them; by another tool; not at all."""
 
+FloatKind = Literal["router", "gate", "indexer", "convolution", "decay", "small"]
+
+FLOAT_REASONS: Mapping[FloatKind, str] = {
+    "router": "a router: it decides which experts run",
+    "gate": "a gate: it scales whole heads or a running state",
+    "indexer": "an indexer: it picks the tokens that attention sees",
+    "convolution": "a convolution: it mixes neighbouring tokens, a few weights a channel",
+    "decay": "a decay: it sets how fast a running state fades",
+    "small": "a small matrix: its row is shorter than a block",
+}
+"""What stays in float in every decoder layer whatever a recipe says, by kind, with the reason that manifests give."""
+
 
 @dataclass(frozen=True)
 class QuantMethod:

@@ -41,6 +41,7 @@ def bench(
     calibration: PathLike | None = None,
     calibration_samples: int | None = None,
     calibration_length: int = 512,
+    calibrate_all_experts: bool = False,
     offline: bool = False,
     budget: str | float | None = None,
     importance: str = "measured",

@@ -65,6 +65,7 @@ def compare(
     calibration: PathLike | None = None,
     calibration_samples: int | None = None,
     calibration_length: int = 512,
+    calibrate_all_experts: bool = False,
     offline: bool = False,
     budget: str | float | None = None,
     importance: str = "measured",
@@ -130,6 +131,7 @@ def compare(
         calibration: pile-val, wikitext2, cnn_dailymail, pydoc, or a text file.
         calibration_samples: Calibration sequences.
         calibration_length: Tokens in each.
+        calibrate_all_experts: Whether each expert of a mixture sees every calibration token.
         offline: Ask nothing of the hub.
         budget: Size of mixed variants in bits per weight.
         importance: How mixed variants rank layers: measured, fisher, positional.

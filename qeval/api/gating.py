@@ -41,6 +41,7 @@ def gate_model(
     calibration: PathLike | None = None,
     calibration_samples: int | None = None,
     calibration_length: int = 512,
+    calibrate_all_experts: bool = False,
     offline: bool = False,
     threads: int | None = None,
     seed: int = 0,

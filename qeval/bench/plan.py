@@ -14,10 +14,11 @@ from qeval.bench.prompts import passages
 from qeval.bench.results import EngineCell
 from qeval.bench.settings import BenchChoice
 from qeval.compare.environment import describe_environment
+from qeval.compare.external_variants import given_entry
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
 from qeval.compare.schemes import refuse_rotations, refuse_schemes, schemes_of
-from qeval.compare.variants import BaselineModel, VariantEntry, Workshop, check_recipes, given_entry
+from qeval.compare.variants import BaselineModel, VariantEntry, Workshop, check_recipes
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.models.source import resolve

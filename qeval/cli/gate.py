@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _WIDTH = 160
 """Columns for a table whose last one holds sentences."""
 _ALLOWED_WITH_A_RUN = (
-    "device", "shots", "calibration", "calibration_samples", "calibration_length", "threads", "seed",
+    "device", "shots", "calibration", "calibration_samples", "calibration_length", "calibrate_all_experts", "threads",
+    "seed",
 )  # fmt: skip
 """Flags that make a run and say nothing against a finished one: pipelines give them always."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from qeval.cli.printing import stdout
-from qeval.methods import METHODS
+from qeval.methods import FLOAT_REASONS, METHODS
 from qeval.tasks.names import TASKS
 from qeval.tasks.protocols import CONVENTIONS, PROTOCOLS
 
@@ -98,6 +98,8 @@ def methods() -> None:
         "After a +: a- (activations), k-, v- or kv-, then int2..int8, fp8 [e5m2], mxfp8, mxfp4, nvfp4, q8_0 or q4_0, "
         "then token | gN | channel | tensor (static), floor | even | rceil, ort, hadamard. Torch runs them all."
     )
+    show("stays in float", ((kind, reason.partition(": ")[2]) for kind, reason in FLOAT_REASONS.items()))
+    say("In every decoder layer, whatever a recipe says; a variant's manifest gives each weight's reason.")
     show("with rotations (QuaRot)", _ROTATIONS)
     say("After a +: r1, r2 and r4 in one word, and -seedN. Torch alone runs rotated models.")
 

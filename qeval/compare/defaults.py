@@ -56,8 +56,10 @@ def question_choice(choice: TaskChoice, *, shipped: bool) -> TaskChoice:
     return replace(choice, mmlu_dir=QUESTIONS)
 
 
-def calibration_choice(source: str | None, samples: int | None, length: int, *, shipped: bool) -> CalibrationChoice:
+def calibration_choice(
+    source: str | None, samples: int | None, length: int, *, shipped: bool, all_experts: bool = False
+) -> CalibrationChoice:
     """Return the choice of a calibration text, with the defaults for what is None."""
     named = source or (_SHIPPED_CALIBRATION if shipped else CALIBRATION)
     default = SHIPPED_SAMPLES if named == _SHIPPED_CALIBRATION else CALIBRATION_SAMPLES
-    return CalibrationChoice(named, default if samples is None else samples, length)
+    return CalibrationChoice(named, default if samples is None else samples, length, all_experts)

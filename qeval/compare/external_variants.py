@@ -1,6 +1,7 @@
 """Open what `--variant` names, once it lies on this machine: qeval's variants, checkpoints, ONNX folders."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,13 @@ from qeval.compare.external_checkpoints import (
 )
 from qeval.compare.external_parts import PartsChoice
 from qeval.compare.external_paths import VariantPath
-from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, given_entry
+from qeval.compare.variants import BaselineModel, FitsKernel, VariantEntry, any_grid
 from qeval.errors import UsageError
+from qeval.models.checkpoint.weights import ADAPTER, adapter_refusal
 from qeval.models.info import LoadedModel
 from qeval.models.onnx_layout import is_onnx
-from qeval.store.variants import is_variant
+from qeval.quant.grid import parse
+from qeval.store.variants import is_variant, verify_variant
 
 if TYPE_CHECKING:
     from qeval.compare.onnx import OnnxVariant
@@ -65,3 +68,24 @@ def read_onnx_folders(
     baseline = baseline_of(loaded, source)
     backend = FolderBackend(provider, torch.get_num_threads(), ids=int(source.head.weight.shape[0]))
     return tuple(read_onnx_folder(place, loaded, baseline, token_check, backend) for place in folders)
+
+
+def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel = any_grid) -> VariantEntry:
+    """Return a variant that `--variant NAME=FOLDER` names.
+
+    Raises:
+        UsageError: the folder holds no variant, one of another model, or one whose grids no kernel takes.
+    """
+    if not folder.exists():
+        raise UsageError(f"--variant {name}={folder}: there is nothing there; on the hub it would be ORG/REPO.")
+    if not is_variant(folder) and (folder / ADAPTER).is_file():
+        raise UsageError(f"--variant {name}={folder}: {adapter_refusal(folder)}")
+    manifest = verify_variant(folder)
+    if manifest.model.get("weights_sha256") != weights_sha256:
+        raise UsageError(
+            f"--variant {name}={folder} was made from other weights ({manifest.model.get('name')}) than the "
+            "baseline's, so it cannot be compared with it."
+        )
+    for entry in manifest.weights:
+        fits(entry.name, parse(entry.grid), entry.columns)
+    return VariantEntry(name, str(manifest.recipe.get("method", "given")), folder, content=manifest.weights_sha256)

@@ -323,4 +323,4 @@ def calibration_of(choice: CalibrationChoice, loaded: LoadedModel) -> Calibratio
         samples=choice.samples,
         length=choice.length,
     )
-    return Calibration(samples, record.model_dump())
+    return Calibration(samples, record.model_dump(), choice.all_experts)

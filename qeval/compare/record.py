@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qeval.models.structure.weight_views import expert_name
 from qeval.quant.grid import FLOAT, describe, parse
 from qeval.store.run import GroupRecord, KeptRecord, OverlapRecord, VariantRecord
 from qeval.store.variants import Manifest
+
+FEW_TOKENS = 128
+"""An expert that calibration showed fewer tokens is warned of: as many as a block has weights."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,20 @@ def variant_record(
         score_seconds=seconds,
         calibration_sha256=(manifest.calibration or {}).get("tokens_sha256"),
         overlap=overlap,
+        expert_tokens={stack: list(tokens) for stack, tokens in manifest.expert_tokens.items()},
+    )
+
+
+def coverage_warning(name: str, manifest: Manifest) -> str | None:
+    """Return a sentence where calibration showed experts of a variant few tokens; None where all saw enough."""
+    counts = {expert_name(stack, i): n for stack, seen in manifest.expert_tokens.items() for i, n in enumerate(seen)}
+    few = {expert: tokens for expert, tokens in counts.items() if tokens < FEW_TOKENS}
+    if not few:
+        return None
+    least = min(few, key=few.__getitem__)
+    return (
+        f"{name}: {len(few)} of {len(counts)} experts saw fewer than {FEW_TOKENS} calibration tokens ({least}: "
+        f"{few[least]}); give more --calibration-samples, or --calibrate-all-experts."
     )
 
 

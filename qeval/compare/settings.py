@@ -163,6 +163,13 @@ class CalibrationChoice(Checked):
         ),
     ] = 16
     length: Annotated[int, Option("Tokens in each.", keyword="calibration_length", least=1)] = 512
+    all_experts: Annotated[
+        bool,
+        Option(
+            "Calibrate each expert of a mixture on every token, not on those routed to it alone.",
+            keyword="calibrate_all_experts",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,11 @@ from qeval.quantize.build import plan_variant
 from qeval.quantize.context import Source
 from qeval.quantize.quantizers import (
     RoundedGroups,
-    gptq_details,
     gptq_options,
     quantize_alone,
     rounding_units_of,
     with_floats,
+    with_outcomes,
 )
 from qeval.quantize.ranges import collect_ranges
 from qeval.quantize.scaling import Search
@@ -230,14 +230,22 @@ class StreamWorkshop(Workshop):
             self._stream, loaded.description, samples, passes, lambda: self._backend.head, self._backend.logit_rows,
             lambda: Spill(_spill_folder(), in_memory=left),
         )  # fmt: skip
-        source = Source(loaded.model, loaded.description, loaded.head, samples, search, trials, loaded.float_bits)
+        source = Source(
+            loaded.model, loaded.description, loaded.head, samples, search, trials, loaded.float_bits,
+            all_experts=recipe.calibrated and self._all_experts,
+        )  # fmt: skip
         return source, passes
+
+    @property
+    def _all_experts(self) -> bool:
+        """Whether each expert is calibrated on every token."""
+        return self._calibration().all_experts
 
     def _collected(self, samples: Sequence[Sequence[int]], in_memory: int) -> LayerStatistics:
         """Return the statistics of the text, collected as layers are reached for the first time, for all recipes."""
         if self._statistics is None:
             states, sums = (self._open.enter_context(open_spill(_spill_folder(), in_memory=n)) for n in (in_memory, 0))
-            text = RelayedText(self._stream, self._loaded.description, samples, states)
+            text = RelayedText(self._stream, self._loaded.description, samples, states, all_experts=self._all_experts)
             groups = self._loaded.description.groups
             self._statistics = LayerStatistics(text, self._stream, groups, self._seed, sums)
         return self._statistics
@@ -265,7 +273,9 @@ class StreamWorkshop(Workshop):
             room_for_states(self._backend, self._loaded, job.recipe, job.source.samples),
         )
         with open_spill(_spill_folder(), in_memory=left) as states, job.passes.forward() as layers:
-            text = RelayedText(self._stream, self._loaded.description, job.source.samples, states)
+            text = RelayedText(
+                self._stream, self._loaded.description, job.source.samples, states, all_experts=job.source.all_experts
+            )
             for layer in layers:
                 found = round_layer(text, self._groups(layer), job.grids, options, job.advance)
                 for outcome in found:
@@ -319,7 +329,7 @@ class _Job:
     def finished(self) -> Variant:
         """Return the variant but for its matrices' numbers."""
         if self.recipe.quant_method.rounding == "sequential":
-            return replace(self.plan, details={**self.plan.details, **gptq_details(self.recipe, self.outcomes)})
+            return with_outcomes(self.plan, self.recipe, self.outcomes)
         return with_floats(self.plan, self.recipe, self.rounded)
 
 

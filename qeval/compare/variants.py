@@ -12,21 +12,20 @@ import torch
 
 from qeval.backends.base import Saved
 from qeval.backends.memory import reason_of
-from qeval.compare.record import variant_record
+from qeval.compare.record import coverage_warning, variant_record
 from qeval.compare.schemes import NOT_ROUNDED, check_scheme, details_of_weights, with_scheme
 from qeval.compare.sensitivity_cache import Remembered
 from qeval.config import Recipe
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.files.locks import alone
 from qeval.identity import digest
-from qeval.models.checkpoint.weights import ADAPTER, adapter_refusal
 from qeval.models.device import release_cached
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
 from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.paths import home
 from qeval.progress import Advance, Progress
-from qeval.quant.grid import WeightGrid, parse
+from qeval.quant.grid import WeightGrid
 from qeval.quant.rotation import ROTATIONS_VERSION
 from qeval.quant.scheme import RotationPlaces, Scheme
 from qeval.quant.statistics import SKETCH_ROWS
@@ -40,11 +39,13 @@ from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SA
 from qeval.quantize.statistics import collect
 from qeval.quantize.tools.registry import tool_version
 from qeval.store.run import OverlapRecord, VariantRecord
-from qeval.store.variants import Origin, is_variant, load_variant, read_manifest, save_variant, verify_variant
+from qeval.store.variants import Origin, load_variant, read_manifest, save_variant, verify_variant
 from qeval.tasks.contamination import Fingerprint
 
 FISHER_VERSION = 2
 """Of how Fisher labels are drawn."""
+FLOAT_KINDS_VERSION = 1
+"""Of which matrices stay in float whatever a recipe says."""
 QUANTIZERS_VERSION = 3
 """Part of every variant's key: raise it when the same recipe gives other integers."""
 
@@ -55,6 +56,8 @@ class Calibration:
 
     samples: tuple[tuple[int, ...], ...]
     record: Mapping[str, Any]
+    all_experts: bool = False
+    """Whether each expert sees every token of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +170,9 @@ def variant_key(recipe: Recipe, loaded: BaselineModel, calibration: Calibration,
             SENSITIVITY_LENGTH,
             EVERY,
         ]
+    # models of routers alone keep the keys that they had before the other kinds were left in float
+    kinds = {"float kinds": FLOAT_KINDS_VERSION} if {*loaded.description.float_kinds.values()} - {"router"} else {}
+    experts = {"experts": "all tokens"} if recipe.calibrated and calibration.all_experts else {}
     turned: dict[str, Any] = {}
     if recipe.rotations:
         turned = {"rotations": ROTATIONS_VERSION, "config": loaded.config_sha256}
@@ -177,6 +183,8 @@ def variant_key(recipe: Recipe, loaded: BaselineModel, calibration: Calibration,
             **tool,
             **labels,
             **turned,
+            **experts,
+            **kinds,
             **loaded.arithmetic,
             "quantizers": QUANTIZERS_VERSION,
             "recipe": recipe.identity(),
@@ -213,7 +221,10 @@ class Workshop:
             UsageError: the recipe can't be applied to this model.
         """
         try:
-            return VariantEntry(recipe.name, recipe.method, self.folder(recipe))
+            folder = self.folder(recipe)
+            if warning := coverage_warning(recipe.name, read_manifest(folder)):
+                self._progress.warn(warning)
+            return VariantEntry(recipe.name, recipe.method, folder)
         except UsageError:
             raise
         except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
@@ -322,12 +333,15 @@ class Workshop:
     def _make_source(self, calibrated: bool, uses_statistics: bool, *, description: Description, head: Head) -> Source:
         """Return the model as its weights are now, of a structure and with a head, with what a recipe needs."""
         model = self._loaded.model
-        samples: Sequence[Sequence[int]] = self._calibration().samples if calibrated else ()
+        text = self._calibration() if calibrated else Calibration((), {})
+        samples: Sequence[Sequence[int]] = text.samples
         statistics: Mapping[str, Any] = {}
         if uses_statistics:
             with self._progress.phase("calibrate", sum(len(sample) for sample in samples)) as advance:
-                statistics = collect(model, description, samples, self._seed, advance)
-        return source_of(model, description, head, samples, statistics, self._loaded.float_bits)
+                statistics = collect(model, description, samples, self._seed, advance, all_experts=text.all_experts)
+        return source_of(
+            model, description, head, samples, statistics, self._loaded.float_bits, all_experts=text.all_experts
+        )
 
     def _is_whole(self, folder: Path) -> bool:
         if not folder.exists():
@@ -345,32 +359,11 @@ FitsKernel = Callable[[str, WeightGrid, int], object]
 """Raises a UsageError unless a backend's kernel takes a grid: the weight's name, the grid, the row's width."""
 
 
-def _any_grid(name: str, grid: WeightGrid, columns: int) -> None:
+def any_grid(name: str, grid: WeightGrid, columns: int) -> None:
     """Torch computes with any grid."""
 
 
-def given_entry(name: str, folder: Path, weights_sha256: str, fits: FitsKernel = _any_grid) -> VariantEntry:
-    """Return a variant that `--variant NAME=FOLDER` names.
-
-    Raises:
-        UsageError: the folder holds no variant, one of another model, or one whose grids no kernel takes.
-    """
-    if not folder.exists():
-        raise UsageError(f"--variant {name}={folder}: there is nothing there; on the hub it would be ORG/REPO.")
-    if not is_variant(folder) and (folder / ADAPTER).is_file():
-        raise UsageError(f"--variant {name}={folder}: {adapter_refusal(folder)}")
-    manifest = verify_variant(folder)
-    if manifest.model.get("weights_sha256") != weights_sha256:
-        raise UsageError(
-            f"--variant {name}={folder} was made from other weights ({manifest.model.get('name')}) than the "
-            "baseline's, so it cannot be compared with it."
-        )
-    for entry in manifest.weights:
-        fits(entry.name, parse(entry.grid), entry.columns)
-    return VariantEntry(name, str(manifest.recipe.get("method", "given")), folder, content=manifest.weights_sha256)
-
-
-def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int, fits: FitsKernel = _any_grid) -> None:
+def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int, fits: FitsKernel = any_grid) -> None:
     """Refuse recipes that no variant of this model can be made from, or no kernel takes, before any work starts.
 
     `samples`: how many calibration sequences there will be.

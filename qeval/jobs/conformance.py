@@ -20,6 +20,7 @@ from qeval.backends.onnx.packages import require_builder, require_dynamo
 from qeval.backends.torch import TorchBackend
 from qeval.config import parse_method
 from qeval.errors import QevalError, UsageError, unknown
+from qeval.methods import FLOAT_REASONS
 from qeval.metrics.tokens import mean_kl
 from qeval.models.families import FAMILIES, byte_tokenizer, tiny_family
 from qeval.models.load import load_model
@@ -137,8 +138,9 @@ def _mixed(bench: Bench) -> str:
 def _quantized(bench: Bench, method: str) -> float:
     variant = bench.variant(method)
     every, unquantized = set(weights_of(bench.model)), {weight.name for weight in variant.kept}
+    small = {weight.name for weight in variant.kept if weight.reason == FLOAT_REASONS["small"]}
     left = every - unquantized - set(variant.weights) - {bench.description.head}
-    if left or set(variant.weights) != set(quantizable(bench.description)):
+    if left or set(variant.weights) | small != set(quantizable(bench.description)):
         raise WrongError(f"{method}: weights that are neither quantized nor kept for a reason: {sorted(left)}")
     if not (kl := bench.kl(variant)) > 0:
         raise WrongError(f"{method} changes nothing")

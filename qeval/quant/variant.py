@@ -67,6 +67,7 @@ class Variant:
     the layer's number with `.keys` or `.values`. `input_formats`: the linears whose inputs are rounded otherwise than
     the scheme says; None leaves them as they are. `input_rotations`: linears whose input is turned while running,
     before scales and rounding: the core [m, m] that `rotation.turn_runs` takes with the columns as one run.
+    `expert_tokens`: the calibration tokens that reached each expert, by the stack of their inner matrices.
     """
 
     key: str
@@ -81,6 +82,7 @@ class Variant:
     ranges: Mapping[str, Tensor] = field(default_factory=dict)
     input_rotations: Mapping[str, Tensor] = field(default_factory=dict)
     input_formats: Mapping[str, TensorFormat | None] = field(default_factory=dict)
+    expert_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def weights_alone(self) -> "Variant":

@@ -9,9 +9,10 @@ import torch
 
 from qeval.config import Recipe
 from qeval.errors import UsageError
+from qeval.methods import FLOAT_REASONS
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
-from qeval.models.structure.weight_views import weights_of
+from qeval.models.structure.weight_views import stack_of, weights_of
 from qeval.progress import Advance
 from qeval.quant.grid import DEFAULT_GRID, FLOAT, FloatGrid, PerBlock, WeightGrid, parse
 from qeval.quant.qweight import QWeight, check_fits
@@ -22,6 +23,9 @@ from qeval.quantize.mix_formats import format_budget, free_names, mix_formats
 from qeval.quantize.quantizers import QUANTIZERS, quantize_plan
 from qeval.quantize.scaling import Parameters, Search
 
+_MOST_SMALL = 0.05
+"""The share of the linears' weights that may stay in float since a block is larger than a row."""
+
 
 def source_of(
     model: Any,
@@ -30,6 +34,8 @@ def source_of(
     samples: Sequence[Sequence[int]],
     statistics: Mapping[str, Any],
     float_bits: int | None = None,
+    *,
+    all_experts: bool = False,
 ) -> Source:
     """Return a source over `model`; a tied head is listed under its own name too.
 
@@ -40,12 +46,14 @@ def source_of(
         samples: Token ids of the calibration text; empty where none is needed.
         statistics: Of every layer's input, by group; empty where none are needed.
         float_bits: Of a weight in the checkpoint; None for those of the head as the model holds it.
+        all_experts: Whether each expert is calibrated on every token.
     """
     parameters = weights_of(model)
     parameters[description.head] = head.weight
     trials = InMemory(model, description, head, samples)
     bits = float_bits or head.weight.dtype.itemsize * 8
-    return Source(model, description, head, samples, Search(parameters, dict(statistics)), trials, bits)
+    search = Search(parameters, dict(statistics))
+    return Source(model, description, head, samples, search, trials, bits, all_experts)
 
 
 @torch.inference_mode()
@@ -126,15 +134,18 @@ def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid],
     """
     inside = set(quantizable(source.description))
     _check_rules(recipe, source.search.parameters)
+    small = small_matrices(source, recipe)
 
     grids: dict[str, WeightGrid] = {}
     kept = []
     in_float = recipe.quant_method.rounding == "none"
     for name, parameter in source.search.parameters.items():
         rule = recipe.rule_for(name)
-        reason = _reason(source, recipe, name, parameter.dim(), name in inside and not in_float, rule)
+        reason = _reason(source, recipe, name, parameter.shape, name in inside and not in_float, rule)
         if in_float and name in inside:
             reason = LEFT_IN_FLOAT
+        elif name in small:
+            reason = FLOAT_REASONS["small"]
         if reason is not None:
             kept.append(FloatWeight(name, parameter.numel(), reason))
             continue
@@ -151,6 +162,29 @@ def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid],
     return grids, tuple(kept)
 
 
+def small_matrices(source: Source, recipe: Recipe) -> frozenset[str]:
+    """Return the linears that stay in float since their rows are shorter than a block of the recipe's grids.
+
+    None where they are many: then the block is wrong, and `check_fits` says so. What a rule gives a grid of its own is
+    never one.
+    """
+    if recipe.quant_method.rounding == "none":
+        return frozenset()
+    parameters = source.search.parameters
+    sizes = [grid.granularity.size for grid in recipe_grids(recipe) if isinstance(grid.granularity, PerBlock)]
+    names = [name for name in quantizable(source.description) if recipe.rule_for(name) is None]
+    small = {name for name in names if parameters[name].shape[1] < max(sizes, default=0)}
+    few = sum(parameters[name].numel() for name in small) <= _MOST_SMALL * sum(parameters[n].numel() for n in names)
+    return frozenset(small if few else ())
+
+
+def recipe_grids(recipe: Recipe) -> list[WeightGrid]:
+    """Return every grid that a recipe may give a weight that no rule names."""
+    if recipe.formats:
+        return [parse(name) for name in recipe.trial_grids]
+    return [recipe.low_grid, recipe.high_grid] if recipe.quant_method.mixes else [recipe.low_grid]
+
+
 def _with_left(source: Source, kept: tuple[FloatWeight, ...], left: AbstractSet[str]) -> tuple[FloatWeight, ...]:
     """Return the weights that stay in float with those that a mix left there, in the model's order."""
     parameters = source.search.parameters
@@ -159,22 +193,26 @@ def _with_left(source: Source, kept: tuple[FloatWeight, ...], left: AbstractSet[
     return tuple(sorted((*kept, *added), key=lambda each: order[each.name])) if added else kept
 
 
-def _reason(source: Source, recipe: Recipe, name: str, dim: int, inside: bool, rule: str | None) -> str | None:
+def _reason(
+    source: Source, recipe: Recipe, name: str, shape: Sequence[int], inside: bool, rule: str | None
+) -> str | None:
     """Return why a weight stays in float, or None when it is quantized."""
     description = source.description
     if rule == FLOAT:
         return "the recipe's rules leave it in float"
     if inside:
         return None
-    if name in description.routers:
-        return "a router: it decides which experts run"
+    kind = description.float_kinds.get(name) or description.float_kinds.get(stack_of(name))
+    if kind is not None:
+        return FLOAT_REASONS[kind]
     if name == description.head:
         wanted = recipe.quantize_head or rule is not None
         return None if wanted else "the head stays in float unless --quantize-head"
     if name == description.embedding:
         tied = ", tied with the head" if description.tied else ""
         return f"the embedding is looked up, not multiplied{tied}"
-    return "not a matrix (a norm's gain or a bias)" if dim < 2 else "not a linear layer of a decoder layer"
+    is_vector = sum(size > 1 for size in shape) < 2 or name.endswith("bias")  # experts' biases lie in one tensor
+    return "not a matrix (a norm's gain or a bias)" if is_vector else "not a linear layer of a decoder layer"
 
 
 def _check_rules(recipe: Recipe, parameters: Parameters) -> None:
@@ -200,7 +238,6 @@ def _details(recipe: Recipe) -> dict[str, str]:
     details = {"clip search": "per block" if recipe.clips else "none"}
     if recipe.quantize_head:
         details["head"] = "rounded to nearest"
-    grids = map(parse, recipe.trial_grids) if recipe.formats else (recipe.low_grid,)
-    blocks = any(isinstance(grid.granularity, PerBlock) for grid in grids)
+    blocks = any(isinstance(grid.granularity, PerBlock) for grid in recipe_grids(recipe))
     details["short blocks"] = "a width that the block does not divide ends in a short block" if blocks else "none"
     return details

@@ -65,7 +65,8 @@ class InMemory:
 class Source:
     """The model that variants are made from: its parameters (head included), structure, and calibration.
 
-    `float_bits`: bits of a weight that stays in float, in the checkpoint.
+    `float_bits`: bits of a weight that stays in float, in the checkpoint. `all_experts`: whether each expert is
+    calibrated on every token, not on those routed to it alone.
     """
 
     model: Any
@@ -75,3 +76,4 @@ class Source:
     search: Search
     trials: Trials
     float_bits: int
+    all_experts: bool = False

@@ -1,8 +1,8 @@
 """Patch a model for the length of a `with` block: known outputs in place of layers, other values of parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,12 +15,30 @@ def layers_of(model: Any, description: Description) -> nn.ModuleList:
     return layers
 
 
+class LayerOutput(NamedTuple):
+    """The output of a decoder layer: its return value, and what later layers read elsewhere.
+
+    `shared`: what the mappings among its keyword arguments hold after it, by the argument's name. Gemma 3n and Gemma 4
+    put the keys and values into one that their later layers attend to.
+    """
+
+    returned: Any
+    shared: Mapping[str, Mapping[Any, Any]]
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any], returned: Any) -> "LayerOutput":
+        """Return the output of a layer that was called with `keywords`."""
+        mappings = {name: value for name, value in keywords.items() if isinstance(value, MutableMapping)}
+        return cls(returned, {name: dict(value) for name, value in mappings.items()})
+
+
 @contextmanager
-def skip_layers(layers: nn.ModuleList, first: int, output: Any) -> Iterator[None]:
-    """Replace the layers before `first` by `output`, which the last of them returned (unused where first is 0)."""
+def skip_layers(layers: nn.ModuleList, first: int, output: LayerOutput | None) -> Iterator[None]:
+    """Replace the layers before `first` by the output of the last of them; None where `first` is 0."""
     originals = list(layers)[:first]
     try:
         for index, layer in enumerate(originals):
+            assert output is not None
             layers[index] = _KnownOutput(layer, output)
         yield
     finally:
@@ -44,13 +62,15 @@ def replace_values(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor
 class _KnownOutput(nn.Module):
     """Stands for a layer whose output is known."""
 
-    def __init__(self, layer: nn.Module, output: Any) -> None:
+    def __init__(self, layer: nn.Module, output: LayerOutput) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)  # not a submodule: only attributes that the model reads of it
         self._output = output
 
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self._output
+    def forward(self, *_: Any, **keywords: Any) -> Any:
+        for name, values in self._output.shared.items():
+            keywords[name].update(values)
+        return self._output.returned
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -10,7 +10,7 @@ from qeval.config import Recipe
 from qeval.formats.base import Values
 from qeval.methods import Rounding
 from qeval.models.structure.graph import Group
-from qeval.models.structure.weight_views import is_expert
+from qeval.models.structure.weight_views import expert_of, is_expert, stack_of
 from qeval.progress import Advance
 from qeval.quant.grid import Grid
 from qeval.quant.qweight import QWeight
@@ -72,9 +72,17 @@ class Sequential:
     def quantize(self, source: Source, recipe: Recipe, grids: Grids, plan: Variant, advance: Advance) -> Variant:
         """As `Quantizer.quantize`."""
         options = gptq_options(recipe)
-        outcomes = quantize_in_order(source.model, source.description, source.samples, grids, options, advance)
+        outcomes = quantize_in_order(
+            source.model,
+            source.description,
+            source.samples,
+            grids,
+            options,
+            advance,
+            all_experts=source.all_experts,
+        )
         weights = {outcome.name: outcome.rounded.weight for outcome in outcomes}
-        variant = replace(plan, weights=weights, details={**plan.details, **gptq_details(recipe, outcomes)})
+        variant = replace(with_outcomes(plan, recipe, outcomes), weights=weights)
         return _with_head(variant, source, recipe, grids, advance)
 
 
@@ -87,7 +95,7 @@ class Smoothed:
     def quantize(self, source: Source, recipe: Recipe, grids: Grids, plan: Variant, advance: Advance) -> Variant:
         """As `Quantizer.quantize`."""
         groups, parameters = source.description.groups, source.search.parameters
-        largest = largest_inputs(source.model, groups, source.samples)
+        largest = largest_inputs(source.model, groups, source.samples, all_experts=source.all_experts)
         scales = smoothed_groups(groups, parameters, grids, largest, recipe.smoothing)
         divisors = row_divisors(scales, parameters)
 
@@ -169,13 +177,15 @@ class RoundedGroups(NamedTuple):
     """Groups of linears after rounding.
 
     `weights`: the quantized matrices. `scales`: AWQ's, by group. `floats`: the float tensors that took the scales.
-    `unseen`: the groups, by their first names, that no calibration token reached.
+    `unseen`: the groups, by their first names, that no calibration token reached. `expert_tokens`: the calibration
+    tokens that reached each expert's inner matrix, by its name.
     """
 
     weights: dict[str, QWeight]
     scales: Mapping[str, Scaled]
     floats: dict[str, torch.Tensor]
     unseen: list[str]
+    expert_tokens: dict[str, int]
 
 
 def quantize_alone(
@@ -204,7 +214,9 @@ def quantize_alone(
         advance(_weights_of(search, group, grids))
 
     unseen = [group.names[0] for group in groups if group.names[0] not in search.statistics]
-    return RoundedGroups(weights, scales, folded_floats(scales, search.parameters, grids), unseen)
+    experts = [group.names[0] for group in groups if group.is_one_expert and recipe.needs_statistics]
+    tokens = {name: search.statistics[name].tokens if name in search.statistics else 0 for name in experts}
+    return RoundedGroups(weights, scales, folded_floats(scales, search.parameters, grids), unseen, tokens)
 
 
 def _weights_of(search: Search, group: Group, grids: Grids) -> int:
@@ -221,7 +233,23 @@ def with_floats(plan: Variant, recipe: Recipe, parts: Sequence[RoundedGroups]) -
         explicit = sum(scaled.fold is None for scaled in scales.values())
         details["input scales"] = f"{len(scales)} groups scaled, {explicit} of them on the input explicitly"
         details |= _unseen_details([name for part in parts for name in part.unseen])
-    return replace(plan, floats=floats, input_scales=explicit_scales(scales), details=details)
+    tokens = by_stack({name: count for part in parts for name, count in part.expert_tokens.items()})
+    return replace(plan, floats=floats, input_scales=explicit_scales(scales), details=details, expert_tokens=tokens)
+
+
+def with_outcomes(plan: Variant, recipe: Recipe, outcomes: Sequence[RoundedMatrix]) -> Variant:
+    """Return a plan with what GPTQ decided, and the tokens that it saw of each expert."""
+    tokens = {outcome.name: outcome.tokens for outcome in outcomes if outcome.tokens is not None}
+    details = {**plan.details, **gptq_details(recipe, outcomes)}
+    return replace(plan, details=details, expert_tokens=by_stack(tokens))
+
+
+def by_stack(counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return counts of experts' matrices by their stack, in the order of the experts; one not counted has 0."""
+    stacks: dict[str, dict[int, int]] = {}
+    for name, count in counts.items():
+        stacks.setdefault(stack_of(name), {})[expert_of(name)] = count
+    return {stack: tuple(found.get(index, 0) for index in range(max(found) + 1)) for stack, found in stacks.items()}
 
 
 def _with_head(variant: Variant, source: Source, recipe: Recipe, grids: Grids, advance: Advance) -> Variant:

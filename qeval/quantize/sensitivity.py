@@ -18,7 +18,7 @@ from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import weights_of
 from qeval.progress import Advance
-from qeval.quantize.patching import layers_of, replace_values, skip_layers
+from qeval.quantize.patching import LayerOutput, layers_of, replace_values, skip_layers
 
 Effective = Callable[[Group], Mapping[str, Tensor]]
 """The group's quantized matrices as they act in the unfolded model, by name."""
@@ -68,7 +68,7 @@ class Passed:
     layers: nn.ModuleList
     parameters: Mapping[str, Tensor]
     ids: Tensor
-    outputs: list[Any]
+    outputs: list[LayerOutput]
     final: Tensor
 
     @classmethod
@@ -105,10 +105,14 @@ def finite_kls(recipe: str, kls: Mapping[str, float]) -> dict[str, float]:
     return dict(kls)
 
 
-def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Any], Tensor]:
+def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[LayerOutput], Tensor]:
     """Return each layer's output on `ids`, and the final states."""
-    outputs: list[Any] = []
-    handles = [layer.register_forward_hook(lambda _m, _a, output: outputs.append(output)) for layer in layers]
+    outputs: list[LayerOutput] = []
+
+    def append(_: nn.Module, __: Any, keywords: Mapping[str, Any], returned: Any) -> None:
+        outputs.append(LayerOutput.of(keywords, returned))
+
+    handles = [layer.register_forward_hook(append, with_kwargs=True) for layer in layers]
     try:
         return outputs, _states(model, ids)
     finally:

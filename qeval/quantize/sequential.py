@@ -26,7 +26,7 @@ from qeval.quant.gptq import Factor, Rounded, factorize, quantize_gptq
 from qeval.quant.grid import WeightGrid
 from qeval.quant.rtn import quantize_rtn as round_plainly
 from qeval.quant.statistics import add_moments
-from qeval.quantize.patching import layers_of, replace_values, skip_layers
+from qeval.quantize.patching import LayerOutput, layers_of, replace_values, skip_layers
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,23 @@ class Options:
     clip: bool
 
 
+class InputMoments(NamedTuple):
+    """The mean over `tokens` tokens of x x^T [columns, columns] fp32 of an input x."""
+
+    mean: Tensor
+    tokens: int
+
+
 class RoundedMatrix(NamedTuple):
-    """One rounded matrix, and the damping that it took; None where it is rounded plainly."""
+    """One rounded matrix, and the damping that it took; None where it is rounded plainly.
+
+    `tokens`: the calibration tokens that reached it, where it is an expert's and has an input of its own.
+    """
 
     name: str
     rounded: Rounded
     damping: float | None
+    tokens: int | None = None
 
     @property
     def is_seen(self) -> bool:
@@ -62,6 +73,8 @@ def quantize_in_order(
     grids: Mapping[str, WeightGrid],
     options: Options,
     advance: Advance,
+    *,
+    all_experts: bool = False,
 ) -> list[RoundedMatrix]:
     """Round all linears by GPTQ, in the order of the computation; the model is left as it was.
 
@@ -72,11 +85,12 @@ def quantize_in_order(
         grids: The grid of every linear that is quantized, by name.
         options: How GPTQ rounds.
         advance: Called with the weights of every group once it is rounded.
+        all_experts: Whether each expert's moments are those of every token, not of those routed to it alone.
 
     Raises:
         QevalError: No calibration token reaches a linear, or its inputs are not finite.
     """
-    stream = Stream(model, layers_of(model, description), samples)
+    stream = Stream(model, layers_of(model, description), samples, all_experts=all_experts)
     outcomes: list[RoundedMatrix] = []
     for layer in range(len(description.layers)):
         groups = [group for group in description.groups if group.layer == layer]
@@ -123,23 +137,24 @@ def _quantize_group(
     parameters: Mapping[str, Tensor],
     group: Group,
     grids: Mapping[str, WeightGrid],
-    moments: Tensor | None,
+    moments: InputMoments | None,
     options: Options,
 ) -> list[RoundedMatrix]:
     names = _names(group, grids)
     if moments is None:
         return [_round_unseen(name, parameters[name].float(), grids[name], options.clip) for name in names]
     try:
-        factor = factorize(moments, damping=options.damping, act_order=options.act_order)
+        factor = factorize(moments.mean, damping=options.damping, act_order=options.act_order)
     except QevalError as error:
         raise QevalError(f"{names[0]}: {error}") from error
-    return [_round(name, parameters[name].float(), grids[name], factor, options.clip) for name in names]
+    rounded = [_round(name, parameters[name].float(), grids[name], factor, options.clip) for name in names]
+    return [each._replace(tokens=moments.tokens) for each in rounded] if group.is_one_expert else rounded
 
 
 def _round_unseen(name: str, weight: Tensor, grid: WeightGrid, clip: bool) -> RoundedMatrix:
     """Round an expert that no token was routed to: there is nothing to weigh its errors by."""
     shares = choose_clip(weight, grid, None) if clip else None
-    return RoundedMatrix(name, Rounded(round_plainly(weight, grid, shares), 0.0, 0.0, len(weight)), None)
+    return RoundedMatrix(name, Rounded(round_plainly(weight, grid, shares), 0.0, 0.0, len(weight)), None, 0)
 
 
 def _round(name: str, weight: Tensor, grid: WeightGrid, factor: Factor, clip: bool) -> RoundedMatrix:
@@ -156,16 +171,26 @@ class Stream:
         layers: nn.ModuleList,
         samples: Sequence[Sequence[int]],
         device: torch.device | None = None,
+        *,
+        all_experts: bool = False,
     ) -> None:
-        """Start in front of the first layer; `device` is where the model computes, by default its parameters' own."""
-        self._device = device or model.device
+        """Start in front of the first layer.
+
+        Args:
+            model: The causal language model.
+            layers: Its decoder layers.
+            samples: Token ids, one sequence a pass.
+            device: Where the model computes; by default its parameters' own.
+            all_experts: Whether each expert's moments are those of every token.
+        """
+        self._device, self.all_experts = device or model.device, all_experts
         self.parameters: Mapping[str, Tensor] = weights_of(model)
         self._model, self._layers, self._next = model, layers, 0
         self._ids = [torch.tensor([list(sample)], dtype=torch.long, device=self._device) for sample in samples]
-        self._states: list[Any] = [None] * len(self._ids)
+        self._states: list[LayerOutput | None] = [None] * len(self._ids)
 
-    def moments(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Return the mean over tokens of x x^T [columns, columns] fp32 for each group's input x, by its first name.
+    def moments(self, groups: Sequence[Group]) -> dict[str, InputMoments]:
+        """Return the second moments of each group's input, by its first name.
 
         Experts' inner matrices that no token reaches have none.
 
@@ -177,7 +202,8 @@ class Stream:
         listeners = {
             group.seen_at: sums[group.names[0]].listener(stops=group is last and group.is_explicit) for group in groups
         }
-        with watch_products(self._model, before=listeners), self._ending_after_layer():
+        watch = watch_products(self._model, before=listeners, all_experts=self.all_experts)
+        with watch, self._ending_after_layer():
             for sample in range(len(self._ids) if groups else 0):
                 self._run(sample)
         return {name: moments.mean(name) for name, moments in sums.items() if moments.tokens or not is_expert(name)}
@@ -196,11 +222,11 @@ class Stream:
     def pass_layer(self) -> None:
         """Take every sample's states through the next layer, as its weights are now."""
 
-        def store(_: nn.Module, __: Any, output: Any) -> None:
-            self._states[sample] = output
+        def store(_: nn.Module, __: Any, keywords: Mapping[str, Any], output: Any) -> None:
+            self._states[sample] = LayerOutput.of(keywords, output)
             raise StopPass
 
-        handle = self._layers[self._next].register_forward_hook(store)
+        handle = self._layers[self._next].register_forward_hook(store, with_kwargs=True)
         try:
             for sample in range(len(self._ids)):
                 self._run(sample)
@@ -241,13 +267,14 @@ class _Moments:
 
         return listen
 
-    def mean(self, name: str) -> Tensor:
+    def mean(self, name: str) -> InputMoments:
         """Return the mean over all tokens, both triangles."""
         if not self.tokens:
             raise QevalError(
                 f"{name}: no calibration token reaches it, so GPTQ can't round it; calibrate on more text."
             )
-        return self._total.triu_().add_(self._total.triu(1).T).div_(self.tokens)
+        mean = self._total.triu_().add_(self._total.triu(1).T).div_(self.tokens)
+        return InputMoments(mean, self.tokens)
 
 
 class StopPass(Exception):  # noqa: N818 - no error: nothing after this point of a pass is needed

@@ -15,13 +15,16 @@ from qeval.quantize.scaling import Grids, Parameters, Scaled
 
 
 @torch.inference_mode()
-def largest_inputs(model: Any, groups: Sequence[Group], samples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def largest_inputs(
+    model: Any, groups: Sequence[Group], samples: Sequence[Sequence[int]], *, all_experts: bool = False
+) -> dict[str, Tensor]:
     """Return the largest magnitude of each channel of every group's input, [columns] by the group's first name.
 
     Args:
         model: The float model.
         groups: Its groups; one whose input no token reaches is missing.
         samples: Token ids of the calibration text, one sequence a forward pass.
+        all_experts: Whether each expert sees every token, not those routed to it alone.
     """
     largest: dict[str, Tensor] = {}
 
@@ -33,7 +36,8 @@ def largest_inputs(model: Any, groups: Sequence[Group], samples: Sequence[Sequen
 
         return look
 
-    with watch_products(model, before={group.seen_at: listener(group.names[0]) for group in groups}):
+    listeners = {group.seen_at: listener(group.names[0]) for group in groups}
+    with watch_products(model, before=listeners, all_experts=all_experts):
         run_samples(model, samples, lambda _: None)
     return largest
 

@@ -19,7 +19,13 @@ Statistics = dict[str, InputStatistics]
 
 @torch.inference_mode()
 def collect(
-    model: Any, description: Description, samples: Sequence[Sequence[int]], seed: int, advance: Advance
+    model: Any,
+    description: Description,
+    samples: Sequence[Sequence[int]],
+    seed: int,
+    advance: Advance,
+    *,
+    all_experts: bool = False,
 ) -> Statistics:
     """Collect the statistics of every group's input, one sample a forward pass.
 
@@ -29,21 +35,23 @@ def collect(
         samples: Token ids of the calibration text.
         seed: Of the sketches; the result depends on it and on the samples alone.
         advance: Called with the tokens of each pass.
+        all_experts: Whether each expert sees every token, not those routed to it alone.
     """
     accumulators = {
         group.names[0]: Accumulator(group.columns, seed + index, model.device)
         for index, group in enumerate(description.groups)
     }
-    with listening(model, description.groups, accumulators):
+    with listening(model, description.groups, accumulators, all_experts=all_experts):
         run_samples(model, samples, advance)
     return {name: accumulator.statistics() for name, accumulator in accumulators.items() if accumulator.tokens}
 
 
 def listening(
-    model: Any, groups: Sequence[Group], accumulators: Mapping[str, Accumulator]
+    model: Any, groups: Sequence[Group], accumulators: Mapping[str, Accumulator], *, all_experts: bool = False
 ) -> AbstractContextManager[None]:
     """Add the inputs of groups to their accumulators (by the name of the first linear) inside a `with` block."""
-    return watch_products(model, before={group.seen_at: _listener(accumulators[group.names[0]]) for group in groups})
+    listeners = {group.seen_at: _listener(accumulators[group.names[0]]) for group in groups}
+    return watch_products(model, before=listeners, all_experts=all_experts)
 
 
 def _listener(accumulator: Accumulator) -> Before:

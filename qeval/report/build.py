@@ -280,7 +280,7 @@ def _variant(
     copied = (
         "name", "role", "method", "backend", "key", "grid", "granularity", "symmetric", "bits_per_weight",
         "bits_per_weight_model", "size_bytes", "input_scales", "details", "quantize_seconds", "score_seconds",
-        "twin", "runtime", "parts",
+        "twin", "runtime", "parts", "expert_tokens",
     )  # fmt: skip
     return VariantReport(
         **{name: getattr(record, name) for name in copied},

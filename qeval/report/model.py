@@ -232,6 +232,7 @@ class VariantReport(_Part):
     kept: list[Kept]
     input_scales: list[str]
     details: dict[str, str]
+    expert_tokens: dict[str, list[int]] = {}  # the calibration tokens that reached each expert, by stack
     quantize_seconds: float
     score_seconds: float
     twin: str | None = None  # the same weights in torch, which `kernel_kl_nats` compares with

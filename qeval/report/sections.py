@@ -1,6 +1,17 @@
 """The page, part by part: the same sections for the markdown and for the HTML."""
 
-from qeval.report import chat, confidence, corpora, drift, formatting, loss_breakdown, mix_tables, part_tables, tables
+from qeval.report import (
+    chat,
+    confidence,
+    corpora,
+    drift,
+    expert_tables,
+    formatting,
+    loss_breakdown,
+    mix_tables,
+    part_tables,
+    tables,
+)
 from qeval.report.document import Plot, Section, Table, TableCell
 from qeval.report.measure_scores import scores_table
 from qeval.report.model import Report, Task, VariantReport
@@ -72,6 +83,7 @@ def _variants(report: Report) -> Section:
             *corpora.corpus_tables(report),
             tables.variants_table(report),
             tables.weights_in_float(report),
+            *expert_tables.experts_tables(report),
         ),
     )
 

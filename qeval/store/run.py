@@ -240,6 +240,7 @@ class VariantRecord(_Record):
     witness: str | None = None  # of what it was asked; None in older records
     calibration_sha256: str | None = None  # of the token ids that its quantizer saw; None where it saw none
     overlap: OverlapRecord | None = None  # by the fingerprint of a variant made before; None: that has none
+    expert_tokens: dict[str, list[int]] = {}  # calibration tokens that reached each expert, by stack; empty: no experts
 
 
 class CalibrationRecord(_Record):

@@ -111,6 +111,8 @@ class Manifest(_Part):
     input_formats: dict[str, str | None] = {}
     """The formats of the inputs of linears for which `scheme` does not hold; written only where there are any."""
     input_rotations: list[str] = []
+    expert_tokens: dict[str, tuple[int, ...]] = {}
+    """The calibration tokens that reached each expert, by the stack of their inner matrices."""
     sha256: str | None = None
     """Of all the rest of the manifest, from version 2 on."""
 
@@ -182,7 +184,8 @@ def save_variant(variant: Variant, folder: Path, origin: Origin) -> None:
 
 def write_manifest(manifest: Manifest, part: Path) -> None:
     """Write a manifest, sealed, beside the weights that it tells of; what is not used is not named."""
-    unused = {name for name in ("scheme", "ranges", "input_formats", "input_rotations") if not getattr(manifest, name)}
+    optional = ("scheme", "ranges", "input_formats", "input_rotations", "expert_tokens")
+    unused = {name for name in optional if not getattr(manifest, name)}
     content = json.loads(manifest.model_dump_json(exclude=unused))
     for choice in content["choices"]:
         if choice["format"] is None:
@@ -297,6 +300,7 @@ def _variant(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Variant:
         ranges={name: tensors[f"{name}.range"] for name in manifest.ranges},
         input_formats=manifest.parsed_input_formats,
         input_rotations={name: tensors[f"{name}.input_rotation"] for name in manifest.input_rotations},
+        expert_tokens=manifest.expert_tokens,
     )
 
 
@@ -370,4 +374,5 @@ def manifest_of(variant: Variant, origin: Origin, weights_sha256: str) -> Manife
         ranges=list(variant.ranges),
         input_formats={name: None if how is None else str(how) for name, how in variant.input_formats.items()},
         input_rotations=list(variant.input_rotations),
+        expert_tokens=dict(variant.expert_tokens),
     )

@@ -53,10 +53,17 @@ class RelayedText(Stream):
     """The calibration text on its way through layers that are in memory one at a time."""
 
     def __init__(
-        self, stream: Streamed, description: Description, samples: Sequence[Sequence[int]], states: Spill
+        self,
+        stream: Streamed,
+        description: Description,
+        samples: Sequence[Sequence[int]],
+        states: Spill,
+        *,
+        all_experts: bool = False,
     ) -> None:
         """No layer is passed yet; `states` takes each sample's."""
-        super().__init__(stream.model, layers_of(stream.model, description), samples, stream.device)
+        layers = layers_of(stream.model, description)
+        super().__init__(stream.model, layers, samples, stream.device, all_experts=all_experts)
         self.parameters = Live(stream.model, description.head)
         self._relay, self._spill = stream.relay, states
 
@@ -129,7 +136,8 @@ class LayerStatistics(Mapping[str, InputStatistics]):
     def _collect(self, groups: Mapping[int, Group]) -> None:
         device = self._stream.device
         sums = {g.names[0]: Accumulator(g.columns, self._seed + place, device) for place, g in groups.items()}
-        with listening(self._stream.model, list(groups.values()), sums):
+        members = list(groups.values())
+        with listening(self._stream.model, members, sums, all_experts=self._text.all_experts):
             self._text.pass_layer()
         for name in list(sums):
             if not sums[name].tokens:  # an expert that none was routed to

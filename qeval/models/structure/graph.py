@@ -11,7 +11,7 @@ decide which experts run, and are a thousandth of the weights. Their columns are
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from qeval.errors import UsageError
-from qeval.models.structure.trace import TensorKey, TracedCall, decoder_layers, key_of, probe, text_config, trace
+from qeval.methods import FloatKind
+from qeval.models.structure.float_kinds import kinds_of_products, kinds_of_rest
+from qeval.models.structure.trace import TensorKey, TracedCall, decoder_layers, key_of, layer_config, probe, trace
 from qeval.models.structure.weight_views import expert_name, is_expert, stack_of, stacks_of, weights_of
 
 _PROBE_TOLERANCE = 1e-5
@@ -95,6 +97,11 @@ class Group:
         return self.entry or self.names[0]
 
     @property
+    def is_one_expert(self) -> bool:
+        """Return whether it is an expert's inner matrix, whose input is of the tokens routed to that expert."""
+        return self.entry is None and len(self.names) == 1 and is_expert(self.names[0])
+
+    @property
     def is_explicit(self) -> bool:
         """Return whether scales that nothing before takes can be applied to the input while running."""
         return not any(map(is_expert, self.names))
@@ -104,7 +111,8 @@ class Group:
 class Description:
     """A model as the quantizers see it: its groups in the order of the computation, its layers, head, embedding.
 
-    `routers` are matrices that decide which experts run.
+    `float_kinds`: matrices of decoder layers that stay in float whatever a recipe says, by name (a stack's, where
+    every matrix of it does).
     """
 
     groups: tuple[Group, ...]
@@ -112,7 +120,7 @@ class Description:
     head: str
     embedding: str
     tied: bool
-    routers: tuple[str, ...] = ()
+    float_kinds: Mapping[str, FloatKind] = field(default_factory=dict)
 
     @property
     def units(self) -> tuple[Group, ...]:
@@ -148,13 +156,15 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
 
     patterns: dict[tuple[Any, ...], int | None] = {}
     groups: list[Group] = []
-    routers: list[str] = []
+    kinds: dict[str, FloatKind] = {}
 
     # layers of one structure share the fold that was found for the first of them
     for layer, calls in enumerate(trace(model, layers_name, layers)):
         prefix = f"{layers_name}.{layer}."
         inside = {name: count for name, count in experts.items() if name.startswith(prefix)}
-        proposals = _Layer(model, calls, inside).proposals()
+        config = layer_config(model, layer)
+        in_float = kinds_of_products(model, config, calls, inside)
+        proposals = _Layer(config, calls, inside, in_float).proposals()
         _qualify_kinds(proposals)
         for proposal in proposals:
             signature = proposal.signature(prefix)
@@ -162,19 +172,21 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
                 tried = proposal.choices if folds else 0
                 patterns[signature] = _first_valid_fold(model, proposal, probed(layer)) if tried else None
             groups += proposal.groups(layer, patterns[signature])
-        routers += [call.name for call in calls if _is_router(call, inside)]
+        kinds |= in_float
 
     if not groups:
         raise UsageError(f"No linear layers were found in the decoder layers of {type(model).__name__}.")
     modules = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    names = tuple(f"{layers_name}.{index}" for index in range(len(layers)))
+    listed = (*kinds, *(name for group in groups for name in group.names))
     return Description(
         groups=tuple(groups),
-        layers=tuple(f"{layers_name}.{index}" for index in range(len(layers))),
+        layers=names,
         head=f"{modules[id(head)]}.weight",
         embedding=f"{modules[id(embedding)]}.weight",
         tied=head.weight is embedding.weight,
-        routers=tuple(routers),
+        float_kinds=kinds | kinds_of_rest(model, names, listed),
     )
 
 
@@ -224,20 +236,28 @@ class _Proposal:
 
 
 class _Layer:
-    """One decoder layer's calls, and what they say of its groups. `experts`: how many each stack holds."""
+    """One decoder layer's calls, and what they say of its groups.
 
-    def __init__(self, model: Any, calls: Sequence[TracedCall], experts: dict[str, int]) -> None:
-        self._model, self._calls, self._experts = model, calls, experts
+    `config`: the layer's. `experts`: how many each stack holds. `in_float`: matrices that stay so.
+    """
+
+    def __init__(
+        self, config: Any, calls: Sequence[TracedCall], experts: dict[str, int], in_float: Container[str]
+    ) -> None:
+        self._config, self._calls, self._experts, self._in_float = config, calls, experts, in_float
         self._found: dict[TensorKey | str, _Proposal] = {}
 
     def proposals(self) -> list[_Proposal]:
         """Return the groups in the order in which their inputs appear."""
+        seen: set[str] = set()
         for index, call in enumerate(self._calls):
-            if call.shape is None:
+            if call.shape is None or call.name in seen:  # one that runs twice is of the group of its first input
                 continue
             if is_expert(call.name):
                 self._add_expert(index, call)
-            elif call.is_linear and not _is_router(call, self._experts):
+                continue
+            seen.add(call.name)
+            if call.is_linear and call.name not in self._in_float:
                 self._shared(index, call).names.append(call.name)
             else:
                 self._shared(index, call).followers.append(call.name)
@@ -288,10 +308,10 @@ class _Layer:
 
     def _before(self, index: int) -> list[TracedCall]:
         """Return the products before a call, the latest first."""
-        return [c for c in reversed(self._calls[:index]) if c.shape and not _is_router(c, self._experts)]
+        return [c for c in reversed(self._calls[:index]) if c.shape and c.name not in self._in_float]
 
     def _rows(self, call: TracedCall, columns: int) -> Iterator[Fold]:
-        return _linear_folds(text_config(self._model), call, columns)
+        return _linear_folds(self._config, call, columns)
 
 
 def _qualify_kinds(proposals: Sequence[_Proposal]) -> None:
@@ -300,12 +320,6 @@ def _qualify_kinds(proposals: Sequence[_Proposal]) -> None:
     for proposal in [proposal for proposal in proposals if counts[proposal.kind] > 1]:
         module = stack_of(proposal.members[0].names[0].removesuffix(".weight")).rpartition(".")[0]
         proposal.parent = module.rpartition(".")[2] + "."
-
-
-def _is_router(call: TracedCall, experts: dict[str, int]) -> bool:
-    """Return whether a product, where there are experts, gives a number an expert or a single one."""
-    counts = {1, *experts.values()}
-    return bool(experts) and call.shape is not None and not is_expert(call.name) and call.shape[0] in counts
 
 
 def _norm_folds(norm: TracedCall, columns: int) -> Iterator[Fold]:
@@ -323,10 +337,12 @@ def _linear_folds(config: Any, call: TracedCall, columns: int) -> Iterator[Fold]
     assert call.shape is not None
     rows, bias = call.shape[0], getattr(call.module, "bias", None) is not None
     names = (call.name, f"{call.name.removesuffix('weight')}bias") if bias else (call.name,)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
     if rows in (columns, 2 * columns):
         yield from (Fold(names, offset, columns) for offset in range(0, rows, columns))
+    if not (heads := getattr(config, "num_attention_heads", None)):  # every layer keeps a running state
+        return
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    values = (getattr(config, "num_key_value_heads", None) or heads) * head
     if columns % values == 0 and rows in (values, columns + 2 * values):
         yield Fold(names, rows - values, values, repeat=columns // values, head=head)
     if rows == 3 * columns and columns % head == 0:

@@ -40,6 +40,13 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
+def layer_config(model: Any, layer: int) -> Any:
+    """Return the configuration of one decoder layer, where head sizes and the like differ between layers."""
+    config = text_config(model)
+    by_layer = getattr(config, "per_layer_config", None)
+    return config if by_layer is None else by_layer[layer]
+
+
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of a model's decoder layers.
 
@@ -134,4 +141,9 @@ def _record_call(calls: list[TracedCall], name: str) -> Any:
 
 def _record_product(calls: list[TracedCall], name: str, weight: Tensor) -> Any:
     rows, columns = weight.shape
-    return lambda given, output: calls.append(TracedCall(name, (rows, columns), None, given, output))
+
+    def multiplied(given: Tensor, output: Tensor) -> None:
+        if given.shape[-1] == columns and output.shape[-1] == rows:
+            calls.append(TracedCall(name, (rows, columns), None, given, output))
+
+    return multiplied

@@ -42,7 +42,8 @@ def run(place, tmp_path_factory):
 
 SIGNATURES = {
     "bench": "model *revision methods variants engines batch prompt generate ep accuracy_level device calibration "
-    "calibration_samples calibration_length offline budget importance quantize_head corpus threads time_budget repeats "
+    "calibration_samples calibration_length calibrate_all_experts "
+    "offline budget importance quantize_head corpus threads time_budget repeats "
     "quality reference base seed out progress on_plan on_record command",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
@@ -50,22 +51,25 @@ SIGNATURES = {
     "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
     "limit shots drift_prompts drift_prompt_tokens drift_tokens prompts template chat_tokens chat_temperature "
     "calibration calibration_samples calibration_length "
+    "calibrate_all_experts "
     "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus split seed out progress "
     "on_plan command",
     "diff": "run_a run_b *variants",
     "export": "model *method to run revision device compute ep exporter format accuracy_level precision calibration "
-    "calibration_samples calibration_length offline budget importance quantize_head threads seed out progress",
+    "calibration_samples calibration_length calibrate_all_experts "
+    "offline budget importance quantize_head threads seed out progress",
     "gate": "run policy *variants junit markdown summary",
     "gate_model": "model policy *method revision device compute stream max_memory corpus protocol window stride "
-    "max_windows mmlu_dir limit shots calibration calibration_samples calibration_length offline threads seed out "
+    "max_windows mmlu_dir limit shots calibration calibration_samples calibration_length calibrate_all_experts "
+    "offline threads seed out "
     "junit markdown summary progress command",
     "lm_eval_model": "model tokenizer *bos batch_tokens device compute",
     "load": "folder",
     "quantize": "model *method revision device compute stream max_memory calibration calibration_samples "
-    "calibration_length offline budget importance quantize_head threads seed out progress",
+    "calibration_length calibrate_all_experts offline budget importance quantize_head threads seed out progress",
     "selfcheck": "*rows table data mmlu_dir device threads progress",
     "sensitivity": "model *method budgets revision device compute calibration calibration_samples calibration_length "
-    "offline measured_samples threads seed out progress",
+    "calibrate_all_experts offline measured_samples threads seed out progress",
     "sweep": "models *out bits groups budgets models_at_once progress listener commands **options",
     "verify": "run *sample seed progress",
 }

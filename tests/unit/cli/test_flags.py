@@ -24,6 +24,7 @@ SHARED = {
     "--calibration": None,
     "--calibration-samples": None,
     "--calibration-length": 512,
+    "--calibrate-all-experts": False,
     "--offline": False,
     "--budget": None,
     "--importance": "measured",

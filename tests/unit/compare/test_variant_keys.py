@@ -28,6 +28,17 @@ KEYS = {
 
 @pytest.mark.parametrize("name", KEYS)
 def test_the_key_of_a_variant_is_the_same_in_every_release(name):
-    model = SimpleNamespace(arithmetic={}, weights_sha256="w", config_sha256="c")
-    calibration = SimpleNamespace(record={"tokens_sha256": "t"})
-    assert variant_key(parse_method(name), model, calibration, seed=7) == KEYS[name]
+    assert key_of(name) == KEYS[name]
+
+
+def key_of(name, kinds=("router",), all_experts=False):
+    description = SimpleNamespace(float_kinds={f"w{place}": kind for place, kind in enumerate(kinds)})
+    model = SimpleNamespace(arithmetic={}, weights_sha256="w", config_sha256="c", description=description)
+    calibration = SimpleNamespace(record={"tokens_sha256": "t"}, all_experts=all_experts)
+    return variant_key(parse_method(name), model, calibration, seed=7)
+
+
+def test_what_stays_in_float_and_what_experts_see_are_part_of_the_key():
+    assert key_of("rtn", kinds=("router", "gate")) != KEYS["rtn"]
+    assert key_of("gptq", all_experts=True) != KEYS["gptq"]
+    assert key_of("rtn", all_experts=True) == KEYS["rtn"]  # it sees no text

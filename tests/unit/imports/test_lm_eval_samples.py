@@ -193,9 +193,7 @@ def test_right_choices_may_be_told_by_their_text(folders, tmp_path):
             line["target"] = line["doc"]["ends"][line["doc"]["right"]]
         (tmp_path / name / path.name).write_text("\n".join(map(json.dumps, lines)))
     run = qeval.import_rows([tmp_path / "baseline", tmp_path / "far"], out=tmp_path / "run")
-    assert run.questions("far")["gold"].tolist() == [
-        DOCS[int(item)]["right"] for item in run.questions("far")["item"]
-    ]
+    assert run.questions("far")["gold"].tolist() == [DOCS[int(item)]["right"] for item in run.questions("far")["item"]]
 
 
 @pytest.fixture
@@ -222,7 +220,9 @@ def test_another_prompt_on_one_side_is_refused_and_the_hash_named(edited, name):
 
 
 def test_missing_items_are_named_and_counted(edited):
-    with pytest.raises(UsageError, match=r"2 of 40 items of 'ends' are missing for 'near' \(10 of 'ends', 4 of 'ends'\)"):
+    with pytest.raises(
+        UsageError, match=r"2 of 40 items of 'ends' are missing for 'near' \(10 of 'ends', 4 of 'ends'\)"
+    ):
         edited(lambda place, line: [] if place in (4, 10) else [line])
 
 

@@ -146,7 +146,7 @@ def test_a_layers_experts_are_given_their_bits_together_and_its_router_stays_in_
     entering = next(group for group in found.groups if group.entry)
     assert entering.entry == "model.layers.0.mlp.experts"
     gates = ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight")
-    assert entering.followers == found.routers[:2] == gates
+    assert entering.followers == tuple(found.float_kinds)[:2] == gates
 
 
 def test_fused_grouped_queries_fold_into_their_value_rows():
@@ -164,8 +164,8 @@ def test_every_linear_of_a_layer_is_in_one_group(model):
     names = [name for group in describe_model(model).groups for name in group.names]
     found = describe_model(model)
     inside = {n for n, w in weights_of(model).items() if w.dim() == 2 and n.startswith(found.layers)}
-    assert set(names) | set(found.routers) == inside
-    assert len(names) + len(found.routers) == len(inside)
+    assert set(names) | set(found.float_kinds) == inside
+    assert len(names) + len(found.float_kinds) == len(inside)
 
 
 def test_describing_changes_nothing(model):
