@@ -15,19 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
 from qeval.backends.install import installed, variant_head, with_room
 from qeval.backends.memory import FittingBatches, batch_tokens
-from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.prefix import continued_cache, empty_cache, prefix_cache
 from qeval.backends.schemes import kv_changes, rounded_inputs
 from qeval.backends.shared import PackedRow, shared_attention
 from qeval.backends.sharing import Sharing, sharing_of
 from qeval.errors import QevalError
 from qeval.metrics.sweep import sweep_warning
 from qeval.metrics.tokens import block_rows
-from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import KvChange, passing_cache
@@ -78,7 +77,7 @@ class TorchSession(SessionDefaults):
         self._kv_changes = tuple(kv_changes)
         self._head = head_of(model) if head is None else head
         self._rope_limit = rope_limit(text_config(model))
-        self._cache_arguments = cache_arguments(model.base_model.forward)
+        self._final_states = FinalStates(model)
         self.sharing = sharing or sharing_of(model, partial(TorchSession, model, self._head))
         self._shares, self.packs = self.sharing.apart, self.sharing.packs
 
@@ -109,12 +108,12 @@ class TorchSession(SessionDefaults):
         check_length(len(whole), self.max_length)
         if before and before.length <= self._rope_limit < len(whole):
             before, tokens = None, whole  # the outer one's keys were turned otherwise
-        outers = before.cache.layers if before and before.cache else [None] * text_config(self._model).num_hidden_layers
         if not self.sharing.prefixes:
             return TorchPrefix(whole, None)
-        changes = self._kv_changes or [None] * len(outers)
-        layers = zip(outers, changes, strict=True)
-        cache = cache_of([PrefixLayer(layer, apart=self._shares, change=change) for layer, change in layers])
+        if self.sharing.stepwise:
+            before, tokens = None, whole  # one long pass is faster than many of a token
+        outer_cache = before.cache if before else None
+        cache = prefix_cache(self._model, outer_cache, apart=self._shares, changes=self._kv_changes)
         self._forward(self._ids([tokens]), cache)
         return TorchPrefix(whole, cache)
 
@@ -156,7 +155,7 @@ class TorchSession(SessionDefaults):
                 f"{self._rope_limit:g}; generate fewer tokens."
             )
         grows = self.sharing.prefixes and not self._kv_changes  # rounded ones are computed anew for each token
-        cache = DynamicCache(config=self._model.config) if grows else None
+        cache = empty_cache(self._model) if grows else None
         fed, said = self._ids(prompts), []
         for _ in range(count):
             chosen = self._head.logits(self._forward(fed, cache)[:, -1]).argmax(dim=-1, keepdim=True)
@@ -171,7 +170,8 @@ class TorchSession(SessionDefaults):
         longest = max(len(request.tokens) for request in requests)
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         with shared_attention(self._model) if prefix and self._shares else nullcontext():
-            hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
+            cache = continued_cache(prefix.cache, len(padded), grows=self.sharing.stepwise) if prefix else None
+            hidden = self._continued(self._ids(padded), cache)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
     def _run_packed(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
@@ -185,15 +185,19 @@ class TorchSession(SessionDefaults):
         parts = zip(requests, torch.split(hidden, lengths), strict=True)
         return [part[list(request.positions)].float().clone() for request, part in parts]
 
+    def _continued(self, ids: Tensor, cache: Any) -> Tensor:
+        """Return the final states of a batch after what `cache` holds, a token at a time where the model needs that."""
+        if cache is None or not self.sharing.stepwise:
+            return self._forward(ids, cache)
+        return torch.cat([self._forward(column, cache) for column in torch.split(ids, 1, dim=1)], dim=1)
+
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)
 
     def _forward(self, ids: Tensor, cache: Any, **places: Tensor) -> Tensor:
         if cache is None and self._kv_changes:
             cache = passing_cache(self._kv_changes)
-        output = self._model.base_model(input_ids=ids, **self._cache_arguments(cache), **places)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._final_states(ids, cache, **places)
 
 
 def _cast_prefix(prefix: Prefix | None) -> TorchPrefix | None:
@@ -255,6 +259,11 @@ class TorchBackend:
     def warnings(self) -> list[str]:
         """Sentences on the trials that failed: of shared prefixes, of packed batches, of the sweep's kernel."""
         return [each for each in (self.sharing.warning, sweep_warning(self._model.device)) if each]
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Return whether the trial at load found a way to share prefixes."""
+        return self.sharing.prefixes
 
     @property
     def batch_tokens(self) -> int:
