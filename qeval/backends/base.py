@@ -217,6 +217,11 @@ class BaselineBackend(Backend[S], Protocol[S]):
         ...
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Return whether what questions have in common is run once; else each is run whole."""
+        ...
+
+    @property
     def memory_limit(self) -> int | None:
         """Bytes that weights, activations and logits may take; None where the whole model is in memory."""
         ...

@@ -7,16 +7,16 @@ where a trial gave the state of the same prompt without padding; elsewhere promp
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from qeval.backends.decoding import Decoding
+from qeval.backends.prefix import empty_cache
 from qeval.backends.sharing import differs
-from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.forward import FinalStates
 from qeval.types import TokenIds
 
 _MASK, _PLACES = "attention_mask", "position_ids"
@@ -77,7 +77,7 @@ class Generation:
         longest = max(map(len, prompts.values()))
         ids = torch.tensor([[*[_PADDING] * (longest - len(p)), *p] for p in prompts.values()], device=self._device)
         lacking = torch.tensor([longest - len(prompt) for prompt in prompts.values()], device=self._device)
-        cache = DynamicCache(config=self.model.config) if self.keeps else None
+        cache = empty_cache(self.model) if self.keeps else None
         said: dict[int, list[int]] = {row: [] for row in prompts}
         unfinished, fed = set(prompts), ids
         for step in range(count):
@@ -103,9 +103,7 @@ class Generation:
                 places[_PLACES] = (column - lacking[:, None]).clamp(min=0)[:, total - fed.shape[1] :]
         if cache is None and self.change_cache is not None:
             cache = self.change_cache()
-        output = self.model.base_model(input_ids=fed, **cache_arguments(self.model.base_model.forward)(cache), **places)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._final_states(fed, cache, **places)
 
     def _padding_holds(self, prompt: TokenIds, length: int) -> bool:
         """Return whether a prompt that is padded to a length, and a step after it, gives its states without padding."""
@@ -116,7 +114,7 @@ class Generation:
         whole = torch.tensor([[*prompt, prompt[-1]]], device=self._device)
         expected = self._forward(whole, whole.shape[1], torch.zeros_like(lacking), None)[0, -2:]
 
-        cache = DynamicCache(config=self.model.config) if self.keeps else None
+        cache = empty_cache(self.model) if self.keeps else None
         first = self._forward(padded, length, lacking, cache)[0, -1:]
         longer = torch.cat([padded, padded[:, -1:]], dim=1)
         fed = longer if cache is None else longer[:, -1:]
@@ -132,4 +130,8 @@ class Generation:
 
     @property
     def _parameters(self) -> Collection[str]:
-        return signature(self.model.base_model.forward).parameters
+        return self._final_states.parameters
+
+    @cached_property
+    def _final_states(self) -> FinalStates:
+        return FinalStates(self.model)

@@ -9,6 +9,7 @@ import torch
 
 from qeval.errors import QevalError, UsageError, is_out_of_memory
 from qeval.models.device import free_bytes, release_cached
+from qeval.models.structure.supported import layer_configs
 from qeval.quant.scheme import Scheme
 from qeval.types import Request
 
@@ -50,13 +51,23 @@ def token_activations(config: Any, itemsize: int) -> int:
     The MLP's gate, up, product and activation; the normed, rotated, attended and residual states beside. In a mixture a
     token goes to several experts at once: each has its own.
     """
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(_layer_activations(each, itemsize) for each in layer_configs(config))
+
+
+def _layer_activations(config: Any, itemsize: int) -> int:
+    inner = _inner_size(config)
     chosen = getattr(config, "num_experts_per_tok", None) or 0
     each = getattr(config, "moe_intermediate_size", None) or inner
     inner = max(inner, chosen * each + (getattr(config, "shared_expert_intermediate_size", None) or 0))
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 0)
+    heads = (getattr(config, "num_attention_heads", None) or 0) * (getattr(config, "head_dim", None) or 0)
     width = int(config.hidden_size)
-    return itemsize * (4 * int(inner) + (6 + 3 * chosen) * width + 4 * max(int(heads), width))
+    return itemsize * (4 * inner + (6 + 3 * chosen) * width + 4 * max(int(heads), width))
+
+
+def _inner_size(config: Any) -> int:
+    """Return the width of a layer's feed-forward, the largest where the configuration lists one a layer (Gemma 3n)."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(max(inner) if isinstance(inner, Sequence) else inner)
 
 
 def rounding_bytes(config: Any, scheme: Scheme) -> int:
@@ -65,11 +76,17 @@ def rounding_bytes(config: Any, scheme: Scheme) -> int:
     One linear's input, or one layer's keys or values, in fp32: scaled, rounded, its parts and its scales by blocks; the
     input that was rounded last and the rounded keys stay beside.
     """
-    width, inner = int(config.hidden_size), getattr(config, "intermediate_size", None) or 4 * int(config.hidden_size)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    inputs = max(int(inner), width) if scheme.activations else 0
-    return 4 * _ROUNDED_ARRAYS * (inputs + (int(heads) * int(size) if scheme.caches else 0))
+    width = int(config.hidden_size)
+    inputs = max(*map(_inner_size, layer_configs(config)), width) if scheme.activations else 0
+    cached = max(map(_cached_width, layer_configs(config))) if scheme.caches else 0
+    return 4 * _ROUNDED_ARRAYS * (inputs + cached)
+
+
+def _cached_width(config: Any) -> int:
+    """Return the numbers that a token's keys take in a layer."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return int(getattr(config, "num_key_value_heads", None) or heads) * int(size)
 
 
 def has_bf16() -> bool:

@@ -1,10 +1,24 @@
-"""A prefix's keys and values in a transformers cache: computed once, lent to any number of continuations."""
+"""What a prefix leaves in a transformers cache: computed once, for any number of continuations.
 
+Keys and values are lent: continuations attend to them and leave them as they are. A running state (Mamba, GatedDeltaNet
+and other linear attention, short convolutions) is changed by every token, so each continuation gets a copy of what it
+was at the prefix's end; so does whatever else a layer keeps: the keys of a sparse attention's indexer, compressed keys.
+"""
+
+import copy
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from qeval.backends.shared import Lent, tagged
 from qeval.models.structure.kv_cache import KvChange
@@ -71,6 +85,88 @@ class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-def cache_of(layers: list[PrefixLayer]) -> Any:
+class GrowingLayer(PrefixLayer):
+    """A prefix's keys and values, and behind them those of continuations that are run a token at a time."""
+
+    def __init__(self, prefix: PrefixLayer) -> None:
+        """Begin at the end of a prefix, which is left as it is."""
+        super().__init__(change=prefix._change)
+        self.lazy_initialization(prefix.keys, prefix.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return the prefix's keys and values and all that came after it."""
+        if self._change is not None:
+            key_states, value_states = self._change(key_states, value_states)
+        self.keys, self.values = self.then(key_states.to(value_states.dtype), value_states)
+        return self.keys, self.values
+
+
+def cache_of(layers: Sequence[Any]) -> Any:
     """Return the cache of a model with these layers."""
-    return Cache(layers=layers)
+    return Cache(layers=list(layers))
+
+
+def empty_cache(model: Any) -> Any:
+    """Return the cache that a model would make itself: transformers' by kinds of layers, or a class of its own."""
+    own = [
+        each
+        for each in vars(sys.modules[type(model).__module__]).values()
+        if isinstance(each, type) and issubclass(each, DynamicCache) and each.__module__ == type(model).__module__
+    ]
+    return own[0]() if own else DynamicCache(config=model.config)  # MiniMax's keeps its running states by itself
+
+
+def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes: Sequence[KvChange] = ()) -> Any:
+    """Return the cache that a prefix is to be run with.
+
+    Args:
+        model: The model.
+        outer: The cache of the prefix that it continues.
+        apart: Whether continuations attend to its keys and values by `shared`.
+        changes: What rounds each layer's keys and values; none where they stay as they are.
+    """
+    empty = empty_cache(model)
+    if type(empty) is not DynamicCache:
+        return empty if outer is None else copy.deepcopy(outer)
+    outers = [None] * len(empty.layers) if outer is None else outer.layers
+    layers = []
+    for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=True)):
+        if type(layer) in _LENT:
+            layers.append(PrefixLayer(before, apart=apart, change=changes[index] if changes else None))
+        else:
+            layers.append(layer if before is None else copy.deepcopy(before))
+    return cache_of(layers)
+
+
+_LENT = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers that keep nothing but keys and values."""
+
+
+def continued_cache(prefix: Any, rows: int, *, grows: bool = False) -> Any:
+    """Return a cache with which sequences continue a prefix.
+
+    Args:
+        prefix: The prefix's cache; it is left as it is.
+        rows: The sequences.
+        grows: Whether their tokens come one at a time, and see those before them.
+    """
+    if type(prefix) is not Cache:
+        own = copy.deepcopy(prefix)
+        own.batch_repeat_interleave(rows)
+        return own
+    if is_lent(prefix) and not grows:
+        return prefix
+    return cache_of([_continued(layer, rows, grows=grows) for layer in prefix.layers])
+
+
+def is_lent(cache: Any) -> bool:
+    """Return whether all that a prefix left can be lent, so that no continuation takes a copy."""
+    return type(cache) is Cache and all(isinstance(layer, PrefixLayer) for layer in cache.layers)
+
+
+def _continued(layer: Any, rows: int, *, grows: bool) -> Any:
+    if isinstance(layer, PrefixLayer):
+        return GrowingLayer(layer) if grows and layer.is_initialized else layer
+    own = copy.deepcopy(layer)
+    own.reorder_cache(torch.zeros(rows, dtype=torch.long))
+    return own

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from qeval.backends.row_attention import RowLayout, attend_row
 from qeval.errors import QevalError
+from qeval.models.structure.forward import body_of
 from qeval.models.structure.trace import text_config
 
 SHARED_ATTENTION = "qeval_shared_prefix"
@@ -96,8 +97,8 @@ def can_share(model: Any, device: torch.device) -> bool:
     """
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or _PLAIN)
-    if getattr(config, "kv_lora_rank", None) is not None:
-        return False  # keys are made out of what is cached
+    if model._is_stateful or getattr(config, "kv_lora_rank", None) is not None:
+        return False  # there are running states, or keys are made out of what is cached
     if runs_rows(device):
         return config._attn_implementation in ("sdpa", "eager") and kinds <= _WINDOWED
     windows = getattr(config, "sliding_window", None) is not None
@@ -112,7 +113,7 @@ def runs_rows(device: torch.device) -> bool:
 
 def can_pack(model: Any, device: torch.device) -> bool:
     """Return whether sequences may also be packed: the model is told every token's position."""
-    return can_share(model, device) and "position_ids" in inspect.signature(model.base_model.forward).parameters
+    return can_share(model, device) and "position_ids" in inspect.signature(body_of(model).forward).parameters
 
 
 def tagged(keys: Tensor, lent: Lent) -> Tensor:

@@ -8,7 +8,7 @@ agrees is taken.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qeval.backends.base import Session
+from qeval.backends.prefix import is_lent, prefix_cache
 from qeval.backends.shared import can_pack, can_share
 from qeval.errors import QevalError, UsageError
 from qeval.models.structure.supported import context_length
@@ -34,14 +35,16 @@ _FAILURES = (QevalError, RuntimeError, TypeError, ValueError, AttributeError, Lo
 class Sharing:
     """The ways in which sequences of a model may share work.
 
-    `prefixes`: the keys and values of a prefix are kept. `apart`: attention to a prefix is computed once for all rows
-    (`backends/shared.py`). `packs`: sequences of unequal length may be run in one row. `warning`: what a reader must
-    know where less is shared than the configuration promises.
+    `prefixes`: what a prefix leaves in the cache is kept. `apart`: attention to a prefix is computed once for all rows
+    (`backends/shared.py`). `packs`: sequences of unequal length may be run in one row. `stepwise`: what continues a
+    prefix is run a token at a time. `warning`: what a reader must know where less is shared than the configuration
+    promises.
     """
 
     prefixes: bool = True
     apart: bool = False
     packs: bool = False
+    stepwise: bool = False
     warning: str | None = None
 
 
@@ -71,7 +74,8 @@ def promised(model: Any, device: torch.device) -> list[Sharing]:
     """Return what a model's configuration promises on a device, the fastest way first, then what is left otherwise."""
     apart, packs = can_share(model, device), can_pack(model, device)
     ways = [Sharing(apart=True, packs=True)] if packs else []
-    return [*ways, *([Sharing(apart=True)] if apart else []), Sharing()]
+    copied = [] if is_lent(prefix_cache(model)) else [Sharing(stepwise=True)]
+    return [*ways, *([Sharing(apart=True)] if apart else []), Sharing(), *copied]
 
 
 def differs(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str | None:
@@ -102,7 +106,7 @@ def settled(name: str, ways: Sequence[Sharing], check: Callable[[Sharing], str |
     wrong: str | None = None
     for way in ways:
         if (found := _outcome(way, check)) is None:
-            return way if wrong is None else Sharing(way.prefixes, way.apart, way.packs, _slower(name, wrong, way))
+            return way if wrong is None or way.stepwise else replace(way, warning=_slower(name, wrong, way))
         wrong = wrong or found
     return Sharing(prefixes=False, warning=_slower(name, str(wrong), WHOLE))
 

@@ -21,14 +21,14 @@ from qeval.backends.decoding import Decoding, Greedy
 from qeval.backends.generation import Generation
 from qeval.backends.install import installed, variant_head, with_room
 from qeval.backends.memory import FittingBatches, batch_tokens
-from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.prefix import continued_cache, prefix_cache
 from qeval.backends.schemes import kv_changes, rounded_inputs
 from qeval.backends.shared import PackedRow, shared_attention
 from qeval.backends.sharing import Sharing, sharing_of
 from qeval.errors import QevalError
 from qeval.metrics.sweep import sweep_warning
 from qeval.metrics.tokens import block_rows
-from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import KvChange, passing_cache
@@ -79,7 +79,7 @@ class TorchSession(SessionDefaults):
         self._kv_changes = tuple(kv_changes)
         self._head = head_of(model) if head is None else head
         self._rope_limit = rope_limit(text_config(model))
-        self._cache_arguments = cache_arguments(model.base_model.forward)
+        self._final_states = FinalStates(model)
         self.sharing = sharing or sharing_of(model, partial(TorchSession, model, self._head))
         self._shares, self.packs = self.sharing.apart, self.sharing.packs
 
@@ -110,12 +110,12 @@ class TorchSession(SessionDefaults):
         check_length(len(whole), self.max_length)
         if before and before.length <= self._rope_limit < len(whole):
             before, tokens = None, whole  # the outer one's keys were turned otherwise
-        outers = before.cache.layers if before and before.cache else [None] * text_config(self._model).num_hidden_layers
         if not self.sharing.prefixes:
             return TorchPrefix(whole, None)
-        changes = self._kv_changes or [None] * len(outers)
-        layers = zip(outers, changes, strict=True)
-        cache = cache_of([PrefixLayer(layer, apart=self._shares, change=change) for layer, change in layers])
+        if self.sharing.stepwise:
+            before, tokens = None, whole  # one long pass is faster than many of a token
+        outer_cache = before.cache if before else None
+        cache = prefix_cache(self._model, outer_cache, apart=self._shares, changes=self._kv_changes)
         self._forward(self._ids([tokens]), cache)
         return TorchPrefix(whole, cache)
 
@@ -177,7 +177,8 @@ class TorchSession(SessionDefaults):
         longest = max(len(request.tokens) for request in requests)
         padded = [[*request.tokens, *[0] * (longest - len(request.tokens))] for request in requests]
         with shared_attention(self._model) if prefix and self._shares else nullcontext():
-            hidden = self._forward(self._ids(padded), prefix.cache if prefix else None)
+            cache = continued_cache(prefix.cache, len(padded), grows=self.sharing.stepwise) if prefix else None
+            hidden = self._continued(self._ids(padded), cache)
         return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
 
     def _run_packed(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
@@ -191,15 +192,19 @@ class TorchSession(SessionDefaults):
         parts = zip(requests, torch.split(hidden, lengths), strict=True)
         return [part[list(request.positions)].float().clone() for request, part in parts]
 
+    def _continued(self, ids: Tensor, cache: Any) -> Tensor:
+        """Return the final states of a batch after what `cache` holds, a token at a time where the model needs that."""
+        if cache is None or not self.sharing.stepwise:
+            return self._forward(ids, cache)
+        return torch.cat([self._forward(column, cache) for column in torch.split(ids, 1, dim=1)], dim=1)
+
     def _ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(sequences, dtype=torch.long, device=self._model.device)
 
     def _forward(self, ids: Tensor, cache: Any, **places: Tensor) -> Tensor:
         if cache is None and self._kv_changes:
             cache = passing_cache(self._kv_changes)
-        output = self._model.base_model(input_ids=ids, **self._cache_arguments(cache), **places)
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        return self._final_states(ids, cache, **places)
 
 
 def _cast_prefix(prefix: Prefix | None) -> TorchPrefix | None:
@@ -261,6 +266,11 @@ class TorchBackend:
     def warnings(self) -> list[str]:
         """Sentences on the trials that failed: of shared prefixes, of packed batches, of the sweep's kernel."""
         return [each for each in (self.sharing.warning, sweep_warning(self._model.device)) if each]
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Return whether the trial at load found a way to share prefixes."""
+        return self.sharing.prefixes
 
     @property
     def batch_tokens(self) -> int:

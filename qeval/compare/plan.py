@@ -43,6 +43,7 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress, Silent
 from qeval.quantize.build import quantizable
+from qeval.score.choices import question_tokens, shared_tokens
 from qeval.score.corpus import Shard
 from qeval.score.drift import DriftPart
 from qeval.score.token_hash import witness_of
@@ -97,7 +98,7 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """Sentences on the limits of the numbers, before any is made."""
-        warnings = [*self.loaded.warnings, *self.backend.warnings]
+        warnings = [*self.loaded.warnings, *self.backend.warnings, *self._cost_of_whole_questions]
         warnings += [*(warning for place in self.places for warning in place.warnings)]
         warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
@@ -147,6 +148,23 @@ class Plan:
     def corpus_tokens(self) -> int:
         """Tokens that one model runs for the corpus."""
         return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def asked_tokens(self) -> int:
+        """Tokens that one model runs for the questions."""
+        run = shared_tokens if self.backend.shares_prefixes else question_tokens
+        return sum(run(part) for suite in self.suites for part in suite.parts())
+
+    @property
+    def _cost_of_whole_questions(self) -> list[str]:
+        """A sentence on what it costs that prefixes are not shared, where they aren't."""
+        if self.backend.shares_prefixes or not self.suites:
+            return []
+        shared = sum(shared_tokens(part) for suite in self.suites for part in suite.parts())
+        return [
+            f"Questions run whole: {self.asked_tokens / shared:.1f} times the tokens of a model whose questions share "
+            "their examples."
+        ]
 
     @property
     def models(self) -> int:

@@ -33,7 +33,6 @@ from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SA
 from qeval.recipe_parts import names_of_parts
 from qeval.report.align import TOKEN_COLUMNS, item_rows, select, token_rows
 from qeval.report.soundness import NO_BASELINE, impossible_answers, impossible_tokens
-from qeval.score.choices import shared_tokens
 from qeval.score.jobs import Work
 from qeval.score.texts import keep_texts
 from qeval.score.token_hash import witness_of
@@ -149,10 +148,9 @@ def estimate(plan: Plan) -> Cost:
     """Estimate what the whole run costs from nothing; what the cache and OUT hold already is not taken off."""
     shape, models = plan.shape, plan.models
     scored = sum(len(window.kl_positions) for shard in plan.shards for window in shard.windows)
-    asked = sum(shared_tokens(part) for suite in plan.suites for part in suite.parts())
     items = sum(suite.info.items for suite in plan.suites)
     along, said = sum(part.tokens for part in plan.parts), sum(len(part.prompts) * part.count for part in plan.parts)
-    flops = models * shape.forward_flops(plan.corpus_tokens + asked + along, 2 * (scored + said) + items)
+    flops = models * shape.forward_flops(plan.corpus_tokens + plan.asked_tokens + along, 2 * (scored + said) + items)
     flops += shape.forward_flops(along, said)  # of generating
     if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)

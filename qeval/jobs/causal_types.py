@@ -1,7 +1,8 @@
 """`qeval models --check --all`: every causal model type of transformers, tiny and random.
 
 Each is scored in each way that qeval has and by full forward passes. It agrees, is refused in a sentence, or can't be
-built here, with the reason. One that gives other scores, or fails in another way, is a fault.
+built here, with the reason. One that gives other scores, or fails in another way, is a fault. Whether it can be
+quantized is told beside, for scoring does not need that.
 """
 
 from collections import Counter
@@ -17,34 +18,44 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from qeval.backends.base import Session
-from qeval.backends.torch import TorchBackend
+from qeval.backends.base import Prefix, Session
+from qeval.backends.prefix import is_lent, prefix_cache
+from qeval.backends.sharing import Sharing
+from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, first_line
 from qeval.models.silence_transformers import quiet
 from qeval.models.structure.graph import describe_model
-from qeval.models.structure.head import head_of
 from qeval.models.structure.supported import check_supported, support_notes
 from qeval.models.tiny import TINY_VOCABULARY, tiny_config, tiny_model
 from qeval.progress import Progress
-from qeval.types import Request
+from qeval.types import Request, TokenIds
 
 TypeOutcome = Literal["agrees", "refused", "not buildable", "wrong", "crash"]
 OUTCOMES: tuple[TypeOutcome, ...] = ("agrees", "refused", "not buildable", "wrong", "crash")
-ALLOWED_NATS = 1e-3
+PrefixUse = Literal["lent", "copied", "stepwise", "whole", ""]
+"""What continues a prefix: its keys and values lent, a copy of its state, the same a token at a time, nothing."""
+ALLOWED_NATS = 1e-4
 """What a token's log-probability may differ by from that of a full forward pass."""
-_PREFIX, _RESTS, _WINDOWS = 23, (11, 1, 6), (40, 24, 33)
-"""Tokens of a shared prefix, of what continues it, and of windows: most longer than the tiny models' windows of 8."""
+_OUTER, _PREFIX, _RESTS, _WINDOWS = 10, 23, (11, 1, 6), (40, 24, 33)
+"""Tokens of a prefix, of one that continues it, of what continues both, and of windows: most are longer than the tiny
+models' windows, chunks and sparse attention's choices of 8."""
 _BATCH = 12
 """Types that one process goes through: what they leave in memory ends with it."""
 
 
 @dataclass(frozen=True)
 class TypeRow:
-    """The result of one model type: `line` is the largest difference in nats, or the reason."""
+    """The result of one model type.
+
+    `line` is the largest difference in nats, or the reason; `prefix` what sequences with a common prefix share;
+    `quantizing` what can't be quantized, where anything is told of it.
+    """
 
     model_type: str
     outcome: TypeOutcome
     line: str
+    prefix: PrefixUse = ""
+    quantizing: str = ""
 
 
 def check_type(model_type: str) -> TypeRow:
@@ -62,12 +73,15 @@ def check_type(model_type: str) -> TypeRow:
         return TypeRow(model_type, "not buildable", str(error))
     try:
         with quiet():
-            off = _difference(model)
+            session = TorchSession(model)
+            off = _difference(model, session)
+            quantizing = _quantizing(model)
     except QevalError as error:
         return TypeRow(model_type, "refused", str(error))
     except Exception as error:  # noqa: BLE001 - whatever a model's code raises is its row's
         return TypeRow(model_type, "crash", f"{type(error).__name__}: {first_line(error)}")
-    return TypeRow(model_type, "agrees" if off <= ALLOWED_NATS else "wrong", f"{off:.1e} nats")
+    outcome: TypeOutcome = "agrees" if off <= ALLOWED_NATS else "wrong"
+    return TypeRow(model_type, outcome, f"{off:.1e} nats", _prefix_use(session.sharing, model), quantizing)
 
 
 def check_types(names: Sequence[str], progress: Progress) -> list[TypeRow]:
@@ -115,14 +129,28 @@ def _in_a_process(names: Sequence[str]) -> Iterator[TypeRow]:
                 yield from _in_a_process([name])
 
 
+def _prefix_use(sharing: Sharing, model: Any) -> PrefixUse:
+    if not sharing.prefixes:
+        return "whole"
+    if sharing.stepwise:
+        return "stepwise"
+    return "lent" if is_lent(prefix_cache(model)) else "copied"
+
+
+def _quantizing(model: Any) -> str:
+    """Return why a model can't be quantized, or what of it stays in float; nothing where all is quantized."""
+    try:
+        return " ".join(support_notes(model, describe_model(model)))
+    except QevalError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - scoring does not need it
+        return f"It can't be described ({type(error).__name__}: {first_line(error)})."
+
+
 @torch.inference_mode()
-def _difference(model: Any) -> float:
+def _difference(model: Any, session: Session) -> float:
     """Return the largest difference of a token's log-probability between qeval's scores and full forward passes."""
-    description, head = describe_model(model), head_of(model)
-    support_notes(model, description)
-    backend = TorchBackend(model, description, head, torch.float32)
-    with backend.open(None) as session:
-        return max(_of_windows(model, session), _of_prefix(model, session))
+    return max(_of_windows(model, session), _of_prefix(model, session))
 
 
 def _of_windows(model: Any, session: Session) -> float:
@@ -133,10 +161,19 @@ def _of_windows(model: Any, session: Session) -> float:
 
 
 def _of_prefix(model: Any, session: Session) -> float:
-    """Score continuations of a prefix that ran once."""
-    prefix, rests = _tokens(_PREFIX, seed=1), [_tokens(count, seed=10 + count) for count in _RESTS]
-    states = session.states([Request(rest, tuple(range(len(rest)))) for rest in rests], session.prefill(prefix))
-    return max(_off(session, s, _full(model, prefix + rest)[_PREFIX:]) for s, rest in zip(states, rests, strict=True))
+    """Score continuations of a prefix that ran once, itself after another, and of that other one after them."""
+    outer, inner = _tokens(_OUTER, seed=2), _tokens(_PREFIX, seed=1)
+    kept = session.prefill(outer)
+    return max(
+        _of_rests(model, session, outer + inner, session.prefill(inner, kept)), _of_rests(model, session, outer, kept)
+    )
+
+
+def _of_rests(model: Any, session: Session, before: TokenIds, prefix: Prefix) -> float:
+    rests = [_tokens(count, seed=10 + count) for count in _RESTS]
+    states = session.states([Request(rest, tuple(range(len(rest)))) for rest in rests], prefix)
+    full = [_full(model, before + rest)[len(before) :] for rest in rests]
+    return max(_off(session, s, expected) for s, expected in zip(states, full, strict=True))
 
 
 def _off(session: Session, states: Tensor, expected: Tensor) -> float:
@@ -145,7 +182,7 @@ def _off(session: Session, states: Tensor, expected: Tensor) -> float:
 
 
 def _full(model: Any, tokens: tuple[int, ...]) -> Tensor:
-    logits: Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
+    logits: Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     return logits
 
 

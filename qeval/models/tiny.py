@@ -22,10 +22,15 @@ TINY_VOCABULARY, TINY_CONTEXT = 256, 512
 _MOST_PARAMETERS = 20_000_000
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_kv_shared_layers", 0),
-    (r".*vocab_size.*|vocabulary_size", TINY_VOCABULARY),
+    (r".*vocab_size.*|vocabulary_size|encoder_hash_byte_group_vocab", TINY_VOCABULARY),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|max_sequence_length", TINY_CONTEXT),
     (r"original_max_position_embeddings", TINY_CONTEXT),
     (r"sliding_window|attention_window_size|window_size|attention_chunk_size|local_window_size", 8),
+    (r"(mamba_)?chunk_size|index_topk", 8),
+    (r"(mamba_d_state|ssm_state_size|state_size)", 16),
+    (r"(mamba_d_head|mamba_head_?dim)", 32),
+    (r"(mamba_)?(n_?groups|dt_rank)|time_step_rank", 1),
+    (r"index_n_heads", 16),
     (r"qk_rope_head_dim", 8),
     (r".*(head_dim|qk_nope_head_dim|v_head_dim)|d_kv|kv_channels", 16),
     (r"rotary_dim", 8),
@@ -38,7 +43,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(attention_heads|n_heads?|num_heads|_heads)", 4),
     (r".*(num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|depth|_layers)", 2),
     (r".*(intermediate|ffn|feed_forward|n_inner|mlp).*(size|dim|hidden)?", 96),
-    (r".*(hidden_size|n_embd|d_model|embed_dim|embedding_size|_dim|^dim|projection_dim|hidden_dim).*", 64),
+    (
+        r".*(hidden_size|n_embd|d_model|embed_dim|embedding_size|_dim|^dim|projection_dim|hidden_dim|adapter_input_size).*",
+        64,
+    ),
 )
 """Patterns of settings' names, the first that matches counts, and what is small for each."""
 _NONE = {
@@ -51,9 +59,64 @@ _DROPPED = (
     "model_type", "architectures", "transformers_version", "dtype", "_name_or_path", "per_layer_config", "torch_dtype",
     "attention_layers", "qk_head_dim",
 )  # fmt: skip
+_HYBRID = ["linear_attention", "full_attention"]
 _OWN: Mapping[str, Mapping[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "dory": {
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_kv_lora_rank": 32,
+        "swa_q_lora_rank": 32,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 16,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "xlnet": {"d_head": 16},
+    "granitemoehybrid": {"layer_types": _HYBRID},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "hash_seed": 0, "num_buckets": 4},
+    "xlm": {"causal": True},
+    "xlnet": {"d_head": 16, "attn_type": "uni"},
+    "xlstm": {"chunk_size": 16},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "adapter_rank": 8,
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
 }
 """Settings that a type needs beside."""
@@ -68,8 +131,7 @@ def tiny_config(model_type: str) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     try:
         with quiet():
-            settings = _small(config_class().to_dict(), config_class.sub_configs)
-            return config_class(**{**settings, **_OWN.get(model_type, {})})
+            return config_class(**_small(config_class().to_dict(), config_class))
     except Exception as error:
         raise QevalError(f"its configuration takes no tiny sizes ({first_line(error)})") from error
 
@@ -93,19 +155,20 @@ def tiny_model(config: Any) -> Any:
         raise QevalError(f"it can't be built ({type(error).__name__}: {first_line(error)})") from error
 
 
-def _small(settings: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+def _small(settings: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
     """Return settings with small sizes; those of parts (a text's, an image's) too."""
     small: dict[str, Any] = {}
+    parts = getattr(config_class, "sub_configs", {})
     for name, value in settings.items():
         if name in parts and isinstance(value, dict):
-            small[name] = _small(value, getattr(parts[name], "sub_configs", {}))
+            small[name] = _small(value, parts[name])
         elif name not in _DROPPED:
             small[name] = _small_value(name, value, int(settings.get("num_hidden_layers") or 0))
     if "kv_lora_rank" in small:  # every head has keys of its own, made out of one latent
         small |= {"num_key_value_heads": small["num_attention_heads"], "head_dim": small.get("qk_rope_head_dim", 16)}
     if small.get("is_decoder") is False:
         small["is_decoder"] = True
-    return small
+    return {**small, **_OWN.get(getattr(config_class, "model_type", ""), {})}
 
 
 def _small_value(name: str, value: Any, layers: int) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qeval.arithmetic import wide_total, with_fp64
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import After, is_expert, watch_products, weights_of
@@ -72,6 +73,7 @@ def predict(
     weights = weights_of(model)
     watched = [Watched(weights, group, effective) for group in description.units]
     generator = torch.Generator().manual_seed(seed)  # the CPU's, so that the labels are the same on every device
+    final_states = FinalStates(model)
     texts = [sample[:FISHER_LENGTH] for sample in samples[:FISHER_SAMPLES]]
     done = in_parts(advance, trial_passes(description), len(texts))
 
@@ -83,8 +85,8 @@ def predict(
         hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
         for text in texts:
             ids = torch.tensor([list(text)], device=model.device)
-            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            states.backward(label_gradient(head, states.detach(), generator))
+            states = final_states(ids)
+            torch.autograd.backward(states, label_gradient(head, states.detach(), generator))
             for each in watched:
                 each.end_pass()
             done()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qeval.errors import QevalError
 from qeval.metrics.tokens import mean_kl
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import weights_of
@@ -121,8 +122,7 @@ def _through(model: Any, layers: nn.ModuleList, ids: Tensor) -> tuple[list[Layer
 
 
 def _states(model: Any, ids: Tensor) -> Tensor:
-    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return measured_states(hidden)
+    return measured_states(FinalStates(model)(ids))
 
 
 def measured_states(hidden: Tensor) -> Tensor:

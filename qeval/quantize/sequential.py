@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qeval.errors import QevalError
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.weight_views import Before, is_expert, watch_products, weights_of
 from qeval.progress import Advance
@@ -239,7 +240,7 @@ class Stream:
         final = []
         for ids, states in zip(self._ids, self._states, strict=True):
             with skip_layers(self._layers, self._next, states):
-                final.append(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+                final.append(FinalStates(self._model)(ids)[0])
         return torch.cat(final)
 
     def _run(self, sample: int) -> None:

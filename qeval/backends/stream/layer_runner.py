@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from qeval.errors import UsageError
-from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.forward import body_of, cache_arguments
 from qeval.models.structure.precision import outside_autocast
+from qeval.models.structure.trace import text_config
 
 _Forward = Callable[..., Any]
 Turn = Callable[[int], None]
+_DIMENSIONS = 3
+"""Of the states that layers hand on, [batch, tokens, d_model]; several streams of them have more."""
 
 
 class Relay:
@@ -23,13 +26,15 @@ class Relay:
 
     def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
         """`model` is a causal language model, `layers` are its decoder layers in order."""
-        self._base, self._layers = model.base_model, list(layers)
+        self._base, self._layers = body_of(model), list(layers)
         self._cache_arguments = cache_arguments(self._base.forward)
         self._forwards: list[_Forward] = [layer.forward for layer in self._layers]
         self._active: int | None = None
         self._hidden: Tensor | None = None
         self._found: Tensor | None = None
+        self._beside: tuple[Any, ...] = ()
         self._as_tuple = False
+        self._takes_ids = bool(getattr(text_config(model), "hidden_size_per_layer_input", 0))
         self._turn: tuple[Turn, Turn] | None = None
         for index, layer in enumerate(self._layers):
             layer.forward = self._stand_in(index)
@@ -45,7 +50,9 @@ class Relay:
         The last layer's is the model's final hidden states, norm included. `cache` is handed to the model.
         """
         self._active, self._hidden, self._found = index, hidden, None
-        inputs = {"input_ids": ids} if hidden is None else {"inputs_embeds": self._embeddings(hidden)}
+        # layers with inputs of their own (Gemma 4) get them from the ids
+        by_ids = hidden is None or self._takes_ids
+        inputs = {"input_ids": ids} if by_ids else {"inputs_embeds": self._embeddings(hidden)}
         output = self._base(**inputs, **self._cache_arguments(cache)).last_hidden_state
         found: Tensor | None = output if index == len(self._layers) - 1 else self._found
         assert found is not None
@@ -80,10 +87,11 @@ class Relay:
     def _in_turn(self, index: int, hidden: Tensor, args: Any, kwargs: Any) -> Any:
         """Run all layers, one after the other; each must be given what the one before it gave."""
         assert self._turn is not None
-        if index and hidden is not self._found:
+        handed_on = any(each is given for each in self._beside for given in (*args, *kwargs.values()))
+        if hidden.dim() != _DIMENSIONS or (index and (hidden is not self._found or handed_on)):
             raise UsageError(
-                f"{type(self._base).__name__} computes between its decoder layers, so they can't be run one at a "
-                "time; leave --stream out."
+                f"{type(self._base).__name__} computes between its decoder layers, or hands more than states on, so "
+                "they can't be run one at a time; leave --stream out."
             )
         before, after = self._turn
         before(index)
@@ -91,6 +99,7 @@ class Relay:
         after(index)
         self._as_tuple = isinstance(output, tuple)
         self._found = _first(output)
+        self._beside = tuple(part for part in output[1:] if isinstance(part, Tensor)) if self._as_tuple else ()
         return output
 
 

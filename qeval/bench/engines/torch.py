@@ -26,7 +26,7 @@ from qeval.errors import is_out_of_memory
 from qeval.models.checkpoint.weights import weight_files
 from qeval.models.load import check_finite, checkpoint_of, load_model
 from qeval.models.source import ModelSource
-from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.supported import context_length
@@ -49,7 +49,7 @@ class TorchEngine:
     def __init__(self, model: Any, head: Head, identity: Identity, disk_bytes: int | None = None) -> None:
         """Take a model in eval mode, and its head or a quantized one."""
         self._model, self._head, self.identity, self._disk_bytes = model, head, identity, disk_bytes
-        self._cache_arguments = cache_arguments(model.base_model.forward)
+        self._final_states = FinalStates(model)
         self._cache: Any = None
         self._capacity = 0
         self._length = 0
@@ -101,7 +101,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Let the model go."""
-        self._model = self._head = self._cache = None  # type: ignore[assignment]
+        self._model = self._head = self._cache = self._final_states = None  # type: ignore[assignment]
 
     def _new_cache(self, capacity: int) -> Any:
         del capacity  # it grows
@@ -116,8 +116,7 @@ class TorchEngine:
         return chosen
 
     def _pass(self, ids: Tensor, cache: Any) -> Tensor:
-        output = self._model.base_model(input_ids=ids, **self._cache_arguments(cache))
-        return self._head.logits(output.last_hidden_state[:, -1])
+        return self._head.logits(self._final_states(ids, cache)[:, -1])
 
     _step_pass = _pass
 

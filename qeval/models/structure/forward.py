@@ -1,4 +1,7 @@
-"""Forward passes of transformers models: the keyword of keys and values, and passes over calibration text.
+"""Forward passes of transformers models up to their heads, with and without a cache, and over calibration text.
+
+The *final states* of a model are what its head's matrix multiplies. In most families they are what the body (`.model`)
+returns; where something stands between the two (BERT's transform, Inkling's scale), they are caught at the head.
 
 transformers 5.24 calls the argument `cache`; releases before it, and a checkpoint's own code, `past_key_values`.
 """
@@ -6,11 +9,17 @@ transformers 5.24 calls the argument `cache`; releases before it, and a checkpoi
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 _NAMES = ("cache", "past_key_values")
+_FEW_TOKENS = 4
+
+_ENDS_IN_BODY: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+"""Whether the final states of a model are what its body returns: tried once for each model object."""
 
 
 def _cache_name(forward: Callable[..., Any]) -> str | None:
@@ -40,6 +49,99 @@ def cache_arguments(forward: Callable[..., Any]) -> Callable[[Any], dict[str, An
     return arguments
 
 
+def body_of(model: Any) -> Any:
+    """Return the module that ends in the last norm: a model's base model, or the decoder where it names no other."""
+    base = model.base_model
+    return (model.get_decoder() or model) if base is model else base
+
+
+class FinalStates:
+    """Runs a causal language model up to its head."""
+
+    def __init__(self, model: Any) -> None:
+        """Find out where the model's final states come from, unless that is known.
+
+        Args:
+            model: In eval mode, with its weights in memory.
+        """
+        self._model, self._body = model, body_of(model)
+        if model not in _ENDS_IN_BODY:
+            head = model.get_output_embeddings().weight
+            whole_pass(model, torch.arange(1, _FEW_TOKENS + 1, device=head.device).unsqueeze(0) % len(head))
+        self.ends_in_body = _ENDS_IN_BODY[model]
+        runs = self._body if self.ends_in_body else model
+        self.parameters = inspect.signature(runs.forward).parameters
+        self._cache_arguments = cache_arguments(runs.forward)
+
+    def __call__(self, ids: Tensor, cache: Any = None, **places: Tensor) -> Tensor:
+        """Return the final states [batch, tokens, d_model] of token ids [batch, tokens].
+
+        Args:
+            ids: The tokens.
+            cache: What the pass continues and fills; by default nothing is kept.
+            places: More arguments of the forward pass.
+        """
+        arguments = {"input_ids": ids, **self._cache_arguments(cache), **places}
+        if not self.ends_in_body:
+            return _caught_at_head(self._model, arguments)
+        states: Tensor = self._body(**arguments).last_hidden_state
+        return states
+
+
+@torch.inference_mode()
+def whole_pass(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a model's own logits [tokens, vocab] and final states [tokens, d_model] of token ids [1, tokens].
+
+    Whether the final states are those that the body returns is noted for `FinalStates`.
+    """
+    returned: list[Any] = []
+    caught: list[Tensor] = []
+    handles = [
+        body_of(model).register_forward_hook(lambda _module, _inputs, output: returned.append(output)),
+        model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0])),
+    ]
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    last = getattr(returned[-1], "last_hidden_state", None) if returned else None
+    # a head that no hook sees may still multiply the body's states: `head_of` compares the logits
+    _ENDS_IN_BODY[model] = not caught or (isinstance(last, Tensor) and torch.equal(last, caught[-1]))
+    states: Any = last if _ENDS_IN_BODY[model] else _next_token_stream(caught[-1])
+    return logits[0], states[0]
+
+
+class _HeadReached(Exception):  # noqa: N818 - it ends a pass, and is no error
+    """The head was handed `states`: what comes after is not wanted."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _caught_at_head(model: Any, arguments: dict[str, Any]) -> Tensor:
+    """Return what a whole model's pass hands its head; the head itself is not run."""
+
+    def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(inputs[0])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        model(**arguments)
+    except _HeadReached as reached:
+        return _next_token_stream(reached.states)
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} did not run its head")
+
+
+def _next_token_stream(states: Tensor) -> Tensor:
+    """Return the states [batch, tokens, d_model] that predict the next token, where others predict those after it."""
+    return states[:, 0] if states.dim() == 4 else states  # ProphetNet: [batch, tokens ahead, tokens, d_model]
+
+
 def run_samples(
     model: Any,
     samples: Sequence[Sequence[int]],
@@ -54,10 +156,9 @@ def run_samples(
         advance: Called with the tokens of each pass.
         make_cache: Makes the cache of a pass; by default none, so that nothing is kept.
     """
-    arguments = cache_arguments(model.base_model.forward)
+    states = FinalStates(model)
     for sample in samples:
-        ids = torch.tensor([sample], dtype=torch.long, device=model.device)
-        model.base_model(input_ids=ids, **arguments(make_cache()))
+        states(torch.tensor([sample], dtype=torch.long, device=model.device), make_cache())
         advance(len(sample))
 
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qeval.errors import UsageError, first_line
-from qeval.models.structure.forward import cache_arguments
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.trace import probe_tokens, text_config
 
 KvChange = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -101,8 +101,7 @@ def _shapes(model: Any, device: torch.device) -> list[HeadShape]:
 
     ids = probe_tokens(model, device)
     with _watched_attention(model, read):
-        arguments = cache_arguments(model.base_model.forward)(passing_cache([change] * layers))
-        model.base_model(input_ids=ids, **arguments)
+        FinalStates(model)(ids, passing_cache([change] * layers))
     pairs = zip(returned, read, strict=False)
     if len(returned) != layers or len(read) != layers:
         raise _unknown_attention(

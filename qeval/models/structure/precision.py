@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qeval.arithmetic import dtype_name
 from qeval.errors import first_line
+from qeval.models.structure.forward import body_of
 
 HALF = (torch.bfloat16, torch.float16)
 """The types whose sums are kept in fp32."""
@@ -64,7 +65,7 @@ def keep_sums_in_fp32(model: Any, device: torch.device) -> Callable[[], None]:
     hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
     norms = [module for module in model.modules() if _is_norm(module)]
     _set_type(norms, torch.float32)  # LayerNorm takes no fp32 input with bf16 gains
-    wrapped = list({id(module): module for module in (model, model.base_model)}.values())
+    wrapped = list({id(module): module for module in (model, body_of(model))}.values())
     for module in wrapped:
         module.forward = _in_autocast(module.forward, device.type, dtype)
 

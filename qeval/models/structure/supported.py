@@ -1,7 +1,7 @@
 """The limits of what qeval scores and quantizes, seen in a configuration before any weight is read, and by tracing.
 
-Sessions keep keys and values of every token and share them between rows; layers that keep a running state instead
-(Mamba, linear attention, short convolutions) would give wrong answers after a shared prefix, so they are refused.
+Any decoder whose forward pass is causal can be scored; whether it is, and what its sequences can share, is tried when
+it is loaded (`backends/sharing.py`).
 """
 
 from pathlib import Path
@@ -15,12 +15,13 @@ from qeval.escape import cut
 from qeval.models.structure.graph import Description
 from qeval.models.structure.weight_views import stack_of, weights_of
 
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _MOST_FLOAT, _TOLD_FLOAT = 0.5, 0.01
 """Shares of the decoder layers' weights that may stay in float, and that are told of."""
 _NAMED_AT_MOST = 3
-_CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length")
-"""What configurations call the length of a context: most, MPT's, BLOOM's."""
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_positions")
+"""What configurations call the length of a context: most, MPT's, BLOOM's, Whisper's."""
+UNBOUNDED = 1 << 20
+"""The context of a model without such a setting: running states and relative positions have no end of their own."""
 
 
 def check_supported(config: Any, where: Path | str) -> None:
@@ -41,21 +42,6 @@ def check_supported(config: Any, where: Path | str) -> None:
         text = config.get_text_config()
     except ValueError as error:  # it has several
         raise UsageError(f"'{where}' names {what}, of several language models; qeval takes one alone.") from error
-    if text.is_encoder_decoder:
-        raise UsageError(f"'{where}' names {what}, an encoder with a decoder; qeval takes decoders alone.")
-
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION)
-    if others or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful:
-        kinds = f"layers of {', '.join(others)}" if others else "layers"
-        raise UsageError(
-            f"'{where}' names {what}, whose {kinds} keep a running state in the place of each token's keys and values; "
-            "qeval takes models whose every layer attends."
-        )
-    if sizes := sorted(getattr(text, "per_layer_attributes", None) or ()):
-        raise UsageError(
-            f"'{where}' names {what}, whose layers are not of one size (they differ in {', '.join(sizes)}); qeval "
-            "takes models whose layers have one."
-        )
     context_length(text, where)
 
 
@@ -73,7 +59,16 @@ def context_length(config: Any, where: Path | str) -> int:
         length = getattr(config, name, None)
         if isinstance(length, int) and not isinstance(length, bool) and length > 0:
             return length
+    if all(getattr(config, name, -1) == -1 for name in _CONTEXT):  # XLNet's is -1
+        return UNBOUNDED
     raise UsageError(f"'{where}' names no context length ({_CONTEXT[0]}).")
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """Return the configurations of a language model's decoder layers, each once: one, but where sizes differ."""
+    if not getattr(config, "is_heterogeneous", False):
+        return [config]
+    return list(config.per_layer_config)
 
 
 def support_notes(model: Any, description: Description) -> tuple[str, ...]:

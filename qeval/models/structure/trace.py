@@ -1,6 +1,6 @@
 """A trace of each decoder layer over a few tokens: products by matrices, norms, and the tensors they took."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qeval.errors import UsageError, first_line
+from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.weight_views import stack_of, stacks_of, watch_products, weights_of
 
 _PROBE_TOKENS = 8
@@ -73,6 +74,7 @@ def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Trac
     Raises:
         UsageError: The model can't be run as a plain language model.
     """
+    _run_few(model, FinalStates)  # where its final states come from is found out before anything is recorded
     calls: list[TracedCall] = []  # holding the tensors keeps their addresses distinct
     stacks = {name: stack for name, stack in stacks_of(model).items() if name.startswith(f"{layers_name}.")}
     holders = {name.rpartition(".")[0] for name in stacks}
@@ -88,24 +90,32 @@ def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Trac
             hooks.enter_context(
                 watch_products(model, after={n: _record_product(calls, n, w) for n, w in slices.items()})
             )
-        try:
-            probe(model)
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UsageError(
-                f"{type(model).__name__} does not give final hidden states for tokens alone ({reason}), so qeval can't "
-                "score it."
-            ) from error
+        _run_few(model, probe)
 
     return [list(_of_layer(calls, f"{layers_name}.{index}.")) for index in range(len(layers))]
+
+
+def _run_few(model: Any, run: Callable[[Any], object]) -> None:
+    """Run a model on a few tokens.
+
+    Raises:
+        UsageError: It takes more than tokens, or fails.
+    """
+    try:
+        run(model)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(
+            f"{type(model).__name__} does not give final hidden states for tokens alone ({reason}), so qeval can't "
+            "score it."
+        ) from error
 
 
 @torch.inference_mode()
 def probe(model: Any) -> Tensor:
     """Return the final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
     tokens = probe_tokens(model, model.get_output_embeddings().weight.device)
-    state: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    return state.float()
+    return FinalStates(model)(tokens)[0].float()
 
 
 def probe_tokens(model: Any, device: torch.device) -> Tensor:
