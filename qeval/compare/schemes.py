@@ -13,7 +13,7 @@ from torch import Tensor
 from qeval.backends.install import installed
 from qeval.backends.llamacpp.cache_types import cache_types
 from qeval.backends.llamacpp.library import LLAMACPP
-from qeval.backends.onnx.cache_format import cache_format
+from qeval.backends.onnx.input_format import check_graph_scheme
 from qeval.config import FORMAT_FIELDS, Recipe
 from qeval.errors import QevalError, UsageError
 from qeval.formats.scheme import ExternalScheme
@@ -72,7 +72,7 @@ def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[s
 
 
 def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -> None:
-    """Refuse schemes that ONNX Runtime's attention does not have.
+    """Refuse schemes that ONNX Runtime does not run.
 
     Args:
         schemes: By the variant's name.
@@ -82,7 +82,7 @@ def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -
     Raises:
         UsageError: It names the first such variant.
     """
-    _refuse_where(partial(cache_format, ep=ep), schemes, where)
+    _refuse_where(partial(check_graph_scheme, ep=ep), schemes, where)
 
 
 def _refuse_where(check: Callable[[Scheme], object], schemes: Mapping[str, Scheme], where: str) -> None:
@@ -112,16 +112,6 @@ def refuse_rotations(recipes: Sequence[Recipe], folders: Mapping[str, Path], whe
             f"{where} no rotated model: {', '.join(names)}. Leave the rotation out, or score it by compare with torch "
             "and without --stream."
         )
-
-
-def refuse_rotations_off_torch(recipes: Sequence[Recipe], folders: Mapping[str, Path], backends: Sequence[str]) -> None:
-    """Refuse rotated models on backends whose graphs take weights of the float model's form alone.
-
-    Raises:
-        UsageError: It names backends and variants.
-    """
-    if others := [name for name in backends if name != _TORCH]:
-        refuse_rotations(recipes, folders, f"--backend {','.join(others)} runs")
 
 
 def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[str, Scheme]:

@@ -58,10 +58,12 @@ def cache_types(scheme: Scheme) -> CacheTypes:
     """Return the types of a scheme's keys and values.
 
     Raises:
-        UsageError: llama.cpp has no such activations, keys or values.
+        UsageError: llama.cpp has no such inputs, keys or values.
     """
     if scheme.activations is not None:
         raise UsageError("it rounds activations in a way of its own in products by quantized weights, and in no other.")
+    if scheme.rotates_inputs:
+        raise UsageError("it turns no inputs while running; leave r4 out, R1 and R2 are in the weights.")
     used = [how for how in (scheme.keys, scheme.values) if how is not None]
     if other := next((how for how in used if how.kind not in GGML_KINDS), None):
         raise UsageError(f"it has no type {other} for keys or values; its types are {', '.join(GGML_KINDS)}.")
