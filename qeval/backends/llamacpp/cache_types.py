@@ -19,7 +19,10 @@ _ROTATION_SWITCH = "LLAMA_ATTN_ROT_DISABLE"
 """The environment variable by which llama.cpp leaves rotations out; it is read when a context is made."""
 _ROTATED_HEADS = 64
 """llama.cpp rotates heads that so many numbers divide."""
-_BYTES_A_NUMBER = {"f16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_BYTES_A_NUMBER = {
+    "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32,
+    "iq4_nl": 18 / 32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
