@@ -20,7 +20,6 @@ from qeval.formats.scheme import ExternalScheme
 from qeval.models.structure.forward import run_samples
 from qeval.models.structure.graph import Description
 from qeval.models.structure.kv_cache import HeadShape, check_cache
-from qeval.models.structure.weight_views import is_expert
 from qeval.progress import Advance
 from qeval.quant.scheme import ROTATION, Scheme, TensorFormat, scheme_of
 from qeval.quant.variant import Variant
@@ -138,12 +137,6 @@ def check_scheme(scheme: Scheme, model: Any, description: Description, head_shap
     Raises:
         UsageError: Experts lie in stacks, attention is of an unknown kind, or heads don't divide into blocks.
     """
-    names = [name for group in description.groups for name in group.names]
-    if scheme.activations and (experts := next(filter(is_expert, names), None)):
-        raise UsageError(
-            f"{type(model).__name__} keeps its experts in stacks ({experts}), whose inputs qeval does not round; leave "
-            "the +a part out."
-        )
     if not scheme.caches:
         return
     shapes = head_shapes()

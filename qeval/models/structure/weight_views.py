@@ -18,6 +18,8 @@ from qeval.models.structure.precision import outside_autocast
 
 Before = Callable[[Tensor], None]
 """Told the input [..., columns] of a product."""
+Change = Callable[[Tensor], Tensor]
+"""Returns another input [..., columns] of a product."""
 After = Callable[[Tensor, Tensor], None]
 """Told the input [..., columns] and the output [..., rows] of a product."""
 
@@ -105,11 +107,32 @@ def watch_products(
                 stack.callback(_module(model, name).register_forward_hook(_after_hook(late)).remove)
         if any(map(is_expert, (*before, *after))):
             stack.enter_context(one_by_one(model))
-            slices = stack.enter_context(_Slices(before, after))
-            for holder, stacks in slices.stacks.items():
-                module = model.get_submodule(holder)
-                stack.callback(module.register_forward_pre_hook(slices.entered(stacks)).remove)
-                stack.callback(module.register_forward_hook(slices.left).remove)
+            stack.enter_context(_slices(model, before, after, {}))
+        yield
+
+
+@contextmanager
+def changed_expert_inputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Have the inputs of experts' products changed inside a `with` block; the experts run one by one meanwhile.
+
+    Args:
+        model: The model.
+        changes: Returns another input [tokens, columns], by the expert's name.
+    """
+    with one_by_one(model), _slices(model, {}, {}, changes):
+        yield
+
+
+@contextmanager
+def _slices(
+    model: Any, before: Mapping[str, Before], after: Mapping[str, After], changes: Mapping[str, Change]
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        slices = stack.enter_context(_Slices(before, after, changes))
+        for holder, stacks in slices.stacks.items():
+            module = model.get_submodule(holder)
+            stack.callback(module.register_forward_pre_hook(slices.entered(stacks)).remove)
+            stack.callback(module.register_forward_hook(slices.left).remove)
         yield
 
 
@@ -125,19 +148,19 @@ def one_by_one(model: Any) -> Iterator[None]:
 
 
 class _Slices(TorchFunctionMode):
-    """A watch on `linear(x, stack[expert])`, which no module's hook sees; slices are known by their address.
+    """A watch on `linear(x, stack[expert])`, which no module's hook sees; it may change `x`.
 
-    Addresses are looked at whenever the module that holds the stacks is entered: where layers are in memory one at a
-    time, the same place holds another layer's experts then.
+    Slices are known by their addresses, which are looked at whenever the module that holds the stacks is entered: where
+    layers are in memory one at a time, the same place holds another layer's experts then.
     """
 
-    def __init__(self, before: Mapping[str, Before], after: Mapping[str, After]) -> None:
+    def __init__(self, before: Mapping[str, Before], after: Mapping[str, After], changes: Mapping[str, Change]) -> None:
         super().__init__()
-        self._before, self._after = before, after
+        self._before, self._after, self._changes = before, after, changes
         self._names: dict[int, str] = {}
         self.stacks: dict[str, list[str]] = {}
         """The stacks that are watched, by the module that holds them."""
-        for name in dict.fromkeys(stack_of(name) for name in (*before, *after) if is_expert(name)):
+        for name in dict.fromkeys(stack_of(name) for name in (*before, *after, *changes) if is_expert(name)):
             self.stacks.setdefault(name.rpartition(".")[0], []).append(name)
 
     def entered(self, stacks: Sequence[str]) -> Any:
@@ -160,6 +183,8 @@ class _Slices(TorchFunctionMode):
         if function is not nn.functional.linear or len(args) < 2:
             return function(*args, **(kwargs or {}))
         name = self._names.get(args[1].data_ptr(), "")
+        if change := self._changes.get(name):
+            args = (change(args[0]), *args[1:])
         if early := self._before.get(name):
             early(args[0])
         output = function(*args, **(kwargs or {}))
