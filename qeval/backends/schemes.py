@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qeval.models.structure.kv_cache import KvChange
 from qeval.models.structure.precision import outside_autocast
 from qeval.models.structure.trace import text_config
+from qeval.models.structure.weight_views import changed_expert_inputs, is_expert
 from qeval.quant.fake_quant import fake_quantize_heads, fake_quantize_rows
 from qeval.quant.scheme import Scheme, TensorFormat
 
@@ -58,12 +59,15 @@ def rounded_inputs(
         device: Where the model computes; a streamed model's parameters say nothing of it.
     """
     head, slot = model.get_output_embeddings(), _LastInput()
+    experts = {name: _rounding(how, ranges.get(name), device) for name, how in formats.items() if is_expert(name)}
     with ExitStack() as stack:
         stack.callback(slot.clear)
-        for name, how in formats.items():
+        if experts:
+            stack.enter_context(changed_expert_inputs(model, experts))
+        for name in formats.keys() - experts.keys():
             module = model.get_submodule(name.removesuffix(".weight"))
             if module is not head:
-                stack.callback(_round_input(module, slot, how, ranges.get(name), device))
+                stack.callback(_round_input(module, slot, formats[name], ranges.get(name), device))
         yield
 
 
@@ -97,14 +101,19 @@ class _Way(NamedTuple):
 def _round_input(
     module: nn.Module, slot: _LastInput, how: TensorFormat, amax: Tensor | None, device: torch.device
 ) -> Callable[[], None]:
-    """Have a module's input rounded from now on; return what undoes it. `amax` lies in host memory."""
-    compute = outside_autocast(partial(_rounded, how=how, amax=None if amax is None else amax.to(device)))
+    """Have a module's input rounded from now on; return what undoes it."""
+    compute = _rounding(how, amax, device)
     way = _Way(how, None if amax is None else float(amax))
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (slot.rounded(args[0], way, compute), *args[1:])
 
     return module.register_forward_pre_hook(hook).remove
+
+
+def _rounding(how: TensorFormat, amax: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what rounds an input. `amax` lies in host memory."""
+    return outside_autocast(partial(_rounded, how=how, amax=None if amax is None else amax.to(device)))
 
 
 def _rounded(inputs: Tensor, how: TensorFormat, amax: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ _SCHEMES = (
     ("rtn+a-mxfp8-rceil", "blocks of 32 with a power of two: floor (OCP), even or rceil"),
     ("rtn+a-nvfp4", "blocks of 16 in E2M1 with E4M3 scales, under a static scale a linear"),
     ("awq+kv-int8", "keys and values in INT8, a scale a token and head (dynamic)"),
-    ("fp16+kv-q4_0", "keys and values alone, in llama.cpp's Q4_0 (q8_0 too): blocks of 32 along the head"),
+    ("fp16+kv-q4_0", "keys and values alone, in llama.cpp's Q4_0 (q8_0, q5_0, q5_1, q4_1, iq4_nl too), blocks of 32"),
     ("fp16+kv-q4_0-hadamard", "the same, heads rotated by llama.cpp's Hadamard matrix before"),
     (
         "fp16+kv-int8-tensor-ort",
@@ -95,13 +95,17 @@ def methods() -> None:
     show("range", _SPANS, used_by="used by")
     show("with activations, keys, values", _SCHEMES)
     say(
-        "After a +: a- (activations), k-, v- or kv-, then int2..int8, fp8 [e5m2], mxfp8, mxfp4, nvfp4, q8_0 or q4_0, "
+        "After a +: a- (activations), k-, v- or kv-, then int2..int8, fp8 [e5m2], mxfp8, mxfp6 [e3m2], mxfp4, nvfp4, "
+        "or llama.cpp's q8_0, q5_0, q5_1, q4_0, q4_1 and iq4_nl, "
         "then token | gN | channel | tensor (static), floor | even | rceil, ort, hadamard. Torch runs them all."
     )
     show("stays in float", ((kind, reason.partition(": ")[2]) for kind, reason in FLOAT_REASONS.items()))
     say("In every decoder layer, whatever a recipe says; a variant's manifest gives each weight's reason.")
     show("with rotations (QuaRot)", _ROTATIONS)
-    say("After a +: r1, r2 and r4 in one word, and -seedN. Torch alone runs rotated models.")
+    say(
+        "After a +: r1, r2 and r4 in one word, and -seedN. Torch and ONNX Runtime run rotated models, llama.cpp those "
+        "without r4."
+    )
 
 
 def tasks() -> None:

@@ -21,7 +21,6 @@ from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import baseline_key, loaded_model
 from qeval.compare.schemes import (
     refuse_rotations,
-    refuse_rotations_off_torch,
     refuse_schemes_off_torch,
     schemes_of,
 )
@@ -252,9 +251,8 @@ def _check_machine(settings: Settings) -> None:
 
 
 def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
-    """Refuse rounded activations, keys and values where only weights are, and rotations that torch alone runs."""
+    """Refuse rounded activations, keys and values where only weights are, and rotations where a model is streamed."""
     folders = {place.name: place.path for place in places}
-    refuse_rotations_off_torch(settings.every_recipe, folders, settings.backends.names)
     names, ep = settings.backends.names, settings.backends.ep
     refuse_schemes_off_torch(schemes_of(settings.recipes, folders), names, ep)
     refuse_schemes_off_torch(schemes_of(settings.parts, {}), names[:1], ep)  # parts are scored on the first alone

@@ -13,14 +13,13 @@ from torch import Tensor
 from qeval.backends.install import installed
 from qeval.backends.llamacpp.cache_types import cache_types
 from qeval.backends.llamacpp.library import LLAMACPP
-from qeval.backends.onnx.cache_format import cache_format
+from qeval.backends.onnx.input_format import check_graph_scheme
 from qeval.config import FORMAT_FIELDS, Recipe
 from qeval.errors import QevalError, UsageError
 from qeval.formats.scheme import ExternalScheme
 from qeval.models.structure.forward import run_samples
 from qeval.models.structure.graph import Description
 from qeval.models.structure.kv_cache import HeadShape, check_cache
-from qeval.models.structure.weight_views import is_expert
 from qeval.progress import Advance
 from qeval.quant.scheme import ROTATION, Scheme, TensorFormat, scheme_of
 from qeval.quant.variant import Variant
@@ -72,7 +71,7 @@ def refuse_schemes_off_torch(schemes: Mapping[str, Scheme], backends: Sequence[s
 
 
 def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -> None:
-    """Refuse schemes that ONNX Runtime's attention does not have.
+    """Refuse schemes that ONNX Runtime does not run.
 
     Args:
         schemes: By the variant's name.
@@ -82,7 +81,7 @@ def refuse_schemes_off_ort(schemes: Mapping[str, Scheme], ep: str, where: str) -
     Raises:
         UsageError: It names the first such variant.
     """
-    _refuse_where(partial(cache_format, ep=ep), schemes, where)
+    _refuse_where(partial(check_graph_scheme, ep=ep), schemes, where)
 
 
 def _refuse_where(check: Callable[[Scheme], object], schemes: Mapping[str, Scheme], where: str) -> None:
@@ -114,16 +113,6 @@ def refuse_rotations(recipes: Sequence[Recipe], folders: Mapping[str, Path], whe
         )
 
 
-def refuse_rotations_off_torch(recipes: Sequence[Recipe], folders: Mapping[str, Path], backends: Sequence[str]) -> None:
-    """Refuse rotated models on backends whose graphs take weights of the float model's form alone.
-
-    Raises:
-        UsageError: It names backends and variants.
-    """
-    if others := [name for name in backends if name != _TORCH]:
-        refuse_rotations(recipes, folders, f"--backend {','.join(others)} runs")
-
-
 def schemes_of(recipes: Sequence[Recipe], folders: Mapping[str, Path]) -> dict[str, Scheme]:
     """Return the schemes by variant of recipes, and of folders (by their names) that hold variants made before."""
     return {recipe.name: recipe.scheme for recipe in recipes} | {
@@ -148,12 +137,6 @@ def check_scheme(scheme: Scheme, model: Any, description: Description, head_shap
     Raises:
         UsageError: Experts lie in stacks, attention is of an unknown kind, or heads don't divide into blocks.
     """
-    names = [name for group in description.groups for name in group.names]
-    if scheme.activations and (experts := next(filter(is_expert, names), None)):
-        raise UsageError(
-            f"{type(model).__name__} keeps its experts in stacks ({experts}), whose inputs qeval does not round; leave "
-            "the +a part out."
-        )
     if not scheme.caches:
         return
     shapes = head_shapes()

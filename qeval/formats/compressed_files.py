@@ -131,6 +131,9 @@ def checkpoint_tensors(variant: Variant, source: CheckpointTensors, shape: Model
     layouts, names = layouts_of(variant, shape), TensorNames(source, shape.prefix)
     weights = {names.stored(name): name for name in variant.weights}
     floats = {names.stored(name): name for name in variant.floats}
+    head = shape.description.head
+    if shape.description.tied and names.stored(head) is None:
+        weights, floats = ({key: name for key, name in each.items() if name != head} for each in (weights, floats))
     if None in weights or None in floats:
         raise UsageError("A matrix of the variant lies in the checkpoint under no name that qeval knows.")
     for stored in source.named():
@@ -141,6 +144,8 @@ def checkpoint_tensors(variant: Variant, source: CheckpointTensors, shape: Model
             yield stored, as_stored(variant.floats[name], source.load(stored))
         else:
             yield stored, source.load(stored)
+    if head in variant.floats and head not in floats.values():
+        yield head, as_stored(variant.floats[head], source.load(names.stored(shape.description.embedding) or ""))
     if variant.scheme.caches:
         for layer, module in enumerate(shape.attention_modules()):
             yield f"{module}.k_scale", cache_scale(variant.ranges[f"{layer}.keys"])
@@ -198,6 +203,11 @@ def _check_plain(variant: Variant) -> None:
         raise UsageError(
             f"This variant multiplies the input of {next(iter(variant.input_scales))} while running, which "
             "compressed-tensors' layouts don't; add fold to the recipe, such as awq:int4-g128-fold."
+        )
+    if variant.input_rotations:
+        raise UsageError(
+            f"This variant turns the input of {next(iter(variant.input_rotations))} while running (R4), which "
+            "compressed-tensors' layouts don't; leave r4 out, R1 and R2 are in the weights."
         )
     if variant.stored:
         raise UsageError(

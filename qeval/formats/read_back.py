@@ -1,7 +1,8 @@
 """A written checkpoint read again by qeval's own reader and compared with the variant that it was written from."""
 
+from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def read_back(folder: Path, variant: Variant, baseline: BaselineWeights) -> Read
     reads = format_of(config, str(folder))
     reads.notes(config)
     largest = 0.0
-    others = [name for name in baseline.needed if name not in variant.weights]
+    others = [name for name in _needed(variant, baseline) if name not in variant.weights]
     with open_checkpoint(folder) as tensors:
         names = TensorNames(tensors, baseline.prefix)
         for name, weight in variant.weights.items():
@@ -83,15 +84,37 @@ def read_gguf_back(path: Path, loaded: LoadedModel, variant: Variant | None, bas
     """
     with gguf_errors(path):
         reader = open_gguf(path)
-        state = state_of(reader, metadata_of(reader, path), loaded.model, torch.float32)
+        model = _untied(loaded.model) if has_own_head(variant, baseline) else loaded.model
+        state = state_of(reader, metadata_of(reader, path), model, torch.float32)
     weights = variant.weights if variant else {}
     floats = dict(variant.floats) if variant else {}
-    for name in baseline.needed:
+    needed = _needed(variant, baseline)
+    for name in needed:
         own = floats.get(name, baseline.parameters[name])
         meant = weights[name].dequantize() if name in weights else own.float().cpu()
         if not torch.equal(state[name], meant):
             raise QevalError(f"{path.name} holds another {name} than the variant; what was written is thrown away.")
-    return ReadBack(len(weights), len(baseline.needed) - len(weights), 0.0)
+    return ReadBack(len(weights), len(needed) - len(weights), 0.0)
+
+
+def has_own_head(variant: Variant | None, baseline: BaselineWeights) -> bool:
+    """Return whether a variant has a head beside the embedding that the model's own is tied with, as R1 makes it."""
+    head = baseline.description.head
+    return variant is not None and baseline.description.tied and (head in variant.floats or head in variant.weights)
+
+
+def _needed(variant: Variant | None, baseline: BaselineWeights) -> list[str]:
+    """Return the parameters that a file of a variant must hold."""
+    head = [baseline.description.head] if has_own_head(variant, baseline) else []
+    return [*baseline.needed, *head]
+
+
+def _untied(model: Any) -> Any:
+    """Return a model without weights, of the same configuration but with a head of its own."""
+    config = deepcopy(model.config)
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def relative_difference(read: DecodedMatrix, weight: QWeight) -> float:

@@ -108,8 +108,8 @@ def _reason_to_leave(
         return rounding.reason
     if name == head:
         return "the head's input stays in float"
-    if is_expert(name):
-        return "experts are kept in stacks, whose inputs are not rounded"
+    if is_expert(name) and rounding.scale:
+        return "experts are kept in stacks, where gate and up share an input and static scales may differ"
     if rounding.scale and f"{module}.{rounding.scale}" not in tensors:
         return f"{rounding.how}, whose {rounding.scale} the file has not"
     return None

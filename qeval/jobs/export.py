@@ -18,7 +18,7 @@ from qeval.backends.torch import TorchBackend
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.onnx import target_of
 from qeval.compare.plan import calibration_of
-from qeval.compare.schemes import refuse_rotations, refuse_schemes_off_ort
+from qeval.compare.schemes import refuse_schemes_off_ort
 from qeval.compare.settings import BackendChoice, CalibrationChoice, ModelChoice
 from qeval.compare.variants import Workshop, check_recipes
 from qeval.config import Recipe
@@ -80,7 +80,6 @@ def export_variant(
     if out.exists():
         raise UsageError(f"'{out}' exists; name another folder.")
     if recipe is not None:
-        refuse_rotations([recipe], {}, "qeval export writes")
         refuse_schemes_off_ort({recipe.name: recipe.scheme}, choice.ep, "qeval export can't write")
     choose_provider(choice.ep)
     if threads:

@@ -17,7 +17,7 @@ from qeval.backends.llamacpp.gguf_writer import check_exact, check_family, check
 from qeval.compare.external_checkpoints import baseline_of
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of
-from qeval.compare.schemes import refuse_rotations, refuse_schemes
+from qeval.compare.schemes import refuse_schemes
 from qeval.compare.settings import CalibrationChoice, ExportForm, ModelChoice
 from qeval.compare.variants import BaselineModel, FitsKernel, Workshop, check_recipes
 from qeval.config import Recipe
@@ -26,7 +26,7 @@ from qeval.files.atomic import atomic_folder
 from qeval.formats.checkpoint import open_checkpoint
 from qeval.formats.compressed_files import ModelShape, checkpoint_tensors, quantization_config, write_shards
 from qeval.formats.compressed_layouts import cache_args
-from qeval.formats.read_back import read_back, read_gguf_back
+from qeval.formats.read_back import has_own_head, read_back, read_gguf_back
 from qeval.models.gguf.convert import read_contents
 from qeval.models.info import LoadedModel
 from qeval.models.trust import clean_settings, known_files
@@ -120,8 +120,8 @@ def publish_variant(
     """
     if out.exists():
         raise UsageError(f"'{out}' exists; name another folder.")
-    if recipe is not None:
-        refuse_rotations([recipe], {}, "qeval export writes")
+    if recipe is not None and recipe.scheme.rotates_inputs:
+        raise UsageError(f"'{recipe.name}' turns inputs while running, which no checkpoint says; leave r4 out.")
     if threads:
         torch.set_num_threads(threads)
     loaded, source = source_of_model(model)
@@ -184,7 +184,10 @@ class CheckpointWriter:
         folder = self._loaded.folder
         for path in known_files(folder):
             shutil.copyfile(path, part / path.name)
-        _write_json(part / "config.json", {**clean_settings(folder), "quantization_config": config})
+        settings = clean_settings(folder)
+        if has_own_head(variant, self._baseline):
+            settings["tie_word_embeddings"] = False
+        _write_json(part / "config.json", {**settings, "quantization_config": config})
         with open_checkpoint(folder) as tensors:
             write_shards(checkpoint_tensors(variant, tensors, self._shape), part)
         same = read_back(part, variant, self._baseline)
@@ -214,7 +217,8 @@ class GgufFileWriter:
         """Refuse what is rounded beside the weights; return what refuses a grid without an exact type."""
         if recipe is not None:
             refuse_schemes({recipe.name: recipe.scheme}, "--to gguf writes")
-        if recipe is not None and recipe.quantize_head and self._baseline.description.tied:
+        turns_stream = recipe is not None and recipe.rotations is not None and recipe.rotations.residual
+        if recipe is not None and recipe.quantize_head and self._baseline.description.tied and not turns_stream:
             raise UsageError("The head is the embedding too, which a GGUF file holds once; leave --quantize-head out.")
         return check_gguf_grid
 
@@ -252,6 +256,9 @@ def _sentences(layouts: list[str], matrices: int, variant: Variant, difference: 
     sentences = [f"{count} in compressed-tensors' {', '.join(layouts)}; read back, they are {same}."]
     if variant.floats:
         sentences.append(f"{len(variant.floats)} other tensors hold what the method folded into them.")
+        wide = sum(tensor.dim() > 1 for tensor in variant.floats.values())
+        if wide:
+            sentences.append(f"{wide} of them are matrices, in fp32 where the model's type would round them.")
     if how := variant.scheme.activations:
         sentences.append(f"Activations: {how.describe('token')}, rounded by the runtime.")
     if variant.scheme.caches:

@@ -3,12 +3,12 @@
 Integers are symmetric, rounded half to even, with qmax = 2^(bits-1) - 1 from the largest magnitude: `q =
 clamp(round(x * (qmax / amax)))` and `q * (amax / qmax)`, as weights are; with `ort`, qmax = 2^(bits-1), bit for bit as
 ONNX Runtime's GroupQueryAttention does it. Small floats follow `quant/floats.py`. ggml's block types follow
-`ggml-quants.c` (`quantize_row_q8_0_ref`, `quantize_row_q4_0_ref`): scales are stored in fp16.
+`ggml-quants.c` (`quantize_row_q8_0_ref`, `quantize_row_iq4_nl_ref` ...): scales are stored in fp16.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -118,15 +118,57 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return codes * scale.half().float()
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    """Round blocks [..., 32] to ggml's Q4_0: the number of largest magnitude goes to code -8, and keeps its sign."""
+def _from_extreme(blocks: Tensor, half: int) -> Tensor:
+    """Round blocks [..., 32] to ggml's Q4_0 or Q5_0: the number of largest magnitude goes to code -half, sign kept."""
     extreme = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
-    scale = extreme / torch.full_like(extreme, -8.0)
-    codes = (blocks * _inverse(scale) + 8.5).trunc_().clamp_(0, 15).sub_(8.0)
+    scale = extreme / torch.full_like(extreme, -float(half))
+    codes = (blocks * _inverse(scale) + (half + 0.5)).trunc_().clamp_(0, 2 * half - 1).sub_(float(half))
     return codes * scale.half().float()
 
 
-_GGML: Mapping[str, Callable[[Tensor], Tensor]] = {"q8_0": _q8_0, "q4_0": _q4_0}
+def _from_range(blocks: Tensor, largest: int) -> Tensor:
+    """Round blocks [..., 32] to ggml's Q4_1 or Q5_1: codes 0 to `largest` from the least number to the greatest."""
+    least, greatest = (each.unsqueeze(-1) for each in torch.aminmax(blocks, dim=-1))
+    width = greatest - least
+    scale = width / torch.full_like(width, float(largest))
+    codes = ((blocks - least) * _inverse(scale) + 0.5).trunc_().clamp_(0, largest)
+    return codes * scale.half().float() + least.half().float()
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    """Round blocks [..., 32] to ggml's IQ4_NL: a table's values on the scale of least error, weighted by x^2.
+
+    As `quantize_row_iq4_nl_ref`: values are chosen on the scale by which the number of largest magnitude goes to -127,
+    a tie to the greater one; then the scale is the weighted least squares', its sums in fp32 in the order of numbers.
+    """
+    table = torch.tensor(_IQ4_NL_VALUES, device=blocks.device)
+    extreme = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
+    inverse = _inverse(extreme / torch.full_like(extreme, _IQ4_NL_VALUES[0]))
+    middles = (table[1:] + table[:-1]) / 2
+    chosen = table[torch.bucketize(blocks * inverse, middles, right=True)]
+    weighted = blocks * blocks * chosen
+    products, squares = (torch.zeros_like(extreme[..., 0]) for _ in range(2))
+    for place in range(blocks.shape[-1]):
+        products = products + weighted[..., place] * blocks[..., place]
+        squares = squares + weighted[..., place] * chosen[..., place]
+    scale = torch.where(extreme[..., 0].abs() < _IQ4_NL_ZERO, 0.0, products / squares)
+    return chosen * scale.half().float().unsqueeze(-1)
+
+
+_IQ4_NL_VALUES = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+)  # fmt: skip
+"""`kvalues_iq4nl` of ggml-common.h."""
+_IQ4_NL_ZERO = 1e-15
+"""ggml's GROUP_MAX_EPS: a block of smaller numbers is zeros."""
+_GGML: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "q8_0": _q8_0,
+    "q5_0": partial(_from_extreme, half=16),
+    "q5_1": partial(_from_range, largest=31),
+    "q4_0": partial(_from_extreme, half=8),
+    "q4_1": partial(_from_range, largest=15),
+    "iq4_nl": _iq4_nl,
+}
 """Roundings of ggml's block types, by name."""
 
 

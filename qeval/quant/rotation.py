@@ -57,12 +57,20 @@ def turn_runs(rows: Tensor, core: Tensor, size: int) -> Tensor:
     """
     run = len(core)
     turned = rows.reshape(-1, run) @ core if run > 1 else rows
-    while run < size:
-        # H of a product of powers is the Kronecker product of theirs
-        factor = min(size // run, _LARGEST_FACTOR)
-        turned = torch.matmul(_factor(factor, rows.dtype, rows.device), turned.reshape(-1, factor, run))
-        run *= factor
+    for factor in hadamard_factors(size // run, rows.dtype, rows.device):
+        turned = torch.matmul(factor, turned.reshape(-1, len(factor), run))
+        run *= len(factor)
     return turned.reshape(rows.shape)
+
+
+def hadamard_factors(power: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return orthonormal Hadamard matrices whose Kronecker product, the last first, is that of a power of two."""
+    factors = []
+    while power > 1:
+        size = min(power, _LARGEST_FACTOR)
+        factors.append(_factor(size, dtype, device))
+        power //= size
+    return factors
 
 
 def random_rotation(size: int, seed: int, *, signs: bool = True) -> Rotation:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from qeval.errors import UsageError, unknown
-from qeval.quant.elements import E2M1, E4M3, E5M2, POWER_RULES, Minifloat, Scaling
+from qeval.quant.elements import E2M1, E2M3, E3M2, E4M3, E5M2, POWER_RULES, Minifloat, Scaling
 
 Span = Literal["token", "block", "channel", "tensor"]
 """The numbers that share a scale: a token's (of one head); blocks of them; all tokens' in one place; everything."""
@@ -29,22 +29,30 @@ _INPUTS = "inputs"
 _PREFIXES: Mapping[str, tuple[PartName, ...]] = {
     "a": ("activations",), "k": ("keys",), "v": ("values",), "kv": ("keys", "values"),
 }  # fmt: skip
-_ELEMENTS: Mapping[str, Minifloat] = {"fp8": E4M3, "mxfp8": E4M3, "mxfp4": E2M1, "nvfp4": E2M1}
-GGML_KINDS = ("q8_0", "q4_0")
+_ELEMENTS: Mapping[str, Minifloat] = {"fp8": E4M3, "mxfp8": E4M3, "mxfp6": E2M3, "mxfp4": E2M1, "nvfp4": E2M1}
+_OTHER_ELEMENTS: Mapping[str, tuple[str, Minifloat]] = {"e5m2": ("fp8", E5M2), "e3m2": ("mxfp6", E3M2)}
+"""Words that name the other element of a kind, with the kind."""
+_OWN_ELEMENTS = {"e4m3": "fp8", "e2m3": "mxfp6"}
+"""Words that name the element that a kind has anyway."""
+GGML_KINDS = ("q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl")
 """ggml's block types, which llama.cpp has for keys and values."""
 _INTEGERS = tuple(f"int{bits}" for bits in range(2, 9))
 _KINDS = (*_INTEGERS, *_ELEMENTS, *GGML_KINDS)
 _SPANS = ("token", "block", "channel", "tensor", "static")
-_WORDS = (*_SPANS, "gN", *POWER_RULES, "e4m3", "e5m2", "ort", "hadamard")
+_WORDS = (*_SPANS, "gN", *POWER_RULES, *_OWN_ELEMENTS, *_OTHER_ELEMENTS, "ort", "hadamard")
 _ORT_KINDS = ("int4", "int8")
 """The integers that ONNX Runtime's GroupQueryAttention keeps keys and values in."""
-_SIZES = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16, "q8_0": 32, "q4_0": 32}
+_SIZES = {"mxfp8": 32, "mxfp6": 32, "mxfp4": 32, "nvfp4": 16, **dict.fromkeys(GGML_KINDS, 32)}
 _BLOCK = 32
 _ROTATIONS = ("r1", "r2", "r4")
 """The places of rotations that a recipe may name; R3 is the `hadamard` of keys' formats."""
 _ONLINE = "r4"
-_SCALE_BITS = {"mxfp8": 8, "mxfp4": 8, "nvfp4": 8, "q8_0": 16, "q4_0": 16}
-"""Bits of a block's scale: E8M0, E4M3, ggml's fp16. Others are fp32, as weights' scales are."""
+_SCALE_BITS = {
+    "mxfp8": 8, "mxfp6": 8, "mxfp4": 8, "nvfp4": 8, "q8_0": 16, "q5_0": 16, "q5_1": 32, "q4_0": 16, "q4_1": 32,
+    "iq4_nl": 16,
+}  # fmt: skip
+"""Bits of a block's scale: E8M0, E4M3, ggml's fp16, of which two where a block has a least number too. Others are fp32,
+as weights' scales are."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class TensorFormat:
     """A format that one kind of tensor is rounded to along its last dimension.
 
     Attributes:
-        kind: `int2` to `int8`, `fp8`, `mxfp8`, `mxfp4`, `nvfp4`, or ggml's `q8_0` and `q4_0`.
+        kind: `int2` to `int8`, `fp8`, `mxfp8`, `mxfp6`, `mxfp4`, `nvfp4`, or one of ggml's types (`q8_0`, `iq4_nl`).
         span: What shares a scale.
         size: Numbers of a block; 0 where the span is no block.
         rule: How a float's scale is made of the largest magnitude.
@@ -106,8 +114,7 @@ class TensorFormat:
     def __str__(self) -> str:
         """Return the name that `parse_format` takes: `fp8-token`, `int8-tensor-ort`, `mxfp4-rceil`, `q4_0-hadamard`."""
         words = [self.kind]
-        if self.element == E5M2:
-            words.append("e5m2")
+        words += [word for word, (_, other) in _OTHER_ELEMENTS.items() if self.element == other]
         if self.rule in POWER_RULES:
             words.append(self.rule)
         if self.kind not in _SIZES:
@@ -256,9 +263,10 @@ def parse_format(name: str, part: str) -> TensorFormat:
         raise UsageError(f"'{name}': {kind} has a scale for each block of {fixed}; leave the other word out.")
     rules = [word for word in options if word in POWER_RULES]
     if len(rules) > 1 or (rules and not kind.startswith("mx")):
-        raise UsageError(f"'{name}': one of {', '.join(POWER_RULES)} belongs to mxfp8 and mxfp4.")
-    if {"e4m3", "e5m2"} & set(options) and kind != "fp8":
-        raise UsageError(f"'{name}': e4m3 and e5m2 are the two forms of fp8.")
+        raise UsageError(f"'{name}': one of {', '.join(POWER_RULES)} belongs to mxfp8, mxfp6 and mxfp4.")
+    others = {word: of for word, (of, _) in _OTHER_ELEMENTS.items()} | _OWN_ELEMENTS
+    if any(others.get(word, kind) != kind for word in options):
+        raise UsageError(f"'{name}': e4m3 and e5m2 are the two forms of fp8, e2m3 and e3m2 those of mxfp6.")
     if part == "activations" and (span == "channel" or "hadamard" in options):
         raise UsageError(f"'{name}': a scale a channel and a rotation belong to keys and values, not to activations.")
     if "ort" in options and (part == "activations" or kind not in _ORT_KINDS or span not in ("channel", "tensor")):
@@ -275,7 +283,7 @@ def parse_format(name: str, part: str) -> TensorFormat:
         span="block" if fixed else span or "token",
         size=fixed or size,
         rule="e4m3" if kind == "nvfp4" else rule,
-        element=E5M2 if "e5m2" in options else _ELEMENTS.get(kind),
+        element=next((_OTHER_ELEMENTS[word][1] for word in options if word in _OTHER_ELEMENTS), _ELEMENTS.get(kind)),
         hadamard="hadamard" in options,
         ort="ort" in options,
     )

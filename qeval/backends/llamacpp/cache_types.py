@@ -19,7 +19,10 @@ _ROTATION_SWITCH = "LLAMA_ATTN_ROT_DISABLE"
 """The environment variable by which llama.cpp leaves rotations out; it is read when a context is made."""
 _ROTATED_HEADS = 64
 """llama.cpp rotates heads that so many numbers divide."""
-_BYTES_A_NUMBER = {"f16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_BYTES_A_NUMBER = {
+    "f16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q5_1": 24 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32,
+    "iq4_nl": 18 / 32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ def cache_types(scheme: Scheme) -> CacheTypes:
     """Return the types of a scheme's keys and values.
 
     Raises:
-        UsageError: llama.cpp has no such activations, keys or values.
+        UsageError: llama.cpp has no such inputs, keys or values.
     """
     if scheme.activations is not None:
         raise UsageError("it rounds activations in a way of its own in products by quantized weights, and in no other.")
+    if scheme.rotates_inputs:
+        raise UsageError("it turns no inputs while running; leave r4 out, R1 and R2 are in the weights.")
     used = [how for how in (scheme.keys, scheme.values) if how is not None]
     if other := next((how for how in used if how.kind not in GGML_KINDS), None):
         raise UsageError(f"it has no type {other} for keys or values; its types are {', '.join(GGML_KINDS)}.")

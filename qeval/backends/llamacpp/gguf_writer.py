@@ -31,7 +31,7 @@ from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Variant
 from qeval.types import FloatType
 
-GGUF_VERSION = 2
+GGUF_VERSION = 3
 """Raise it when the same variant is written otherwise."""
 
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -84,7 +84,7 @@ def write_gguf(
     out: Path,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Write the file `out`; what is left in float is of type `precision`, norms in fp32.
+    """Write the file `out`; what is left in float is of type `precision`, norms and what it would round in fp32.
 
     Raises:
         UsageError: the variant scales a matrix's input, which no GGUF holds.
@@ -196,7 +196,8 @@ def _tensors(
     config = loaded.model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     weights: Mapping[str, QWeight] = variant.weights if variant else {}
-    floats = dict(loaded.model.named_parameters()) | dict(variant.floats if variant else {})
+    changed: Mapping[str, Tensor] = variant.floats if variant else {}
+    floats = {**dict(loaded.model.named_parameters()), **changed}
     for name in dict.fromkeys([*floats, *weights]):
         called = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if called is None:
@@ -207,7 +208,12 @@ def _tensors(
             yield called, *found
         else:
             tensor = weights[name].dequantize() if name in weights else floats[name]
-            yield called, *_float(tensor if order is None else tensor[order], dtype)
+            kept = (
+                torch.float32
+                if name in changed and not torch.equal(tensor.to(dtype).float(), tensor.float())
+                else dtype
+            )
+            yield called, *_float(tensor if order is None else tensor[order], kept)
     rope = _rope(config)
     if rope["rope_type"] == "llama3":
         factors = llama3_factors(rope, wavelengths(rope["rope_theta"], _head_size(config)))

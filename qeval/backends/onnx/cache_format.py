@@ -20,19 +20,17 @@ class CacheFormat:
 
 
 def cache_format(scheme: Scheme, ep: str = _CPU) -> CacheFormat | None:
-    """Return the format of a scheme's keys and values; None where nothing but weights differs from the float model.
+    """Return the format of a scheme's keys and values; None where both stay in float.
 
     Args:
         scheme: What a variant rounds beside its weights.
         ep: The execution provider.
 
     Raises:
-        UsageError: The operator has no such keys and values, or nothing rounds such activations.
+        UsageError: The operator has no such keys and values.
     """
-    if not scheme:
+    if not scheme.caches:
         return None
-    if scheme.activations is not None or scheme.rotates_inputs:
-        raise UsageError("its graphs round no activations; leave the +a and +r parts out.")
     keys, values = scheme.keys, scheme.values
     if keys is None or values is None or keys != values or str(keys) not in ORT_CACHES:
         named = ", ".join(f"{part} {how}" for part, how in scheme.formats.items())

@@ -26,6 +26,7 @@ from qeval.backends.onnx import dynamo
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
 from qeval.backends.onnx.folder import opened
 from qeval.backends.onnx.insert_cache import quantize_caches
+from qeval.backends.onnx.insert_inputs import MATMUL_INTEGER
 from qeval.backends.onnx.insert_weights import NBITS, Meant, Style, apply, make_exact
 from qeval.backends.onnx.match_parameters import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
@@ -116,6 +117,8 @@ class OnnxExporter:
                 "(--backend torch)."
             )
         self._names = tuple(names)
+        head = loaded.model.get_output_embeddings()
+        self._head = next(f"{name}.weight" for name, module in loaded.model.named_modules() if module is head)
         self.route: Route | None = None
         """The route that made the float graph; None before it is made."""
         self.refused: str | None = None
@@ -181,7 +184,7 @@ class OnnxExporter:
                 _copy_others(source, part)
                 model = ir.load(source / MODEL)
                 places = read_places(model.graph, json.loads((source / _PLACES).read_text(encoding="utf-8")))
-                meant = apply(model.graph, places, variant, style)
+                meant = apply(model.graph, places, variant, style, self._head)
                 quantize_caches(model.graph, variant, part)
                 _save(model, part)
                 _check_written(part, meant, style)
@@ -326,6 +329,11 @@ def _check_written(folder: Path, meant: Meant, style: Style) -> None:
             found[tuple(attributes[name] for name in ("N", "K", "bits", "block_size"))] += 1  # type: ignore[index]
             if attributes["accuracy_level"] != style.accuracy_level:
                 raise QevalError(f"{folder}: {node.name} has another accuracy level than {style.accuracy_level}.")
+        elif node.op_type == MATMUL_INTEGER:
+            codes = node.inputs[1]
+            assert codes is not None and codes.const_value is not None
+            columns, rows = codes.const_value.shape.numpy()
+            found[rows, columns, 8, 0] += 1
         elif style.format == "qdq" and node.op_type == "DequantizeLinear":
             codes = node.inputs[0]
             assert codes is not None and codes.const_value is not None

@@ -72,6 +72,12 @@ class Places:
         edges = [0, *(stop for _, stop in spans)]
         return edges[-1] == rows and [start for start, _ in spans] == edges[:-1]
 
+    def is_shared(self, name: str) -> bool:
+        """Return whether an initializer that holds a parameter holds another one too, as that of a tied head does."""
+        values = {id(held.value) for held in self.held[name]}
+        others = (held for other, all_held in self.held.items() if other != name for held in all_held)
+        return any(id(held.value) in values for held in others)
+
     def spelled(self) -> Spelled:
         """Return the places in plain values, for `read_places`."""
         return {

@@ -131,10 +131,11 @@ def _matrix(read: "_Read", role: Role) -> GraphMatrix:
 
 
 def quantized_activations(graph: ir.Graph) -> int:
-    """Return how many nodes round activations to integers in the graph itself."""
+    """Return how many inputs are rounded to integers in the graph itself, by one node or, up to a Cast, by several."""
     return sum(
         node.op_type == "DynamicQuantizeMatMul"
         or (node.op_type in _QUANTIZERS and (first := _input(node, 0)) is not None and _traced(first).tensor is None)
+        or (node.op_type == "Cast" and any(use.op_type == "MatMulInteger" for use, _ in node.outputs[0].uses()))
         for node in graph.all_nodes()
     )
 
@@ -254,17 +255,21 @@ def _integers(node: ir.Node) -> Iterator[_Read]:
 
 
 def _scales_after(node: ir.Node) -> Any:
-    """Return the scales of a MatMulInteger's codes: times its input's, they are what its result is multiplied by.
+    """Return the scales of a MatMulInteger's codes: its result is multiplied by them and by its input's scale.
 
-    None where it is used otherwise (source: onnxruntime/quantization/operators/matmul.py, 1.31).
+    By both at once (onnxruntime/quantization/operators/matmul.py, 1.31) or in turn. None where it is used otherwise.
     """
-    for use, _ in node.outputs[0].uses():
+    for use, place in node.outputs[0].uses():
         if use.op_type == "Cast":
             return _scales_after(use)
-        factors = [value.producer() for value in use.inputs if value is not None and use.op_type == "Mul"]
-        for factor in factors:
-            if factor is not None and factor.op_type == "Mul":
-                return next((found for place in (0, 1) if (found := _constant(factor, place)) is not None), None)
+        if use.op_type != "Mul" or (other := _input(use, 1 - place)) is None:
+            continue
+        if (scales := _constant(use, 1 - place)) is not None and scales.size > 1:
+            return scales
+        factor = other.producer()
+        if factor is not None and factor.op_type == "Mul":
+            return next((found for each in (0, 1) if (found := _constant(factor, each)) is not None), None)
+        return _scales_after(use)
     return None
 
 

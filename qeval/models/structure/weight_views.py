@@ -20,6 +20,8 @@ from qeval.models.structure.precision import outside_autocast
 
 Before = Callable[[Tensor], None]
 """Told the input [..., columns] of a product."""
+Change = Callable[[Tensor], Tensor]
+"""Returns another input [..., columns] of a product."""
 After = Callable[[Tensor, Tensor], None]
 """Told the input [..., columns] and the output [..., rows] of a product."""
 
@@ -141,13 +143,39 @@ def watch_products(
                 stack.callback(_module(model, name).register_forward_hook(_after_hook(late)).remove)
         if any(map(is_expert, (*before, *after))):
             stack.enter_context(one_by_one(model))
-            slices = stack.enter_context(_Slices(before, after))
-            for holder, stacks in slices.stacks.items():
-                module = model.get_submodule(holder)
-                stack.callback(module.register_forward_pre_hook(slices.entered(stacks)).remove)
-                if all_experts:
-                    stack.callback(module.register_forward_pre_hook(slices.show_all_experts).remove)
-                stack.callback(module.register_forward_hook(slices.left).remove)
+            stack.enter_context(_slices(model, before, after, {}, all_experts=all_experts))
+        yield
+
+
+@contextmanager
+def changed_expert_inputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Have the inputs of experts' products changed inside a `with` block; the experts run one by one meanwhile.
+
+    Args:
+        model: The model.
+        changes: Returns another input [tokens, columns], by the expert's name.
+    """
+    with one_by_one(model), _slices(model, {}, {}, changes):
+        yield
+
+
+@contextmanager
+def _slices(
+    model: Any,
+    before: Mapping[str, Before],
+    after: Mapping[str, After],
+    changes: Mapping[str, Change],
+    *,
+    all_experts: bool = False,
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        slices = stack.enter_context(_Slices(before, after, changes))
+        for holder, stacks in slices.stacks.items():
+            module = model.get_submodule(holder)
+            stack.callback(module.register_forward_pre_hook(slices.entered(stacks)).remove)
+            if all_experts:
+                stack.callback(module.register_forward_pre_hook(slices.show_all_experts).remove)
+            stack.callback(module.register_forward_hook(slices.left).remove)
         yield
 
 
@@ -163,20 +191,20 @@ def one_by_one(model: Any) -> Iterator[None]:
 
 
 class _Slices(TorchFunctionMode):
-    """A watch on products by a stack's matrices, which no module's hook sees; they are known by their address.
+    """A watch on products by a stack's matrices, which no module's hook sees; it may change what is multiplied.
 
-    One expert's is `linear(x, stack[expert])` or `x @ stack[expert]`, all experts' at once `bmm(x, stack)`. Addresses
-    are looked at whenever the module that holds the stacks is entered: where layers are in memory one at a time, the
-    same place holds another layer's experts then.
+    They are known by their address. One expert's is `linear(x, stack[expert])` or `x @ stack[expert]`, all experts' at
+    once `bmm(x, stack)`. Addresses are looked at whenever the module that holds the stacks is entered: where layers are
+    in memory one at a time, the same place holds another layer's experts then.
     """
 
-    def __init__(self, before: Mapping[str, Before], after: Mapping[str, After]) -> None:
+    def __init__(self, before: Mapping[str, Before], after: Mapping[str, After], changes: Mapping[str, Change]) -> None:
         super().__init__()
-        self._before, self._after = before, after
+        self._before, self._after, self._changes = before, after, changes
         self._names: dict[int, str] = {}
         self.stacks: dict[str, list[str]] = {}
         """The stacks that are watched, by the module that holds them."""
-        for name in dict.fromkeys(stack_of(name) for name in (*before, *after) if is_expert(name)):
+        for name in dict.fromkeys(stack_of(name) for name in (*before, *after, *changes) if is_expert(name)):
             self.stacks.setdefault(name.rpartition(".")[0], []).append(name)
 
     def entered(self, stacks: Sequence[str]) -> Any:
@@ -206,6 +234,8 @@ class _Slices(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if function is torch.bmm:
             return self._multiply_all(stack_of(name), *args)
+        if change := self._changes.get(name):
+            args = (change(args[0]), *args[1:])
         if early := self._before.get(name):
             early(args[0])
         output = function(*args, **(kwargs or {}))
@@ -216,6 +246,9 @@ class _Slices(TorchFunctionMode):
     def _multiply_all(self, stack: str, inputs: Tensor, matrices: Tensor) -> Tensor:
         """Return `bmm(inputs, matrices)`; an expert's rows of zeros are tokens that were not routed to it."""
         names = [expert_name(stack, index) for index in range(len(matrices))]
+        if self._changes:
+            changes = [self._changes.get(name, lambda rows: rows) for name in names]
+            inputs = torch.stack([change(rows) for change, rows in zip(changes, inputs, strict=True)])
         for name, rows in zip(names, inputs, strict=True):
             if early := self._before.get(name):
                 early(rows[rows.any(-1)])

@@ -176,6 +176,7 @@ def types_of(*parts):
 def test_ggmls_types_of_a_scheme_are_those_of_a_context():
     assert types_of("kv-q4_0") == CacheTypes("q4_0", "q4_0")
     assert types_of("k-q8_0", "v-q4_0").numbers == (8, 2)
+    assert types_of("k-iq4_nl", "v-q5_1").numbers == (20, 7)  # ggml.h
     assert types_of("k-q8_0") == CacheTypes("q8_0", "f16") and not types_of("k-q8_0").needs_flash
     assert types_of("v-q8_0-hadamard") == CacheTypes("f16", "q8_0", rotates=True)
     assert types_of("v-q8_0").needs_flash
@@ -185,7 +186,7 @@ def test_ggmls_types_of_a_scheme_are_those_of_a_context():
 @pytest.mark.parametrize(
     "parts,says",
     [
-        (("kv-int8",), "no type int8-token for keys or values; its types are q8_0, q4_0"),
+        (("kv-int8",), "no type int8-token for keys or values; its types are q8_0, q5_0, q5_1, q4_0, q4_1, iq4_nl"),
         (("k-q8_0", "v-fp8-tensor"), "no type fp8-tensor"),
         (("a-int8-token",), "rounds activations in a way of its own"),
         (("k-q8_0-hadamard", "v-q8_0"), "rotates keys and values both, or neither"),

@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
+from qeval.backends.schemes import rounded_inputs
 from qeval.backends.sharing import WHOLE, Sharing
 from qeval.backends.torch import TorchBackend, TorchSession
-from qeval.compare.schemes import check_scheme, with_scheme
+from qeval.compare.schemes import with_scheme
 from qeval.config import parse_method
 from qeval.errors import QevalError, UsageError
 from qeval.models.families import FAMILIES, tiny_family
@@ -18,7 +18,8 @@ from qeval.models.structure.graph import describe_model
 from qeval.models.structure.head import head_of
 from qeval.models.structure.kv_cache import check_cache
 from qeval.models.structure.precision import sums_in_fp32_where_possible
-from qeval.quant.fake_quant import fake_quantize_heads
+from qeval.models.structure.weight_views import is_expert
+from qeval.quant.fake_quant import fake_quantize_heads, fake_quantize_rows
 from qeval.quant.scheme import parse_format
 from qeval.quantize.build import build_variant, source_of
 from qeval.types import Request
@@ -344,11 +345,47 @@ def test_a_linear_that_no_calibration_token_reached_is_named():
         with_scheme(weights, recipe, model, description, (), lambda done: None)
 
 
-def test_inputs_of_experts_in_stacks_are_refused():
+def experts_by_hand(experts, hidden, chosen, shares, how, amax):
+    """What a layer's experts give, one after the other, with the inputs of both of their products rounded."""
+    found = torch.zeros_like(hidden)
+    for index, (gate_up, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+        rows, places = (chosen == index).nonzero(as_tuple=True)
+        gate, up = linear(fake_quantize_rows(hidden[rows], how, amax), gate_up).chunk(2, -1)
+        inner = fake_quantize_rows(experts.act_fn(gate) * up, how, amax)
+        found.index_add_(0, rows, linear(inner, down) * shares[rows, places].unsqueeze(-1))
+    return found
+
+
+@pytest.mark.parametrize("name", ["int8-token", "fp8-tensor", "mxfp4-rceil"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_inputs_of_experts_in_stacks_are_rounded_before_both_products(family, name):
+    model, how = tiny_family(family), parse_format(name, "activations")
+    experts = next(module for module in model.modules() if hasattr(module, "gate_up_proj"))
+    names = [each for group in describe_model(model).groups for each in group.names if is_expert(each)]
+    amax = torch.tensor(0.7) if how.is_static else None
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, experts.gate_up_proj.shape[-1], generator=generator)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(12)])
+    shares = torch.rand(12, 2, generator=generator)
+    ranges = {} if amax is None else dict.fromkeys(names, amax)
+    plain = experts(hidden, chosen, shares)
+    with rounded_inputs(model, dict.fromkeys(names, how), ranges, torch.device("cpu")), torch.inference_mode():
+        found = experts(hidden, chosen, shares)
+        expected = experts_by_hand(experts, hidden, chosen, shares, how, amax)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, plain, atol=1e-4)
+    assert torch.equal(experts(hidden, chosen, shares), plain)
+
+
+def test_a_mixtures_static_ranges_are_its_experts_own():
     model = tiny_family("Mixtral")
-    with pytest.raises(UsageError, match="experts in stacks"):
-        check_scheme(parse_method("rtn+a-int8").scheme, model, describe_model(model), partial(check_cache, model))
-    check_scheme(parse_method("rtn+kv-int8").scheme, model, describe_model(model), partial(check_cache, model))
+    variant = variant_of(model, "rtn:int8-channel+a-int8-static")
+    assert {name for name in variant.ranges if is_expert(name)} == {name for name in variant.weights if is_expert(name)}
+    request, found = [Request(tokens(20), tuple(range(20)))], []
+    for each in (variant, variant.weights_alone):
+        with backend_of(model).open(each) as session:
+            found.append(logits_of(session, request))
+    assert 0 < kl_nats(*found).mean() < 0.1
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])

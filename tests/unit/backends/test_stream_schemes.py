@@ -38,7 +38,7 @@ CASES = [
     ("Gemma3", "fp16+k-fp8-tensor+v-int8-channel-hadamard"),
     ("GPTNeoX", "int8-w8a8+kv-int8"),
     ("Mixtral", "fp16+kv-int4"),
-    ("Mixtral", "rtn:g32+kv-int8"),
+    ("Mixtral", "rtn:g32+a-int8+kv-int8"),
 ]
 
 

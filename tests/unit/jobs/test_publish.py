@@ -163,7 +163,6 @@ def test_the_head_of_a_model_with_rounded_activations_has_a_group_of_its_own(exp
         ("rtn:int4-g48", "short block"),
         ("rtn:int4-g32+kv-int8", "take +kv-fp8-tensor"),
         ("fp16+kv-fp8-static", "leaves the weights in float"),
-        ("rtn:int4-channel+r1r2", "qeval export writes no rotated model"),
         ("float", "--method float leaves nothing to write"),
     ],
 )

@@ -127,7 +127,20 @@ def test_nvfp4_stands_on_a_static_scale_of_the_whole():
     assert E2M1.bits == 4
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+@pytest.mark.parametrize(("name", "largest"), [("mxfp6", 7.5), ("mxfp6-e3m2", 28.0)])
+def test_mxfp6_is_ml_dtypes_cast(name, largest):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = numbers(5, 64) * torch.logspace(-3, 3, 5).unsqueeze(1)
+    found = fake_quantize_rows(values, parse_format(name, "activations"))
+    kind = ml_dtypes.float6_e3m2fn if "e3m2" in name else ml_dtypes.float6_e2m3fn
+    blocks = values.numpy().reshape(5, 2, 32)
+    exponents = np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True))) - math.floor(math.log2(largest))
+    scaled = np.clip(blocks / np.exp2(exponents), -largest, largest)  # the floor rule saturates
+    expected = scaled.astype(kind).astype(np.float32) * np.exp2(exponents)
+    assert np.array_equal(found.numpy().reshape(5, 2, 32), expected)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q5_0", "q5_1", "q4_0", "q4_1"])
 def test_ggmls_types_are_the_gguf_packages(kind):
     gguf = pytest.importorskip("gguf")
     from gguf import quants
@@ -139,6 +152,41 @@ def test_ggmls_types_are_the_gguf_packages(kind):
     expected = quants.dequantize(quants.quantize(values.numpy(), qtype), qtype)
     found = fake_quantize_rows(values, parse_format(kind, "keys"))
     assert np.array_equal(found.numpy(), expected)
+
+
+def iq4_nl_twin(block, table):
+    """`quantize_row_iq4_nl_ref` of ggml-quants.c, one number after the other in float32: the codes and the scale."""
+    f = np.float32
+    extreme = max(block, key=abs)  # the first of the largest
+    if abs(extreme) < 1e-15:
+        return [0] * 32, f(0)
+    inverse = f(1) / (extreme / f(table[0]))
+    products, squares, codes = f(0), f(0), []
+    for x in block:
+        scaled = inverse * x
+        code = min(range(16), key=lambda each: (abs(scaled - f(table[each])), -each))
+        value, weight = f(table[code]), x * x
+        products += weight * value * x
+        squares += weight * value * value
+        codes.append(code)
+    return codes, products / squares
+
+
+def test_iq4_nl_is_a_plain_loops_as_the_gguf_package_reads_it():
+    gguf = pytest.importorskip("gguf")
+    from gguf import quants
+
+    values = numbers(32, 64) * torch.logspace(-6, 3, 32).unsqueeze(1)
+    values[5] = 0
+    blocks = []
+    for block in values.reshape(-1, 32).numpy():
+        codes, scale = iq4_nl_twin(list(block), quants.IQ4_NL.kvalues)
+        packed = np.array(codes[:16], np.uint8) | np.array(codes[16:], np.uint8) << 4
+        blocks.append(np.concatenate([np.array([scale], np.float16).view(np.uint8), packed]))
+    expected = quants.dequantize(np.stack(blocks), gguf.GGMLQuantizationType.IQ4_NL).reshape(32, 64)
+    found = fake_quantize_rows(values, parse_format("iq4_nl", "keys"))
+    assert np.array_equal(found.numpy(), expected)
+    assert not found[5].any()
 
 
 def test_a_rotation_is_sylvesters_and_its_own_inverse():
