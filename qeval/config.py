@@ -13,7 +13,17 @@ from typing import Any, Literal, get_args
 from qeval.errors import UsageError, unknown
 from qeval.methods import METHODS, QuantMethod
 from qeval.quant.candidates import CANDIDATE_MARK, UNQUANTIZED, candidate_formats
-from qeval.quant.grid import FLOAT, FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, WeightGrid, names_float, parse
+from qeval.quant.grid import (
+    DEFAULT_GRID,
+    FLOAT,
+    FLOAT_GRIDS,
+    FLOAT_WORDS,
+    FloatGrid,
+    WeightGrid,
+    names_float,
+    parse,
+    with_span,
+)
 from qeval.quant.scheme import (
     ROTATION,
     W8A8,
@@ -164,7 +174,16 @@ class Recipe:
     @property
     def low_grid(self) -> WeightGrid:
         """The grid of every weight that neither a mix nor a rule gives another one; of formats, the cheapest."""
-        return parse(self.candidates[0] if self.formats else self.grid)
+        return self._whole(parse(self.candidates[0]) if self.formats else self._base)
+
+    @property
+    def _base(self) -> WeightGrid:
+        """The grid that the names of `high` and of rules leave parts out of; among formats each stands for itself."""
+        return DEFAULT_GRID if self.formats else parse(self.grid)
+
+    def _whole(self, grid: WeightGrid) -> WeightGrid:
+        """Return a grid with the range that no name says; another tool's method has a range of its own."""
+        return grid if self.quant_method.rounding == "external" else with_span(grid)
 
     @property
     def trial_grids(self) -> tuple[str, ...]:
@@ -179,10 +198,10 @@ class Recipe:
     @property
     def high_grid(self) -> WeightGrid:
         """The grid of the weights that matter most in a mix: the low one with 8 bits, unless `high` names another."""
-        low = self.low_grid
+        low = self._base
         if self.high is None and not isinstance(low, FloatGrid):
-            return replace(low, bits=_HIGH_BITS)
-        return parse(self.high or "", low)
+            return self._whole(replace(low, bits=_HIGH_BITS))
+        return self._whole(parse(self.high or "", low))
 
     @property
     def damping_share(self) -> float:
@@ -208,6 +227,10 @@ class Recipe:
         """Return the grid of the first rule that matches a weight's name, or None."""
         return next((rule.grid for rule in self.rules if fnmatchcase(name, rule.match)), None)
 
+    def rule_grid(self, rule: str) -> WeightGrid:
+        """Return the grid that the name in a rule means: what it leaves out is that of the other weights."""
+        return self._whole(parse(rule, self._base))
+
     def identity(self) -> dict[str, Any]:
         """Return all but the name: what changes the numbers. It is part of stored keys, so its form never changes."""
         rounding = self.quant_method.rounding
@@ -217,6 +240,8 @@ class Recipe:
             del fields["algorithm"]
         if names_float(self.grid):
             fields["grid"] = str(self.low_grid)
+        elif rounding not in ("external", "none"):
+            fields |= self._spanned_names()
 
         # what is not used is not named, so that keys from before schemes hold
         for part in ("alpha", "fold_only", "formats", *PART_FIELDS):
@@ -236,6 +261,28 @@ class Recipe:
         if rounding == "smoothed":
             fields |= {"alpha": self.smoothing}
         return fields
+
+    def _spanned_names(self) -> dict[str, Any]:
+        """Return the fields of grids' names, with the ranges that they leave out."""
+        base = self._base
+        grid, high = self.grid, self.high
+        if not self.formats:
+            grid = _spanned(self.grid, DEFAULT_GRID)
+            high = high if high is None else _spanned(high, base)
+        if self.quant_method.mixes and high is None and grid != self.grid:
+            high = str(self.high_grid)  # where the low grid's name says a range, the high one has it too
+        rules = [
+            {"match": rule.match, "grid": rule.grid if rule.grid == FLOAT else _spanned(rule.grid, base)}
+            for rule in self.rules
+        ]
+        return {"grid": grid, "high": high, "rules": rules}
+
+
+def _spanned(name: str, base: WeightGrid) -> str:
+    """Return a grid's name with the default range that it leaves out; `full`, the range of older keys, stays unsaid."""
+    grid = parse(name, base)
+    whole = with_span(grid)
+    return name if whole == grid or isinstance(whole, FloatGrid) else f"{name}-{whole.span}"
 
 
 @dataclass(frozen=True)
