@@ -16,8 +16,6 @@ SymmetricRange = Literal["full", "half", "signed"]
 """The place of a block's largest magnitude on a symmetric grid of `b` bits: at the code 2^(b-1) - 1 (`full`: 7 of
 INT4); half a step above it (`half`: 7.5), so that it rounds to or saturates at the last code; or exactly at the code
 -2^(b-1) (`signed`: -8), for which the scale may be negative."""
-_SIGNED_BITS = 6
-"""The most bits of which `signed` is the default; of more the ranges differ by less than a hundredth of a step."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,12 @@ class Grid(_Blocked):
 
     @property
     def default_span(self) -> SymmetricRange:
-        """The range that a symmetric grid gets where no name says one: ONNX Runtime's and Q4_0's, or of INT8 127."""
-        return "signed" if self.bits <= _SIGNED_BITS else "full"
+        """The range that a symmetric grid gets where no name says one.
+
+        `signed` has the least error at every width, 12 % less than `full` at 4 bits. At 8 bits that is 1 %, and
+        the field's kernels and libraries have 127 there.
+        """
+        return "full" if self.bits == MAX_BITS else "signed"
 
     @property
     def spans_rows(self) -> bool:
@@ -235,7 +237,8 @@ FLOAT_WORDS = tuple(dict.fromkeys(name.partition("-")[0] for name in FLOAT_GRIDS
 """The words that the names of float grids begin with."""
 
 _SPANS: tuple[SymmetricRange, ...] = get_args(SymmetricRange)
-_INTEGER_WORDS = ("int4", "int8", "channel", "tensor", "sym", "asym", *_SPANS)
+GRID_WORDS = (*FLOAT_WORDS, *FLOAT_GRIDS, "int4", "int8", "channel", "tensor", "sym", "asym", *_SPANS)
+"""The words that one that means nothing is compared with."""
 
 DEFAULT_GRID = Grid(4, PerBlock(128))
 _WORDS = (
@@ -295,7 +298,7 @@ def _parse_integer(text: str, words: list[str], default: Grid) -> Grid:
         elif word in spans:
             span = spans[word]
         else:
-            near = get_close_matches(word, [*FLOAT_WORDS, *FLOAT_GRIDS, *_INTEGER_WORDS], n=1)
+            near = get_close_matches(word, GRID_WORDS, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
             raise UsageError(f"'{word}' in '{text}' is not part of a grid's name{hint}; it takes {_WORDS}.")
     return Grid(bits, granularity, symmetric, span or (default.span if symmetric else None))
