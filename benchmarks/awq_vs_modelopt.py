@@ -39,7 +39,7 @@ from qeval.quantize.build import build_variant, source_of
 from qeval.quantize.statistics import collect
 from qeval.tasks.corpus import encode, load_corpus
 
-RECIPES = ("awq:int4-g128-noclip", "awq:int4-g128")
+RECIPES = ("awq:int4-g128-full-noclip", "awq:int4-g128-full")
 _NEEDED = 10
 PEER, PEER_METHOD = "modelopt.torch.quantization", "awq_lite"
 _SKIPPED = 77

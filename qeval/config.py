@@ -4,16 +4,23 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from qeval.errors import UsageError, unknown
 from qeval.methods import METHODS, QuantMethod
 from qeval.quant.candidates import CANDIDATE_MARK, UNQUANTIZED, candidate_formats
-from qeval.quant.grid import FLOAT, FLOAT_GRIDS, FLOAT_WORDS, FloatGrid, WeightGrid, names_float, parse
+from qeval.quant.grid import (
+    DEFAULT_GRID,
+    FLOAT,
+    FloatGrid,
+    WeightGrid,
+    names_float,
+    parse,
+    with_span,
+)
 from qeval.quant.scheme import (
     ROTATION,
     W8A8,
@@ -26,6 +33,7 @@ from qeval.quant.scheme import (
     split_w8a8,
 )
 from qeval.recipe_checks import UNNAMED_GRID, refuse_impossible
+from qeval.recipe_words import PRESETS, read_formats, read_words, replaces_part, unknown_method
 
 Importance = Literal["measured", "fisher", "positional"]
 """How mixed methods rank groups: KL measured one by one; predicted in one pass, proposals measured; by position."""
@@ -39,25 +47,6 @@ BASELINE = "baseline"
 _DEFAULT_DAMPING = 0.01
 _DEFAULT_ALPHA = 0.5
 _HIGH_BITS = 8
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "clip": {"clip": True},
-    "noclip": {"clip": False},
-    "actorder": {"act_order": True},
-    "noactorder": {"act_order": False},
-    "fold": {"fold_only": True},
-    "head": {"quantize_head": True},
-    "measured": {"importance": "measured"},
-    "fisher": {"importance": "fisher"},
-    "positional": {"importance": "positional"},
-}
-_PRESETS = {
-    "int8-w8a8": "rtn:int8-w8a8",
-    "quarot": "gptq:int4-channel+r1r2",
-    "quarot-rtn": "rtn:int4-channel+r1r2",
-}
-"""Short names; what follows their `+` gives way to parts of the user's for the same field."""
-_NUMBERS = {"budget": "{}bpw", "damping": "damp{}", "alpha": "alpha{}"}
-"""The fields that a word gives a number, and the word."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +153,16 @@ class Recipe:
     @property
     def low_grid(self) -> WeightGrid:
         """The grid of every weight that neither a mix nor a rule gives another one; of formats, the cheapest."""
-        return parse(self.candidates[0] if self.formats else self.grid)
+        return self._whole(parse(self.candidates[0]) if self.formats else self._base)
+
+    @property
+    def _base(self) -> WeightGrid:
+        """The grid that the names of `high` and of rules leave parts out of; among formats each stands for itself."""
+        return DEFAULT_GRID if self.formats else parse(self.grid)
+
+    def _whole(self, grid: WeightGrid) -> WeightGrid:
+        """Return a grid with the range that no name says; another tool's method has a range of its own."""
+        return grid if self.quant_method.rounding == "external" else with_span(grid)
 
     @property
     def trial_grids(self) -> tuple[str, ...]:
@@ -179,10 +177,10 @@ class Recipe:
     @property
     def high_grid(self) -> WeightGrid:
         """The grid of the weights that matter most in a mix: the low one with 8 bits, unless `high` names another."""
-        low = self.low_grid
+        low = self._base
         if self.high is None and not isinstance(low, FloatGrid):
-            return replace(low, bits=_HIGH_BITS)
-        return parse(self.high or "", low)
+            return self._whole(replace(low, bits=_HIGH_BITS))
+        return self._whole(parse(self.high or "", low))
 
     @property
     def damping_share(self) -> float:
@@ -208,6 +206,10 @@ class Recipe:
         """Return the grid of the first rule that matches a weight's name, or None."""
         return next((rule.grid for rule in self.rules if fnmatchcase(name, rule.match)), None)
 
+    def rule_grid(self, rule: str) -> WeightGrid:
+        """Return the grid that the name in a rule means: what it leaves out is that of the other weights."""
+        return self._whole(parse(rule, self._base))
+
     def identity(self) -> dict[str, Any]:
         """Return all but the name: what changes the numbers. It is part of stored keys, so its form never changes."""
         rounding = self.quant_method.rounding
@@ -217,6 +219,8 @@ class Recipe:
             del fields["algorithm"]
         if names_float(self.grid):
             fields["grid"] = str(self.low_grid)
+        elif rounding not in ("external", "none"):
+            fields |= self._spanned_names()
 
         # what is not used is not named, so that keys from before schemes hold
         for part in ("alpha", "fold_only", "formats", *PART_FIELDS):
@@ -236,6 +240,28 @@ class Recipe:
         if rounding == "smoothed":
             fields |= {"alpha": self.smoothing}
         return fields
+
+    def _spanned_names(self) -> dict[str, Any]:
+        """Return the fields of grids' names, with the ranges that they leave out."""
+        base = self._base
+        grid, high = self.grid, self.high
+        if not self.formats:
+            grid = _spanned(self.grid, DEFAULT_GRID)
+            high = high if high is None else _spanned(high, base)
+        if self.quant_method.mixes and high is None and grid != self.grid:
+            high = str(self.high_grid)  # where the low grid's name says a range, the high one has it too
+        rules = [
+            {"match": rule.match, "grid": rule.grid if rule.grid == FLOAT else _spanned(rule.grid, base)}
+            for rule in self.rules
+        ]
+        return {"grid": grid, "high": high, "rules": rules}
+
+
+def _spanned(name: str, base: WeightGrid) -> str:
+    """Return a grid's name with the default range that it leaves out; `full`, the range of older keys, stays unsaid."""
+    grid = parse(name, base)
+    whole = with_span(grid)
+    return name if whole == grid or isinstance(whole, FloatGrid) else f"{name}-{whole.span}"
 
 
 @dataclass(frozen=True)
@@ -265,7 +291,7 @@ def parse_method(text: str, defaults: Defaults = Defaults()) -> Recipe:
 def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a name; formats of activations, keys and values in `fields` stand above the name's."""
     weights, *parts = name.split("+")
-    named, *preset = _PRESETS.get(weights, weights).split("+")
+    named, *preset = PRESETS.get(weights, weights).split("+")
     scheme: dict[str, Any] = {**parse_parts(preset), **parse_parts(parts), **fields}
     method, colon, words = named.partition(":")
     if method in UNQUANTIZED:
@@ -275,7 +301,7 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
     if method not in METHODS:
         if names_float(method):
             raise UsageError(f"'{name}': {method} is a format, not a method; say {method} alone, or rtn:{method}.")
-        raise _unknown_method(method)
+        raise unknown_method(method)
     rounding = METHODS[method].rounding
     if rounding == "external" and CANDIDATE_MARK not in words:
         return replace(_parse_tool(name, method, words), **scheme)
@@ -287,9 +313,9 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
         options |= {"budget": defaults.budget, "importance": defaults.importance}
 
     if CANDIDATE_MARK in words:
-        named_options, candidates = _read_formats(words)
+        named_options, candidates = read_formats(words)
         return Recipe(name=name, method=method, formats=candidates, **options | named_options, **scheme)
-    named_options, grid = _read_words(words)
+    named_options, grid = read_words(words)
     options |= named_options
     grid = grid or METHODS[method].words.split("-")
     if W8A8 in grid:
@@ -300,43 +326,6 @@ def recipe_from(name: str, defaults: Defaults, fields: Mapping[str, Any]) -> Rec
     return Recipe(name=name, method=method, grid=grid_name, **options, **scheme)
 
 
-def _read_words(words: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of a recipe that words give, and the words that are left, which name a grid."""
-    options: dict[str, Any] = {}
-    grid: list[str] = []
-    for word in filter(None, words.split("-")):
-        if fields := _OPTIONS.get(word) or _number_of(word):
-            options |= fields
-        else:
-            grid.append(word)
-    return options, grid
-
-
-def _read_formats(words: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the fields that words give, and the formats among them; words and formats may stand in any order."""
-    options: dict[str, Any] = {}
-    formats = []
-    for part in words.split(CANDIDATE_MARK):
-        named_options, grid = _read_words(part)
-        options |= named_options
-        formats.append("-".join(grid))
-    return options, tuple(formats)
-
-
-def _number_of(word: str) -> dict[str, float]:
-    """Return the field and the number that a word such as `damp0.05` gives; empty where it gives none."""
-    matches = {name: re.fullmatch(form.format(r"(\d+(?:\.\d+)?)"), word) for name, form in _NUMBERS.items()}
-    return {name: float(match[1]) for name, match in matches.items() if match}
-
-
-def _unknown_method(name: str) -> UsageError:
-    """Return the error for a word that is neither a method nor a format; the nearest of the kind that is nearer."""
-    nearest = get_close_matches(name.partition("-")[0].lower(), [*METHODS, *FLOAT_WORDS], n=1)
-    if nearest and nearest[0] in FLOAT_WORDS:
-        return unknown("method or format", name, [*METHODS, *FLOAT_WORDS, *FLOAT_GRIDS])
-    return unknown("method", name, METHODS)
-
-
 def _parse_tool(name: str, method: str, words: str) -> Recipe:
     """Return the recipe of another tool's method: `torchao:int4wo`, `hqq:int4-g64`, `ort:k_quant-g128`."""
     algorithms = METHODS[method].algorithms
@@ -345,14 +334,8 @@ def _parse_tool(name: str, method: str, words: str) -> Recipe:
 
     # the user's words for the grid take the place of the algorithm's for the same part
     grid = [word for word in parts if word != algorithm]
-    defaults = [word for word in algorithms[algorithm].split("-") if not _replaces(grid, word)]
+    defaults = [word for word in algorithms[algorithm].split("-") if not replaces_part(grid, word)]
     return Recipe(name=name, method=method, grid="-".join([*defaults, *grid]), algorithm=algorithm or None)
-
-
-def _replaces(words: Sequence[str], default: str) -> bool:
-    """Return whether words of a grid's name say the same part as a default: bits, blocks or symmetry."""
-    parts = (r"int\d+", r"g\d+|channel|tensor", r"a?sym")
-    return any(re.fullmatch(part, default) and any(re.fullmatch(part, word) for word in words) for part in parts)
 
 
 def parse_methods(text: str, defaults: Defaults = Defaults()) -> list[Recipe]:

@@ -192,6 +192,7 @@ def sensitivity(
     *,
     method: str = "rtn",
     budgets: Names | None = None,
+    formats: str | None = None,
     revision: str | None = None,
     device: str = AUTO,
     compute: str | None = None,
@@ -214,6 +215,7 @@ def sensitivity(
         model: A name of `qeval models`, a hub id, a folder or a .gguf file.
         method: rtn or awq, with any grid.
         budgets: Sizes of a mix in bits per weight; default: five in between.
+        formats: What a mix chooses among, such as int4-g128/nvfp4/bf16; default: the method's grid and INT8.
         measured_samples: Calibration sequences that each KL (nats) is measured on.
         out: The folder; default: reports/ and the model's name.
 
@@ -246,6 +248,7 @@ def sensitivity(
             text,
             sizes,
             folder,
+            formats=[] if formats is None else formats.split("/"),
             measured_on=measured_samples,
             threads=threads,
             seed=seed,

@@ -23,7 +23,7 @@ _GRIDS = (
     ("ort:k_quant-g128", "ONNX Runtime's k_quant in blocks of 128"),
     ("nvfp4", "a format alone: its weights rounded to nearest, as rtn:nvfp4"),
     ("awq:fp8-tensor, gptq:mxfp4-rceil", "a format under another method"),
-    ("awq:int4-g32-signed", "INT4 that spans its range as ONNX Runtime's default quantizer and Q4_0 do"),
+    ("rtn:int4-g128-full", "INT4 that spans its range as Model Optimizer does"),
     ("mixed:positional", "INT8 by position (first and last eighth, every third between), as other tools do"),
 )
 _SCHEMES = (
@@ -65,9 +65,17 @@ _FORMATS = (
     ("nf4, fp4", "a codebook of 16 values, blocks of 64", "bitsandbytes"),
 )
 _SPANS = (
-    ("full", "the largest magnitude at 7 of INT4, 127 of INT8 (the default)", "Model Optimizer"),
+    (
+        "signed",
+        "the weight of largest magnitude at -8 of INT4, so that scales may be negative (the default below INT8)",
+        "ort:default, llama.cpp's Q4_0",
+    ),
+    (
+        "full",
+        "the largest magnitude at 7 of INT4, 127 of INT8 (INT8's default); no scale is negative",
+        "Model Optimizer; of INT8 ONNX Runtime and Q8_0 too",
+    ),
     ("half", "at 7.5, 127.5", "compressed-tensors, ort:rtn"),
-    ("signed", "the weight itself at -8, -128; the scale may be negative", "ort:default, llama.cpp's Q4_0"),
 )
 
 

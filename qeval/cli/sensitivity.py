@@ -16,6 +16,9 @@ _SHOWN = 20
     trees=(Settings, HubChoice),
     method="rtn or awq, with any grid, such as rtn:int4-g32.",
     budgets=Option("Sizes of a mix, such as 4.5,4.8,5.5bpw. Default: five in between.", type=str | None),
+    formats=Option(
+        "What a mix chooses among: int4-g128/nvfp4/bf16. Default: the method's grid and INT8.", type=str | None
+    ),
     measured_samples=Option("Calibration sequences that each KL is measured on.", type=int, least=1),
 )
 def sensitivity(call: CommandCall) -> None:

@@ -165,7 +165,7 @@ class StreamWorkshop(Workshop):
             self._write_with_scheme(recipe, folder)
             return
         source, passes = self._source_of(recipe)
-        grids, plan = self._outline(source, recipe)
+        grids, plan = self.outline(source, recipe)
         with self._quantizing(recipe, plan) as advance:
             job = _Job(source, passes, recipe, grids, plan, advance)
             parts = self._in_order(job) if recipe.quant_method.rounding == "sequential" else self._alone(job)

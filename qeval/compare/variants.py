@@ -263,7 +263,7 @@ class Workshop:
             return self._make_rotated(recipe, recipe.rotations)
         source = self._source(recipe.calibrated, recipe.needs_statistics)
         start = time.perf_counter()
-        grids, plan = self._outline(source, recipe)
+        grids, plan = self.outline(source, recipe)
         with self._quantizing(recipe, plan) as advance:
             variant = quantize_plan(source, recipe, grids, plan, advance)
         return variant, time.perf_counter() - start
@@ -290,12 +290,12 @@ class Workshop:
             source = self._make_source(
                 recipe.calibrated, recipe.needs_statistics, description=turned.description, head=turned.head
             )
-            grids, plan = self._outline(source, recipe)
+            grids, plan = self.outline(source, recipe)
             with self._quantizing(recipe, plan) as advance:
                 variant = quantize_plan(source, recipe, grids, plan, advance)
             return turned.completed(variant), time.perf_counter() - start
 
-    def _outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid], Variant]:
+    def outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid], Variant]:
         """Plan a variant; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
         units = trial_units(self._loaded.description, recipe)
         if units:

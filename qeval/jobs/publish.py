@@ -43,6 +43,11 @@ EXPORT_MANIFEST = "qeval.json"
 """The file beside exported weights that says what they are, whatever their form."""
 GGUF_FILE = "model.gguf"
 _GGUF_FLOATS: Mapping[str, FloatType] = {"float32": "fp32", "float64": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_NEGATIVE_SCALES = (
+    "Some scales are negative, as in ONNX Runtime's and llama.cpp's own INT4. Kernels that multiply by a scale take "
+    "them; where one needs positive scales, as vLLM's Marlin does with VLLM_MARLIN_INPUT_DTYPE=int8, take a -full "
+    "grid, such as int4-g128-full."
+)
 VARIANT_MANIFEST = "qeval-variant.json"
 """The manifest of the variant beside its files; by its own name `--variant` would take the folder for qeval's form."""
 
@@ -254,6 +259,8 @@ def _sentences(layouts: list[str], matrices: int, variant: Variant, difference: 
     if difference:
         same = f"code for code what the variant has; values differ by {difference:.1e} at most, relative"
     sentences = [f"{count} in compressed-tensors' {', '.join(layouts)}; read back, they are {same}."]
+    if any(bool((weight.scales < 0).any()) for weight in variant.weights.values()):
+        sentences.append(_NEGATIVE_SCALES)
     if variant.floats:
         sentences.append(f"{len(variant.floats)} other tensors hold what the method folded into them.")
         wide = sum(tensor.dim() > 1 for tensor in variant.floats.values())

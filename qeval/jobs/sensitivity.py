@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,14 +21,17 @@ from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.atomic import write_text
 from qeval.identity import digest
 from qeval.progress import Progress
+from qeval.quant.candidates import CANDIDATE_MARK
 from qeval.quant.grid import FloatGrid, WeightGrid
 from qeval.quantize.ablation import Attribution, KlBySample, attribute, quantized_groups
 from qeval.quantize.build import assign_grids
 from qeval.quantize.context import Source
 from qeval.quantize.mix import effective_of, mixed_budget, size_limits, under_budget
+from qeval.quantize.mix_formats import format_budget, format_limits
 from qeval.quantize.sensitivity import EVERY, SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES, finite_kls
+from qeval.recipe_checks import UNNAMED_GRID
 from qeval.report.privacy import local_name
-from qeval.report.sensitivity import GroupEffect, Pick, Sensitivities
+from qeval.report.sensitivity import FormatKls, GroupEffect, Pick, Sensitivities
 from qeval.stats.bootstrap import Clusters
 from qeval.stats.estimates import means, ratio
 from qeval.store.seal import has_valid_seal, parse_object, seal
@@ -45,6 +50,7 @@ def measure_sensitivity(
     budgets: Sequence[float],
     out: Path,
     *,
+    formats: Sequence[str] = (),
     measured_on: int,
     threads: int | None,
     seed: int,
@@ -52,8 +58,8 @@ def measure_sensitivity(
 ) -> Sensitivities:
     """Measure every group's KL alone and left out, under `recipe` (rtn or awq), and what a mix would pick at each size.
 
-    `measured_on` so many calibration sequences. What was measured is in OUT/measured.json after each figure; the same
-    command goes on from there.
+    `measured_on` so many calibration sequences. A mix picks among `formats`; without them, the method's grid or INT8.
+    What was measured is in OUT/measured.json after each figure; the same command goes on from there.
 
     Raises:
         UsageError: a method whose groups are not made one by one, a budget that no choice meets, or too few sequences.
@@ -65,8 +71,12 @@ def measure_sensitivity(
     refuse_rotations([recipe], {}, "qeval sensitivity measures")
     if threads:
         torch.set_num_threads(threads)
-    if budgets and isinstance(recipe.low_grid, FloatGrid):
-        raise UsageError(f"--budgets chooses between widths of integers, and {recipe.name} is on {recipe.low_grid}.")
+    if budgets and not formats and isinstance(recipe.low_grid, FloatGrid):
+        raise UsageError(
+            f"--budgets chooses between widths of integers, and {recipe.name} is on {recipe.low_grid}; name --formats "
+            "to choose among, such as int4-g128/nvfp4/bf16."
+        )
+    mix_recipe = _mixed(recipe, formats, None) if formats else None  # refused before the model is read
     loaded, model_source = source_of_model(model)
     tell_warnings(loaded, progress)
     check_recipes([recipe], model_source, calibration.samples)
@@ -76,9 +86,11 @@ def measure_sensitivity(
             f"--measured-samples {measured_on}: the calibration has {len(text.samples)} sequences; "
             "raise --calibration-samples, or measure on fewer."
         )
-    source = Workshop(model_source, lambda: text, seed, progress).calibrated_source(recipe)
+    workshop = Workshop(model_source, lambda: text, seed, progress)
+    source = workshop.calibrated_source(recipe)
     low, _ = assign_grids(source, recipe)
-    sizes = _budgets(source, recipe, low, budgets)  # refused before the long measurement, not after
+    mix: _Mix = _FormatMix(workshop, source, mix_recipe) if mix_recipe else _WidthMix(source, recipe, low)
+    sizes = mix.sizes(budgets)  # refused before the long measurement, not after
     key = digest(
         {
             "variant": variant_key(recipe, model_source, text, seed),
@@ -88,6 +100,7 @@ def measure_sensitivity(
         }
     )
     attribution = _attributed(source, recipe, low, measured_on, _FigureStore(out / MEASURED, key), progress)
+    picks, kls = mix.picks(sizes, attribution)
     return Sensitivities(
         model=local_name(model.name, loaded.info.source),
         method=recipe.name,
@@ -97,7 +110,8 @@ def measure_sensitivity(
         joint=_in_nats([attribution.joint], seed)[0],
         additivity=_additivity(attribution, seed),
         groups=_effects(source, attribution, seed),
-        picks=tuple(_pick(source, recipe, low, size, attribution) for size in sizes),
+        picks=tuple(picks),
+        by_format=kls,
     )
 
 
@@ -174,35 +188,99 @@ def _additivity(attribution: Attribution, seed: int) -> Estimate:
     return ratio(total, joint, n=len(joint), unit="ratio", better="neither", seed=seed)
 
 
-def _mixed(recipe: Recipe, budget: float) -> Recipe:
-    method = recipe.quant_method.mixed
-    return Recipe(f"{method}:{budget:g}bpw", method, recipe.grid, clip=recipe.clip, budget=budget)
+def _mixed(recipe: Recipe, formats: Sequence[str], budget: float | None) -> Recipe:
+    """Return the mixed recipe of a method: of formats, or of its grid and INT8."""
+    method, words = recipe.quant_method.mixed, CANDIDATE_MARK.join(formats)
+    name = f"{method}:{words}" + ("" if budget is None else f"{'-' if words else ''}{budget:g}bpw")
+    grid = UNNAMED_GRID if formats else recipe.grid
+    return Recipe(
+        name, method, grid, formats=tuple(formats), clip=recipe.clip, fold_only=recipe.fold_only, budget=budget
+    )
 
 
-def _budgets(source: Source, recipe: Recipe, low: dict[str, WeightGrid], asked: Sequence[float]) -> list[float]:
-    """Return the budgets asked for, each found possible, or evenly spaced ones."""
-    if isinstance(recipe.low_grid, FloatGrid):
-        return []  # no mix has floats: only the groups' figures are of interest
-    if asked:
+class _Mix(Protocol):
+    """A way to mix: the sizes that it can have, and what it would pick at each."""
+
+    def sizes(self, asked: Sequence[float]) -> list[float]:
+        """Return the budgets asked for in bits per weight, each found possible, or evenly spaced ones.
+
+        Raises:
+            UsageError: No choice meets one of them.
+        """
+
+    def picks(self, sizes: Sequence[float], attribution: Attribution) -> tuple[list[Pick], tuple[FormatKls, ...]]:
+        """Return what it picks at each size, and the KLs alone in each format that this rests on, if there are any."""
+
+
+@dataclass(frozen=True, eq=False)
+class _WidthMix:
+    """A mix of a method's own grid, `low` by weight, and INT8."""
+
+    source: Source
+    recipe: Recipe
+    low: dict[str, WeightGrid]
+
+    def sizes(self, asked: Sequence[float]) -> list[float]:
+        """Return the sizes; none where the method's grid has 8 bits already, or is one of floats."""
+        if isinstance(self.recipe.low_grid, FloatGrid):
+            return []  # only the groups' figures are of interest
         for budget in asked:
-            mixed_budget(source, _mixed(recipe, budget), low)
-        return list(asked)
-    mixed = _mixed(recipe, 8.0)
-    if recipe.low_grid.bits >= mixed.high_grid.bits:
-        return []  # the method's own width is the high one: there is nothing to mix
-    smallest, largest = size_limits(source, mixed, low)
+            mixed_budget(self.source, _mixed(self.recipe, (), budget), self.low)
+        mixed = _mixed(self.recipe, (), 8.0)
+        if asked or self.recipe.low_grid.bits >= mixed.high_grid.bits:
+            return list(asked)
+        return _evenly(*size_limits(self.source, mixed, self.low))
+
+    def picks(self, sizes: Sequence[float], attribution: Attribution) -> tuple[list[Pick], tuple[FormatKls, ...]]:
+        """Choose by the sequences that a mixed method itself measures on, so that it would pick the same."""
+        kls = {name: fmean(figure[:SENSITIVITY_SAMPLES]) for name, figure in attribution.alone.items()}
+        return [self._pick(size, kls) for size in sizes], ()
+
+    def _pick(self, budget: float, kls: dict[str, float]) -> Pick:
+        mixed, parameters = _mixed(self.recipe, (), budget), self.source.search.parameters
+        limit = mixed_budget(self.source, mixed, self.low)
+        grids, choices = under_budget(self.source, mixed, self.low, limit, kls)
+        bits = sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items())
+        low_bits = self.recipe.low_grid.bits
+        chosen = [choice for choice in choices if choice.bits > low_bits]
+        predicted = sum((c.kl_high if c.bits > low_bits else c.kl_low) or 0.0 for c in choices)
+        weights = sum(parameters[name].numel() for name in grids)
+        return Pick(budget, bits / weights, predicted, tuple((choice.layer, choice.kind) for choice in chosen))
+
+
+@dataclass(frozen=True, eq=False)
+class _FormatMix:
+    """A mix of several formats: it measures each group alone in each, or finds that a mix has done so before."""
+
+    workshop: Workshop
+    source: Source
+    recipe: Recipe
+
+    def sizes(self, asked: Sequence[float]) -> list[float]:
+        """Return the sizes."""
+        low, _ = assign_grids(self.source, self.recipe)
+        for budget in asked:
+            format_budget(self.source, self._at(budget), low)
+        return list(asked) or _evenly(*format_limits(self.source, self.recipe, low))
+
+    def picks(self, sizes: Sequence[float], attribution: Attribution) -> tuple[list[Pick], tuple[FormatKls, ...]]:
+        """Plan the mixed recipe of each size."""
+        plans = [self.workshop.outline(self.source, self._at(size))[1] for size in sizes]
+        picks = []
+        for size, plan in zip(sizes, plans, strict=True):
+            places = {
+                name: tuple((choice.layer, choice.kind) for choice in plan.choices if choice.format == name)
+                for name in self.recipe.candidates
+            }
+            predicted = sum(choice.kls.get(str(choice.format), 0.0) for choice in plan.choices)
+            picks.append(Pick(size, plan.bits_per_weight, predicted, (), places))
+        return picks, tuple(FormatKls(each.layer, each.kind, dict(each.kls)) for each in plans[0].choices)
+
+    def _at(self, budget: float) -> Recipe:
+        return replace(self.recipe, name=f"{self.recipe.name}-{budget:g}bpw", budget=budget)
+
+
+def _evenly(smallest: float, largest: float) -> list[float]:
+    """Return sizes evenly between two, both left out."""
     step = (largest - smallest) / (_SIZES + 1)
     return [round(smallest + step * place, 2) for place in range(1, _SIZES + 1)]
-
-
-def _pick(source: Source, recipe: Recipe, low: dict[str, WeightGrid], budget: float, attribution: Attribution) -> Pick:
-    """Choose by the sequences that a mixed method itself measures on, so that it would pick the same."""
-    mixed, parameters = _mixed(recipe, budget), source.search.parameters
-    kls = {name: fmean(figure[:SENSITIVITY_SAMPLES]) for name, figure in attribution.alone.items()}
-    grids, choices = under_budget(source, mixed, low, mixed_budget(source, mixed, low), kls)
-    bits = sum(grid.size_bits(*parameters[name].shape) for name, grid in grids.items())
-    low_bits = recipe.low_grid.bits
-    chosen = [choice for choice in choices if choice.bits > low_bits]
-    predicted = sum((c.kl_high if c.bits > low_bits else c.kl_low) or 0.0 for c in choices)
-    weights = sum(parameters[name].numel() for name in grids)
-    return Pick(budget, bits / weights, predicted, tuple((choice.layer, choice.kind) for choice in chosen))

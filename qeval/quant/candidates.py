@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from qeval.errors import UsageError
-from qeval.quant.grid import FLOAT, parse
+from qeval.quant.grid import FLOAT, parse, with_span
 
 UNQUANTIZED = ("fp16", "bf16")
 """Names of weights that stay what they are: of a whole recipe's, and of a group's in a mix."""
@@ -18,7 +18,7 @@ def candidate_formats(recipe: str, texts: Sequence[str]) -> tuple[str, ...]:
     """Return the whole names of formats, the one that takes the fewest bits first; `float` for what stays as it is.
 
     >>> candidate_formats("a", ["bf16", "int8", "fp8-tile128", "int4-g32"])
-    ('int4-g32', 'fp8-tile128', 'int8-g128', 'float')
+    ('int4-g32-signed', 'fp8-tile128', 'int8-g128', 'float')
 
     Args:
         recipe: The name that errors tell.
@@ -52,7 +52,7 @@ def _whole_name(recipe: str, text: str) -> str:
     if text in (*UNQUANTIZED, FLOAT):
         return FLOAT
     try:
-        return str(parse(text))
+        return str(with_span(parse(text)))
     except UsageError as error:
         if nearest := get_close_matches(text, UNQUANTIZED, n=1):
             raise UsageError(f"'{recipe}': '{text}' is no format; nearest: {nearest[0]}.") from error

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal, get_args
 
@@ -70,16 +70,19 @@ class Grid(_Blocked):
     Symmetric: `scale * q` with q in -2^(bits-1) .. 2^(bits-1)-1 and the scale from the largest magnitude, by `span`.
     Asymmetric: `scale * (q - zero point)` with q in 0 .. 2^bits-1 and an integer zero point, over a range that
     always includes zero.
+
+    `span` is None where no name says it: of asymmetric grids, and of matrices that others have quantized. What is
+    quantized on such a grid gets the `default_span`.
     """
 
     bits: int
     granularity: Granularity
     symmetric: bool = True
-    span: SymmetricRange = "full"
+    span: SymmetricRange | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no kernel of the field stores."""
-        if not self.symmetric and self.span != "full":
+        if not self.symmetric and self.span is not None:
             raise UsageError(f"'{self.span}' says how a symmetric grid spans its range; leave it or 'asym' out.")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(f"A grid has {MIN_BITS} to {MAX_BITS} bits, not {self.bits}.")
@@ -97,6 +100,15 @@ class Grid(_Blocked):
         return (1 << self.bits) - 1
 
     @property
+    def default_span(self) -> SymmetricRange:
+        """The range that a symmetric grid gets where no name says one.
+
+        `signed` has the least error at every width, 12 % less than `full` at 4 bits. At 8 bits that is 1 %, and
+        the field's kernels and libraries have 127 there.
+        """
+        return "full" if self.bits == MAX_BITS else "signed"
+
+    @property
     def spans_rows(self) -> bool:
         """Return whether a scale depends on several rows, so that they can't be quantized one by one."""
         return isinstance(self.granularity, PerTensor)
@@ -107,11 +119,11 @@ class Grid(_Blocked):
         return rows * columns * self.bits + blocks * wide * (32 if self.symmetric else 32 + self.bits)
 
     def __str__(self) -> str:
-        """Return the name that `parse` takes: `int4-g128`, `int8-channel`, `int4-g32-asym`."""
+        """Return the name that `parse` takes: `int4-g128-signed`, `int8-channel`, `int4-g32-asym`."""
         where = {PerChannel: "channel", PerTensor: "tensor"}.get(type(self.granularity), "")
         if isinstance(self.granularity, PerBlock):
             where = f"g{self.granularity.size}"
-        last = "asym" if not self.symmetric else "" if self.span == "full" else self.span
+        last = self.span if self.symmetric else "asym"
         return "-".join(filter(None, (f"int{self.bits}", where, last)))
 
 
@@ -225,7 +237,8 @@ FLOAT_WORDS = tuple(dict.fromkeys(name.partition("-")[0] for name in FLOAT_GRIDS
 """The words that the names of float grids begin with."""
 
 _SPANS: tuple[SymmetricRange, ...] = get_args(SymmetricRange)
-_INTEGER_WORDS = ("int4", "int8", "channel", "tensor", "sym", "asym", *_SPANS)
+GRID_WORDS = (*FLOAT_WORDS, *FLOAT_GRIDS, "int4", "int8", "channel", "tensor", "sym", "asym", *_SPANS)
+"""The words that one that means nothing is compared with."""
 
 DEFAULT_GRID = Grid(4, PerBlock(128))
 _WORDS = (
@@ -240,7 +253,7 @@ def names_float(text: str) -> bool:
 
 
 def parse(text: str, default: WeightGrid = DEFAULT_GRID) -> WeightGrid:
-    """Return the grid that a name such as `int8-channel`, `g32-asym` or `nvfp4` means.
+    """Return the grid that a name such as `int8-channel`, `g32-asym` or `nvfp4` means; its range only if named.
 
     >>> str(parse("int8-channel")), str(parse("g32-asym")), str(parse("mxfp4"))
     ('int8-channel', 'int4-g32-asym', 'mxfp4-floor')
@@ -270,7 +283,8 @@ def parse(text: str, default: WeightGrid = DEFAULT_GRID) -> WeightGrid:
 
 def _parse_integer(text: str, words: list[str], default: Grid) -> Grid:
     """Return the integer grid of the words of a name."""
-    bits, granularity, symmetric, span = default.bits, default.granularity, default.symmetric, default.span
+    bits, granularity, symmetric = default.bits, default.granularity, default.symmetric
+    span: SymmetricRange | None = None
     spans = {each: each for each in _SPANS}
     for word in words:
         if match := re.fullmatch(r"int(\d+)", word):
@@ -280,14 +294,25 @@ def _parse_integer(text: str, words: list[str], default: Grid) -> Grid:
         elif word in ("channel", "tensor"):
             granularity = PerChannel() if word == "channel" else PerTensor()
         elif word in ("sym", "asym"):
-            symmetric, span = word == "sym", span if word == "sym" else "full"
+            symmetric = word == "sym"
         elif word in spans:
             span = spans[word]
         else:
-            near = get_close_matches(word, [*FLOAT_WORDS, *FLOAT_GRIDS, *_INTEGER_WORDS], n=1)
+            near = get_close_matches(word, GRID_WORDS, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
             raise UsageError(f"'{word}' in '{text}' is not part of a grid's name{hint}; it takes {_WORDS}.")
-    return Grid(bits, granularity, symmetric, span)
+    return Grid(bits, granularity, symmetric, span or (default.span if symmetric else None))
+
+
+def with_span(grid: WeightGrid) -> WeightGrid:
+    """Return the grid that a name of a recipe's means: its range said, unless it is `full` by default.
+
+    >>> str(with_span(parse("int4-g128"))), str(with_span(parse("int8-channel")))
+    ('int4-g128-signed', 'int8-channel')
+    """
+    if isinstance(grid, FloatGrid) or not grid.symmetric or grid.span or grid.default_span == "full":
+        return grid
+    return replace(grid, span=grid.default_span)
 
 
 def describe(grid: WeightGrid) -> str:

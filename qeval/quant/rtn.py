@@ -139,8 +139,9 @@ def _symmetric(blocks: Tensor, grid: Grid, clip: Tensor | None) -> Steps:
     low, high = _range(blocks)
     amax = torch.maximum(-low, high)
     amax = amax if clip is None else amax * clip
-    inverse, scales = inverse_and_scale(amax, grid.zero - {"full": 1, "half": 0.5, "signed": 0}[grid.span])
-    if grid.span == "signed":
+    span = grid.span or grid.default_span
+    inverse, scales = inverse_and_scale(amax, grid.zero - {"full": 1, "half": 0.5, "signed": 0}[span])
+    if span == "signed":
         # the weight with the largest magnitude goes to the lowest code; of two as large the negative one
         sign = torch.where(-low >= high, 1.0, -1.0)
         inverse, scales = inverse * sign, scales * sign

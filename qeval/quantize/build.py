@@ -14,7 +14,7 @@ from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import stack_of, weights_of
 from qeval.progress import Advance
-from qeval.quant.grid import DEFAULT_GRID, FLOAT, FloatGrid, PerBlock, WeightGrid, parse
+from qeval.quant.grid import FLOAT, FloatGrid, PerBlock, WeightGrid, parse
 from qeval.quant.qweight import QWeight, check_fits
 from qeval.quant.variant import LEFT_IN_FLOAT, FloatWeight, Variant
 from qeval.quantize.context import InMemory, Source
@@ -149,8 +149,7 @@ def assign_grids(source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid],
         if reason is not None:
             kept.append(FloatWeight(name, parameter.numel(), reason))
             continue
-        default = DEFAULT_GRID if recipe.formats else recipe.low_grid  # among formats each name stands for itself
-        grids[name] = recipe.low_grid if rule is None else parse(rule, default)
+        grids[name] = recipe.low_grid if rule is None else recipe.rule_grid(rule)
         check_fits(name, parameter.shape[1], grids[name])
 
     # a tied head that stays in float is the embedding, which is listed already

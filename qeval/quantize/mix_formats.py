@@ -54,6 +54,12 @@ class _Plan(NamedTuple):
         least, most = (self.rest + sum(pick(sizes.values()) for sizes in self.sizes) for pick in (min, max))
         return least, most
 
+    @property
+    def bits_per_weight(self) -> tuple[float, float]:
+        """The same in bits per weight."""
+        least, most = self.limits
+        return least / self.parameters, most / self.parameters
+
     def with_formats(self, formats: Sequence[str]) -> dict[str, WeightGrid]:
         """Return the grids with a format for each unit; weights that stay in float have none."""
         chosen = {name: each for names, each in zip(self.names, formats, strict=True) for name in names}
@@ -97,7 +103,7 @@ def format_budget(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid])
         UsageError: There is no budget, or no choice meets it; the possible sizes are named.
     """
     plan = _plan(source, recipe, low)
-    least, most = (bits / plan.parameters for bits in plan.limits)
+    least, most = plan.bits_per_weight
     if recipe.budget is None:
         raise UsageError(
             f"'{recipe.name}' names formats and no size; add one such as {(least + most) / 2:.1f}bpw, or --budget: "
@@ -111,6 +117,11 @@ def format_budget(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid])
             "nothing to compare, so take a smaller one."
         )
     return budget
+
+
+def format_limits(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid]) -> tuple[float, float]:
+    """Return the least and the most bits per weight that a mix of formats can take, input scales included."""
+    return _plan(source, recipe, low).bits_per_weight
 
 
 def free_names(source: Source, recipe: Recipe, low: Mapping[str, WeightGrid]) -> set[str]:

@@ -1,8 +1,8 @@
 """The sensitivity page: the KL of every group alone and of all but it, as heat maps, tables and JSON."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,11 @@ from qeval.types import Estimate
 
 ADDITIVE = (0.8, 1.2)
 """Between these the sum of the single KLs is near the joint one, and a table of them can be read group by group."""
+
+_PICKED = (
+    "Chosen on the sequences that a mixed method measures on, so that it picks the same. The sum of the single KLs "
+    "is what the choice minimizes; it is a prediction only where they add up."
+)
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,33 @@ class GroupEffect:
 
 @dataclass(frozen=True)
 class Pick:
-    """The groups that get the high width within a size: (layer, kind), and the KL that the programme predicts."""
+    """The groups, as (layer, kind), that a mix gives the high width within a size, and the KL that it predicts.
+
+    `formats`: of a mix of formats, the groups that get each.
+    """
 
     budget: float
     bits_per_weight: float
     predicted_kl_nats: float
     high: tuple[tuple[int, str], ...]
+    formats: Mapping[str, tuple[tuple[int, str], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FormatKls:
+    """The KL in nats of one group alone in each format, on the sequences that a mix measures on."""
+
+    layer: int
+    kind: str
+    kls: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Sensitivities:
     """All that was measured: on how many positions of which text, under which grid.
 
-    `joint` is the KL in nats with all groups quantized, `additivity` the sum of the single KLs over it.
+    `joint` is the KL in nats with all groups quantized, `additivity` the sum of the single KLs over it. `by_format`:
+    the groups in each of several formats, where a mix is to choose among them.
     """
 
     model: str
@@ -59,6 +78,7 @@ class Sensitivities:
     additivity: Estimate
     groups: tuple[GroupEffect, ...]
     picks: tuple[Pick, ...]
+    by_format: tuple[FormatKls, ...] = ()
 
     @property
     def adds_up(self) -> bool:
@@ -77,7 +97,7 @@ def write_sensitivity(effects: Sensitivities, out: Path) -> Path:
         title="What each group costs",
         sentences=_sentences(effects),
         plots=tuple(plots),
-        tables=(groups_table(effects), *([picks_table(effects)] if effects.picks else [])),
+        tables=(groups_table(effects), *_mix_tables(effects)),
     )
     heading = Heading(
         f"{effects.model}: which layer hurts",
@@ -126,6 +146,41 @@ def _intervals(effects: Sensitivities) -> str:
     return f"Intervals: 95 %, bootstrap over the {effects.sequences} sequences{rough}."
 
 
+def _mix_tables(effects: Sensitivities) -> list[Table]:
+    if effects.by_format:
+        return [formats_table(effects), format_picks_table(effects)]
+    return [picks_table(effects)] if effects.picks else []
+
+
+def formats_table(effects: Sensitivities) -> Table:
+    """Return the table of every group alone in each format, the one that costs most in the smallest first."""
+    names = list(effects.by_format[0].kls)
+    ranked = sorted(effects.by_format, key=lambda group: -group.kls[names[0]])
+    rows = [
+        (TableCell(f"Layer {group.layer} {group.kind}"), *(TableCell(f"{group.kls[name]:.3g}") for name in names))
+        for group in ranked
+    ]
+    columns = ("Group", *(f"KL in {name}, nats" for name in names))
+    note = "Measured on the sequences that a mixed method measures on."
+    return Table("Every group alone in each format", columns, tuple(rows), note, live=True)
+
+
+def format_picks_table(effects: Sensitivities) -> Table:
+    """Return the table of the groups that a mix of formats gives each format at each size."""
+    names = list(effects.picks[0].formats)
+    rows = [
+        (
+            TableCell(f"{pick.budget:.2f}"),
+            TableCell(f"{pick.bits_per_weight:.3f}"),
+            TableCell(f"{pick.predicted_kl_nats:.4g}"),
+            *(TableCell(_listed(pick.formats[name])) for name in names),
+        )
+        for pick in effects.picks
+    ]
+    columns = ("Budget, bits/weight", "Bits/weight", "Summed KL, nats", *names)
+    return Table("What a mix of formats picks at each size", columns, tuple(rows), _PICKED)
+
+
 def picks_table(effects: Sensitivities) -> Table:
     """Return the table of what mixed precision would pick at each size."""
     rows = [
@@ -139,11 +194,7 @@ def picks_table(effects: Sensitivities) -> Table:
         for pick in effects.picks
     ]
     columns = ("Budget, bits/weight", "Bits/weight", "Groups at the high width", "Summed KL, nats", "Which")
-    note = (
-        "Chosen on the sequences that a mixed method measures on, so that it picks the same. The sum of the single KLs "
-        "is what the choice minimizes; it is a prediction only where they add up."
-    )
-    return Table("What mixed precision picks at each size", columns, tuple(rows), note)
+    return Table("What mixed precision picks at each size", columns, tuple(rows), _PICKED)
 
 
 def _listed(high: Sequence[tuple[int, str]]) -> str:

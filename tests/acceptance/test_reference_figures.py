@@ -13,6 +13,8 @@ from tests.fixtures.data import data, needs
 from tests.fixtures.demo_report import demo_report, metric
 
 REFERENCE = data("reference/modelopt_smollm2.json")
+RTN, AWQ = "rtn:int4-g128-full", "awq:int4-g128-full"
+"""On the range that Model Optimizer's integers span."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    methods = ("rtn", "rtn:int8-channel", "awq")
+    methods = (RTN, "rtn:int8-channel", AWQ, "awq")
     return demo_report(tmp_path_factory.mktemp("reference"), methods, "--tasks kl,ppl --max-windows 16")
 
 
@@ -37,11 +39,11 @@ def test_the_baselines_perplexity(report, reference):
 
 def test_rtn(report, reference):
     expected = reference["int4_rtn_b128"]
-    assert metric(report, "rtn", "kl_nats") == pytest.approx(expected["mean_kl_nats"], abs=0.002)
-    assert metric(report, "rtn", "ppl") == pytest.approx(expected["ppl"], rel=1e-3)
-    assert metric(report, "rtn", "top1_agreement") == pytest.approx(expected["top1_agreement"], abs=1e-3)
+    assert metric(report, RTN, "kl_nats") == pytest.approx(expected["mean_kl_nats"], abs=0.002)
+    assert metric(report, RTN, "ppl") == pytest.approx(expected["ppl"], rel=1e-3)
+    assert metric(report, RTN, "top1_agreement") == pytest.approx(expected["top1_agreement"], abs=1e-3)
     absolute = expected["modelopt_style_sum_p_absdiff"]
-    assert metric(report, "rtn", "kl_abs_modelopt") == pytest.approx(absolute, rel=1e-3)
+    assert metric(report, RTN, "kl_abs_modelopt") == pytest.approx(absolute, rel=1e-3)
 
 
 def test_int8_per_channel(report, reference):
@@ -50,4 +52,8 @@ def test_int8_per_channel(report, reference):
 
 
 def test_awq_loses_no_more_than_awq_full_of_the_peer(report):
-    assert metric(report, "awq", "kl_nats") <= 0.203  # Model Optimizer's awq_full: 0.2027
+    assert metric(report, AWQ, "kl_nats") <= 0.203  # Model Optimizer's awq_full: 0.2027
+
+
+def test_the_default_range_loses_no_more_than_the_peers(report):
+    assert metric(report, "awq", "kl_nats") <= metric(report, AWQ, "kl_nats")

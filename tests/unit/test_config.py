@@ -115,7 +115,7 @@ def test_a_name_alone_does_not_change_the_numbers():
 
 PLAIN = {
     "method": "rtn",
-    "grid": "int4-g128",
+    "grid": "int4-g128-signed",
     "high": None,
     "clip": False,
     "budget": None,
@@ -126,30 +126,36 @@ PLAIN = {
     "act_order": None,
 }
 GPTQ = PLAIN | {"method": "gptq", "clip": True, "damping": 0.01, "act_order": True}
-MIXED = PLAIN | {"method": "mixed", "clip": True}
+MIXED = PLAIN | {"method": "mixed", "high": "int8-g128", "clip": True}
+UNSAID = PLAIN | {"grid": "int4-g128"}  # what qeval does not quantize, or not on one grid, has no range of its own
 IDENTITIES = {
     "rtn": PLAIN,
     "rtn:int8-channel": PLAIN | {"grid": "int8-channel"},
-    "rtn:int3-clip-g64": PLAIN | {"grid": "int3-g64", "clip": True},
+    "rtn:int3-clip-g64": PLAIN | {"grid": "int3-g64-signed", "clip": True},
     "rtn:g32-asym-head": PLAIN | {"grid": "g32-asym", "quantize_head": True},
     "awq": PLAIN | {"method": "awq", "clip": True},
-    "awq:g32-noclip": PLAIN | {"method": "awq", "grid": "g32"},
-    "awq:g32-noclip-fold": PLAIN | {"method": "awq", "grid": "g32", "fold_only": True},
+    "awq:g32-noclip": PLAIN | {"method": "awq", "grid": "g32-signed"},
+    "awq:g32-noclip-fold": PLAIN | {"method": "awq", "grid": "g32-signed", "fold_only": True},
     "gptq": GPTQ,
     "gptq:int8-channel-noactorder": GPTQ | {"grid": "int8-channel", "act_order": False},
-    "gptq:g32-damp0.05-noclip": GPTQ | {"grid": "g32", "damping": 0.05, "clip": False},
+    "gptq:g32-damp0.05-noclip": GPTQ | {"grid": "g32-signed", "damping": 0.05, "clip": False},
     "mixed": MIXED,
-    "mixed:g32-4.8bpw-fisher": MIXED | {"grid": "g32", "budget": 4.8, "importance": "fisher"},
+    "mixed:g32-4.8bpw-fisher": MIXED
+    | {"grid": "g32-signed", "high": "int8-g32", "budget": 4.8, "importance": "fisher"},
     "mixed:positional": MIXED | {"importance": "positional"},
+    "mixed:g32-signed": MIXED | {"grid": "g32-signed", "high": None},
     "mixed-rtn:6bpw-clip": MIXED | {"method": "mixed-rtn", "budget": 6.0},
-    "mixed:bf16/int8-channel/nvfp4-6bpw": MIXED | {"budget": 6.0, "formats": ["nvfp4", "int8-channel", "float"]},
-    "modelopt": PLAIN | {"method": "modelopt", "algorithm": "awq_lite"},
+    "mixed:bf16/int8-channel/nvfp4-6bpw": MIXED
+    | {"grid": "int4-g128", "high": None, "budget": 6.0, "formats": ["nvfp4", "int8-channel", "float"]},
+    "modelopt": UNSAID | {"method": "modelopt", "algorithm": "awq_lite"},
     "torchao:int8wo": PLAIN | {"method": "torchao", "grid": "int8-channel", "algorithm": "int8wo"},
     "hqq:int3": PLAIN | {"method": "hqq", "grid": "g64-int3", "algorithm": None},
     "autoround:int4-g64-asym": PLAIN | {"method": "autoround", "grid": "int4-g64-asym", "algorithm": None},
     "mxfp4": PLAIN | {"grid": "mxfp4-floor"},
     "awq:fp8-tensor": PLAIN | {"method": "awq", "grid": "fp8-tensor", "clip": True},
     "rtn:int4-g32-signed": PLAIN | {"grid": "int4-g32-signed"},
+    "rtn:int4-g32-full": PLAIN | {"grid": "int4-g32-full"},
+    "fp16+kv-int8": UNSAID | {"method": "none", "keys": "int8-token", "values": "int8-token", "clip": False},
     "ort:k_quant-g128": PLAIN | {"method": "ort", "grid": "int4-asym-g128", "algorithm": "k_quant"},
 }
 
@@ -161,14 +167,14 @@ def test_an_identity_is_the_same_to_the_byte_in_every_release(name):
 
 def test_the_identity_of_rules_is_the_same_to_the_byte_in_every_release():
     recipe = Recipe("Ruled", "mixed-rtn", "int4-g64", high="int8-channel", rules=(GridRule("*v_proj*", "int8"),))
-    rules = {"grid": "int4-g64", "high": "int8-channel", "rules": [{"match": "*v_proj*", "grid": "int8"}]}
+    rules = {"grid": "int4-g64-signed", "high": "int8-channel", "rules": [{"match": "*v_proj*", "grid": "int8"}]}
     assert json.dumps(recipe.identity()) == json.dumps(PLAIN | {"method": "mixed-rtn"} | rules)
 
 
 UNFIT_FORMATS = {
     "mixed:int4/": "has an empty name among its formats; name one on both sides of each /, or drop that.",
     "mixed:/": "has an empty name among its formats",
-    "mixed:int4/int4-g128-5bpw": "names int4-g128 twice among its formats; name each once.",
+    "mixed:int4/int4-g128-5bpw": "names int4-g128-signed twice among its formats; name each once.",
     "mixed:int4/bf16/fp16": "names float twice among its formats",
     "mixed:int4/nvpf4": "'nvpf4' in 'nvpf4' is not part of a grid's name (nearest: nvfp4)",
     "mixed:int4/mxfp4-ceil": "Unknown grid 'mxfp4-ceil'; nearest: mxfp4-rceil",
@@ -193,8 +199,8 @@ def test_formats_in_a_file_are_those_of_a_name(tmp_path):
         config(tmp_path, "variants: [{name: a, method: mixed, budget: 5, formats: [int4-g32, nvfp4, bf16]}]")
     )
     assert recipe.identity() == parse_method("mixed:int4-g32/nvfp4/bf16-5bpw").identity()
-    assert recipe.candidates == ("nvfp4", "int4-g32", "float")
-    assert recipe.trial_grids == ("nvfp4", "int4-g32")
+    assert recipe.candidates == ("nvfp4", "int4-g32-signed", "float")
+    assert recipe.trial_grids == ("nvfp4", "int4-g32-signed")
     assert parse_method("mixed:g32").trial_grids == ("g32",)
 
 
@@ -249,6 +255,14 @@ def test_what_is_no_budget_is_refused(text):
         ("rtm", "Unknown method 'rtm'; nearest: rtn, ort. Choices: autoround, awq, gptq"),
         ("", "Unknown method ''"),
         ("nvfp4:int4", "'nvfp4:int4': nvfp4 is a format, not a method; say nvfp4 alone, or rtn:nvfp4."),
+        ("quarrot", "Unknown method 'quarrot'; nearest: quarot, quarot-rtn"),
+        ("int8-w8a9", "Unknown method 'int8-w8a9'; nearest: int8-w8a8"),
+        ("smothquant", "Unknown method 'smothquant'; nearest: smoothquant"),
+        ("quarot:int4", "quarot is short for gptq:int4-channel+r1r2 and takes no words after a colon"),
+        ("int4-g32", "'int4-g32' names a grid and no method; say for example rtn:int4-g32"),
+        ("rtn:int8-w8a9", "'w8a9' in 'int8-w8a9' means nothing; nearest: w8a8."),
+        ("awq:int4-nocilp", "'nocilp' in 'int4-nocilp' means nothing; nearest: noclip."),
+        ("gptq:dmap0.05", "'dmap0.05' in 'dmap0.05' means nothing; nearest: damp0.01."),
         ("mxpf4", "Unknown method or format 'mxpf4'; nearest: mxfp4"),
         ("mixed-rtn:mxfp4", "'mixed-rtn:mxfp4': mixed-rtn mixes widths of integers, not mxfp4-floor; take rtn, awq or"),
         ("ort:default-g32-half", "'ort:default-g32-half': ort spans its range in a way of its own"),
@@ -339,7 +353,7 @@ BROKEN = {
     "variants: [{name: a, method: mixed, formats: []}]": "variant 1: 'formats' must name at least two formats",
     "variants: [{name: a, method: mixed, formats: [int4, 8]}]": "variant 1: each of 'formats' must be str, not 8",
     "variants: [{name: a, method: mixed, formats: [int4, '']}]": "'a' has an empty name among its formats",
-    "variants: [{name: a, method: mixed, formats: [int4]}]": "'a' names one format, int4-g128, and a mix",
+    "variants: [{name: a, method: mixed, formats: [int4]}]": "'a' names one format, int4-g128-signed, and a mix",
     "variants: [{name: a, method: mixed, high: int8, formats: [int4, bf16]}]": "leave the grid (int4-g128)",
     "variants: [{name: a, method: 'mixed:g32', formats: [int4, bf16]}]": "leave the grid (g32) and the high one out",
     "variants: [{name: a, method: gptq, damping: no}]": "'damping' must be int or float, not False",

@@ -37,7 +37,7 @@ GGUF_VERSION = 3
 _FAMILY = ("LlamaForCausalLM", "MistralForCausalLM")
 """The architectures that llama.cpp knows as `llama`."""
 _BLOCK = 32
-_FITS = "take rtn:int4-g32-signed, rtn:int8-g32-signed or gptq:int4-g32-signed-noclip of a checkpoint in fp16 or bf16"
+_FITS = "take rtn:int4-g32, rtn:int8-g32-signed or gptq:int4-g32-noclip of a checkpoint in fp16 or bf16"
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _Types = gguf.GGMLQuantizationType
 

@@ -68,8 +68,8 @@ SIGNATURES = {
     "quantize": "model *method revision device compute stream max_memory calibration calibration_samples "
     "calibration_length calibrate_all_experts offline budget importance quantize_head threads seed out progress",
     "selfcheck": "*rows table data mmlu_dir device threads progress",
-    "sensitivity": "model *method budgets revision device compute calibration calibration_samples calibration_length "
-    "calibrate_all_experts offline measured_samples threads seed out progress",
+    "sensitivity": "model *method budgets formats revision device compute calibration calibration_samples "
+    "calibration_length calibrate_all_experts offline measured_samples threads seed out progress",
     "sweep": "models *out bits groups budgets models_at_once progress listener commands **options",
     "verify": "run *sample seed progress",
 }

@@ -79,7 +79,7 @@ def test_repeats_hold_a_latency_for_each_token(record, place):
         (variant, batch, 8) for variant in ("fp32", "rtn:g32") for batch in (1, 2)
     }
     opened = {(each.engine, each.variant): each for each in record.opened}
-    assert opened["pytorch-eager", "rtn:g32"].weights == "int4-g32 as their float values"
+    assert opened["pytorch-eager", "rtn:g32"].weights == "int4-g32-signed as their float values"
     assert opened["pytorch-eager", "fp32"].weights == "fp32"
 
 

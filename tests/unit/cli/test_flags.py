@@ -137,6 +137,7 @@ SELFCHECK = {
 SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXED} | {
     "--method": "rtn",
     "--budgets": None,
+    "--formats": None,
     "--measured-samples": 10,
 }
 SWEEP = {

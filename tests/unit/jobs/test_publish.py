@@ -63,6 +63,17 @@ def test_an_exported_folder_is_scored_as_its_recipe(bench, export, tmp_path, met
     assert records(out)["hf0"]["method"] == "compressed-tensors"
 
 
+@pytest.mark.parametrize(
+    ("method", "says"), [("rtn:int4-g32", True), ("rtn:int4-g32-full", False), ("rtn:int8-channel", False)]
+)
+def test_negative_scales_are_told_with_the_grid_that_has_none(export, method, says):
+    folder, manifest = export(method)
+    stored = load_file(folder / "model.safetensors")
+    negative = [name for name, part in stored.items() if name.endswith("weight_scale") and bool((part < 0).any())]
+    assert bool(negative) is says
+    assert any("take a -full grid, such as int4-g128-full" in line for line in manifest.contents) is says
+
+
 def test_a_folder_holds_a_plain_model_and_says_what_it_is(bench, export):
     folder, manifest = export("rtn:int4-g32-asym")
     assert {path.name for path in folder.iterdir()} == {
@@ -158,7 +169,7 @@ def test_the_head_of_a_model_with_rounded_activations_has_a_group_of_its_own(exp
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("rtn:int5-g32", "'rtn:int5-g32': int5-g32 is on 5 bits"),
+        ("rtn:int5-g32", "'rtn:int5-g32': int5-g32-signed is on 5 bits"),
         ("rtn:nf4", "no layout in compressed-tensors"),
         ("rtn:int4-g48", "short block"),
         ("rtn:int4-g32+kv-int8", "take +kv-fp8-tensor"),
@@ -185,7 +196,7 @@ def test_awq_that_folds_alone_multiplies_nothing_while_running(export):
 
 def test_an_input_that_is_scaled_while_running_is_refused(export):
     with pytest.raises(qeval.UsageError, match=r"multiplies the input of .*o_proj.*add fold to the recipe"):
-        export("awq:int4-g32")
+        export("awq:int4-g32-full")
 
 
 def test_a_tied_head_stays_in_float(bench, tmp_path):

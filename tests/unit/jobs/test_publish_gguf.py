@@ -49,7 +49,7 @@ def blocks_of(tensor):
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("rtn:int4-g32-signed", "Q4_0"), ("gptq:int4-g64-signed-noclip", "Q4_0"), ("rtn:int8-g32-signed", "Q8_0")],
+    [("rtn:int4-g32", "Q4_0"), ("gptq:int4-g64-noclip", "Q4_0"), ("rtn:int8-g32-signed", "Q8_0")],
 )
 def test_a_gguf_file_holds_the_very_codes_and_scales(export, method, kind):
     folder, manifest = export(method)
@@ -93,12 +93,13 @@ def test_the_float_model_goes_into_a_gguf_file_too(export):
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("rtn:int4-g32", "those of int4-g32 are not"),
+        ("rtn:int4-g32-full", "those of int4-g32-full are not"),
+        ("rtn:int8-g32", "those of int8-g32 are not"),
         ("rtn:nf4", "No GGUF type spells nf4"),
         ("rtn:int8-g32-asym", "No GGUF type spells int8-g32-asym"),
         ("rtn:int4-g48-signed", "No GGUF type spells int4-g48-signed"),
         ("rtn:int4-g32-asym", "are no fp16 numbers"),
-        ("awq:int4-g32-signed", "rtn:int4-g32-signed"),
+        ("awq:int4-g32", "take rtn:int4-g32, rtn:int8-g32-signed or gptq:int4-g32-noclip"),
         ("rtn:int4-g32-signed+kv-int8", "--to gguf writes weights alone"),
     ],
 )

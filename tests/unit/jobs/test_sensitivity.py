@@ -22,7 +22,7 @@ from qeval.report.sensitivity import (
 )
 from qeval.store.seal import seal
 from qeval.types import Estimate
-from tests.fixtures.bench import Bench
+from tests.fixtures.bench import Bench, records
 from tests.fixtures.families import tiny_family
 
 
@@ -122,11 +122,60 @@ def test_a_width_that_is_the_high_one_has_no_mix_and_is_mapped_all_the_same(benc
 def test_floats_are_mapped_and_have_no_mix(bench, capfd, tmp_path):
     own = ("--out", str(tmp_path))
     assert asked(bench, "--budgets", "5bpw", *own, method="rtn:nvfp4") == 2
-    assert "--budgets chooses between widths of integers, and rtn:nvfp4 is on nvfp4." in capfd.readouterr().err
+    assert "--budgets chooses between widths of integers, and rtn:nvfp4 is on nvfp4; name --formats" in (
+        capfd.readouterr().err
+    )
     assert asked(bench, "--json", *own, method="rtn:nvfp4") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["picks"] == []
     assert all(group["alone"]["value"] > 0 for group in found["groups"])
+
+
+FORMATS = "int3-g32/nvfp4/int8-channel/bf16"
+
+
+@pytest.mark.parametrize(("method", "mixed"), [("rtn:g32", "mixed-rtn:"), ("awq:g32-noclip", "mixed:noclip-")])
+def test_a_mix_of_formats_picks_what_the_mixed_recipe_chooses(bench, capfd, tmp_path, monkeypatch, method, mixed):
+    """Against the variant that `compare` makes in a home of its own, at each of the budgets."""
+    flags = ("--budgets", "6,9bpw", "--formats", FORMATS, "--json", "--out", str(tmp_path / "map"))
+    assert asked(bench, *flags, method=method) == 0
+    found = json.loads(capfd.readouterr().out)
+    page = (tmp_path / "map" / "sensitivity.html").read_text()
+    assert "Every group alone in each format" in page and "What a mix of formats picks at each size" in page
+
+    names = [f"{mixed}{FORMATS}-{budget}bpw" for budget in (6, 9)]
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
+    assert bench.compare("--quiet", methods=",".join(names), tasks="kl", out=str(tmp_path / "out")) == 0
+    made = {name: each for name, each in records(tmp_path / "out").items() if name in names}
+    for name, pick in zip(names, found["picks"], strict=True):
+        chosen = {(group["layer"], group["kind"]): group["format"] for group in made[name]["groups"]}
+        assert {tuple(place): each for each, places in pick["formats"].items() for place in places} == chosen
+        kls = {(group["layer"], group["kind"]): group["kls"] for group in made[name]["groups"]}
+        assert {(each["layer"], each["kind"]): each["kls"] for each in found["by_format"]} == kls
+        assert pick["predicted_kl_nats"] == pytest.approx(sum(kls[at].get(chosen[at], 0.0) for at in kls))
+        assert pick["bits_per_weight"] <= pick["budget"]
+        assert len(set(chosen.values())) > 1
+
+
+def test_formats_without_a_budget_are_shown_at_five_sizes(bench, capfd, tmp_path):
+    assert asked(bench, "--formats", "int3-g32/bf16", "--json", "--out", str(tmp_path)) == 0
+    picks = json.loads(capfd.readouterr().out)["picks"]
+    assert [len(pick["formats"]["float"]) for pick in picks] == sorted(len(pick["formats"]["float"]) for pick in picks)
+    assert len({pick["bits_per_weight"] for pick in picks}) > 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--formats", "int3-g32/nvpf4"), "'nvpf4' in 'nvpf4' is not part of a grid's name (nearest: nvfp4)"),
+        (("--formats", "int3-g32"), "names one format, int3-g32-signed, and a mix chooses among several"),
+        (("--formats", "int3-g32/bf16", "--budgets", "1bpw"), "1 bits per weight is below the smallest possible size"),
+    ],
+)
+def test_formats_that_can_not_be_mixed_are_refused_before_any_work(bench, capfd, tmp_path, flags, says):
+    assert asked(bench, *flags, "--out", str(tmp_path)) == 2
+    assert says in capfd.readouterr().err
+    assert not (tmp_path / "measured.json").exists()
 
 
 def test_a_torn_record_is_named(bench, capfd, tmp_path):

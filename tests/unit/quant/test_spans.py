@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qeval.quant.grid import parse
+from qeval.quant.grid import parse, with_span
 from qeval.quant.rtn import quantize_rtn
 
 
@@ -34,11 +34,41 @@ def test_eight_bits_have_the_same_conventions(bits, span, steps):
     assert torch.allclose(found.scales.abs(), amax / steps, rtol=1e-6)
 
 
-def test_full_is_what_a_name_without_a_word_means():
-    plain, full = (quantize_rtn(matrix(), parse(name)) for name in ("int4-g32", "int4-g32-full"))
-    assert str(full.grid) == "int4-g32"
+@pytest.mark.parametrize(
+    ("plain", "whole"),
+    [
+        ("int4-g32", "int4-g32-signed"),
+        ("int3-channel", "int3-channel-signed"),
+        ("int7-g8", "int7-g8-signed"),
+        ("int8-channel", "int8-channel"),
+        ("int4-g32-full", "int4-g32-full"),
+        ("int4-g32-half", "int4-g32-half"),
+        ("int4-g32-asym", "int4-g32-asym"),
+        ("nvfp4", "nvfp4"),
+    ],
+)
+def test_a_name_without_a_range_means_the_default_of_its_bits(plain, whole):
+    assert str(with_span(parse(plain))) == whole
+    unsaid, said = (quantize_rtn(matrix(), parse(name)) for name in (plain, whole))
+    assert torch.equal(unsaid.codes, said.codes)
+    assert torch.equal(unsaid.scales, said.scales)
+
+
+def test_eight_bits_are_full_by_default():
+    plain, full = (quantize_rtn(matrix(), parse(name)) for name in ("int8-channel", "int8-channel-full"))
     assert torch.equal(plain.codes, full.codes)
     assert torch.equal(plain.scales, full.scales)
+
+
+@pytest.mark.parametrize("place", ["g32", "g128", "channel"])
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_the_default_range_has_the_least_error_of_the_three(bits, place):
+    for weight in (matrix(64, 512), matrix(64, 512) ** 3):  # the cubes have a few that are far from the rest
+        errors = {
+            span: float((quantize_rtn(weight, parse(f"int{bits}-{place}{span}")).dequantize() - weight).square().sum())
+            for span in ("", "-full", "-half")
+        }
+        assert errors[""] < min(errors["-full"], errors["-half"])
 
 
 def test_clipping_keeps_the_sign_of_the_largest():

@@ -47,7 +47,7 @@ def test_error_is_at_most_half_a_step_where_nothing_saturates(grid):
     error = (q.dequantize() - weight).abs()
     # an integer zero point moves the range by up to half a step, so an end may saturate by as much
     # and where one weight goes to the lowest code, another one as large of the other sign saturates by a step
-    allowed = scale.abs() * (0.5 if grid.symmetric and grid.span != "signed" else 1.0)
+    allowed = scale.abs() * (0.5 if grid.symmetric and (grid.span or grid.default_span) != "signed" else 1.0)
     assert bool((error <= allowed * (1 + 1e-5) + 1e-7).all())
 
 
@@ -133,7 +133,7 @@ def test_size_counts_codes_scales_and_zero_points(grid):
 def test_int4_blocks_equal_the_stated_formula():
     """s = 7/amax a block; clamp(round_half_even(w * s), -8, 7) / s; NumPy as the independent implementation."""
     weight = matrix(64, 576)
-    q = quantize_rtn(weight, parse("int4-g128"))
+    q = quantize_rtn(weight, parse("int4-g128-full"))
     padded = np.zeros((64, 640), dtype=np.float32)
     padded[:, :576] = weight.numpy()
     blocks = padded.reshape(64, 5, 128)
@@ -155,12 +155,12 @@ def test_int8_per_channel_equals_the_stated_formula():
 
 def test_ties_round_to_even():
     weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
-    assert (quantize_rtn(weight, parse("int4-channel")).codes - 8.0).tolist() == [[7, 0, 2, 2, 0, -2]]
+    assert (quantize_rtn(weight, parse("int4-channel-full")).codes - 8.0).tolist() == [[7, 0, 2, 2, 0, -2]]
 
 
 def test_a_short_last_block_has_the_scale_of_its_own_weights():
     weight = torch.cat([torch.full((1, 128), 7.0), torch.full((1, 64), 0.7)], dim=1)
-    assert quantize_rtn(weight, parse("int4-g128")).scales.tolist() == [[1.0, pytest.approx(0.1)]]
+    assert quantize_rtn(weight, parse("int4-g128-full")).scales.tolist() == [[1.0, pytest.approx(0.1)]]
 
 
 def test_asymmetric_matches_torch_fake_quantize():

@@ -99,7 +99,7 @@ def test_a_group_is_given_no_format_that_another_betters_at_fewer_bits(model, va
 def test_a_format_that_another_one_dominates_everywhere_is_never_chosen(model):
     """The 2-bit integers in blocks of 4 take more bits than INT8 by row, and lose more."""
     variant = made(model, "mixed-rtn:int4-g32/int2-g4-asym/int8-channel-7bpw")
-    assert {choice.format for choice in variant.choices} == {"int4-g32", "int8-channel"}
+    assert {choice.format for choice in variant.choices} == {"int4-g32-signed", "int8-channel"}
     assert all("int2-g4-asym" in choice.kls for choice in variant.choices)
 
 
@@ -140,7 +140,7 @@ def test_two_candidates_choose_as_well_as_two_widths(model):
     """Both hold the same budget; the widths' KL of INT8 is an estimate, the formats' is measured."""
     widths, formats = made(model, "mixed-rtn:g32-7bpw"), made(model, "mixed-rtn:int4-g32/int8-g32-7bpw")
     low = {choice.names: choice.kl_low for choice in widths.choices}
-    assert {choice.names: choice.kls["int4-g32"] for choice in formats.choices} == low
+    assert {choice.names: choice.kls["int4-g32-signed"] for choice in formats.choices} == low
     assert {choice.names: choice.bits for choice in formats.choices} == {
         choice.names: choice.bits for choice in widths.choices
     }
@@ -151,7 +151,7 @@ def test_predicted_mixes_are_measured_with_each_format_alone(model):
     source, units = source_for(model, recipe), []
     variant = build_variant(source, recipe, "key", units.append)
     measured = dict(part.rsplit(" ", 1) for part in variant.details["measured KL (nats)"].split(", "))
-    assert set(measured) == {"proposal", "flatter", "steeper", "all nvfp4", "all int4-g32"}
+    assert set(measured) == {"proposal", "flatter", "steeper", "all nvfp4", "all int4-g32-signed"}
     assert float(measured[variant.details["accepted"]]) == min(map(float, measured.values()))
     assert variant.bits_per_weight <= 6
     assert all(choice.kls == {} and choice.format for choice in variant.choices)

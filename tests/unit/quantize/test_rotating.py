@@ -186,10 +186,10 @@ def round_by_hand(model, *, inputs):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (tiny_llama, "rtn:int4-channel+r1r2"),
-        (lambda: tiny_llama(tie_word_embeddings=True), "rtn:int4-channel+r1r2-seed2"),
-        (lambda: tiny_family("Qwen2"), "rtn:int4-channel+r1r2+a-int4-token"),
-        (lambda: tiny_family("Qwen2"), "rtn:int4-channel+r1r2r4+a-int4-token"),
+        (tiny_llama, "rtn:int4-channel-full+r1r2"),
+        (lambda: tiny_llama(tie_word_embeddings=True), "rtn:int4-channel-full+r1r2-seed2"),
+        (lambda: tiny_family("Qwen2"), "rtn:int4-channel-full+r1r2+a-int4-token"),
+        (lambda: tiny_family("Qwen2"), "rtn:int4-channel-full+r1r2r4+a-int4-token"),
     ],
 )
 def test_the_kl_is_that_of_a_model_rotated_and_rounded_by_hand(make, name):
