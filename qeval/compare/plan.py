@@ -18,6 +18,7 @@ from qeval.compare.external_parts import parts_choice
 from qeval.compare.external_paths import VariantPath, is_gguf, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import loaded_model
+from qeval.compare.machine import with_limit
 from qeval.compare.schemes import (
     refuse_rotations,
     refuse_rotations_off_torch,
@@ -181,7 +182,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None) -> Plan:
     _check_schemes(settings, places)
     choice = parts_choice(settings, has_gguf=any(is_gguf(place.path) for place in places))
     folds = any(recipe.quant_method.scales_inputs for recipe in settings.every_recipe)
-    loaded, source, backend = loaded_model(settings.model, memory, folds=folds)
+    loaded, source, backend = loaded_model(with_limit(settings), memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
     check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
     protocol, shards = token_work(settings.corpus, loaded) if settings.scores_tokens else (None, ())
