@@ -95,7 +95,13 @@ class TorchSession(SessionDefaults):
     @property
     def block_rows(self) -> int:
         """The positions whose logits are made at a time."""
-        return block_rows(self.vocab_size, self._model.device)
+        return self._batches.block_rows or block_rows(self.vocab_size, self._model.device)
+
+    def halve_blocks(self) -> bool:
+        """Make half as many positions' logits at a time from now on; False where it is one already."""
+        can = self.block_rows > 1
+        self._batches.block_rows = max(1, self.block_rows // 2)
+        return can
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> TorchPrefix:
@@ -109,14 +115,12 @@ class TorchSession(SessionDefaults):
         check_length(len(whole), self.max_length)
         if before and before.length <= self._rope_limit < len(whole):
             before, tokens = None, whole  # the outer one's keys were turned otherwise
-        outers = before.cache.layers if before and before.cache else [None] * text_config(self._model).num_hidden_layers
         if not self.sharing.prefixes:
             return TorchPrefix(whole, None)
-        changes = self._kv_changes or [None] * len(outers)
-        layers = zip(outers, changes, strict=True)
-        cache = cache_of([PrefixLayer(layer, apart=self._shares, change=change) for layer, change in layers])
-        self._forward(self._ids([tokens]), cache)
-        return TorchPrefix(whole, cache)
+        cache = before.cache if before else None
+        if len(whole) <= self._rope_limit:
+            return TorchPrefix(whole, self._batches.run_on(self._continued, cache, tokens))
+        return TorchPrefix(whole, self._continued(cache, tokens))  # in parts it would be turned otherwise
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
@@ -163,6 +167,15 @@ class TorchSession(SessionDefaults):
             fed = chosen if cache is not None else torch.cat([fed, chosen], dim=1)
             said.append(chosen)
         return torch.cat(said, dim=1).cpu()
+
+    def _continued(self, cache: Any, tokens: Sequence[int]) -> Any:
+        """Return the keys and values of a prefix that goes on from `cache`, or begins with None, by `tokens`."""
+        outers = cache.layers if cache else [None] * text_config(self._model).num_hidden_layers
+        changes = self._kv_changes or [None] * len(outers)
+        layers = zip(outers, changes, strict=True)
+        longer = cache_of([PrefixLayer(layer, apart=self._shares, change=change) for layer, change in layers])
+        self._forward(self._ids([tokens]), longer)
+        return longer
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """Return the states of requests that lie on one side of the rotary limit, as one batch."""

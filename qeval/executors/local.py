@@ -41,7 +41,7 @@ _J = TypeVar("_J", bound=Job)
 
 
 class Share(NamedTuple):
-    """What one of several workers does of jobs that each worker runs together: number `place` of `workers`."""
+    """The part of the jobs that worker number `place` of `workers` does, where each runs all of its own together."""
 
     place: int
     workers: int
