@@ -3,13 +3,15 @@
     python benchmarks/scaling.py                     # all four, one thread a worker
     python benchmarks/scaling.py --quick             # the same with a third of the points and tokens
     python benchmarks/scaling.py --axes workers --workers 1,2 --shards 12
+    python benchmarks/scaling.py --axes stream-workers
 
 A Llama of random weights is scored with its variants on shards of 4,096 tokens. The variants are made beforehand; each
 run then scores everything from nothing, in turns (`--repeats`; the best of each point counts). Two times are told: from
 the first job's begin to the last one's end, by the run's ledger, and the whole command's, imports, loading and report
 included. Against tokens, variants and size a straight line is fitted to the first by least squares: its slope, its
 intercept, and R^2, the share of the variance that it explains. The exit code is 1 when a line explains less than 98 %,
-or when two workers reach less than 1.8 times the jobs per second of one on a machine of at least two free cores.
+or when two workers reach less than 1.8 times the jobs per second of one on a machine of at least two free cores. With
+`stream-workers`, which reads the model a layer at a time in every worker, two must take at most 0.6 of one's time.
 """
 
 import argparse
@@ -35,16 +37,19 @@ from tests.fixtures.tiny import save_tiny
 _METHODS = ("rtn:g32", "rtn:int8-channel", "rtn:int3-g32", "rtn:g64", "rtn:g32-asym", "rtn:int3-channel")
 _WINDOW, _SHARD_WINDOWS = 512, 8
 _WIDTH, _INNER, _VOCABULARY = 512, 1536, 8192
-_NEEDED, _STRAIGHT = 1.8, 0.98
+_NEEDED = {"workers": 1.8, "stream-workers": 1 / 0.6}
+"""How many times one worker's rate two must reach, by axis."""
+_STRAIGHT = 0.98
 
 
 class Point(NamedTuple):
-    """One comparison: decoder layers, shards of the text, variants, workers."""
+    """One comparison: decoder layers, shards of the text, variants, workers, and whether layers are streamed."""
 
     layers: int
     shards: int
     variants: int = 2
     workers: int = 1
+    stream: bool = False
 
 
 class Took(NamedTuple):
@@ -88,7 +93,10 @@ def main() -> int:
     print(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     with TemporaryDirectory(prefix="qeval-scaling-") as name:
         best = _measured(Path(name), list(dict.fromkeys(p for axis in chosen.values() for p in axis.points)), arguments)
-    good = [_workers_told(axis, best) if name == "workers" else _line_told(axis, best) for name, axis in chosen.items()]
+    good = [
+        _workers_told(axis, best, _NEEDED[name]) if name in _NEEDED else _line_told(axis, best)
+        for name, axis in chosen.items()
+    ]
     return 0 if all(good) else 1
 
 
@@ -105,6 +113,11 @@ def _axes(layers: int, shards: int, workers: Sequence[int], *, quick: bool) -> d
         "variants": Axis("variants", tuple(Point(layers, few, n) for n in spread(6)), lambda p: p.variants),
         "size": Axis("million weights", tuple(Point(n, few) for n in spread(2 * layers)), _weights),
         "workers": Axis("workers", tuple(Point(layers, shards, workers=n) for n in workers), lambda p: p.workers),
+        "stream-workers": Axis(
+            "streaming workers",
+            tuple(Point(layers, shards, workers=n, stream=True) for n in workers),
+            lambda p: p.workers,
+        ),
     }
 
 
@@ -165,6 +178,7 @@ def _compare(folder: Path, point: Point, windows: int) -> Took:
         "threads": point.workers, "workers": point.workers, "device": "cpu",
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    words += ["--stream"] if point.stream else []
     command = [sys.executable, "-c", "from qeval.cli.app import main; main()", "compare", *words, "--quiet"]
     start = time.perf_counter()
     environment = os.environ | {"QEVAL_HOME": str(folder / "home"), "OMP_NUM_THREADS": str(point.workers)}
@@ -188,15 +202,16 @@ def _line_told(axis: Axis, best: dict[Point, Took]) -> bool:
     return line.explained >= _STRAIGHT
 
 
-def _workers_told(axis: Axis, best: dict[Point, Took]) -> bool:
-    """Print how many times one worker's rate each number reaches; whether two reach enough."""
+def _workers_told(axis: Axis, best: dict[Point, Took], needed: float) -> bool:
+    """Print how many times one worker's rate each number reaches; whether two reach what is needed."""
     by_count = {point.workers: best[point] for point in axis.points}
     one = by_count.get(1)
     if one is None:
         return True
     for count, took in by_count.items():
-        print(f"{count} workers: {one.jobs / took.jobs:.2f} times one (whole command {one.whole / took.whole:.2f})")
-    return 2 not in by_count or one.jobs / by_count[2].jobs >= _NEEDED
+        whole = one.whole / took.whole
+        print(f"{count} {axis.unit}: {one.jobs / took.jobs:.2f} times one (whole command {whole:.2f})")
+    return 2 not in by_count or one.jobs / by_count[2].jobs >= needed
 
 
 if __name__ == "__main__":

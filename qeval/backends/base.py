@@ -61,6 +61,10 @@ class Session(Protocol):
         """The positions whose logits are made at a time: what is fast on the device, and bounds memory."""
         ...
 
+    def halve_blocks(self) -> bool:
+        """Make half as many positions' logits at a time from now on; False where it can't (`SessionDefaults`)."""
+        ...
+
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> Prefix:
         """Run a prefix once and keep its keys and values for any number of `states` calls.
 
@@ -109,6 +113,10 @@ class Session(Protocol):
 
 class SessionDefaults:
     """A session's methods where it runs each call when it comes, and scores without generating."""
+
+    def halve_blocks(self) -> bool:
+        """Return False: the size of a block is the backend's."""
+        return False
 
     def expect(self, calls: Iterable[Call]) -> None:
         """Do nothing: each call is run when it comes."""

@@ -1,15 +1,17 @@
 """A variant's weights in the place of a transformers model's own: for good, or until a `with` block ends."""
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qeval.models.device import free_bytes
+from qeval.backends.memory import with_room_made
+from qeval.models.device import free_bytes, release_cached
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import weights_of
 from qeval.quant.variant import Variant
@@ -29,7 +31,7 @@ def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head
     """Put the variant's weights in place of the model's own for good, which takes no copy of these; its head."""
     parameters, own = weights_of(model), variant_head(model, variant, head, head_name)
     aside = _aside(model, variant, parameters)
-    _put(parameters, variant, {head_name, *aside}, lambda _: None)
+    _put(parameters, variant, {head_name, *aside}, None)
     for name in aside:
         _replace(model, name, variant.floats[name])
     for name, core in variant.input_rotations.items():
@@ -46,15 +48,10 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
     aside = _aside(model, variant, parameters)
     replaced = [parameters[name] for name in variant.weights if name in parameters]
     place = with_room(model.device, sum(weight.numel() * weight.element_size() for weight in replaced))
-    saved: dict[str, Tensor] = {}
-
-    def keep(name: str) -> None:
-        if name not in saved:
-            saved[name] = _compact(parameters[name], keep_dtype).to(place)
-
+    originals = _Originals(parameters, place, keep_dtype)
     with ExitStack() as stack, torch.inference_mode():
         try:
-            _put(parameters, variant, {skip, *aside}, keep)
+            _put(parameters, variant, {skip, *aside}, originals)
             for name in aside:
                 stack.enter_context(_in_place_of(model, name, variant.floats[name]))
             for name, core in variant.input_rotations.items():  # before scales, which are those of turned inputs
@@ -66,20 +63,49 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
             del variant
             yield
         finally:
-            for name, value in saved.items():
-                parameters[name].copy_(value)
+            originals.restore()
 
 
-def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], keep: Callable[[str], None]) -> None:
-    """Write a variant's weights over the parameters, each of which `keep` is told before."""
-    for name, weight in variant.weights.items():
-        if name not in skip:
-            keep(name)
-            parameters[name].copy_(weight.dequantize())
-    for name, value in variant.floats.items():
-        if name not in skip:
-            keep(name)
-            parameters[name].copy_(value)
+class _Originals:
+    """The weights that a variant replaces, kept to be put back: in host memory as soon as a GPU lacks room for them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], place: torch.device, dtype: torch.dtype) -> None:
+        """Keep nothing yet; copies will lie on `place`, in `dtype` where that loses nothing."""
+        self._parameters, self._place, self._dtype = parameters, place, dtype
+        self._saved: dict[str, Tensor] = {}
+
+    def keep(self, name: str) -> None:
+        """Keep a copy of a parameter that is about to be replaced."""
+        if name not in self._saved:
+            self._saved[name] = with_room_made(partial(self._copy_of, name), self.move_to_host)
+
+    def move_to_host(self) -> None:
+        """Make room on the GPU: what is kept, and what will be, lies in host memory."""
+        self._place = torch.device("cpu")
+        self._saved = {name: value.to(self._place) for name, value in self._saved.items()}
+
+    def restore(self) -> None:
+        """Put the originals back, bit for bit."""
+        for name, value in self._saved.items():
+            self._parameters[name].copy_(value)
+
+    def _copy_of(self, name: str) -> Tensor:
+        return _compact(self._parameters[name], self._dtype).to(self._place)
+
+
+def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], originals: _Originals | None) -> None:
+    """Write a variant's weights over the parameters, which `originals` keeps before where they are wanted back."""
+    make_room = release_cached if originals is None else originals.move_to_host
+    for name in (*variant.weights, *variant.floats):
+        if name in skip:
+            continue
+        if originals is not None:
+            originals.keep(name)
+        parameters[name].copy_(with_room_made(partial(_value_of, variant, name), make_room))
+
+
+def _value_of(variant: Variant, name: str) -> Tensor:
+    return variant.floats[name] if name in variant.floats else variant.weights[name].dequantize()
 
 
 def _aside(model: Any, variant: Variant, parameters: Mapping[str, Tensor]) -> list[str]:

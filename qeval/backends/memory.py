@@ -3,7 +3,8 @@
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE_BYTES = 1 << 18
 
 _T = TypeVar("_T")
+_Part = TypeVar("_Part")
 
 
 def return_large_blocks() -> None:
@@ -125,13 +127,51 @@ def reason_of(error: Exception, doing: str, device: torch.device) -> str:
     )
 
 
+def with_room_made(compute: Callable[[], _T], make_room: Callable[[], None]) -> _T:
+    """Return `compute()`; where memory lacks, `make_room` is called and it is tried once more."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    make_room()  # outside of the handler, whose error holds what the frames held
+    release_cached()
+    return compute()
+
+
+class HasBlocks(Protocol):
+    """A session as far as it makes logits of some positions at a time."""
+
+    @property
+    def block_rows(self) -> int:
+        """The positions whose logits are made at a time."""
+        ...
+
+    def halve_blocks(self) -> bool:
+        """Make half as many at a time from now on; False where that can't be."""
+        ...
+
+
+def with_fitting_blocks(session: HasBlocks, compute: Callable[[int], _T]) -> _T:
+    """Return `compute(rows)` of the rows of a block of logits: half as many, and remembered, wherever memory lacked.
+
+    Raises:
+        RuntimeError: As `compute`, also of memory that lacks where the session can't make fewer rows.
+    """
+    while (found := _tried(compute, session.block_rows, may_fail=session.halve_blocks)) is None:
+        release_cached()
+    return found
+
+
 class FittingBatches:
     """Runs batches as large as memory holds; a size that it did not hold is not tried again."""
 
     def __init__(self) -> None:
-        """Start without a limit."""
+        """Start without limits."""
         self.limit: int | None = None
         """The most tokens of a batch, each sequence counted as long as the longest; None where all have fitted."""
+        self.block_rows: int | None = None
+        """The most positions whose logits are made at a time; None where all blocks have fitted."""
 
     def run(self, run: Callable[[Sequence[Request]], list[_T]], requests: Sequence[Request]) -> list[_T]:
         """Return `run(requests)`, in as many parts as memory makes necessary.
@@ -158,6 +198,32 @@ class FittingBatches:
             waiting = [half for each in (part, *waiting) for half in self._parts(each)]
         return results
 
+    def run_on(self, run: Callable[[_Part, Sequence[int]], _Part], state: _Part, tokens: Sequence[int]) -> _Part:
+        """Return the state after all tokens of one sequence, in as many parts as memory makes necessary.
+
+        Args:
+            run: Makes of a state and some tokens the state after them; it leaves the one that it is given as it was.
+            state: The state before the sequence.
+            tokens: The sequence's ids.
+
+        Raises:
+            QevalError: Memory lacks for a single token.
+        """
+        while tokens:
+            part = tokens[: self.limit or len(tokens)]
+            after = _tried(partial(run, state), part)
+            if after is not None:
+                state, tokens = after, tokens[len(part) :]
+                continue
+            release_cached()
+            if len(part) == 1:
+                raise QevalError(
+                    "There is not enough memory for one more token of a prefix; close what else uses the device, or "
+                    "take --stream."
+                )
+            self.limit = len(part) // 2
+        return state
+
     def _parts(self, requests: Sequence[Request]) -> list[Sequence[Request]]:
         """Cut requests, in their order, into batches within the limit; a longer sequence is a batch of its own."""
         if self.limit is None:
@@ -177,11 +243,11 @@ def _padded_tokens(requests: Sequence[Request]) -> int:
     return len(requests) * max(len(request.tokens) for request in requests)
 
 
-def _tried(run: Callable[[Sequence[Request]], list[_T]], requests: Sequence[Request]) -> list[_T] | None:
-    """Return None where memory lacked: the error is let go of, and with it what its frames hold."""
+def _tried(run: Callable[[_Part], _T], part: _Part, *, may_fail: Callable[[], bool] = lambda: True) -> _T | None:
+    """Return None where memory lacked and that `may_fail`: the error is let go of, and with it what its frames hold."""
     try:
-        return run(requests)
+        return run(part)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not (is_out_of_memory(error) and may_fail()):
             raise
         return None

@@ -96,7 +96,13 @@ class TorchSession(SessionDefaults):
     @property
     def block_rows(self) -> int:
         """The positions whose logits are made at a time."""
-        return block_rows(self.vocab_size, self._model.device)
+        return self._batches.block_rows or block_rows(self.vocab_size, self._model.device)
+
+    def halve_blocks(self) -> bool:
+        """Make half as many positions' logits at a time from now on; False where it is one already."""
+        can = self.block_rows > 1
+        self._batches.block_rows = max(1, self.block_rows // 2)
+        return can
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], outer: Prefix | None = None) -> TorchPrefix:
@@ -113,11 +119,11 @@ class TorchSession(SessionDefaults):
         if not self.sharing.prefixes:
             return TorchPrefix(whole, None)
         if self.sharing.stepwise:
-            before, tokens = None, whole  # one long pass is faster than many of a token
-        outer_cache = before.cache if before else None
-        cache = prefix_cache(self._model, outer_cache, apart=self._shares, changes=self._kv_changes)
-        self._forward(self._ids([tokens]), cache)
-        return TorchPrefix(whole, cache)
+            return TorchPrefix(whole, self._longer_cache(None, whole))  # one long pass is faster than many of a token
+        cache = before.cache if before else None
+        if len(whole) <= self._rope_limit:
+            return TorchPrefix(whole, self._batches.run_on(self._longer_cache, cache, tokens))
+        return TorchPrefix(whole, self._longer_cache(cache, tokens))  # in parts it would be turned otherwise
 
     @torch.inference_mode()
     def states(self, requests: Sequence[Request], prefix: Prefix | None = None) -> list[Tensor]:
@@ -169,6 +175,12 @@ class TorchSession(SessionDefaults):
         changed = partial(passing_cache, self._kv_changes) if self._kv_changes else None
         generation = Generation(self._model, self._head.logits, grows, changed, self._rope_limit)
         return generation.run(prompts, count, decoding, stops)
+
+    def _longer_cache(self, cache: Any, tokens: Sequence[int]) -> Any:
+        """Return what a prefix leaves that goes on from `cache`, or begins with None, by `tokens`."""
+        longer = prefix_cache(self._model, cache, apart=self._shares, changes=self._kv_changes)
+        self._forward(self._ids([tokens]), longer)
+        return longer
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """Return the states of requests that lie on one side of the rotary limit, as one batch."""

@@ -6,7 +6,7 @@ from itertools import takewhile
 import torch
 
 from qeval.compare.settings import AUTO, BackendChoice, ModelChoice, Settings
-from qeval.models.device import resolve_device
+from qeval.models.device import free_bytes, resolve_device
 from qeval.progress import Progress
 
 
@@ -25,15 +25,28 @@ def workers_here(settings: Settings) -> int:
     """Return how many processes score: what was asked for, else one on each GPU where no one GPU was named.
 
     GPUs are counted from the first until one has less than half of its memory: a small one (of a display, say) may not
-    hold the model. The demo, a streamed model and a cluster have one worker unless more are asked for.
+    hold the model. The demo and a cluster have one worker unless more are asked for.
     """
     if settings.workers:
         return settings.workers
-    is_alone = settings.model.stream or settings.executor == "ray" or settings.model.name == "demo"
+    is_alone = settings.executor == "ray" or settings.model.name == "demo"
     if is_alone or settings.model.device != "cuda":
         return 1
     totals = [torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count())]
     return len(list(takewhile(lambda total: total >= totals[0] / 2, totals)))
+
+
+def shares_device(settings: Settings) -> bool:
+    """Return whether all workers compute on one device: on this machine's CPU, or on a GPU that was named."""
+    return settings.executor == "local" and settings.model.device != "cuda"
+
+
+def with_limit(settings: Settings) -> ModelChoice:
+    """Return the choice of a model; of a streamed one with what each of several workers on one device may take."""
+    choice = settings.model
+    if not choice.stream or choice.max_memory or settings.worker_count == 1 or not shares_device(settings):
+        return choice
+    return replace(choice, max_memory=free_bytes(torch.device(choice.device)) // 2 // settings.worker_count)
 
 
 def model_here(choice: ModelChoice, progress: Progress) -> ModelChoice:

@@ -19,6 +19,7 @@ from qeval.compare.external_parts import parts_choice
 from qeval.compare.external_paths import VariantPath, is_gguf, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import baseline_key, loaded_model
+from qeval.compare.machine import with_limit
 from qeval.compare.schemes import (
     refuse_rotations,
     refuse_schemes_off_torch,
@@ -192,7 +193,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     _check_schemes(settings, places)
     choice = parts_choice(settings, has_gguf=any(is_gguf(place.path) for place in places))
     folds = any(recipe.quant_method.scales_inputs for recipe in settings.every_recipe)
-    loaded, source, backend = loaded_model(settings.model, memory, folds=folds)
+    loaded, source, backend = loaded_model(with_limit(settings), memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
     check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
     suites = suites_of(settings, loaded, tasks)

@@ -22,7 +22,7 @@ from qeval.compare.scored_models import (
 from qeval.compare.settings import Settings
 from qeval.compare.settings_json import identity_of, settings_json
 from qeval.compare.variants import VariantEntry
-from qeval.compare.workers import all_threads, helped, wait_for
+from qeval.compare.workers import all_threads, helped, share_of_worker, wait_for
 from qeval.config import BASELINE
 from qeval.errors import QevalError
 from qeval.files.atomic import remove_abandoned
@@ -88,8 +88,8 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         progress.warn(warning)
     _note_overlap(plan, progress)
     baseline = baseline_model(plan, progress)
-    work = work_of(plan, baseline, ledger, progress)
-    with helped(plan.settings, ledger.command_id, progress) as helpers:
+    work = work_of(plan, baseline, ledger, progress, share_of_worker(plan.settings))
+    with helped(plan, ledger.command_id, progress) as helpers:
         entries = _make(plan, progress)
         helpers.tell(entries)
         models = list(scored_models(plan, entries, baseline, progress))

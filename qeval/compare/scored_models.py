@@ -23,7 +23,7 @@ from qeval.compare.record import FloatModel, failed_record
 from qeval.compare.variants import VariantEntry
 from qeval.config import BASELINE
 from qeval.errors import BrokenRecordError, QevalError, UsageError
-from qeval.executors.local import run_jobs
+from qeval.executors.local import Share, claimed, run_jobs
 from qeval.files.atomic import write_text
 from qeval.files.locks import alone
 from qeval.identity import digest
@@ -115,18 +115,12 @@ class ScoredModel:
         if self.error is not None or (self._records and not self.is_open):
             return
         start = time.perf_counter()
-        records: dict[RowKind, list[Path | None]] = {kind: [] for kind in _LABELS}
         try:
             jobs = self.jobs(work)
-            # One set of weights is in memory at a time: the baseline is done before a variant takes its place.
-            for job in () if self.is_baseline else self._jobs:
-                if job.find() is None:
-                    job.require_baseline()
-            for kind, label in _LABELS.items():
-                if units := sum(job.units for job in jobs[kind]):
-                    with work.progress.phase(f"score {self.name}: {label}", units) as advance:
-                        records[kind] = run_jobs(jobs[kind], work.ledger, advance, wait=wait)
-            self._records = records
+            if work.share is None:
+                self._records = self._run(jobs, work, wait=wait)
+            else:
+                self._records = self._run_together(jobs, work, work.share, wait=wait)
             self.seconds += time.perf_counter() - start
             return
         except (QevalError, RuntimeError) as error:  # torch tells of lacking memory by a RuntimeError
@@ -137,6 +131,43 @@ class ScoredModel:
             self.close()
         release_cached()
         work.progress.warn(f"{self.name} failed: {self.error}")
+
+    def _run(
+        self, jobs: Mapping[RowKind, Sequence[ScoringJob]], work: Work, *, wait: bool
+    ) -> dict[RowKind, list[Path | None]]:
+        """Return the jobs' records, those that lack made; what others are at is waited for, or None."""
+        records: dict[RowKind, list[Path | None]] = {kind: [] for kind in _LABELS}
+        # One set of weights is in memory at a time: the baseline is done before a variant takes its place.
+        for job in () if self.is_baseline else self._jobs:
+            if job.find() is None:
+                job.require_baseline()
+        for kind, label in _LABELS.items():
+            if units := sum(job.units for job in jobs[kind]):
+                with work.progress.phase(f"score {self.name}: {label}", units) as advance:
+                    records[kind] = run_jobs(jobs[kind], work.ledger, advance, wait=wait)
+        return records
+
+    def _run_together(
+        self, jobs: Mapping[RowKind, Sequence[ScoringJob]], work: Work, share: Share, *, wait: bool
+    ) -> dict[RowKind, list[Path | None]]:
+        """Return the records of a worker's share, or with `wait` of all jobs: those of others once they have them.
+
+        The session is told of claimed jobs alone: it runs everything that it expects in one pass over the layers.
+        """
+        left = {kind: list(each) if wait else share.of(each) for kind, each in jobs.items()}
+        found: dict[JobId, Path] = {}
+        while True:
+            with claimed([job for each in left.values() for job in each], work.ledger) as self._jobs:
+                mine = {job.id for job in self._jobs}
+                ready = {kind: [job for job in each if job.id in mine or job.find()] for kind, each in left.items()}
+                for kind, records in self._run(ready, work, wait=False).items():
+                    found |= {job.id: path for job, path in zip(ready[kind], records, strict=True) if path}
+            self.close()  # the next round expects other jobs
+
+            left = {kind: [job for job in each if job.id not in found] for kind, each in left.items()}
+            if not wait or not any(left.values()):
+                return {kind: [found.get(job.id) for job in each] for kind, each in jobs.items()}
+            work.ledger.pause()
 
     def jobs(self, work: Work) -> dict[RowKind, list[ScoringJob]]:
         """Return the jobs on everything, which the next session will be told of."""
@@ -245,7 +276,8 @@ class ReferenceModel(ScoredModel):
         states = self.store.read(key)
         if states is not None:
             return states
-        with alone(f"states-{key[:2]}"):  # a lock a key would leave as many files as there are shards
+        # A lock a key would leave as many files as there are shards; with few, workers wait that stream other shards.
+        with alone(f"states-{key[:3]}"):
             states = self.store.read(key)
             if states is None:
                 with torch.inference_mode(), self.open() as session:
@@ -274,8 +306,10 @@ def _baseline_states(plan: Plan, folder: Path, progress: Progress) -> StateStore
     return StateStore(folder, progress.warn, device, room)
 
 
-def work_of(plan: Plan, baseline: ReferenceModel, ledger: Ledger, progress: Progress) -> Work:
-    """Return what every model of the plan is scored on."""
+def work_of(
+    plan: Plan, baseline: ReferenceModel, ledger: Ledger, progress: Progress, share: Share | None = None
+) -> Work:
+    """Return what every model of the plan is scored on, and this worker's share where jobs are run together."""
     return Work(
         shards=plan.shards,
         corpus=plan.protocol.corpus if plan.protocol else "",
@@ -288,6 +322,7 @@ def work_of(plan: Plan, baseline: ReferenceModel, ledger: Ledger, progress: Prog
         batch_tokens=plan.batch_tokens,
         device=plan.source.device,
         progress=progress,
+        share=share,
     )
 
 

@@ -74,8 +74,8 @@ class ModelChoice(Checked):
     max_memory: Annotated[
         int | None,
         Option(
-            "With --stream: what weights, activations and logits may take beside the program itself, such as 2GiB; "
-            "default: half of the free memory.",
+            "With --stream: what weights, activations and logits may take beside the program itself, such as 2GiB, in "
+            "each worker; default: half of the free memory.",
             type=str | None,
             parse=read.size_bytes,
         ),
@@ -333,8 +333,6 @@ class Settings(Checked):
                 "--stream runs in torch; files for other backends are written of the whole model: leave out "
                 f"--backend {','.join(self.backends.names)}."
             )
-        if self.worker_count > 1 or self.executor == "ray":
-            raise UsageError("--stream runs all jobs in one pass over the layers: leave out --workers and --executor.")
         if self.answers:
             raise UsageError(
                 "--corpus chat has the baseline answer one token after another, and --stream would read every layer "

@@ -57,8 +57,8 @@ def settings_of(record: RunRecord, out: Path | None = None) -> tuple[Path, Setti
 
 def identity_of(settings: Settings) -> str:
     """Return a digest of everything that processes which work on one run at once must agree on."""
-    # Each worker has a GPU of its own, and which one changes no row.
-    model = replace(settings.model, device=settings.model.device.partition(":")[0])
+    # Each worker has a GPU and a limit on memory of its own, and neither changes a row.
+    model = replace(settings.model, device=settings.model.device.partition(":")[0], max_memory=None)
     values = _plain(replace(settings, model=model))
     return digest({name: value for name, value in values.items() if name not in _CHANGES_NO_ROW})
 

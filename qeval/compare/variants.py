@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qeval.backends.base import Saved
-from qeval.backends.memory import reason_of
+from qeval.backends.memory import reason_of, with_room_made
 from qeval.compare.record import coverage_warning, variant_record
 from qeval.compare.schemes import NOT_ROUNDED, check_scheme, details_of_weights, with_scheme
 from qeval.compare.sensitivity_cache import Remembered
@@ -215,13 +216,15 @@ class Workshop:
         self._device = loaded.device
 
     def entry(self, recipe: Recipe) -> VariantEntry:
-        """Return the variant of a recipe, made if need be. A failure while making it is told, not raised.
+        """Return the variant of a recipe, made if need be; where memory lacks, others' statistics make room.
+
+        A failure is told, not raised.
 
         Raises:
             UsageError: the recipe can't be applied to this model.
         """
         try:
-            folder = self.folder(recipe)
+            folder = with_room_made(partial(self.folder, recipe), self.close)
             if warning := coverage_warning(recipe.name, read_manifest(folder)):
                 self._progress.warn(warning)
             return VariantEntry(recipe.name, recipe.method, folder)

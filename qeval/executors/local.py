@@ -6,8 +6,9 @@ processes run it; what others have claimed is left to them, and waited for in th
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from qeval.errors import QevalError, UsageError
 from qeval.progress import Advance
@@ -34,6 +35,45 @@ class Job(Protocol):
     def run(self, advance: Advance) -> Path:
         """Make the record."""
         ...
+
+
+_J = TypeVar("_J", bound=Job)
+
+
+class Share(NamedTuple):
+    """The part of the jobs that worker number `place` of `workers` does, where each runs all of its own together."""
+
+    place: int
+    workers: int
+
+    def of(self, jobs: Sequence[_J]) -> list[_J]:
+        """Return the worker's own jobs: consecutive ones, of about as many units as any other worker's."""
+        ends = list(accumulate((job.units for job in jobs), initial=0))
+        mine = []
+        for job, start, end in zip(jobs, ends, ends[1:], strict=False):
+            middle = (start + end) / 2  # a job is its whose part of all units this lies in
+            if min(int(middle * self.workers / ends[-1]), self.workers - 1) == self.place:
+                mine.append(job)
+        return mine
+
+
+@contextmanager
+def claimed(jobs: Sequence[_J], ledger: Ledger) -> Iterator[list[_J]]:
+    """Claim all jobs that lack a record and nobody else is at, for the length of the block; those that were claimed.
+
+    Jobs that are run in one go are claimed before it, so that no other process runs them meanwhile.
+
+    Raises:
+        QevalError: The crew has given one up.
+    """
+    mine: list[_J] = []
+    try:
+        mine.extend(job for job in jobs if _find_or_claim(job, ledger)[1])
+        yield mine
+    finally:
+        with suppress(QevalError):  # a ledger that can't be written says so next
+            for job in mine:
+                ledger.withdraw(job.id)
 
 
 def run_jobs(jobs: Sequence[Job], ledger: Ledger, advance: Advance, *, wait: bool = True) -> list[Path | None]:

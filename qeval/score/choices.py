@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qeval.backends.base import Session
+from qeval.backends.memory import with_fitting_blocks
 from qeval.errors import QevalError
 from qeval.progress import Advance
 from qeval.score.prefix import prefix_tree, tokens_run
@@ -153,15 +155,14 @@ def _score_batch(session: Session, batch: Sequence[_Sequence], states: Tensor, s
         for start, ids, index in sequence.continuations:
             parts.append((index, slice(len(wanted), len(wanted) + len(ids))))
             wanted += [(rows[start + i], token) for i, token in enumerate(ids)]
-    log_p, greedy = _read(session, states, wanted)
+    log_p, greedy = with_fitting_blocks(session, partial(_read, session, states, wanted))
     for index, part in parts:
         scores[index] = (float(log_p[part].sum()), bool(greedy[part].all()))
 
 
-def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]], block: int) -> tuple[Tensor, Tensor]:
     """fp64 log-probabilities of the wanted (row of states, token), and whether each is its row's largest."""
     rows, tokens = (torch.tensor(list(part)) for part in zip(*wanted, strict=True))
-    block = session.block_rows
     log_p = torch.empty(len(wanted), dtype=torch.float64)
     greedy = torch.empty(len(wanted), dtype=torch.bool)
     for start in range(0, len(states), block):

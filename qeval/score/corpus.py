@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qeval.backends.base import Session
+from qeval.backends.memory import with_fitting_blocks
 from qeval.metrics.tokens import Logits, distance, model_numbers
 from qeval.progress import Advance
 from qeval.score.schedule import windows_schedule
@@ -76,7 +78,7 @@ def window_states(session: Session, windows: Sequence[Window], batch_tokens: int
 
 def baseline_columns(session: Session, shard: Shard, states: Tensor, names: dict[str, str]) -> dict[str, Any]:
     """Return the baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
-    own = model_numbers(session.logits, states, _targets(shard.windows), session.block_rows)
+    own = with_fitting_blocks(session, partial(model_numbers, session.logits, states, _targets(shard.windows)))
     return _columns(shard, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
 
 
@@ -94,9 +96,8 @@ def variant_columns(
     The states of both sides are [positions of all windows, width]; so are those of `twin`, the same weights on
     another backend, whose distance goes to `kernel_kl_nats`.
     """
-    compared = distance(
-        base_logits, base_states, session.logits, states, _targets(shard.windows), session.block_rows, twin
-    )
+    sides = (base_logits, base_states, session.logits, states)
+    compared = with_fitting_blocks(session, partial(distance, *sides, _targets(shard.windows), twin=twin))
     values = {
         "log_p": compared.numbers.log_p,
         "entropy_nats": compared.numbers.entropy_nats,

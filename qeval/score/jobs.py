@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qeval.backends.base import Session
+from qeval.executors.local import Share
 from qeval.identity import digest
 from qeval.metrics.tokens import Logits
 from qeval.progress import Advance, Progress
@@ -98,6 +99,8 @@ class Work:
     device: torch.device
     """Where torch computes."""
     progress: Progress
+    share: Share | None = None
+    """What this worker does of jobs that are run together; None where each is run by itself."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,6 +148,11 @@ class Ledger:
                 time.time(), outcome, error, job.kind, job.key, self._me,
             )  # fmt: skip
 
+    def withdraw(self, job: JobId) -> None:
+        """Give back a claim of this process under which nothing was begun."""
+        with self._writing() as run:
+            run("UPDATE jobs SET owner = NULL WHERE kind = ? AND key = ? AND owner = ?", job.kind, job.key, self._me)
+
     def given_up(self, job: JobId) -> str | None:
         """Return why no process of this command will run the job (again), or None."""
         with self._writing() as run:

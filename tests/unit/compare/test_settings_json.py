@@ -73,3 +73,9 @@ def test_what_changes_no_row_keeps_a_runs_identity(name):
 @pytest.mark.parametrize("name", BOUND)
 def test_what_changes_rows_makes_another_run(name):
     assert identity_of(replace(SETTINGS, **{name: BOUND[name]})) != identity_of(SETTINGS)
+
+
+def test_workers_of_a_streamed_run_differ_in_their_limit_on_memory():
+    streamed = replace(SETTINGS, model=replace(SETTINGS.model, stream=True), backends=BackendChoice())
+    limited = replace(streamed, model=replace(streamed.model, max_memory=1 << 30))
+    assert identity_of(limited) == identity_of(streamed) != identity_of(SETTINGS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qeval.errors import QevalError, UsageError
-from qeval.executors.local import run_jobs
+from qeval.executors.local import claimed, run_jobs
 from qeval.files import database
 from qeval.files.database import is_network
 from qeval.files.process_id import Owner, is_alive, this_process, token_is_alive
@@ -217,6 +217,20 @@ def test_what_another_is_at_is_left_or_waited_for(out, other, monkeypatch):
         monkeypatch.setattr(module.Ledger, "pause", staticmethod(finished))
         assert None not in run_jobs([job(out, ONE), job(out, TWO)], mine, lambda done: None)
         assert [attempt.key for attempt in mine.attempts()] == ["k2"]
+
+
+def test_jobs_that_are_run_together_are_claimed_for_the_length_of_a_block(out, other):
+    jobs = [job(out, ONE), job(out, TWO)]
+    with member(out) as mine, member(out, other) as theirs:
+        with claimed(jobs, mine) as own:
+            assert own == jobs
+            assert not theirs.claim(ONE)
+            assert None not in run_jobs(jobs[:1], mine, lambda done: None)
+        assert theirs.claim(TWO)
+        mine.withdraw(TWO)  # another's claim is not its to give back
+        assert not mine.claim(TWO)
+        with claimed(jobs, mine) as own:  # one is done, and another process is at the other
+            assert own == []
 
 
 def test_who_made_a_record_that_another_found_has_done_it_though_it_is_stopped_before_it_can_say_so(out, other):
