@@ -247,8 +247,12 @@ class _Slices(TorchFunctionMode):
         """Return `bmm(inputs, matrices)`; an expert's rows of zeros are tokens that were not routed to it."""
         names = [expert_name(stack, index) for index in range(len(matrices))]
         if self._changes:
-            changes = [self._changes.get(name, lambda rows: rows) for name in names]
-            inputs = torch.stack([change(rows) for change, rows in zip(changes, inputs, strict=True)])
+            changed = {
+                name: self._changes[name](rows)
+                for name, rows in zip(names, inputs, strict=True)
+                if name in self._changes
+            }
+            inputs = torch.stack([changed.get(name, rows) for name, rows in zip(names, inputs, strict=True)])
         for name, rows in zip(names, inputs, strict=True):
             if early := self._before.get(name):
                 early(rows[rows.any(-1)])

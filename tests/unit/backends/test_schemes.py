@@ -19,6 +19,7 @@ from qeval.models.structure.head import head_of
 from qeval.models.structure.kv_cache import check_cache
 from qeval.models.structure.precision import sums_in_fp32_where_possible
 from qeval.models.structure.weight_views import is_expert
+from qeval.models.tiny import tiny_config, tiny_model
 from qeval.quant.fake_quant import fake_quantize_heads, fake_quantize_rows
 from qeval.quant.scheme import parse_format
 from qeval.quantize.build import build_variant, source_of
@@ -375,6 +376,19 @@ def test_inputs_of_experts_in_stacks_are_rounded_before_both_products(family, na
     assert torch.allclose(found, expected, atol=1e-6)
     assert not torch.allclose(found, plain, atol=1e-4)
     assert torch.equal(experts(hidden, chosen, shares), plain)
+
+
+def test_inputs_of_experts_that_are_multiplied_all_at_once_are_rounded():
+    model, how = tiny_model(tiny_config("llama4_text")), parse_format("int8-token", "activations")
+    experts = next(module for module in model.modules() if hasattr(module, "gate_up_proj"))
+    names = [each for group in describe_model(model).groups for each in group.names if is_expert(each)]
+    hidden = torch.randn(len(experts.gate_up_proj), 5, experts.hidden_size, generator=torch.Generator().manual_seed(0))
+    with rounded_inputs(model, dict.fromkeys(names, how), {}, torch.device("cpu")), torch.inference_mode():
+        found = experts(hidden.flatten(0, 1))
+        gate, up = torch.bmm(fake_quantize_rows(hidden, how), experts.gate_up_proj).chunk(2, -1)
+        expected = torch.bmm(fake_quantize_rows(experts.act_fn(gate) * up, how), experts.down_proj)
+    assert torch.allclose(found, expected.flatten(0, 1), atol=1e-6)
+    assert not torch.allclose(found, experts(hidden.flatten(0, 1)), atol=1e-4)
 
 
 def test_a_mixtures_static_ranges_are_its_experts_own():
