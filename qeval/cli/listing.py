@@ -91,7 +91,7 @@ _ROTATIONS = (
 def methods() -> None:
     """The quantization methods, and how their names carry parameters."""
     show("method", ((name, method.description) for name, method in METHODS.items()))
-    say("Plain names mean INT4, blocks of 128, symmetric; the head and the embedding stay in float.")
+    say("Plain names mean int4-g128-signed: INT4, blocks of 128, symmetric. The head and the embedding stay in float.")
     show("for example", _GRIDS)
     say(
         "Parameters: int2..int8, gN | channel | tensor, sym | asym, full | half | signed, clip | noclip, "

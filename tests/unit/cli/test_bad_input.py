@@ -187,7 +187,8 @@ RECIPES = {
     "an unknown grid": ("variants: [{method: rtn, grid: g32-floot}]", "'rtn': 'floot' in 'g32-floot' is not part"),
     "a high grid with fewer bits": (
         "variants: [{method: mixed, grid: int4-g32, high: int3-g32}]",
-        "'mixed' has nothing to mix: what matters most would get int3-g32-signed, and the rest has int4-g32-signed already",
+        "'mixed' has nothing to mix: what matters most would get int3-g32-signed",
+        "and the rest has int4-g32-signed already",
     ),
     "rules that leave nothing to raise": (
         "variants: [{method: mixed-rtn, grid: g32, rules: [{match: '*', grid: int8}]}]",

@@ -54,6 +54,12 @@ def test_a_name_without_a_range_means_the_default_of_its_bits(plain, whole):
     assert torch.equal(unsaid.scales, said.scales)
 
 
+def test_a_stored_name_without_a_range_is_read_as_it_was_written():
+    """Of manifests from before the default changed, and of matrices that others quantized."""
+    grid = parse("int4-g128")
+    assert (grid.span, str(grid)) == (None, "int4-g128")
+
+
 def test_eight_bits_are_full_by_default():
     plain, full = (quantize_rtn(matrix(), parse(name)) for name in ("int8-channel", "int8-channel-full"))
     assert torch.equal(plain.codes, full.codes)
