@@ -94,9 +94,9 @@ def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Trac
 
 
 @torch.inference_mode()
-def probe(model: Any) -> Tensor:
-    """Return the final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
-    tokens = probe_tokens(model, model.get_output_embeddings().weight.device)
+def probe(model: Any, device: torch.device | None = None) -> Tensor:
+    """Return the final hidden states [tokens, d_model] of a few fixed tokens, fp32; `device` is the head's own."""
+    tokens = probe_tokens(model, device or model.get_output_embeddings().weight.device)
     state: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
     return state.float()
 
