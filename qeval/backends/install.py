@@ -35,7 +35,7 @@ def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head
     for name in aside:
         _replace(model, name, variant.floats[name])
     for name, core in variant.input_rotations.items():
-        turn_input(model.get_submodule(name.removesuffix(".weight")), core)
+        turn_input(model.get_submodule(name.removesuffix(".weight")), core, model.device)
     for name, scales in variant.input_scales.items():
         _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
     return own
@@ -55,7 +55,7 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
             for name in aside:
                 stack.enter_context(_in_place_of(model, name, variant.floats[name]))
             for name, core in variant.input_rotations.items():  # before scales, which are those of turned inputs
-                handle = turn_input(model.get_submodule(name.removesuffix(".weight")), core)
+                handle = turn_input(model.get_submodule(name.removesuffix(".weight")), core, model.device)
                 stack.callback(handle.remove)
             for name, scales in variant.input_scales.items():
                 module = model.get_submodule(name.removesuffix(".weight"))

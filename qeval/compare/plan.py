@@ -21,7 +21,6 @@ from qeval.compare.external_variants import read_onnx_folders, read_variants
 from qeval.compare.loading import baseline_key, loaded_model
 from qeval.compare.machine import with_limit
 from qeval.compare.schemes import (
-    refuse_rotations,
     refuse_schemes_off_torch,
     schemes_of,
 )
@@ -192,7 +191,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     places = local_places(settings.variants)
     _check_schemes(settings, places)
     choice = parts_choice(settings, has_gguf=any(is_gguf(place.path) for place in places))
-    folds = any(recipe.quant_method.scales_inputs for recipe in settings.every_recipe)
+    folds = any(recipe.quant_method.scales_inputs or recipe.rotations is not None for recipe in settings.every_recipe)
     loaded, source, backend = loaded_model(with_limit(settings), memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
     check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
@@ -252,13 +251,11 @@ def _check_machine(settings: Settings) -> None:
 
 
 def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
-    """Refuse rounded activations, keys and values where only weights are, and rotations where a model is streamed."""
+    """Refuse rounded activations, keys and values where only weights are."""
     folders = {place.name: place.path for place in places}
     names, ep = settings.backends.names, settings.backends.ep
     refuse_schemes_off_torch(schemes_of(settings.recipes, folders), names, ep)
     refuse_schemes_off_torch(schemes_of(settings.parts, {}), names[:1], ep)  # parts are scored on the first alone
-    if settings.model.stream:
-        refuse_rotations(settings.every_recipe, folders, "--stream runs")
 
 
 def _check_gpus(settings: Settings) -> None:

@@ -14,6 +14,7 @@ from qeval.backends.memory import return_large_blocks
 from qeval.backends.stream.backend import StreamBackend, inspect, scaled_inputs, streamed, streamed_head_shapes
 from qeval.backends.stream.calibration import LayerStatistics, Live, Passes, RelayedText, run_streamed
 from qeval.backends.stream.trials import StreamedTrials
+from qeval.backends.stream.turned import rotated_stream
 from qeval.backends.stream.variant_reader import SavedVariant, saved_variant
 from qeval.compare.schemes import check_reached, scheme_details
 from qeval.compare.settings import ModelChoice
@@ -36,6 +37,7 @@ from qeval.progress import Advance, Progress
 from qeval.quant.grid import WeightGrid
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize_by_rows
+from qeval.quant.scheme import RotationPlaces
 from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.quantize.build import plan_variant
@@ -109,6 +111,11 @@ class StreamedModel(BaselineModel):
         """Return what makes variants straight from the checkpoint."""
         return StreamWorkshop(self, calibration, self.backend, seed, progress)
 
+    def check_rotation(self, places: RotationPlaces) -> None:
+        """Refuse places in which the model can't be rotated; all layers are read for that, several times."""
+        with rotated_stream(self.backend, self.description, places):
+            pass
+
     def head_shapes(self) -> Sequence[HeadShape]:
         """Return the shapes of the keys and values by layer; all layers are read for that once.
 
@@ -135,7 +142,7 @@ class StreamWorkshop(Workshop):
 
     def __init__(
         self,
-        loaded: BaselineModel,
+        loaded: "StreamedModel",
         calibration: Callable[[], Calibration],
         backend: StreamBackend,
         seed: int,
@@ -143,7 +150,7 @@ class StreamWorkshop(Workshop):
     ) -> None:
         """`backend` reads the model's tensors, within its limit on memory."""
         super().__init__(loaded, calibration, seed, progress)
-        self._stream, self._backend = backend.stream, backend
+        self._streamed, self._stream, self._backend = loaded, backend.stream, backend
         self._parameters = Live(loaded.model, loaded.description.head)
         self._open = ExitStack()
         self._statistics: LayerStatistics | None = None
@@ -160,10 +167,23 @@ class StreamWorkshop(Workshop):
         Raises:
             UsageError: memory does not hold what it takes.
         """
-        start = time.perf_counter()
         if recipe.scheme:
             self._write_with_scheme(recipe, folder)
             return
+        if recipe.rotations is None:
+            self._write_weights(recipe, folder, lambda variant: variant)
+            return
+        with rotated_stream(self._backend, self._loaded.description, recipe.rotations) as turned:
+            loaded = replace(self._streamed, description=turned.description, backend=turned.backend)
+            workshop = StreamWorkshop(loaded, self._calibration, turned.backend, self._seed, self._progress)
+            try:
+                workshop._write_weights(recipe, folder, turned.completed)
+            finally:
+                workshop.close()
+
+    def _write_weights(self, recipe: Recipe, folder: Path, complete: Callable[[Variant], Variant]) -> None:
+        """Write the variant of a recipe's weights alone; `complete` adds what a rotation changed."""
+        start = time.perf_counter()
         source, passes = self._source_of(recipe)
         grids, plan = self.outline(source, recipe)
         with self._quantizing(recipe, plan) as advance:
@@ -171,7 +191,7 @@ class StreamWorkshop(Workshop):
             parts = self._in_order(job) if recipe.quant_method.rounding == "sequential" else self._alone(job)
 
             def rest() -> tuple[Variant, Origin]:
-                return job.finished(), self.origin(recipe, time.perf_counter() - start)
+                return complete(job.finished()), self.origin(recipe, time.perf_counter() - start)
 
             save_variant_by_parts(itertools.chain(parts, self._head(job)), rest, folder)
 
@@ -207,8 +227,10 @@ class StreamWorkshop(Workshop):
         units = sum(map(len, samples)) * len(self._stream.layers)
         # before what looks at inputs, which then sees them scaled
         scaled = nullcontext() if variant is None else scaled_inputs(self._stream, variant)
+        outside = nullcontext() if variant is None else self._stream.outside_of(variant)
         with (
             scaled,
+            outside,
             open_spill(_spill_folder(), in_memory=left) as states,
             self._progress.phase(f"calibrate {recipe.name}", units) as advance,
         ):

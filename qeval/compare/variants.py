@@ -96,6 +96,10 @@ class BaselineModel:
         """
         return check_cache(self.model)
 
+    def check_rotation(self, places: RotationPlaces) -> None:
+        """Refuse places in which the model can't be rotated."""
+        check_rotation(self.model, self.description, self.head, places)
+
     def workshop(self, calibration: Callable[[], Calibration], seed: int, progress: Progress) -> "Workshop":
         """Return what makes variants of the model; `calibration` is called when the first calibrated recipe is met."""
         return Workshop(self, calibration, seed, progress)
@@ -118,12 +122,10 @@ class VariantEntry:
     """What the text that it was calibrated on before this run shares with what is scored; None: that is not known."""
     content: str | None = None
     """The sha256 of its weights, where its own manifest alone says what it was made from."""
-    gguf: Path | None = None
-    """The GGUF file that it was read from."""
+    gguf: Path | None = None  # the file that it was read from
     scheme: Scheme | None = None
     """The formats of what is rounded beside its weights, where its manifest says others."""
-    part_of: str | None = None
-    """The variant whose weights alone this is, where both are scored."""
+    part_of: str | None = None  # the variant whose weights alone this is, where both are scored
 
     @property
     def target(self) -> Saved:
@@ -381,7 +383,7 @@ def check_recipes(recipes: Sequence[Recipe], loaded: BaselineModel, samples: int
     for recipe in recipes:
         try:
             if recipe.rotations and recipe.rotations not in rotated:
-                check_rotation(loaded.model, loaded.description, loaded.head, recipe.rotations)
+                loaded.check_rotation(recipe.rotations)
                 rotated.add(recipe.rotations)
             check_samples(recipe, samples)
             if recipe.scheme:

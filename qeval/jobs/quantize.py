@@ -35,7 +35,7 @@ def make_variant(
         check_streamed([recipe])
     if threads:
         torch.set_num_threads(threads)
-    loaded, source, _ = loaded_model(model, folds=recipe.quant_method.scales_inputs)
+    loaded, source, _ = loaded_model(model, folds=recipe.quant_method.scales_inputs or recipe.rotations is not None)
     tell_warnings(loaded, progress)
     check_recipes([recipe], source, calibration.samples)
     text = cache(lambda: calibration_of(calibration, loaded))

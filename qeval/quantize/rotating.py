@@ -11,7 +11,7 @@ columns. The turned model's logits must be the float model's own, or nothing is 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,11 @@ from qeval.errors import UsageError
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
 from qeval.models.structure.precision import outside_autocast
-from qeval.models.structure.trace import probe
 from qeval.models.structure.weight_views import weights_of
 from qeval.quant.rotation import turn_runs
 from qeval.quant.scheme import RotationPlaces
 from qeval.quant.variant import Variant
-from qeval.quantize.rotation_plan import RotationPlan, changed_weights, plan_rotation, take_steps
+from qeval.quantize.rotation_plan import RotationPlan, Weights, WeightsInMemory, plan_rotation, take_steps
 
 _TOLERANCES = {torch.bfloat16: 2.0**-3, torch.float16: 2.0**-5}
 """Shares by which logits may move where half precision rounds the turned weights and states: some 1 % in bf16."""
@@ -62,13 +61,27 @@ class RotatedModel:
         if self.has_own_head:
             turned[self.description.head] = self.head.weight
         kept = {n: w.detach().clone() for n, w in turned.items() if n not in variant.quantized_matrices}
-        return replace(
-            variant,
-            floats=dict(sorted({**kept, **variant.floats}.items())),
-            details={**variant.details, **self.details},
-            scheme=replace(variant.scheme, rotates_inputs=bool(self.inputs)),
-            input_rotations=self.inputs,
-        )
+        return with_turned_floats(variant, kept, self.inputs, self.details)
+
+
+def with_turned_floats(
+    variant: Variant, kept: Mapping[str, Tensor], inputs: Mapping[str, Tensor], details: Mapping[str, str]
+) -> Variant:
+    """Return a turned model's variant as one of the float model.
+
+    Args:
+        variant: The variant of the turned model.
+        kept: The turned weights that it leaves in float, whatever its method changed in them.
+        inputs: As `RotatedModel.inputs`.
+        details: What was done, in words.
+    """
+    return replace(
+        variant,
+        floats=dict(sorted({**kept, **variant.floats}.items())),
+        details={**variant.details, **details},
+        scheme=replace(variant.scheme, rotates_inputs=bool(inputs)),
+        input_rotations=inputs,
+    )
 
 
 @contextmanager
@@ -84,27 +97,59 @@ def rotated_model(model: Any, description: Description, head: Head, places: Rota
     Raises:
         UsageError: The model has a part that can't be turned, or gives other logits when it is.
     """
-    plan = plan_rotation(model, description, places)
-    before = head.logits(probe(model))
+    weights = WeightsInMemory(model)
+    plan = plan_rotation(weights, description, places)
     turned_head = replace(head, weight=take_steps(head.weight, plan.head)) if plan.head else head
-    parameters = weights_of(model)
-    with changed_weights(parameters, plan.steps), ExitStack() as hooks:
-        for name, rotation in plan.inputs.items():
-            module = model.get_submodule(name.removesuffix(".weight"))
-            hooks.callback(turn_input(module, rotation.core.float()).remove)
-
-        moved = _moved(before, turned_head.logits(probe(model)))
-        if not moved <= _TOLERANCES.get(head.weight.dtype, _TOLERANCE):
-            raise _changed_model(model, description, plan, moved)
+    with turned_weights(weights, description, places, plan, (head, turned_head)) as details:
         yield RotatedModel(
-            parameters=parameters,
-            description=_turned_description(description, plan),
+            parameters=weights_of(model),
+            description=turned_description(description, plan),
             head=turned_head,
             changed=tuple(plan.steps),
             has_own_head=bool(plan.head),
             inputs={name: rotation.core.float() for name, rotation in plan.inputs.items()},
-            details=_details(plan, description, head, places, moved),
+            details=details,
         )
+
+
+class MakesLogits(Protocol):
+    """A head, in memory or not."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the fp32 logits [n, vocab] of states [n, d_model]."""
+        ...
+
+
+@contextmanager
+def turned_weights(
+    weights: Weights,
+    description: Description,
+    places: RotationPlaces,
+    plan: RotationPlan,
+    heads: tuple[MakesLogits, MakesLogits],
+) -> Iterator[dict[str, str]]:
+    """Let weights take a plan's steps inside a `with` block, where the logits stay; what was done is given in words.
+
+    Args:
+        weights: The float model's.
+        description: Its structure.
+        places: The places, and the seed of the matrices.
+        plan: The steps.
+        heads: The model's head, and what is the turned model's.
+
+    Raises:
+        UsageError: The turned model gives other logits.
+    """
+    model, matrix = weights.model, weights.model.get_output_embeddings().weight
+    before = heads[0].logits(weights.states())
+    with weights.turned(plan.steps), ExitStack() as hooks:
+        for name, rotation in plan.inputs.items():
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hooks.callback(turn_input(module, rotation.core.float(), model.device).remove)
+        moved = _moved(before, heads[1].logits(weights.states()))
+        if not moved <= _TOLERANCES.get(matrix.dtype, _TOLERANCE):
+            raise _changed_model(model, description, plan, moved)
+        yield _details(plan, description, matrix.numel(), places, moved)
 
 
 def _moved(before: Tensor, after: Tensor) -> float:
@@ -123,9 +168,9 @@ def check_rotation(model: Any, description: Description, head: Head, places: Rot
         pass
 
 
-def turn_input(module: nn.Module, core: Tensor) -> RemovableHandle:
+def turn_input(module: nn.Module, core: Tensor, device: torch.device) -> RemovableHandle:
     """Have a linear's input [..., columns] turned from now on, in fp32 and back, by H x `core` (`turn_runs`)."""
-    core = core.to(next(module.parameters()).device)
+    core = core.to(device)
 
     def turn(inputs: Tensor) -> Tensor:
         return turn_runs(inputs.float(), core, inputs.shape[-1]).to(inputs.dtype)
@@ -138,21 +183,21 @@ def turn_input(module: nn.Module, core: Tensor) -> RemovableHandle:
     return module.register_forward_pre_hook(hook)
 
 
-def _turned_description(description: Description, plan: RotationPlan) -> Description:
+def turned_description(description: Description, plan: RotationPlan) -> Description:
     """Return a turned model's structure: no head is tied to what was turned, and no scale passes a turned input."""
     groups = tuple(replace(g, fold=None) if g.names[0] in plan.inputs else g for g in description.groups)
     return replace(description, groups=groups, tied=description.tied and not plan.head)
 
 
 def _details(
-    plan: RotationPlan, description: Description, head: Head, places: RotationPlaces, moved: float
+    plan: RotationPlan, description: Description, head_weights: int, places: RotationPlaces, moved: float
 ) -> dict[str, str]:
     details = {
         "rotation": f"{'; '.join(plan.words)}; seed {places.seed}",
         "rotated float model": f"its logits moved by a share of {moved:.1e}",
     }
     if plan.head and description.tied:
-        details["head"] = f"was tied with the embedding, is a matrix of its own of {head.weight.numel():,} weights"
+        details["head"] = f"was tied with the embedding, is a matrix of its own of {head_weights:,} weights"
     return details
 
 

@@ -1,12 +1,13 @@
 """The plan of a rotation: the steps that each weight of a model goes through, found from its trace."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qeval.arithmetic import dtype_name, with_fp64
 from qeval.errors import UsageError
@@ -86,15 +87,16 @@ _BY_ROW = (TakenGain, TurnedColumns)
 """Steps that take each row by itself."""
 
 
-_BY_ROW = (TakenGain, TurnedColumns)
-"""Steps that take each row by itself."""
-
-
 def take_steps(weight: Tensor, steps: Sequence[WeightStep]) -> Tensor:
     """Return a weight after all of its steps, which are computed in fp64, in its own type and place."""
-    by_row = weight.dim() == 2 and all(isinstance(step, _BY_ROW) for step in steps)
+    by_row = weight.dim() == 2 and takes_rows_alone(steps)
     parts = torch.split(weight.detach(), _ROWS_AT_ONCE if by_row else len(weight))
     return torch.cat([_stepped(part, steps) for part in parts])
+
+
+def takes_rows_alone(steps: Sequence[WeightStep]) -> bool:
+    """Return whether each row of a matrix takes its steps whatever the others are."""
+    return all(isinstance(step, _BY_ROW) for step in steps)
 
 
 def _stepped(part: Tensor, steps: Sequence[WeightStep]) -> Tensor:
@@ -114,20 +116,58 @@ class RotationPlan:
     words: Sequence[str]
 
 
-def plan_rotation(model: Any, description: Description, places: RotationPlaces) -> RotationPlan:
+class Weights(Protocol):
+    """A model's weights, wherever they lie."""
+
+    model: Any
+
+    def whole(self, name: str) -> Tensor:
+        """Return a weight as it is now."""
+        ...
+
+    def states(self) -> Tensor:
+        """Return the final states of a few fixed tokens, as `probe`."""
+        ...
+
+    def turned(self, steps: Mapping[str, Sequence[WeightStep]]) -> AbstractContextManager[None]:
+        """Let weights take their steps inside a `with` block."""
+        ...
+
+
+class WeightsInMemory:
+    """The weights of a model that is in memory."""
+
+    def __init__(self, model: Any) -> None:
+        """Look at the model's parameters."""
+        self.model, self._parameters = model, weights_of(model)
+
+    def whole(self, name: str) -> Tensor:
+        """As `Weights.whole`."""
+        return self._parameters[name]
+
+    def states(self) -> Tensor:
+        """As `Weights.states`."""
+        return probe(self.model)
+
+    def turned(self, steps: Mapping[str, Sequence[WeightStep]]) -> AbstractContextManager[None]:
+        """As `Weights.turned`."""
+        return changed_weights(self._parameters, steps)
+
+
+def plan_rotation(weights: Weights, description: Description, places: RotationPlaces) -> RotationPlan:
     """Return what turning a model in some places takes.
 
     The stream is turned by the matrix of the seed; a layer's values by that of the seed + 1 + the layer's number.
 
     Args:
-        model: The float model.
+        weights: The float model's.
         description: Its structure, with the folds that were found.
         places: The places, and the seed.
 
     Raises:
         UsageError: A place has no matrices that could be turned, or a norm is none that turning passes through.
     """
-    build = _Builder(model, description, places.seed)
+    build = _Builder(weights, description, places.seed)
     if places.residual:
         build.turn_stream()
     if places.heads:
@@ -147,8 +187,9 @@ class _Norm(NamedTuple):
 class _Builder:
     """The steps of a plan, place by place."""
 
-    def __init__(self, model: Any, description: Description, seed: int) -> None:
-        self._model, self._description, self._seed = model, description, seed
+    def __init__(self, weights: Weights, description: Description, seed: int) -> None:
+        self._weights, self._description, self._seed = weights, description, seed
+        model = self._model = weights.model
         self._name = type(model).__name__
         self._parameters = weights_of(model)
         self._width = int(model.get_output_embeddings().weight.shape[1])
@@ -243,11 +284,11 @@ class _Builder:
         parameters = dict(module.named_parameters(recurse=False))
         if parameters.keys() != {"weight"}:
             raise self._refused("R1", f"{name} adds a bias, as a LayerNorm does, which no matrix after it takes")
-        weight = parameters["weight"]
+        weight = self._weights.whole(f"{name}.weight")
         inputs = torch.randn(4, self._width, generator=torch.Generator().manual_seed(0)) + 1
         inputs = inputs.to(weight.device, weight.dtype)
         with torch.inference_mode():
-            outputs = with_fp64(module(inputs)).double()
+            outputs = with_fp64(functional_call(module, {"weight": weight}, inputs)).double()
         wide, gain = with_fp64(inputs).double(), with_fp64(weight.detach()).double()
         plain = wide * wide.square().mean(-1, keepdim=True).rsqrt()
         for unit in (1.0, 0.0):
@@ -268,7 +309,7 @@ class _Builder:
             for name, module in self._model.named_modules():
                 if not name.startswith(inside) and not list(module.children()) and hasattr(module, "weight"):
                     hooks.callback(module.register_forward_hook(noting(name)).remove)
-            states = probe(self._model)
+            states = self._weights.states()
         for name, output in outputs.items():
             if (
                 isinstance(output, Tensor)
@@ -308,9 +349,9 @@ class _Builder:
 
     def _keeps_states(self, steps: Mapping[str, Sequence[WeightStep]]) -> bool:
         """Return whether the final states of a few tokens stay, up to rounding, when some weights take their steps."""
-        before = probe(self._model)
-        with changed_weights(self._parameters, steps):
-            after = probe(self._model)
+        before = self._weights.states()
+        with self._weights.turned(steps):
+            after = self._weights.states()
         return bool((after - before).abs().max() <= _STATE_TOLERANCE * before.abs().max())
 
     def _refused(self, place: str, reason: str) -> UsageError:

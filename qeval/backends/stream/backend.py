@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,15 @@ from qeval.backends.stream.layer_runner import Relay
 from qeval.backends.stream.proof import proven
 from qeval.backends.stream.session import LOGIT_ARRAYS, StreamSession
 from qeval.backends.stream.variant_reader import SavedVariant, saved_variant
-from qeval.backends.stream.weights import LayerWeights, LookedUp, Tensors, layers_in_turn, load_buffer, load_whole
+from qeval.backends.stream.weights import (
+    LayerWeights,
+    LookedUp,
+    Tensors,
+    TurnedTensor,
+    layers_in_turn,
+    load_buffer,
+    load_whole,
+)
 from qeval.errors import QevalError, UsageError
 from qeval.models.checkpoint.fit import saved_buffers
 from qeval.models.checkpoint.meta_model import set_parameter
@@ -35,6 +44,7 @@ from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.models.structure.trace import decoder_layers, probe_tokens
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme
+from qeval.quantize.rotating import turn_input
 
 _STATE_BYTES = 4
 _PROBE_ROWS = 256
@@ -62,22 +72,28 @@ class Streamed:
         tensors = Tensors(self.checkpoint, variant.tensors if variant else {})
         return LayerWeights(self.model, self.layers, tensors, self.device, self.change)
 
-    @contextmanager
-    def outside_of(self, variant: SavedVariant) -> Iterator[None]:
-        """Put what a variant changes outside the layers (embeddings, the final norm) in the model's place for a while.
+    def outside_of(self, variant: SavedVariant) -> AbstractContextManager[None]:
+        """Put what a variant changes outside the layers in the model's place for a while, as `outside_with`."""
+        return self.outside_with({name: variant.tensors[name] for name in variant.manifest.floats})
 
-        The head's matrix is not among it: a session reads that by itself.
+    @contextmanager
+    def outside_with(self, tensors: Mapping[str, StoredTensor]) -> Iterator[None]:
+        """Put those tensors that lie outside the layers (embeddings, the final norm) in the model's place for a while.
+
+        The head's matrix is not among them: a session reads that by itself.
         """
         inside = tuple(f"{layer}." for layer in self.layers)
-        names = [name for name in variant.manifest.floats if not name.startswith(inside)]
+        names = [name for name in tensors if not name.startswith(inside)]
         embedding, parameters = self.model.get_input_embeddings(), dict(self.model.named_parameters())
         others = [name for name in names if name not in (self.embedding_name, self.head_name)]
         own = {name: parameters[name] for name in others if name in parameters}  # a tied head's own name is none
-        own_lookup, table = embedding.forward, variant.tensors.get(self.embedding_name)
+        own_lookup, table = embedding.forward, tensors.get(self.embedding_name)
+        steps = table.steps if isinstance(table, TurnedTensor) else ()
+        table = table.stored if isinstance(table, TurnedTensor) else table
         try:
-            if self.embedding_name in names and isinstance(table, Plain):
-                embedding.forward = LookedUp(embedding, table)
-            load_whole(self.model, list(own), Tensors(self.checkpoint, variant.tensors), self.device, _accept)
+            if isinstance(table, Plain):
+                embedding.forward = LookedUp(embedding, table, steps)
+            load_whole(self.model, list(own), Tensors(self.checkpoint, tensors), self.device, _accept)
             yield
         finally:
             embedding.forward = own_lookup
@@ -175,8 +191,11 @@ def _probed_at(stream: Streamed, layer: int) -> Iterator[Probe]:
 
 @contextmanager
 def scaled_inputs(stream: Streamed, variant: SavedVariant) -> Iterator[None]:
-    """Multiply linears' inputs by a variant's scales."""
+    """Turn linears' inputs and multiply them by scales, as a variant says."""
     with ExitStack() as stack:
+        for name, core in variant.input_rotations.items():
+            module = stream.model.get_submodule(name.removesuffix(".weight"))
+            stack.callback(turn_input(module, core, stream.device).remove)
         for name, scales in variant.input_scales.items():
             module = stream.model.get_submodule(name.removesuffix(".weight"))
             stack.enter_context(scaled_input(module, scales.to(stream.device)))
@@ -207,7 +226,7 @@ class StreamBackend:
         Raises:
             UsageError: one layer does not fit.
         """
-        self.stream, self._description, self._settings = stream, description, settings
+        self.stream, self._description, self.settings = stream, description, settings
         config, itemsize = stream.model.config, settings.weight.element_size()
         weights = stream.weights()
         largest = weights.largest_bytes
@@ -245,6 +264,12 @@ class StreamBackend:
     def describe(self, session: StreamSession, target: Target) -> None:
         """Return None: the run's environment says how torch runs."""
 
+    def over(self, stream: Streamed, description: Description) -> "StreamBackend":
+        """Return a backend of the same limits over a stream of the same model with other weights."""
+        other = copy(self)
+        other.stream, other._description, other._baseline = stream, description, None
+        return other
+
     def change_weights(self, change: Callable[[str, Tensor], None]) -> None:
         """Change each weight of a layer in place, whenever it is read."""
         self.stream = replace(self.stream, change=change)
@@ -255,7 +280,7 @@ class StreamBackend:
         Raises:
             UsageError: too little is left.
         """
-        config, itemsize = self.stream.model.config.get_text_config(), self._settings.weight.element_size()
+        config, itemsize = self.stream.model.config.get_text_config(), self.settings.weight.element_size()
         rounding = max((rounding_bytes(config, scheme) for scheme in schemes), default=0)
         state_bytes = positions * self.budget.width * _STATE_BYTES
         activations = token_activations(config, itemsize) + rounding
@@ -265,13 +290,13 @@ class StreamBackend:
     @property
     def batch_tokens(self) -> int:
         """Tokens a batch: as without streaming where memory allows."""
-        config, itemsize = self.stream.model.config.get_text_config(), self._settings.weight.element_size()
+        config, itemsize = self.stream.model.config.get_text_config(), self.settings.weight.element_size()
         return min(self.budget.batch_tokens, batch_tokens(config, itemsize, self.stream.device))
 
     @property
     def logit_rows(self) -> int:
         """The positions whose logits memory holds at a time."""
-        return max(1, self.budget.logits // (LOGIT_ARRAYS * 4 * int(self._settings.weight.shape[0])))
+        return max(1, self.budget.logits // (LOGIT_ARRAYS * 4 * int(self.settings.weight.shape[0])))
 
     @property
     def head(self) -> Head | StreamedHead:
@@ -342,4 +367,4 @@ class StreamBackend:
         names = (self._description.head, self.stream.head_name)  # a tied head goes by the embedding's name too
         replaced = next((variant.tensors[name] for name in names if name in variant.tensors), None) if variant else None
         stored = replaced or self.stream.checkpoint[self.stream.head_name]
-        return head_of_parts(stored, self._settings, self.budget.head, self.stream.device)
+        return head_of_parts(stored, self.settings, self.budget.head, self.stream.device)

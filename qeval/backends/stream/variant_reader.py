@@ -77,6 +77,7 @@ class SavedVariant:
         manifest: What it says of itself.
         tensors: Its weights by name.
         input_scales: What linears' inputs are multiplied by.
+        input_rotations: What turns linears' inputs, before that.
         scheme: What is rounded beside the weights.
         ranges: The largest magnitudes of the scheme's static formats.
         rounded_inputs: The formats of linears' inputs.
@@ -85,13 +86,14 @@ class SavedVariant:
     manifest: Manifest
     tensors: Mapping[str, StoredTensor]
     input_scales: Mapping[str, Tensor]
+    input_rotations: Mapping[str, Tensor]
     scheme: Scheme
     ranges: Mapping[str, Tensor]
     rounded_inputs: Mapping[str, TensorFormat]
 
 
 def saved_variant(folder: Path, scheme: Scheme | None = None) -> SavedVariant:
-    """Return the variant of a folder, verified; nothing but its input scales and ranges is read into memory.
+    """Return the variant of a folder, verified; nothing but what is done to inputs, and ranges, is read into memory.
 
     Args:
         folder: The variant's.
@@ -111,6 +113,7 @@ def saved_variant(folder: Path, scheme: Scheme | None = None) -> SavedVariant:
         manifest=manifest,
         tensors=packed | floats,
         input_scales={name: _vector(entries[f"{name}.input_scale"]) for name in manifest.input_scales},
+        input_rotations={name: _vector(entries[f"{name}.input_rotation"]) for name in manifest.input_rotations},
         scheme=effective,
         ranges={name: _vector(entries[f"{name}.range"]) for name in manifest.ranges if own},
         rounded_inputs=formats_of_inputs(manifest.activation_inputs, effective, others),

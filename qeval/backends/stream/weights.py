@@ -13,6 +13,7 @@ from qeval.models.checkpoint.meta_model import set_parameter
 from qeval.models.checkpoint.safetensors_rows import Plain, Raw, StoredTensor, gather_rows
 from qeval.models.structure.precision import outside_autocast
 from qeval.models.structure.weight_views import weight_of, weights_of
+from qeval.quantize.rotation_plan import WeightStep, take_steps, takes_rows_alone
 
 Raws = dict[str, Raw]
 TensorCheck = Callable[[str, Tensor], None]
@@ -28,6 +29,34 @@ class Tensors:
     def __getitem__(self, name: str) -> StoredTensor:
         """Return the tensor of a weight's name."""
         return self.variant.get(name) or self.checkpoint[name]
+
+
+@dataclass(frozen=True, eq=False)
+class TurnedTensor:
+    """A tensor that takes steps of a rotation when it is decoded: whole, unless each of its rows takes them alone."""
+
+    stored: StoredTensor
+    steps: Sequence[WeightStep]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.stored.shape
+
+    @property
+    def raw_bytes(self) -> int:
+        """As stored."""
+        return self.stored.raw_bytes
+
+    def fetch(self, start: int, stop: int) -> Raw:
+        """As stored."""
+        return self.stored.fetch(start, stop)
+
+    def decode(self, raw: Raw, out: Tensor) -> None:
+        """Write the turned values of fetched rows."""
+        assert len(out) == self.shape[0] or takes_rows_alone(self.steps)
+        self.stored.decode(raw, out)
+        out.copy_(outside_autocast(take_steps)(out, self.steps))
 
 
 class LayerWeights:
@@ -143,9 +172,9 @@ def layers_in_turn(weights: LayerWeights, order: Sequence[int]) -> Generator[int
 class LookedUp:
     """An embedding that reads the rows of the tokens it is asked for; the module's own forward does the rest."""
 
-    def __init__(self, module: nn.Module, stored: Plain) -> None:
-        """`module` is a weightless `nn.Embedding` or a subclass of it."""
-        self._module, self._stored = module, stored
+    def __init__(self, module: nn.Module, stored: Plain, steps: Sequence[WeightStep] = ()) -> None:
+        """`module` is a weightless `nn.Embedding` or a subclass of it; `steps` are what its rows go through."""
+        self._module, self._stored, self._steps = module, stored, steps
         self._empty = module._parameters["weight"]
         assert self._empty is not None
         self._dtype = self._empty.dtype
@@ -156,6 +185,8 @@ class LookedUp:
         table = outside_autocast(gather_rows)(self._stored.entry, rows.tolist()).to(
             device=ids.device, dtype=self._dtype
         )
+        if self._steps:
+            table = outside_autocast(take_steps)(table, self._steps)
         self._module._parameters["weight"] = nn.Parameter(table, requires_grad=False)
         try:
             found: Tensor = type(self._module).forward(self._module, places)

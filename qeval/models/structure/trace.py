@@ -112,9 +112,9 @@ def _run_few(model: Any, run: Callable[[Any], object]) -> None:
 
 
 @torch.inference_mode()
-def probe(model: Any) -> Tensor:
-    """Return the final hidden states [tokens, d_model] of a few fixed tokens, fp32."""
-    tokens = probe_tokens(model, model.get_output_embeddings().weight.device)
+def probe(model: Any, device: torch.device | None = None) -> Tensor:
+    """Return the final hidden states [tokens, d_model] of a few fixed tokens, fp32; `device` is the head's own."""
+    tokens = probe_tokens(model, device or model.get_output_embeddings().weight.device)
     return FinalStates(model)(tokens)[0].float()
 
 

@@ -20,7 +20,7 @@ from qeval.models.structure.precision import outside_autocast
 
 Before = Callable[[Tensor], None]
 """Told the input [..., columns] of a product."""
-Change = Callable[[Tensor], Tensor]
+InputChange = Callable[[Tensor], Tensor]
 """Returns another input [..., columns] of a product."""
 After = Callable[[Tensor, Tensor], None]
 """Told the input [..., columns] and the output [..., rows] of a product."""
@@ -148,7 +148,7 @@ def watch_products(
 
 
 @contextmanager
-def changed_expert_inputs(model: Any, changes: Mapping[str, Change]) -> Iterator[None]:
+def changed_expert_inputs(model: Any, changes: Mapping[str, InputChange]) -> Iterator[None]:
     """Have the inputs of experts' products changed inside a `with` block; the experts run one by one meanwhile.
 
     Args:
@@ -164,7 +164,7 @@ def _slices(
     model: Any,
     before: Mapping[str, Before],
     after: Mapping[str, After],
-    changes: Mapping[str, Change],
+    changes: Mapping[str, InputChange],
     *,
     all_experts: bool = False,
 ) -> Iterator[None]:
@@ -198,7 +198,9 @@ class _Slices(TorchFunctionMode):
     in memory one at a time, the same place holds another layer's experts then.
     """
 
-    def __init__(self, before: Mapping[str, Before], after: Mapping[str, After], changes: Mapping[str, Change]) -> None:
+    def __init__(
+        self, before: Mapping[str, Before], after: Mapping[str, After], changes: Mapping[str, InputChange]
+    ) -> None:
         super().__init__()
         self._before, self._after, self._changes = before, after, changes
         self._names: dict[int, str] = {}

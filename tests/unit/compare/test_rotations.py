@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qeval.cli.app import run_program
 from qeval.compare.settings_json import settings_of
@@ -82,22 +84,39 @@ def test_settings_name_a_rotation_where_there_is_one_and_read_back(place):
     assert settings_of(record)[1].recipes == tuple(map(parse_method, METHODS))
 
 
-def test_a_rotated_variant_is_scored_from_its_folder(place, tmp_path, monkeypatch, capsys):
+def test_a_rotated_variant_is_scored_from_its_folder(place, tmp_path, monkeypatch):
     monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
     for name in (ALL, "rtn:int8-channel+r1r2"):
         folder, _ = manifest_of(place, name)
         out, given = tmp_path / f"again-{len(name)}", ("--variant", f"mine={folder}")
         assert place.compare("--quiet", *given, tasks="kl,mmlu", methods=None, out=str(out)) == 0
         assert kl(out, "mine") == kl(place.out, name)
-        capsys.readouterr()
-        assert place.compare("--quiet", *given, "--stream", tasks="kl", methods=None, out=str(tmp_path / "s")) == 2
-        assert "--stream runs no rotated model" in " ".join(capsys.readouterr().err.split())
+        streamed = tmp_path / f"streamed-{len(name)}"
+        assert place.compare("--quiet", *given, "--stream", tasks="kl,mmlu", methods=None, out=str(streamed)) == 0
+        assert kl(streamed, "mine") == pytest.approx(kl(out, "mine"), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rtn:int8-channel+r1r2-seed1", "quarot+a-int8-static", "awq:g32+r1"])
+def test_a_streamed_model_gives_the_same_variant(place, tmp_path, method):
+    """Whose norms, embedding, head and details are the same too."""
+    found = []
+    for flags in ((), ("--stream",)):
+        out = tmp_path / f"out{len(flags)}"
+        assert place.quantize(method, out, *flags) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        found.append((load_file(out / "weights.safetensors"), manifest))
+    (ours, one), (theirs, other) = found
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert {"model.norm.weight", "model.embed_tokens.weight"} <= ours.keys()
+    changing = {"seconds", "sha256", "weights_sha256"}
+    assert {key: one[key] for key in one.keys() - changing} == {key: other[key] for key in other.keys() - changing}
 
 
 @pytest.mark.parametrize(
     ("flags", "method", "says"),
     [
-        (["--stream"], "rtn:g32+r1r2", "qeval rotates models that are in memory"),
+        (["--stream"], "rtn:g32+r1r2r4", "qeval makes R4 of models that are in memory"),
         (["--backend", "torch,llama.cpp"], "rtn:g32+r1r4", "it turns no inputs while running; leave r4 out"),
     ],
 )

@@ -74,6 +74,24 @@ def test_inputs_of_experts_are_rounded_as_the_configuration_says(mixtures, tmp_p
     assert not found.limits
 
 
+def test_static_scales_of_experts_are_named_and_left_out(mixtures, tmp_path):
+    folder, baseline = mixtures["Qwen3Moe"]
+    tensors, config = load_file(folder / "model.safetensors"), MODELOPT | {"quant_algo": "FP8"}
+    parts = {
+        name: {
+            "weight": tensors[name].to(torch.float8_e4m3fn), "weight_scale": torch.ones(()),
+            "input_scale": torch.tensor(0.5),
+        }
+        for name in tensors if "_proj.weight" in name
+    }  # fmt: skip
+    with open_checkpoint(packers.save_checkpoint(folder, tmp_path, config, parts)) as stored:
+        found = read_scheme(stored, Reading(format_of(config, "here"), config, {}), baseline)
+    experts = [name for name in baseline.parameters if ".experts." in name]
+    assert found.input_formats == dict.fromkeys(experts)
+    (sentence,) = found.limits
+    assert sentence.startswith(f"inputs of {len(experts)} of {len(experts) + 4} linears: experts are kept in stacks")
+
+
 @pytest.mark.parametrize("family,config,pack,grid", PACKED_EXPERTS)
 def test_experts_that_lie_one_by_one_are_the_models_stack(mixtures, tmp_path, family, config, pack, grid):
     """Gate and up, apart in the file, are the upper and lower rows of one matrix; what stays in float is found too."""
