@@ -6,6 +6,7 @@
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from qeval.store import schema
 REFERENCE = Path(__file__).parent / "reference"
 FAMILIES_RECORD = REFERENCE / "families.json"
 """The output of `qeval models --check --json`."""
+TYPES_RECORD = REFERENCE / "causal_types.json"
+"""The output of `qeval models --check --all --json`."""
 FAMILIES_SOFTWARE = "torch 2.13.0, transformers 5.23.0, onnxruntime 1.32.0, onnxruntime-genai 0.18.0"
 """What that output was made with."""
 
@@ -94,6 +97,7 @@ def families_page() -> str:
         "",
         *_bullets(_reasons(record)),
         "",
+        *_types_section(),
         "## Which models belong to a family",
         "",
         *_table(
@@ -109,6 +113,38 @@ def families_page() -> str:
         ),
     ]
     return _text(lines)
+
+
+def _types_section() -> list[str]:
+    """Return the section of transformers' causal model types, from the recorded check of each."""
+    rows: list[Mapping[str, str]] = json.loads(TYPES_RECORD.read_text(encoding="utf-8"))
+    counts = Counter(row["outcome"] for row in rows)
+    return [
+        "## Every causal model type",
+        "",
+        f"`qeval models --check --all --json` scores a tiny model of each of transformers' {len(rows)} causal model "
+        "types and compares it with full forward passes: windows of unequal length in one batch, and what continues a "
+        f"prefix that ran once. {counts['agrees']} agree within 1e-4 nats, {counts['refused']} are refused, "
+        f"{counts['not buildable']} can't be built where this was run. A new release of transformers shows its new "
+        "types by the same command.",
+        "",
+        "*Prefix* says what questions with common examples share: `lent` keys and values, a `copied` state, the same "
+        "with what follows run token by token (`stepwise`), or nothing (`whole`: the plan says what that costs).",
+        "",
+        *_table(
+            ("Type", "Scoring", "Prefix", "Largest difference, or why", "Not quantized"),
+            [
+                (
+                    f"`{row['model_type']}`",
+                    row["outcome"],
+                    row["prefix"],
+                    _prose(row["line"]),
+                    _prose(row["quantizing"]),
+                )
+                for row in rows
+            ],
+        ),
+    ]
 
 
 def _cell(check: str, cell: Mapping[str, str]) -> str:

@@ -74,8 +74,9 @@ def promised(model: Any, device: torch.device) -> list[Sharing]:
     """Return what a model's configuration promises on a device, the fastest way first, then what is left otherwise."""
     apart, packs = can_share(model, device), can_pack(model, device)
     ways = [Sharing(apart=True, packs=True)] if packs else []
-    copied = [] if is_lent(prefix_cache(model)) else [Sharing(stepwise=True)]
-    return [*ways, *([Sharing(apart=True)] if apart else []), Sharing(), *copied]
+    copies = not is_lent(prefix_cache(model))
+    last = [Sharing(), Sharing(stepwise=True)] if copies else [Sharing()]
+    return [*ways, *([Sharing(apart=True)] if apart else []), *last]
 
 
 def differs(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str | None:

@@ -102,13 +102,18 @@ def check_types(names: Sequence[str], progress: Progress) -> list[TypeRow]:
 
 def lines_of(rows: Sequence[TypeRow]) -> list[str]:
     """Return the rows as the lines of a table, and a last line of how many came to what."""
+    head = ("model type", "outcome", "prefix", "largest difference, or why", "quantizing")
+    cells = [(row.model_type, row.outcome, row.prefix, row.line, row.quantizing) for row in rows]
+    widths = [max(map(len, column)) for column in list(zip(head, *cells, strict=True))[:3]]
+    table = [_table_line(each, widths) for each in (head, [*("-" * width for width in widths), "---", "---"], *cells)]
     counts = Counter(row.outcome for row in rows)
-    widths = [max(len(row.model_type) for row in rows), max(map(len, OUTCOMES))]
-    table = [f"| {row.model_type:{widths[0]}} | {row.outcome:{widths[1]}} | {row.line} |" for row in rows]
-    head = f"| {'model type':{widths[0]}} | {'outcome':{widths[1]}} | largest difference, or why |"
-    ruler = f"| {'-' * widths[0]} | {'-' * widths[1]} | --- |"
     totals = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
-    return [head, ruler, *table, "", f"{len(rows)} causal model types: {totals}."]
+    return [*table, "", f"{len(rows)} causal model types: {totals}."]
+
+
+def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+    return f"| {' | '.join([*padded, *cells[len(widths) :]])} |"
 
 
 def any_fault(rows: Iterable[TypeRow]) -> bool:

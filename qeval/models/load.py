@@ -21,7 +21,7 @@ from qeval.models.hub.fetch import fetch
 from qeval.models.info import LoadedModel, ModelInfo, SourceKind
 from qeval.models.silence_transformers import transformers_errors
 from qeval.models.source import ModelSource
-from qeval.models.structure.supported import check_supported, context_length
+from qeval.models.structure.supported import check_model_type, check_supported, context_length
 from qeval.models.trust import name_implementations, read_settings
 from qeval.models.vocabulary import check_vocabulary, read_tokenizer
 
@@ -176,6 +176,7 @@ def read_config(folder: Path) -> Any:
     if not path.is_file() and (folder / weights.ADAPTER).is_file():
         raise UsageError(weights.adapter_refusal(folder))
     raw = read_settings(folder)
+    check_model_type(raw, path)
     with transformers_errors(f"'{path}' can't be used"):
         config = name_implementations(AutoConfig.from_pretrained(folder, **_LOCAL))
     check_supported(config, path)

@@ -86,6 +86,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid": {"layer_types": _HYBRID},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "qwen4_exp_text": {

@@ -51,8 +51,8 @@ class Relay:
         """
         self._active, self._hidden, self._found = index, hidden, None
         # layers with inputs of their own (Gemma 4) get them from the ids
-        by_ids = hidden is None or self._takes_ids
-        inputs = {"input_ids": ids} if by_ids else {"inputs_embeds": self._embeddings(hidden)}
+        embeds = None if hidden is None or self._takes_ids else self._embeddings(hidden)
+        inputs = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
         output = self._base(**inputs, **self._cache_arguments(cache)).last_hidden_state
         found: Tensor | None = output if index == len(self._layers) - 1 else self._found
         assert found is not None

@@ -50,9 +50,8 @@ def cache_arguments(forward: Callable[..., Any]) -> Callable[[Any], dict[str, An
 
 
 def body_of(model: Any) -> Any:
-    """Return the module that ends in the last norm: a model's base model, or the decoder where it names no other."""
-    base = model.base_model
-    return (model.get_decoder() or model) if base is model else base
+    """Return the module that ends in the last norm: a model's base model, or its `model` where it names no other."""
+    return getattr(model, "model", model) if model.base_model is model else model.base_model  # as Llama 4's does
 
 
 class FinalStates:

@@ -99,9 +99,9 @@ def _shapes(model: Any, device: torch.device) -> list[HeadShape]:
         returned.append((keys.clone(), values.clone()))
         return returned[-1]
 
-    ids = probe_tokens(model, device)
+    ids, states = probe_tokens(model, device), FinalStates(model)
     with _watched_attention(model, read):
-        FinalStates(model)(ids, passing_cache([change] * layers))
+        states(ids, passing_cache([change] * layers))
     pairs = zip(returned, read, strict=False)
     if len(returned) != layers or len(read) != layers:
         raise _unknown_attention(

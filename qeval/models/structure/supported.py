@@ -4,14 +4,18 @@ Any decoder whose forward pass is causal can be scored; whether it is, and what 
 it is loaded (`backends/sharing.py`).
 """
 
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qeval.errors import UsageError
-from qeval.escape import cut
+from qeval.escape import cut, cut_text
 from qeval.models.structure.graph import Description
 from qeval.models.structure.weight_views import stack_of, weights_of
 
@@ -20,8 +24,61 @@ _MOST_FLOAT, _TOLD_FLOAT = 0.5, 0.01
 _NAMED_AT_MOST = 3
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_positions")
 """What configurations call the length of a context: most, MPT's, BLOOM's, Whisper's."""
+_VERSION = re.compile(r"\d+(\.\d+){1,3}[\w.+-]{0,20}")
+_LONGEST_NAME = 120
+_REFUSED: Mapping[str, str] = {
+    "blt": "is several stacks of layers, over bytes and over patches of them; qeval takes one stack",
+    "cpmant": "attends to what stands behind a token too, so it gives no probability of a text",
+    "dory": "multiplies each token's logit by a gain of its own, which qeval's heads don't have",
+    "gemma4_assistant": "drafts for another model, whose keys and values it reads; qeval takes models that stand alone",
+    "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads; qeval takes models that "
+    "stand alone",
+    "prophetnet": "predicts several tokens at once, and a text's length changes its states in transformers' code",
+}
+"""The types of the causal mapping that are no language model of one stack, each with its reason."""
 UNBOUNDED = 1 << 20
 """The context of a model without such a setting: running states and relative positions have no end of their own."""
+
+
+def check_model_type(settings: Mapping[str, Any], where: Path | str) -> None:
+    """Refuse the settings of a model type that the installed transformers does not have.
+
+    Args:
+        settings: A config.json as it is read.
+        where: What messages call the file.
+
+    Raises:
+        UsageError: It names the class that needs code of its own, the release that has the type, or the nearest type.
+    """
+    kind, named = settings.get("model_type"), settings.get("architectures")
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
+        return
+    if settings.get("auto_map"):
+        what = cut_text(", ".join(map(str, named)) if isinstance(named, list) and named else kind, _LONGEST_NAME)
+        raise UsageError(
+            f"'{where}' names {what}, which needs Python code from its own repository, and qeval runs none; take a "
+            "checkpoint whose architecture transformers has."
+        )
+    raise UsageError(
+        f"'{where}' is of type {cut(kind)}, which transformers {transformers.__version__} does not have"
+        f"{_where_a_type_is(kind, str(settings.get('transformers_version') or ''))}."
+    )
+
+
+def _where_a_type_is(kind: str, saved: str) -> str:
+    """Return what may be done about an unknown type, as the rest of a sentence; `saved`: the release that wrote it."""
+    known = _VERSION.fullmatch(saved) is not None
+    if known and _release(saved) > _release(transformers.__version__):
+        return f": it was saved with {saved}, so install transformers {saved} or newer"
+    if near := get_close_matches(kind, CONFIG_MAPPING, n=1, cutoff=0.7):
+        return f"; the nearest that it has is '{near[0]}'"
+    if known and _release(saved) < _release(transformers.__version__):
+        return f" any more: it was saved with {saved}, and types that were dropped since can't be run"
+    return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def check_supported(config: Any, where: Path | str) -> None:
@@ -38,6 +95,8 @@ def check_supported(config: Any, where: Path | str) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (named and known.isdisjoint(named)):
         raise UsageError(f"'{where}' names {what}, which is no causal language model that transformers can run.")
 
+    if (reason := _REFUSED.get(config.model_type)) is not None:
+        raise UsageError(f"'{where}' names {what}, which {reason}.")
     try:
         text = config.get_text_config()
     except ValueError as error:  # it has several

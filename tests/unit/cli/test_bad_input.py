@@ -238,7 +238,7 @@ def test_a_folder_without_config_is_refused(refused, model):
     [
         ("hidden_size", "64", "config.json' can't be used: Validation error for field 'hidden_size'"),
         ("hidden_size", 128, "its config.json asks for hidden_size 128, which no tensor in it has"),
-        ("model_type", "llamma", "config.json' can't be used: The checkpoint you are trying to load has model type"),
+        ("model_type", "llamma", "config.json' is of type 'llamma', which transformers"),
     ],
 )
 def test_a_configuration_that_is_not_the_models_is_refused(refused, model, key, value, said):

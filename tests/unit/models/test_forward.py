@@ -4,9 +4,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers.cache_utils import DynamicCache
 
-from qeval.models.structure.forward import cache_arguments, returned_cache
+from qeval.models.silence_transformers import quiet
+from qeval.models.structure.forward import FinalStates, body_of, cache_arguments, returned_cache, whole_pass
+from qeval.models.tiny import tiny_config, tiny_model
 from tests.fixtures.tiny import tiny_llama
 
 
@@ -62,3 +65,43 @@ def test_the_cache_of_an_output_is_found_by_either_name(name: str) -> None:
 
 def test_an_output_without_a_cache_has_none() -> None:
     assert returned_cache(SimpleNamespace(cache=None)) is None
+
+
+IDS = torch.tensor([[5, 9, 2, 44, 17]])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ends_in_body"),
+    [("llama", True), ("bert", False), ("electra", False), ("inkling_text", False), ("llama4_text", True)],
+)
+def test_final_states_are_what_the_heads_matrix_multiplies(model_type: str, ends_in_body: bool) -> None:
+    """BERT has a transform before its head, Inkling a scale; Llama 4's class names no body."""
+    with quiet(), torch.inference_mode():
+        model = tiny_model(tiny_config(model_type))
+        logits, states = whole_pass(model, IDS)
+        assert torch.equal(logits, model(input_ids=IDS, use_cache=False).logits[0])
+        found = FinalStates(model)
+        assert found.ends_in_body == ends_in_body
+        assert torch.allclose(found(IDS)[0], states)
+        head = model.get_output_embeddings()
+        product = states @ head.weight.T + (0 if head.bias is None else head.bias)
+        assert torch.allclose(product, logits, atol=1e-5)
+
+
+def test_the_head_is_not_run_for_final_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    with quiet(), torch.inference_mode():
+        model = tiny_model(tiny_config("bert"))
+        states = FinalStates(model)
+        before = states(IDS)
+        monkeypatch.setattr(model.get_output_embeddings(), "forward", lambda _: pytest.fail("the head ran"))
+        assert torch.equal(states(IDS), before)
+        assert body_of(model) is model.bert
+
+
+def test_a_model_that_leaves_its_head_out_later_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with quiet(), torch.inference_mode():
+        model = tiny_model(tiny_config("bert"))
+        states = FinalStates(model)
+        monkeypatch.setattr(model, "forward", lambda **_: None)
+        with pytest.raises(RuntimeError, match="BertLMHeadModel did not run its head"):
+            states(IDS)

@@ -143,7 +143,7 @@ def test_a_folder_that_only_model_optimizers_own_file_calls_quantized_is_refused
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"model_type": "nonsense"}, "can't be used"),
+        ({"model_type": "nonsense"}, "is of type 'nonsense', which transformers"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantized already \(gptq\)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
     ],
@@ -163,7 +163,7 @@ def test_an_encoder_is_refused(folder):
 def test_code_that_comes_with_a_model_is_not_run(folder):
     change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
     (folder / "own.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(UsageError, match="can't be used"):
+    with pytest.raises(UsageError, match="needs Python code from its own repository"):
         load_folder(folder)
 
 

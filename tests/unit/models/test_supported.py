@@ -1,6 +1,7 @@
 """What qeval can't do is said in one line before any work: by the configuration, or by tracing."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,22 +14,36 @@ from qeval.config import parse_method
 from qeval.errors import UsageError
 from qeval.models.structure.graph import describe_model
 from qeval.models.structure.head import head_of
-from qeval.models.structure.supported import check_supported, support_notes
+from qeval.models.structure.supported import (
+    UNBOUNDED,
+    check_model_type,
+    check_supported,
+    context_length,
+    support_notes,
+)
 from qeval.quantize.build import build_variant, source_of
 from qeval.types import Request
 from tests.fixtures.families import FAMILIES, SIZES, tiny_family
 
-STATEFUL = "keep a running state in the place of each token's keys and values"
 REFUSED = {
-    "Mamba": STATEFUL,
-    "Jamba": STATEFUL,
-    "Qwen3Next": STATEFUL,
-    "Zamba2": STATEFUL,
-    "RecurrentGemma": STATEFUL,
-    "MiniMax": STATEFUL,
-    "Bart": "an encoder with a decoder",
+    "CpmAnt": "attends to what stands behind a token too",
+    "Dory": "multiplies each token's logit by a gain of its own",
+    "Gemma4UnifiedAssistant": "drafts for another model, whose keys and values it reads",
+    "Musicgen": "of several language models",
     "T5": "no causal language model",
 }
+TAKEN = (
+    "Mamba",
+    "Qwen3Next",
+    "RecurrentGemma",
+    "MiniMax",
+    "DeepseekV32",
+    "Gemma4Text",
+    "Bart",
+    "Bert",
+    "Bloom",
+    "XLNet",
+)
 
 
 @pytest.mark.parametrize(("name", "says"), REFUSED.items())
@@ -36,6 +51,57 @@ def test_a_configuration_that_cannot_be_scored_is_refused(name, says):
     config = getattr(transformers, f"{name}Config")()
     with pytest.raises(UsageError, match=rf"'here' names {config.model_type}, .*{says}"):
         check_supported(config, Path("here"))
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_running_states_sparse_attention_and_layers_of_several_sizes_are_taken(name):
+    check_supported(getattr(transformers, f"{name}Config")(), Path("here"))
+
+
+def test_the_context_of_a_model_without_positions_has_no_end():
+    for name in ("Mamba", "Bloom", "XLNet"):
+        assert context_length(getattr(transformers, f"{name}Config")(), "here") == UNBOUNDED
+    assert context_length(transformers.WhisperConfig(max_target_positions=77), "here") == 77
+    with pytest.raises(UsageError, match="'here' names no context length"):
+        context_length(SimpleNamespace(max_position_embeddings=None), "here")
+
+
+SAVED_LATER, SAVED_BEFORE = "99.1.0", "4.30.0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": {"AutoConfig": "own.C"}},
+            "names OwnForCausalLM, which needs Python code from its own repository, and qeval runs none",
+        ),
+        (
+            {"model_type": "llamma"},
+            "is of type 'llamma', which transformers .* does not have; the nearest .* is 'llama'",
+        ),
+        (
+            {"model_type": "llamma", "transformers_version": SAVED_LATER},
+            r"it was saved with 99\.1\.0, so install transformers 99\.1\.0 or newer",
+        ),
+        (
+            {"model_type": "transfo-xl", "transformers_version": SAVED_BEFORE},
+            r"any more: it was saved with 4\.30\.0, and types that were dropped since",
+        ),
+        (
+            {"model_type": "no-such", "transformers_version": "\x1b[2J 9"},
+            "is of type 'no-such', which .* does not have\\.$",
+        ),
+    ],
+)
+def test_a_type_that_transformers_lacks_is_refused_with_what_has_it(settings, says):
+    with pytest.raises(UsageError, match=says):
+        check_model_type(settings, "here")
+
+
+@pytest.mark.parametrize("settings", [{"model_type": "llama"}, {"model_type": 5}, {}])
+def test_a_type_that_transformers_has_or_judges_itself_is_left_to_it(settings):
+    check_model_type(settings, "here")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -46,7 +112,7 @@ def test_the_families_of_the_table_are_taken_without_a_word(name):
 
 
 def test_the_command_says_so_before_it_reads_a_weight(tmp_path, capfd):
-    transformers.MambaConfig(architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
+    transformers.CpmAntConfig(architectures=["CpmAntForCausalLM"]).save_pretrained(tmp_path)
     for command in (
         ["compare", "--methods", "rtn", "--offline"],
         ["quantize", "--method", "rtn"],
@@ -54,7 +120,7 @@ def test_the_command_says_so_before_it_reads_a_weight(tmp_path, capfd):
     ):
         assert run_program([command[0], "--model", str(tmp_path), *command[1:]]) == 2
         said = capfd.readouterr().err
-        assert said.startswith(f"error: '{tmp_path / 'config.json'}' names MambaForCausalLM, whose layers")
+        assert said.startswith(f"error: '{tmp_path / 'config.json'}' names CpmAntForCausalLM, which attends")
         assert said.count("\n") == 1
 
 
