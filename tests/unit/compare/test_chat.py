@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qeval.backends.generation import Generation
 from qeval.errors import QevalError
 from qeval.gate.bounded_metrics import Figures
+from qeval.gate.policy import policy_from
+from qeval.gate.sequential import Drawn, look
 from qeval.report import build_report
 from qeval.report.card.results import metadata
 from qeval.report.card.section import card_section
@@ -121,6 +123,20 @@ def test_gates_and_cards_have_the_answers_alone(bench):
     shown = results["KL, nats, on the baseline's answers, rtn:g32"]
     assert (shown.dataset_type, shown.metric_value) == ("chat", variant.metrics["chat_kl_nats"].value)
     assert "### Chat" in card_section(report, [])
+
+
+def test_a_gate_that_may_stop_early_draws_answers_alone_or_refuses(bench, alone):
+    rules = [{"metric": metric, "at_most": "0.5 nats"} for metric in ("chat_kl_nats", "kl_nats")]
+    policy = policy_from({"name": "p", "rules": rules}, "p")
+    both, answers = PairedRun(bench.out), PairedRun(alone)
+    windows = tuple(range(answers.protocol.windows))
+    conversations = dict(zip(windows, (0, 1, 2, 2, 4), strict=True))
+    drawn = Drawn(windows, len(windows), {}, {}, conversations)
+    of_answers, of_all = look(answers, answers.done[0], policy, drawn)
+    assert (of_answers.outcome, of_answers.value) == (of_all.outcome, of_all.value)
+    refused, _ = look(both, both.done[0], policy, Drawn(tuple(range(9)), 9, {}, {}, {n: n for n in range(9)}))
+    assert refused.outcome == "broken"
+    assert "draw from --corpus chat alone" in refused.why
 
 
 def test_a_run_without_answers_has_no_such_figure(tmp_path):
