@@ -124,7 +124,7 @@ def compare(
         drift_prompts: With drift: prompts to continue.
         drift_prompt_tokens: With drift: tokens of each prompt.
         drift_tokens: With drift: tokens that each is continued by.
-        prompts: With the corpus "chat": a file of JSON lines, or a data set of the hub; default: shipped prompts.
+        prompts: With the corpus "chat": a file of JSON lines, a hub data set, or "parallel"; default: shipped ones.
         template: With the corpus "chat": a chat template in place of the model's own.
         chat_tokens: With the corpus "chat": the most tokens of an answer.
         chat_temperature: With the corpus "chat": 0 for greedy answers; above, sampled by `seed`.

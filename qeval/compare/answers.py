@@ -13,9 +13,11 @@ from typing import Any
 from qeval.backends.base import Backend
 from qeval.backends.decoding import Decoding, Greedy, Sampling
 from qeval.compare.chat_choice import ChatChoice
+from qeval.errors import is_out_of_memory
 from qeval.files.atomic import write_text
 from qeval.files.locks import alone
 from qeval.identity import digest
+from qeval.models.device import release_cached
 from qeval.paths import home
 from qeval.progress import Progress
 from qeval.types import TokenIds
@@ -60,9 +62,18 @@ class Answerer:
         return [tuple(self._read(prompt) or ()) for prompt in prompts]
 
     def _answer(self, prompts: Sequence[TokenIds]) -> None:
-        """Generate the answers to a batch of prompts, and keep each."""
-        with self.backend.open(None) as session:
-            said = session.generate(prompts, self.choice.tokens, self._how(prompts), self.stops)
+        """Generate the answers to a batch of prompts, and keep each; in halves where memory lacks for all."""
+        try:
+            with self.backend.open(None) as session:
+                said = session.generate(prompts, self.choice.tokens, self._how(prompts), self.stops)
+        except RuntimeError as error:
+            if len(prompts) == 1 or not is_out_of_memory(error):
+                raise
+            release_cached()
+            middle = len(prompts) // 2
+            self._answer(prompts[:middle])
+            self._answer(prompts[middle:])
+            return
         for prompt, answer in zip(prompts, said, strict=True):
             content = {"key": self._identity(prompt), "answer": list(answer)}
             write_text(self._path(prompt), json.dumps(content | {"check": digest(content)}))

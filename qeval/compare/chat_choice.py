@@ -15,8 +15,8 @@ class ChatChoice(Checked):
     prompts: Annotated[
         str | None,
         Option(
-            "With --corpus chat: a file of JSON lines, each with messages (and tools) in OpenAI's form, or a data set "
-            "of the hub, ORG/NAME[:SPLIT]; default: 75 shipped prompts.",
+            "With --corpus chat: a file of JSON lines, each with messages (and tools) in OpenAI's form, a data set of "
+            "the hub, ORG/NAME[:SPLIT], or parallel (six prompts in ten languages); default: 75 shipped prompts.",
             parse=read.text_or_none,
         ),
     ] = None

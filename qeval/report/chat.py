@@ -63,7 +63,8 @@ def chat_notes(chat: ChatRecord) -> list[str]:
 def _scope(chat: ChatRecord) -> str:
     how = "greedily" if chat.temperature == 0 else f"by sampling at temperature {chat.temperature:g}"
     template = "its own chat template" if chat.template is None else f"the chat template of {chat.template}"
-    prompts = "shipped prompts" if chat.source == "shipped" else f"prompts of {chat.source}"
+    shipped = {"shipped": "shipped prompts", "parallel": "shipped prompts (the same in ten languages)"}
+    prompts = shipped.get(chat.source, f"prompts of {chat.source}")
     return (
         f"The baseline answered {chat.prompts} {prompts} {how} under {template} ({len(chat.answers)} answers of up to "
         f"{chat.longest_answer} tokens), and every variant was scored on its answers' tokens alone."

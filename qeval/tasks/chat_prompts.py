@@ -25,7 +25,8 @@ Message = Mapping[str, Any]
 """One message of a conversation: `role`, `content`, and what else OpenAI's form has."""
 ToolSchema = Mapping[str, Any]
 
-_SHIPPED = "tasks/chat/prompts.jsonl"
+SHIPPED = {"shipped": "tasks/chat/prompts.jsonl", "parallel": "tasks/chat/parallel.jsonl"}
+"""The prompts of the project's own: of many kinds, and the same six in ten languages."""
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 _HUB_ROWS = 256
 """How many rows of a data set are taken, the first."""
@@ -67,7 +68,10 @@ class PromptSet(NamedTuple):
 
 
 def load_prompts(source: str | None) -> PromptSet:
-    """Return the conversations of a source: a file of JSON lines, a hub id `ORG/NAME[:SPLIT]`, or None, the shipped.
+    """Return the conversations of a source.
+
+    Args:
+        source: A file of JSON lines, a hub id `ORG/NAME[:SPLIT]`, or a key of `SHIPPED`; None for its first.
 
     Raises:
         UsageError: There is no such source, or a row is none; it says which and why.
@@ -75,13 +79,17 @@ def load_prompts(source: str | None) -> PromptSet:
     where = hub_prompts(source)
     if where is not None:
         text, name = fetch_prompts(where), where.hub_id
+    elif source is None or (source in SHIPPED and not Path(source).is_file()):
+        name = source or "shipped"
+        text = read_text(shipped(SHIPPED[name]))
     else:
-        path = Path(source).expanduser() if source else shipped(_SHIPPED)
+        path = Path(source).expanduser()
         if not path.is_file():
             raise UsageError(
-                f"--prompts {source}: no such file; give a file of JSON lines, or a data set of the hub as ORG/NAME."
+                f"--prompts {source}: no such file; give a file of JSON lines, a data set of the hub as ORG/NAME, or "
+                f"one of {', '.join(SHIPPED)}."
             )
-        text, name = read_text(path), path.name if source else "shipped"
+        text, name = read_text(path), path.name
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     prompts = tuple(_prompt(line, f"{name}, line {number}") for number, line in lines)
     return PromptSet(name, prompts, hashlib.sha256(text.encode()).hexdigest())

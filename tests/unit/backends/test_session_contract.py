@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qeval.backends.base import Session, SessionDefaults
+from qeval.backends.decoding import Greedy
 from qeval.backends.replay import ReplaySession
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError
@@ -227,6 +228,8 @@ def test_it_generates_the_likeliest_tokens_or_says_that_it_does_not(session):
     if not isinstance(session, TorchSession):
         with pytest.raises(QevalError, match="can't generate"):
             session.greedy(prompts, 3)
+        with pytest.raises(QevalError, match="can't generate the baseline's answers"):
+            session.generate(prompts, 3, Greedy(), ())
         return
     for prompt, said in zip(prompts, session.greedy(prompts, 3).tolist(), strict=True):
         for place, token in enumerate(said):

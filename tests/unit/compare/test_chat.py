@@ -10,12 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qeval.backends.generation import Generation
+from qeval.errors import QevalError
+from qeval.gate.bounded_metrics import Figures
+from qeval.gate.policy import policy_from
+from qeval.gate.sequential import Drawn, look
 from qeval.report import build_report
+from qeval.report.card.results import metadata
+from qeval.report.card.section import card_section
+from qeval.report.run_rows import PairedRun
 from qeval.store.rows import RowStore
 from qeval.store.run import read_run
 from qeval.store.texts import read_texts
 from tests.fixtures.bench import Bench, refusing, row_differences
 from tests.fixtures.chat import PROMPTS, TEMPLATE, THINKING, chat_flags, set_template, write_prompts
+from tests.fixtures.runs import make_run
 
 TOKENS = 12
 
@@ -98,6 +106,43 @@ def test_chat_stands_beside_the_text(bench):
     page = (bench.out / "report.md").read_text(encoding="utf-8")
     assert "## Chat" in page
     assert "5 of 5 answers reached the limit of 12 tokens" in page
+
+
+def test_gates_and_cards_have_the_answers_alone(bench):
+    run, report = PairedRun(bench.out), build_report(bench.out)
+    (variant,) = report.variants
+    figures = Figures(run, run.variant("rtn:g32"))
+    for metric in ("chat_kl_nats", "chat_top1_agreement"):
+        figure = figures.of(metric)
+        assert figure.value == pytest.approx(variant.metrics[metric].value)
+        assert (figure.clusters, figure.bounded.mean.clusters) == ("conversations", len(PROMPTS))
+    assert figures.of("chat_ppl_increase").value == pytest.approx(variant.metrics["chat_ppl_ratio"].value - 1)
+    assert figures.of("kl_nats").value != figures.of("chat_kl_nats").value
+
+    results = {each.metric_name: each for each in metadata(report, [variant]).eval_results}
+    shown = results["KL, nats, on the baseline's answers, rtn:g32"]
+    assert (shown.dataset_type, shown.metric_value) == ("chat", variant.metrics["chat_kl_nats"].value)
+    assert "### Chat" in card_section(report, [])
+
+
+def test_a_gate_that_may_stop_early_draws_answers_alone_or_refuses(bench, alone):
+    rules = [{"metric": metric, "at_most": "0.5 nats"} for metric in ("chat_kl_nats", "kl_nats")]
+    policy = policy_from({"name": "p", "rules": rules}, "p")
+    both, answers = PairedRun(bench.out), PairedRun(alone)
+    windows = tuple(range(answers.protocol.windows))
+    conversations = dict(zip(windows, (0, 1, 2, 2, 4), strict=True))
+    drawn = Drawn(windows, len(windows), {}, {}, conversations)
+    of_answers, of_all = look(answers, answers.done[0], policy, drawn)
+    assert (of_answers.outcome, of_answers.value) == (of_all.outcome, of_all.value)
+    refused, _ = look(both, both.done[0], policy, Drawn(tuple(range(9)), 9, {}, {}, {n: n for n in range(9)}))
+    assert refused.outcome == "broken"
+    assert "draw from --corpus chat alone" in refused.why
+
+
+def test_a_run_without_answers_has_no_such_figure(tmp_path):
+    run = PairedRun(make_run(tmp_path))
+    with pytest.raises(QevalError, match="run it again with --corpus chat"):
+        Figures(run, run.done[0]).of("chat_kl_nats")
 
 
 def test_continuations_are_of_the_prompts_under_the_template(bench):

@@ -36,6 +36,15 @@ def test_the_shipped_prompts_are_of_every_kind_and_distinct():
     assert max(len(prompt.pieces) for prompt in prompts) == 2
 
 
+def test_the_parallel_prompts_are_the_same_in_ten_languages():
+    source, prompts, _ = load_prompts("parallel")
+    assert source == "parallel"
+    assert len({str(prompt.messages) for prompt in prompts}) == 60
+    assert set(Counter(prompt.language for prompt in prompts).values()) == {6}
+    kinds = [prompt.kind for prompt in prompts]
+    assert all(len(set(kinds[start : start + 10])) == 1 for start in range(0, 60, 10))
+
+
 def test_an_answer_stands_after_the_last_message_and_between_two_of_the_user(tmp_path):
     old, tool = {"role": "assistant", "content": "Old"}, {"role": "tool", "content": "3"}
     asked = {"role": "assistant", "content": None, "tool_calls": [CALL]}
