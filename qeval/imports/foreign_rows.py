@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qeval.stats.bootstrap import Floats, Ints
 
 Direction = Literal["higher", "lower"]
-Texts = NDArray[object_]
+TextArray = NDArray[object_]
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 """The hashes by which lm-eval's samples say what was asked."""
 ONLY_REPEAT = "0"
@@ -26,8 +26,8 @@ class SourceFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the user says of files that do not say it themselves.
+class Declarations:
+    """The user's word on files that do not say it themselves.
 
     `task` takes all files as one task; `better` is the direction of metrics whose direction isn't known.
     """
@@ -37,7 +37,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Choices:
+class ForeignChoices:
     """Answers to multiple-choice items: `gold` and `pred` are indices of choices, [items].
 
     `loglikelihoods` holds the choices' summed log-likelihoods (nats), one item after the other, `counts` [items] how
@@ -66,12 +66,12 @@ class ForeignRows:
     filter: str | None
     better: Direction
     unit: str | None
-    subjects: Texts
-    items: Texts
-    repeats: Texts
+    subjects: TextArray
+    items: TextArray
+    repeats: TextArray
     scores: Floats
-    hashes: Mapping[str, Texts] = field(default_factory=dict)
-    choices: Choices | None = None
+    hashes: Mapping[str, TextArray] = field(default_factory=dict)
+    choices: ForeignChoices | None = None
     notes: tuple[str, ...] = ()
 
     @property

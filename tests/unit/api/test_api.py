@@ -58,6 +58,7 @@ SIGNATURES = {
     "gate_model": "model policy *method revision device compute stream max_memory corpus protocol window stride "
     "max_windows mmlu_dir limit shots calibration calibration_samples calibration_length offline threads seed out "
     "junit markdown summary progress command",
+    "import_rows": "files *out baseline task repeats higher_is_better command",
     "lm_eval_model": "model tokenizer *bos batch_tokens device compute",
     "load": "folder",
     "quantize": "model *method revision device compute stream max_memory calibration calibration_samples "

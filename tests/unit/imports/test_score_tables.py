@@ -65,8 +65,10 @@ def test_single_answers_have_flips_and_score_bounds(files, tmp_path):
     right = [[int(line.split(",")[1]) for line in path.read_text().splitlines()[1:]] for path in files]
     lost, won = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in (right, right[::-1]))
     for metric, value in (
-        ("gsm_flips", (lost + won) / ITEMS), ("gsm_right_to_wrong", lost / ITEMS), ("gsm_acc_drop", (lost - won) / ITEMS),
-    ):  # fmt: skip
+        ("gsm_flips", (lost + won) / ITEMS),
+        ("gsm_right_to_wrong", lost / ITEMS),
+        ("gsm_acc_drop", (lost - won) / ITEMS),
+    ):
         unit = "points" if metric.endswith("drop") else "%"
         (variant,) = judge(run.folder, gsm(metric, f"5 {unit}")).variants
         assert variant.rules[0].value == pytest.approx(value)
