@@ -96,7 +96,7 @@ def _read(path: Path) -> "EvalLog":
     try:
         from inspect_ai.log import read_eval_log  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise UsageError(f"Declarations {path.name} takes inspect_ai; pip install 'qeval[inspect]'.") from error
+        raise UsageError(f"Reading {path.name} takes inspect_ai; pip install 'qeval[inspect]'.") from error
     try:
         return read_eval_log(str(path), resolve_attachments=True)
     except Exception as error:  # its reader raises errors of zip, JSON and pydantic, which have no common base

@@ -137,6 +137,7 @@ def _record(sides: PairedSides, digests: Mapping[Path, str], started: datetime, 
         environment=_environment(),
         metrics=list(sides),
         warnings=list(notes),
+        witness=digest({name: sorted(_prompts(each[0]).items()) for name, each in sides.items()}),
         imported=ImportRecord(
             files=[
                 ImportedFile(model=model, name=file.name, sha256=digests[file], format=form)

@@ -44,6 +44,7 @@ SIGNATURES = {
     "bench": "model *revision methods variants engines batch prompt generate ep accuracy_level device calibration "
     "calibration_samples calibration_length offline budget importance quantize_head corpus threads time_budget repeats "
     "quality reference base seed out progress on_plan on_record command",
+    "board": "runs *out accept",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
     "exporter format precision "
@@ -54,7 +55,7 @@ SIGNATURES = {
     "diff": "run_a run_b *variants",
     "export": "model *method to run revision device compute ep exporter format accuracy_level precision calibration "
     "calibration_samples calibration_length offline budget importance quantize_head threads seed out progress",
-    "gate": "run policy *variants junit markdown summary",
+    "gate": "run policy *variants against junit markdown summary",
     "gate_model": "model policy *method revision device compute stream max_memory corpus protocol window stride "
     "max_windows mmlu_dir limit shots calibration calibration_samples calibration_length offline threads seed out "
     "junit markdown summary progress command",

@@ -125,11 +125,14 @@ READERS = {
         "--quiet": False,
         "--debug": False,
     },
+    "board": {"runs": None, "--out": None, "--accept": False, "--debug": False},
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs or rows: their arguments by name, then their flags."""
-NEEDED = {"import": {"--out"}}
+NEEDED = {"import": {"--out"}, "board": {"--out"}}
 """Flags of theirs that have no default."""
+OPTIONAL = {"board": {"runs"}}
+"""Arguments of theirs that may be left out."""
 
 SELFCHECK = {
     "--rows": None,
@@ -197,7 +200,8 @@ def test_flags_and_their_defaults_are_frozen(command, frozen):
 def test_arguments_and_flags_of_what_reads_runs_are_frozen(command, frozen):
     found = {p.opts[0]: p for p in parameters(command)}
     assert set(found) == set(frozen)
-    needed = {name for name in frozen if not name.startswith("-")} | NEEDED.get(command, set())
+    needed = {name for name in frozen if not name.startswith("-")} - OPTIONAL.get(command, set())
+    needed |= NEEDED.get(command, set())
     assert {name for name, p in found.items() if p.required} == needed
     assert {n: p.default for n, p in found.items() if not p.required} == {
         name: value for name, value in frozen.items() if name not in needed
@@ -235,6 +239,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         "explain",
         "gate",
         "import",
+        "board",
         "verify",
         "selfcheck",
         "sensitivity",

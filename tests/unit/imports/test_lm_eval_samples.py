@@ -246,7 +246,9 @@ def test_a_metric_of_no_known_direction_must_be_said(edited, tmp_path):
     def odd(place, line):
         return [line | {"metrics": ["oddness"], "oddness": line["acc"]}]
 
-    with pytest.raises(UsageError, match="Whether more of 'oddness' .* isn't known; say --higher-is-better or --lower"):
+    with pytest.raises(
+        UsageError, match=r"Whether more of 'oddness' .* isn't known; say --higher-is-better or --lower"
+    ):
         edited(odd)
     shutil.rmtree(tmp_path / "baseline")
     shutil.rmtree(tmp_path / "near")
@@ -263,7 +265,7 @@ def test_samples_of_two_tasks_under_one_name_are_refused(folders, tmp_path):
     lines = [json.loads(line) | {"doc_hash": "f" * 64} for line in ends.read_text().splitlines()]
     (tmp_path / "more" / "samples_ends.jsonl").write_text("\n".join(map(json.dumps, lines)))
     files = [f"baseline={other}", f"near={tmp_path / 'near'}", f"near={tmp_path / 'more'}"]
-    with pytest.raises(UsageError, match="are of two tasks under one name: item 0 of 'ends' .* has the doc_hash"):
+    with pytest.raises(UsageError, match=r"are of two tasks under one name: item 0 of 'ends' .* has the doc_hash"):
         qeval.import_rows(files, out=tmp_path / "run")
 
 
