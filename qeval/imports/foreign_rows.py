@@ -14,6 +14,8 @@ Direction = Literal["higher", "lower"]
 TextArray = NDArray[object_]
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 """The hashes by which lm-eval's samples say what was asked."""
+_PLAIN = ("acc", "score")
+"""Metrics that a score is not named after, so that policies say TASK_acc_drop."""
 ONLY_REPEAT = "0"
 """The repeat of an item that has one score."""
 
@@ -76,15 +78,17 @@ class ForeignRows:
 
     @property
     def name(self) -> str:
-        """The score's name in rows and policies, such as gsm8k_exact_match_strict_match; a task's own for answers."""
-        if self.choices is not None or self.metric == "score":
-            return self.task
-        parts = [self.task, self.metric, *([self.filter] if self.filter not in (None, "none") else [])]
+        """The score's name in rows and policies, such as gsm8k_exact_match_strict_match."""
+        parts = [self.task, *self._told_apart_by]
         return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
 
     @property
     def title(self) -> str:
-        """The score in words, such as 'gsm8k, exact_match (strict-match)'."""
-        if self.choices is not None or self.metric == "score":
-            return self.task
-        return f"{self.task}, {self.metric}" + (f" ({self.filter})" if self.filter not in (None, "none") else "")
+        """The score in words, such as 'gsm8k, exact_match, strict-match'."""
+        return ", ".join([self.task, *self._told_apart_by])
+
+    @property
+    def _told_apart_by(self) -> list[str]:
+        """The metric and the filter, where they say more than that an answer is right."""
+        metric = [] if self.metric in _PLAIN else [self.metric]
+        return metric + ([self.filter] if self.filter not in (None, "none") else [])

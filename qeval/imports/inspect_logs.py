@@ -59,7 +59,7 @@ def _rows(
     graded = all(value is None or isinstance(value, bool | str) for value in values)
     return ForeignRows(
         model=model, file=path, format=_FORMAT, task=task, metric=scorer, filter=None,
-        better=direction_of(scorer, declarations.better, "higher" if graded else None, path.name), unit=None,
+        better=direction_of(scorer, "higher" if graded else None, declarations.better, path.name), unit=None,
         subjects=_texts([task] * len(samples)), items=_texts([each.id for each in samples]),
         repeats=_texts([each.epoch for each in samples]),
         scores=np.asarray([_number(value, scorer, path) for value in values], np.float64),

@@ -64,7 +64,7 @@ def read_lm_eval(path: Path, model: str, declarations: Declarations) -> list[For
                 continue
             says = harness.higher_is_better.get(leaf, {}).get(metric)
             file_says: Direction | None = None if says is None or metric in NATS else "higher" if says else "lower"
-            better = direction_of(metric, None if metric in NATS else declarations.better, file_says, path.name)
+            better = direction_of(metric, file_says, declarations.better, path.name)
             parts.append(
                 ForeignRows(
                     model=model, file=path, format=_FORMAT, task=task, metric=metric, filter=samples.filter,

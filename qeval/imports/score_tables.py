@@ -59,7 +59,7 @@ def read_table(path: Path, model: str | None, declarations: Declarations) -> lis
         parts.append(
             ForeignRows(
                 model=name, file=path, format=SUFFIXES[path.suffix], task=label, metric=metric, filter=None,
-                better=direction_of(metric, declarations.better, None, path.name), unit=None,
+                better=direction_of(metric, None, declarations.better, path.name), unit=None,
                 subjects=columns.get("subject", _constant(task, rows))[chosen], items=columns["item"][chosen],
                 repeats=(columns[repeat] if repeat else _constant(ONLY_REPEAT, rows))[chosen],
                 scores=scores[chosen],

@@ -178,6 +178,21 @@ def test_an_imported_run_says_what_it_does_not_know(files, tmp_path):
         assert (variant.outcome, why in variant.rules[0].why) == ("broken", True)
 
 
+def test_a_checksum_is_verified_and_rows_are_not_computed_again(files, tmp_path):
+    run = qeval.import_rows(files, out=tmp_path / "run", task="gsm", higher_is_better=True)
+    assert qeval.verify(run, sample=0).exit_code == 0
+    assert "The run was imported" in qeval.verify(run).undone
+
+
+def test_a_known_direction_is_not_turned_by_the_flag(tmp_path):
+    rows = "metric,item,score\n" + "\n".join(f"{m},{i},{i % 2}" for m in ("acc", "oddness") for i in range(9))
+    for name in ("baseline", "awq"):
+        (tmp_path / f"{name}.csv").write_text(rows)
+    files = [tmp_path / "baseline.csv", tmp_path / "awq.csv"]
+    run = qeval.import_rows(files, out=tmp_path / "run", task="t", higher_is_better=False)
+    assert [(score.name, score.better) for score in run.record.scores] == [("t", "higher"), ("t_oddness", "lower")]
+
+
 def test_card_diff_and_junit_are_those_of_any_run(files, tmp_path):
     run = qeval.import_rows(files, out=tmp_path / "run", task="gsm", higher_is_better=True)
     later = [table(tmp_path / "b2.csv"), table(tmp_path / "r2.csv", 0.6, seed=2)]
