@@ -1,4 +1,4 @@
-"""Time `qeval import` and `qeval gate` on lm-eval's samples of all of MMLU: 14,042 questions of a baseline and variants.
+"""Time `qeval import` and `qeval gate` on lm-eval's samples of all of MMLU: 14,042 questions of each model.
 
 The samples are made here, in lm-eval's form and of its size (every prompt four times, about 11 KB a question). Both
 commands run as processes of their own, so that the time of starting Python counts.

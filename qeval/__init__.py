@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qeval.api.folders import card, diff, gate, load, verify
     from qeval.api.gating import gate_model
     from qeval.api.harness import lm_eval_model
+    from qeval.api.history import board
     from qeval.api.importing import import_rows
     from qeval.api.making import export, quantize, sensitivity
     from qeval.api.sweeping import sweep
@@ -35,6 +36,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "bench",
+    "board",
     "card",
     "compare",
     "diff",
@@ -57,6 +59,7 @@ _MODULES = {
     "qeval.api.folders": ("card", "diff", "gate", "load", "verify"),
     "qeval.api.gating": ("gate_model",),
     "qeval.api.harness": ("lm_eval_model",),
+    "qeval.api.history": ("board",),
     "qeval.api.importing": ("import_rows",),
     "qeval.api.making": ("export", "quantize", "sensitivity"),
     "qeval.api.sweeping": ("sweep",),
@@ -65,7 +68,7 @@ _MODULES = {
 }
 """The public names by the module that defines them."""
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
-_PACKAGES = ("bench", "compare", "gate", "quantize")
+_PACKAGES = ("bench", "board", "compare", "gate", "quantize")
 """Functions that share their name with a package; Python binds that name to the package as soon as it is imported."""
 
 

@@ -45,6 +45,7 @@ def gate(
     policy: "Policy | PathLike | Mapping[str, Any]",
     *,
     variants: Names | None = None,
+    against: "Run | PathLike | None" = None,
     junit: PathLike | None = None,
     markdown: PathLike | None = None,
     summary: PathLike | None = None,
@@ -55,6 +56,8 @@ def gate(
         run: A run, or its folder.
         policy: A YAML file of margins, one that is shipped ("configs/gates/release.yaml"), or its content as a dict.
         variants: The variants to gate; default: all.
+        against: An earlier run, or a board, whose last accepted run is taken: each variant is held against itself
+            there, in the baseline's place.
         junit: Where JUnit XML is written.
         markdown: Where a summary in Markdown is written.
         summary: A file that the summary is added to, such as GitHub's.
@@ -71,7 +74,7 @@ def gate(
     check_verdict_files(junit, markdown, summary)
     rules, folder = policy_of(policy), folder_of(run)
     try:
-        verdict = judge(folder, rules, read.names(variants))
+        verdict = judge(folder, rules, read.names(variants), _reference(against))
     except UsageError:
         raise
     except QevalError as error:
@@ -79,6 +82,16 @@ def gate(
         raise
     write_verdict(verdict, junit, markdown, summary)
     return verdict
+
+
+def _reference(against: "Run | PathLike | None") -> Path | None:
+    """Return the folder of the run to compare with: the last accepted one where a board is given."""
+    from qeval.board.history import is_board, last_accepted  # noqa: PLC0415 - the statistics take a second to import
+
+    if against is None:
+        return None
+    folder = folder_of(against)
+    return last_accepted(folder) if is_board(folder) else folder
 
 
 def write_verdict(

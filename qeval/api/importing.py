@@ -40,7 +40,7 @@ def import_rows(
         UsageError: A file can't be read, or the rows can't be paired: it says which and why.
         QevalError: The run can't be written.
     """
-    from qeval.imports.foreign_rows import Direction, Reading, SourceFile  # noqa: PLC0415 - the statistics take a second to import
+    from qeval.imports.foreign_rows import Declarations, Direction, SourceFile  # noqa: PLC0415 - the statistics take a second to import
     from qeval.imports.import_run import import_files  # noqa: PLC0415
     from qeval.results import load_run  # noqa: PLC0415
 
@@ -51,7 +51,7 @@ def import_rows(
     better: Direction | None = None if higher_is_better is None else "higher" if higher_is_better else "lower"
     folder = read.path(out)
     import_files(
-        sources, folder, Reading(task, better), baseline=baseline, repeats=repeats,
+        sources, folder, Declarations(task, better), baseline=baseline, repeats=repeats,
         command=command or "qeval.import_rows()",
     )  # fmt: skip
     return load_run(folder)

@@ -42,6 +42,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({
         "import_rows",
         "import_rows",
     ),
+    "board": Command(
+        "Show runs of one token hash over time: figures with intervals, trends, and the points where they change."
+    ),
     "gate": Command("Judge a run by a policy."),
     "verify": Command("Check every checksum of a run, and compute a random sample of its rows again from the model."),
     "selfcheck": Command(

@@ -36,6 +36,7 @@ _ALLOWED_WITH_A_RUN = (
     policy=Option("YAML file of margins, such as configs/gates/release.yaml.", type=Path),
     run=Option("The folder of a finished run; without it, --model and --method.", flags=("run",), type=Path | None),
     variants="Gate this variant alone; may be repeated. Default: all.",
+    against=Option("An earlier run, or a board: hold each variant against itself there.", type=Path | None),
     junit=Option("Write JUnit XML here.", type=Path | None),
     markdown=Option(f"Write a Markdown summary here (${SUMMARY} is added to when set).", type=Path | None),
     model=Option("Run and gate in one go, as in compare; ends when all is decided.", type=str | None),
@@ -47,15 +48,15 @@ _ALLOWED_WITH_A_RUN = (
 def gate(call: CommandCall) -> int:
     """Judge a run by a policy. Exit codes: 0 pass, 1 fail, 2 wrong use, 3 broken run, 4 inconclusive."""
     values = dict(call.values)
-    run, policy, variants = (values.pop(name) for name in ("run", "policy", "variants"))
+    run, policy, variants, against = (values.pop(name) for name in ("run", "policy", "variants", "against"))
     files = {name: values.pop(name) for name in ("junit", "markdown")}
     files["summary"] = path_or_none(os.environ.get(SUMMARY) or None)
     check_verdict_files(**files)
-    _check_use(run, values, variants)
+    _check_use(run, values, variants, against)
 
     policy = policy_of(policy)
     if run is not None:
-        verdict = judge(run, policy, variants=variants, **files)
+        verdict = judge(run, policy, variants=variants, against=against, **files)
     else:
         progress = ConsoleProgress(stderr(), quiet=call.quiet)
         verdict = gate_model(**values, policy=policy, progress=progress, command=call.line, **files)
@@ -63,7 +64,7 @@ def gate(call: CommandCall) -> int:
     return verdict.exit_code
 
 
-def _check_use(run: Path | None, values: Mapping[str, Any], variants: list[str] | None) -> None:
+def _check_use(run: Path | None, values: Mapping[str, Any], variants: list[str] | None, against: Path | None) -> None:
     """Refuse anything but either a finished run, or a model and a method to run."""
     chosen = [name for name, value in values.items() if value is not None and value is not False]
     flags = [flag_of(name) for name in chosen if name not in _ALLOWED_WITH_A_RUN]
@@ -71,6 +72,8 @@ def _check_use(run: Path | None, values: Mapping[str, Any], variants: list[str] 
         raise UsageError(f"{flags[0]} makes a run, but '{run}' is given as a finished one; give one or the other.")
     if run is None and not {"--model", "--method"} <= set(flags):
         raise UsageError("Name the folder of a finished run, or a --model and a --method to run and gate in one go.")
+    if run is None and against:
+        raise UsageError("--against compares a finished run with an earlier one; name the folder of a run.")
     if run is None and variants:
         raise UsageError("--variant picks from a finished run; --method names what is run and gated in one go.")
 

@@ -46,6 +46,11 @@ class Figures:
             return self._of_task(task, name)
         if kind_of(metric).source == "size":
             return Figure(self._size(name))
+        if self._run.reference is not None and name not in ("ppl_increase", "nll_diff_nats"):
+            raise QevalError(
+                f"{metric} is a distance from a run's own baseline, so it says nothing against another run; limit "
+                "accuracy, scores or perplexity."
+            )
         self._require(kind_of(metric).source)
         if kind_of(metric).source == "drift":
             return self._of_continuations(name)

@@ -13,6 +13,7 @@ from qeval.gate.metrics import MetricKind
 from qeval.gate.policy import Policy, Rule
 from qeval.gate.verdict import GateOutcome, GateVerdict, RuleVerdict, VariantVerdict, any_of, every, of_rule
 from qeval.report.contamination import void
+from qeval.report.referenced_run import ReferencedRun
 from qeval.report.run_rows import PairedRun
 from qeval.report.soundness import impossible_baseline, not_quantized, remarks
 from qeval.stats.bootstrap import Interval, NonFiniteError
@@ -21,8 +22,14 @@ from qeval.stats.repeats import BoundedScore, repeats_to_decide
 from qeval.store.run import VariantRecord
 
 
-def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdict:
+def judge(folder: Path, policy: Policy, names: Sequence[str] = (), against: Path | None = None) -> GateVerdict:
     """Judge the variants named, or all; the noise floor is never gated.
+
+    Args:
+        folder: The run's folder.
+        policy: The rules.
+        names: The variants; none: all.
+        against: The folder of an earlier run: each variant is held against itself there in the baseline's place.
 
     Raises:
         UsageError: `folder` holds no run, or none of a name.
@@ -36,7 +43,11 @@ def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdic
     records = _gated(run, names)
 
     floors = [_Floor(run, record) for record in run.done if record.role == "floor"]
-    judges = {record.name: _Judge(run, record, policy, floors) for record in records}
+    earlier = None if against is None else PairedRun(against)
+    compared = {
+        record.name: run if earlier is None else ReferencedRun(folder, earlier, record.name) for record in records
+    }
+    judges = {record.name: _Judge(run, compared[record.name], record, policy, floors) for record in records}
     verdicts = _stepwise(judges) if policy.needs_one else [each.verdict(1) for each in judges.values()]
 
     outcomes = [verdict.outcome for verdict in verdicts]
@@ -46,7 +57,7 @@ def judge(folder: Path, policy: Policy, names: Sequence[str] = ()) -> GateVerdic
         outcome=any_of(outcomes) if policy.needs_one else every(outcomes),
         correction=explanations.correction("any" if policy.needs_one else "every", len(records)),
         variants=tuple(verdicts),
-        notes=(*_notes(policy, records), *_lost_floors(run), *run_notes(run)),
+        notes=(*_notes(policy, records), *_lost_floors(run), *run_notes(run), *_reference_note(earlier)),
     )
 
 
@@ -125,9 +136,11 @@ class _Floor:
 class _Judge:
     """One variant under a policy; its figures are read once, whatever the number of levels tried."""
 
-    def __init__(self, run: PairedRun, record: VariantRecord, policy: Policy, floors: list[_Floor]) -> None:
+    def __init__(
+        self, run: PairedRun, compared: PairedRun, record: VariantRecord, policy: Policy, floors: list[_Floor]
+    ) -> None:
         self._paired, self._run, self._record, self._policy = run, run.record, record, policy
-        self._figure = cache(Figures(run, record).of)
+        self._figure = cache(Figures(compared, record).of)
         same_backend = [floor for floor in floors if floor.backend == record.backend]
         self._floors = same_backend or floors
 
@@ -232,6 +245,15 @@ def _doubt(figure: Figure, margin: float, confidence: float) -> _Doubt:
 def _notes(policy: Policy, records: Sequence[VariantRecord]) -> list[str]:
     idle = [rule.text for rule in policy.rules if not any(rule.holds_for(record.name) for record in records)]
     return [explanations.unmatched(idle)] if idle else []
+
+
+def _reference_note(earlier: PairedRun | None) -> list[str]:
+    if earlier is None:
+        return []
+    return [
+        f"Each variant was held against itself in the run '{earlier.folder.name}' of {earlier.record.started[:10]}, in "
+        "the baseline's place."
+    ]
 
 
 def _lost_floors(run: PairedRun) -> list[str]:

@@ -15,7 +15,7 @@ Item = tuple[str, str]
 """Subject and item."""
 
 
-class Side:
+class ModelScores:
     """All rows of one score that are of one model: the parts of one or more files."""
 
     def __init__(self, parts: Sequence[ForeignRows]) -> None:
@@ -68,7 +68,7 @@ class Side:
         return " and ".join(dict.fromkeys(file.name for file in self.files))
 
 
-def check_pair(baseline: Side, other: Side) -> None:
+def check_pair(baseline: ModelScores, other: ModelScores) -> None:
     """Refuse a side that was not asked what the baseline was.
 
     Raises:
@@ -86,7 +86,7 @@ def check_pair(baseline: Side, other: Side) -> None:
             _check_hash(name, baseline, other)
 
 
-def _check_hash(name: str, baseline: Side, other: Side) -> None:
+def _check_hash(name: str, baseline: ModelScores, other: ModelScores) -> None:
     before, now = baseline.asked(name), other.asked(name)
     differ = [item for item in before if before[item] != now[item]]
     if differ:

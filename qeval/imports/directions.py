@@ -1,4 +1,4 @@
-"""Which way is better for the metrics that are widely used; of any other it must be said."""
+"""The direction of the metrics that are widely used; of any other it must be said."""
 
 from qeval.errors import UsageError
 from qeval.imports.foreign_rows import Direction
@@ -14,19 +14,19 @@ _LOWER = ("brier_score", "nll", "loss", "wer", "cer", "ter", *NATS)
 DIRECTIONS: dict[str, Direction] = {**dict.fromkeys(_HIGHER, "higher"), **dict.fromkeys(_LOWER, "lower")}
 
 
-def direction_of(metric: str, said: Direction | None, file_says: Direction | None, where: str) -> Direction:
-    """Return which way a metric is better: as the user says, as the file does, else as everybody knows.
+def direction_of(metric: str, file_says: Direction | None, choice: Direction | None, where: str) -> Direction:
+    """Return which way a metric is better: as the file says, as everybody knows, else as the user says.
 
     Args:
         metric: Its name in the file.
-        said: What the user says of all metrics.
         file_says: What the file's own record says.
+        choice: What the user says of metrics whose direction is not known.
         where: The file, for the error.
 
     Raises:
         UsageError: Nothing says so.
     """
-    better = said or file_says or DIRECTIONS.get(metric)
+    better = file_says or DIRECTIONS.get(metric) or choice
     if better is None:
         raise UsageError(
             f"Whether more of '{metric}' in {where} is better isn't known; say --higher-is-better or --lower-is-better."

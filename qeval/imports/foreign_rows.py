@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from qeval.stats.bootstrap import Floats, Ints
 
 Direction = Literal["higher", "lower"]
-Texts = NDArray[object_]
+TextArray = NDArray[object_]
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 """The hashes by which lm-eval's samples say what was asked."""
+_PLAIN = ("acc", "score")
+"""Metrics that a score is not named after, so that policies say TASK_acc_drop."""
 ONLY_REPEAT = "0"
 """The repeat of an item that has one score."""
 
@@ -26,8 +28,8 @@ class SourceFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the user says of files that do not say it themselves.
+class Declarations:
+    """The user's word on files that do not say it themselves.
 
     `task` takes all files as one task; `better` is the direction of metrics whose direction isn't known.
     """
@@ -37,7 +39,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Choices:
+class ForeignChoices:
     """Answers to multiple-choice items: `gold` and `pred` are indices of choices, [items].
 
     `loglikelihoods` holds the choices' summed log-likelihoods (nats), one item after the other, `counts` [items] how
@@ -66,25 +68,27 @@ class ForeignRows:
     filter: str | None
     better: Direction
     unit: str | None
-    subjects: Texts
-    items: Texts
-    repeats: Texts
+    subjects: TextArray
+    items: TextArray
+    repeats: TextArray
     scores: Floats
-    hashes: Mapping[str, Texts] = field(default_factory=dict)
-    choices: Choices | None = None
+    hashes: Mapping[str, TextArray] = field(default_factory=dict)
+    choices: ForeignChoices | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The score's name in rows and policies, such as gsm8k_exact_match_strict_match; a task's own for answers."""
-        if self.choices is not None or self.metric == "score":
-            return self.task
-        parts = [self.task, self.metric, *([self.filter] if self.filter not in (None, "none") else [])]
+        """The score's name in rows and policies, such as gsm8k_exact_match_strict_match."""
+        parts = [self.task, *self._told_apart_by]
         return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
 
     @property
     def title(self) -> str:
-        """The score in words, such as 'gsm8k, exact_match (strict-match)'."""
-        if self.choices is not None or self.metric == "score":
-            return self.task
-        return f"{self.task}, {self.metric}" + (f" ({self.filter})" if self.filter not in (None, "none") else "")
+        """The score in words, such as 'gsm8k, exact_match, strict-match'."""
+        return ", ".join([self.task, *self._told_apart_by])
+
+    @property
+    def _told_apart_by(self) -> list[str]:
+        """The metric and the filter, where they say more than that an answer is right."""
+        metric = [] if self.metric in _PLAIN else [self.metric]
+        return metric + ([self.filter] if self.filter not in (None, "none") else [])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from qeval.errors import UsageError, unknown
-from qeval.imports.check_sides import Side, check_pair
-from qeval.imports.foreign_rows import ForeignRows, Reading, SourceFile
+from qeval.imports.check_sides import ModelScores, check_pair
+from qeval.imports.foreign_rows import Declarations, ForeignRows, SourceFile
 from qeval.imports.inspect_logs import is_inspect_log, read_inspect
 from qeval.imports.lm_eval_samples import is_samples, read_lm_eval
 from qeval.imports.score_tables import SUFFIXES, read_table
@@ -27,7 +27,7 @@ _NAME = re.compile(r"[^\s/\\=]+")
 def import_files(
     sources: Sequence[SourceFile],
     out: Path,
-    reading: Reading,
+    declarations: Declarations,
     *,
     baseline: str | None = None,
     repeats: bool = False,
@@ -38,7 +38,7 @@ def import_files(
     Args:
         sources: Files, or folders of lm-eval's samples, with the models they are of.
         out: The run's folder.
-        reading: What the user says of the files.
+        declarations: What the user says of the files.
         baseline: The model that others are compared with; None: the one called baseline, else the first.
         repeats: Whether several files of one task and model are repeats of it.
         command: What made the run.
@@ -50,7 +50,9 @@ def import_files(
     started = datetime.now(UTC)
     check_out(out, "the run")
     with ThreadPoolExecutor(_THREADS) as threads:
-        parts = [part for own in threads.map(lambda source: _read(source, reading), _expanded(sources)) for part in own]
+        parts = [
+            part for own in threads.map(lambda source: _read(source, declarations), _expanded(sources)) for part in own
+        ]
     if repeats:
         parts = _numbered(parts)
     sides = _sides(parts, _baseline(parts, baseline))
@@ -71,15 +73,15 @@ def _expanded(sources: Sequence[SourceFile]) -> Iterator[SourceFile]:
         yield from (SourceFile(path, source.model or source.path.resolve().name) for path in files)
 
 
-def _read(source: SourceFile, reading: Reading) -> list[ForeignRows]:
+def _read(source: SourceFile, declarations: Declarations) -> list[ForeignRows]:
     """Return a file's rows, by the reader of its kind."""
     path = source.path
     if is_samples(path):
-        return read_lm_eval(path, source.model or path.resolve().parent.name, reading)
+        return read_lm_eval(path, source.model or path.resolve().parent.name, declarations)
     if is_inspect_log(path):
-        return read_inspect(path, source.model, reading)
+        return read_inspect(path, source.model, declarations)
     if path.suffix in SUFFIXES:
-        return read_table(path, source.model, reading)
+        return read_table(path, source.model, declarations)
     raise UsageError(
         f"'{path}' is none of the files that can be imported: lm-eval's samples_TASK_DATE.jsonl, Inspect's .eval or "
         ".json log, or a table as .csv, .jsonl or .parquet."
@@ -117,15 +119,15 @@ def _baseline(parts: Sequence[ForeignRows], name: str | None) -> str:
     return chosen
 
 
-def _sides(parts: Sequence[ForeignRows], baseline: str) -> Mapping[str, Sequence[Side]]:
+def _sides(parts: Sequence[ForeignRows], baseline: str) -> Mapping[str, Sequence[ModelScores]]:
     """Return the sides of each score, the baseline's first, all of them checked."""
     models = [baseline, *(name for name in dict.fromkeys(part.model for part in parts) if name != baseline)]
-    sides: dict[str, list[Side]] = {}
+    sides: dict[str, list[ModelScores]] = {}
     for score in dict.fromkeys(part.name for part in parts):
         by_model = {model: [part for part in parts if (part.model, part.name) == (model, score)] for model in models}
         if lacking := [model for model, own in by_model.items() if not own]:
             raise UsageError(f"'{lacking[0]}' has no rows of '{score}', which others have; every model needs the same.")
-        sides[score] = [Side(_alike(own)) for own in _one_form(list(by_model.values()))]
+        sides[score] = [ModelScores(_alike(own)) for own in _one_form(list(by_model.values()))]
         for other in sides[score][1:]:
             check_pair(sides[score][0], other)
     return sides

@@ -12,13 +12,13 @@ import numpy as np
 from qeval.errors import UsageError
 from qeval.identity import digest_bytes
 from qeval.imports.directions import direction_of
-from qeval.imports.foreign_rows import ForeignRows, Reading, Texts
+from qeval.imports.foreign_rows import Declarations, ForeignRows, TextArray
 from qeval.parsing import error_reason
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
 
-FORMAT = "inspect"
+_FORMAT = "inspect"
 _GRADES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 
 
@@ -27,13 +27,13 @@ def is_inspect_log(path: Path) -> bool:
     return path.suffix in (".eval", ".json")
 
 
-def read_inspect(path: Path, model: str | None, reading: Reading) -> list[ForeignRows]:
+def read_inspect(path: Path, model: str | None, declarations: Declarations) -> list[ForeignRows]:
     """Return the rows of a log, one part a scorer.
 
     Args:
         path: The log.
         model: What the model is called; None: as the log calls it.
-        reading: What the user says of it.
+        declarations: What the user says of it.
 
     Raises:
         UsageError: inspect_ai isn't installed, the file is no finished log, or a score is no number.
@@ -44,13 +44,13 @@ def read_inspect(path: Path, model: str | None, reading: Reading) -> list[Foreig
     scorers = dict.fromkeys(name for sample in log.samples for name in sample.scores or {})
     if not scorers:
         raise UsageError(f"{path} holds no score.")
-    task = reading.task or log.eval.task.rpartition("/")[2]
+    task = declarations.task or log.eval.task.rpartition("/")[2]
     name = model or log.eval.model.replace("/", "__")
-    return [_rows(log, log.samples, scorer, (name, task, path), reading) for scorer in scorers]
+    return [_rows(log, log.samples, scorer, (name, task, path), declarations) for scorer in scorers]
 
 
 def _rows(
-    log: "EvalLog", samples: "list[EvalSample]", scorer: str, named: tuple[str, str, Path], reading: Reading
+    log: "EvalLog", samples: "list[EvalSample]", scorer: str, named: tuple[str, str, Path], declarations: Declarations
 ) -> ForeignRows:
     model, task, path = named
     values = [
@@ -58,8 +58,8 @@ def _rows(
     ]
     graded = all(value is None or isinstance(value, bool | str) for value in values)
     return ForeignRows(
-        model=model, file=path, format=FORMAT, task=task, metric=scorer, filter=None,
-        better=direction_of(scorer, reading.better, "higher" if graded else None, path.name), unit=None,
+        model=model, file=path, format=_FORMAT, task=task, metric=scorer, filter=None,
+        better=direction_of(scorer, "higher" if graded else None, declarations.better, path.name), unit=None,
         subjects=_texts([task] * len(samples)), items=_texts([each.id for each in samples]),
         repeats=_texts([each.epoch for each in samples]),
         scores=np.asarray([_number(value, scorer, path) for value in values], np.float64),
@@ -88,7 +88,7 @@ def _sha256(value: object) -> str:
     return digest_bytes([repr(plain).encode()])
 
 
-def _texts(values: Sequence[object]) -> Texts:
+def _texts(values: Sequence[object]) -> TextArray:
     return np.asarray([str(value) for value in values], np.object_)
 
 

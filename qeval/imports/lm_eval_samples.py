@@ -16,16 +16,16 @@ import numpy as np
 
 from qeval.errors import UsageError
 from qeval.imports.directions import NATS, direction_of
-from qeval.imports.foreign_rows import ONLY_REPEAT, Choices, Direction, ForeignRows, Reading
+from qeval.imports.foreign_rows import ONLY_REPEAT, Declarations, Direction, ForeignChoices, ForeignRows
 from qeval.imports.sample_columns import Samples, read_samples
 from qeval.stats.bootstrap import Floats, Ints
 
 _NAME = re.compile(r"samples_(?P<task>.+?)(?:_(?P<date>\d{4}-\d{2}-\d{2}T[\d.:-]+))?\.jsonl")
-FORMAT = "lm-eval"
+_FORMAT = "lm-eval"
 
 
 class _Harness(NamedTuple):
-    """What a run's own record, beside the samples, says of its tasks."""
+    """The record of a run's tasks, which lies beside the samples."""
 
     higher_is_better: Mapping[str, Mapping[str, bool | None]]
     parents: Mapping[str, str]  # of each task of a group the group
@@ -36,13 +36,13 @@ def is_samples(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
-def read_lm_eval(path: Path, model: str, reading: Reading) -> list[ForeignRows]:
+def read_lm_eval(path: Path, model: str, declarations: Declarations) -> list[ForeignRows]:
     """Return the rows of a file of samples, one part a metric and filter.
 
     Args:
         path: The file, `samples_TASK_DATE.jsonl`.
         model: The model that it is of.
-        reading: What the user says of it.
+        declarations: What the user says of it.
 
     Raises:
         UsageError: It is no such file, a line is torn, or no metric has a value for each item.
@@ -50,7 +50,7 @@ def read_lm_eval(path: Path, model: str, reading: Reading) -> list[ForeignRows]:
     match = _NAME.fullmatch(path.name)
     leaf, date = (match["task"], match["date"]) if match else (path.stem, None)
     harness = _harness(path.with_name(f"results_{date}.json"))
-    task = reading.task or _top(leaf, harness.parents)
+    task = declarations.task or _top(leaf, harness.parents)
     subject = leaf.removeprefix(f"{task}_")
 
     parts, skipped = [], []
@@ -64,10 +64,10 @@ def read_lm_eval(path: Path, model: str, reading: Reading) -> list[ForeignRows]:
                 continue
             says = harness.higher_is_better.get(leaf, {}).get(metric)
             file_says: Direction | None = None if says is None or metric in NATS else "higher" if says else "lower"
-            better = direction_of(metric, None if metric in NATS else reading.better, file_says, path.name)
+            better = direction_of(metric, file_says, declarations.better, path.name)
             parts.append(
                 ForeignRows(
-                    model=model, file=path, format=FORMAT, task=task, metric=metric, filter=samples.filter,
+                    model=model, file=path, format=_FORMAT, task=task, metric=metric, filter=samples.filter,
                     better=better, unit="nats" if metric in NATS else None,
                     subjects=_repeated(subject, len(samples.items)), items=samples.items,
                     repeats=_repeated(ONLY_REPEAT, len(samples.items)), scores=scores, hashes=samples.hashes,
@@ -97,7 +97,7 @@ def _scores(samples: Samples, metric: str) -> Floats | None:
     return np.asarray(-loglikelihoods / lengths.mean(), np.float64)
 
 
-def _choices(samples: Samples, acc: Floats) -> Choices | None:
+def _choices(samples: Samples, acc: Floats) -> ForeignChoices | None:
     """Return the answers where log-likelihoods are kept and the right choices can be read; else None."""
     if samples.loglikelihoods is None or samples.counts is None:
         return None
@@ -107,7 +107,7 @@ def _choices(samples: Samples, acc: Floats) -> Choices | None:
         gold = read(samples)
         if gold is not None and ((gold >= 0) & (gold < samples.counts)).all() and ((pred == gold) == (acc == 1)).all():
             norm = _scores(samples, "acc_norm") if "acc_norm" in samples.metrics else None
-            return Choices(gold, pred, samples.loglikelihoods, samples.counts, norm)
+            return ForeignChoices(gold, pred, samples.loglikelihoods, samples.counts, norm)
     return None
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from qeval.errors import UsageError
-from qeval.imports.foreign_rows import HASHES, Texts
+from qeval.imports.foreign_rows import HASHES, TextArray
 from qeval.stats.bootstrap import Floats, Ints
 
 _KEYS = {
@@ -34,11 +34,11 @@ class Samples:
     """
 
     filter: str
-    items: Texts
+    items: TextArray
     targets: Sequence[str]
     metrics: Sequence[str]
     values: Mapping[str, Sequence[Any]]
-    hashes: Mapping[str, Texts]
+    hashes: Mapping[str, TextArray]
     loglikelihoods: Floats | None
     counts: Ints | None
     path: Path

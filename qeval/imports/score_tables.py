@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from qeval.errors import UsageError
 from qeval.imports.directions import direction_of
-from qeval.imports.foreign_rows import HASHES, ONLY_REPEAT, ForeignRows, Reading, Texts
+from qeval.imports.foreign_rows import HASHES, ONLY_REPEAT, Declarations, ForeignRows, TextArray
 from qeval.parsing import error_reason
 from qeval.stats.bootstrap import Floats
 from qeval.store.schema import READ_ERRORS
@@ -24,13 +24,13 @@ _COLUMNS = (*_NEEDED, *_REPEATS, "subject", "model", "task", "metric", *HASHES)
 _METRIC = "score"
 
 
-def read_table(path: Path, model: str | None, reading: Reading) -> list[ForeignRows]:
+def read_table(path: Path, model: str | None, declarations: Declarations) -> list[ForeignRows]:
     """Return the rows of a table, one part a model, task and metric.
 
     Args:
         path: The file; its suffix says its form.
         model: The model that it is of, where no column says so; None: the file's own name.
-        reading: What the user says of it.
+        declarations: What the user says of it.
 
     Raises:
         UsageError: It can't be read, lacks a column, a score is no number, or the direction isn't known.
@@ -55,11 +55,11 @@ def read_table(path: Path, model: str | None, reading: Reading) -> list[ForeignR
     parts = []
     for name, task, metric in dict.fromkeys(zip(models, tasks, metrics, strict=True)):
         chosen = (models == name) & (tasks == task) & (metrics == metric)
-        label = reading.task or task
+        label = declarations.task or task
         parts.append(
             ForeignRows(
                 model=name, file=path, format=SUFFIXES[path.suffix], task=label, metric=metric, filter=None,
-                better=direction_of(metric, reading.better, None, path.name), unit=None,
+                better=direction_of(metric, None, declarations.better, path.name), unit=None,
                 subjects=columns.get("subject", _constant(task, rows))[chosen], items=columns["item"][chosen],
                 repeats=(columns[repeat] if repeat else _constant(ONLY_REPEAT, rows))[chosen],
                 scores=scores[chosen],
@@ -70,7 +70,7 @@ def read_table(path: Path, model: str | None, reading: Reading) -> list[ForeignR
     return parts
 
 
-def _texts(path: Path) -> dict[str, Texts]:
+def _texts(path: Path) -> dict[str, TextArray]:
     """Return the columns of a table as text, so that an item called 007 stays that; empty cells are empty text."""
     try:
         if path.suffix == ".jsonl":
@@ -90,7 +90,7 @@ def _texts(path: Path) -> dict[str, Texts]:
     return {name: _text_column(table[name].to_pylist()) for name in names}
 
 
-def _of_lines(path: Path) -> dict[str, Texts]:
+def _of_lines(path: Path) -> dict[str, TextArray]:
     rows: list[Mapping[str, Any]] = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -104,7 +104,7 @@ def _of_lines(path: Path) -> dict[str, Texts]:
     return {name: _text_column([row.get(name) for row in rows]) for name in names}
 
 
-def _text_column(values: Sequence[Any]) -> Texts:
+def _text_column(values: Sequence[Any]) -> TextArray:
     return np.asarray([_text(value) for value in values], np.object_)
 
 
@@ -116,7 +116,7 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _numbers(texts: Texts, path: Path) -> Floats:
+def _numbers(texts: TextArray, path: Path) -> Floats:
     """Return the scores, NaN where a cell is empty: that item was not scored, which is counted later."""
     numbers = np.full(len(texts), np.nan)
     for row, text in enumerate(texts):
@@ -127,5 +127,5 @@ def _numbers(texts: Texts, path: Path) -> Floats:
     return numbers
 
 
-def _constant(text: str, rows: int) -> Texts:
+def _constant(text: str, rows: int) -> TextArray:
     return np.full(rows, text, np.object_)

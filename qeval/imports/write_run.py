@@ -12,7 +12,7 @@ import psutil
 
 from qeval import __version__
 from qeval.identity import digest
-from qeval.imports.check_sides import Side
+from qeval.imports.check_sides import ModelScores
 from qeval.imports.foreign_rows import HASHES
 from qeval.report.align import BASELINE_NAME
 from qeval.store.attempts import attempt
@@ -33,11 +33,11 @@ from qeval.store.run import (
 
 UNKNOWN = "unknown"
 _UNKNOWN_COUNT = -1
-Sides = Mapping[str, Sequence[Side]]
+PairedSides = Mapping[str, Sequence[ModelScores]]
 """The sides of each score, the baseline's first, by the score's name."""
 
 
-def write_imported(out: Path, sides: Sides, started: datetime, command: str) -> RunRecord:
+def write_imported(out: Path, sides: PairedSides, started: datetime, command: str) -> RunRecord:
     """Write the run and return its record.
 
     Args:
@@ -69,7 +69,7 @@ def write_imported(out: Path, sides: Sides, started: datetime, command: str) -> 
     return record
 
 
-def _prompts(side: Side) -> dict[tuple[str, str], str]:
+def _prompts(side: ModelScores) -> dict[tuple[str, str], str]:
     """Return what names each item's prompt: the sha256 of its hashes, and of its own name where it has none."""
     known = [side.hashes[name].tolist() for name in HASHES if name in side.hashes]
     values = zip(*known, strict=True) if known else side.items
@@ -77,7 +77,7 @@ def _prompts(side: Side) -> dict[tuple[str, str], str]:
     return {item: hashlib.sha256(text.encode()).hexdigest() for item, text in zip(side.items, texts, strict=True)}
 
 
-def _columns(kind: RowKind, name: str, side: Side, prompts: Mapping[tuple[str, str], str]) -> dict[str, object]:
+def _columns(kind: RowKind, name: str, side: ModelScores, prompts: Mapping[tuple[str, str], str]) -> dict[str, object]:
     rows = len(side.items)
     shared: dict[str, object] = {
         "variant": [name] * rows,
@@ -109,7 +109,7 @@ def _columns(kind: RowKind, name: str, side: Side, prompts: Mapping[tuple[str, s
     }
 
 
-def _record(sides: Sides, digests: Mapping[Path, str], started: datetime, command: str) -> RunRecord:
+def _record(sides: PairedSides, digests: Mapping[Path, str], started: datetime, command: str) -> RunRecord:
     every = list(sides.values())
     models = list(dict.fromkeys(side.model for each in every for side in each))
     files = {(side.model, file): side.parts[0].format for each in every for side in each for file in side.files}
@@ -137,6 +137,7 @@ def _record(sides: Sides, digests: Mapping[Path, str], started: datetime, comman
         environment=_environment(),
         metrics=list(sides),
         warnings=list(notes),
+        witness=digest({name: sorted(_prompts(each[0]).items()) for name, each in sides.items()}),
         imported=ImportRecord(
             files=[
                 ImportedFile(model=model, name=file.name, sha256=digests[file], format=form)
@@ -164,7 +165,7 @@ def _variant(name: str, backend: str) -> VariantRecord:
     )  # fmt: skip
 
 
-def _task(side: Side) -> TaskRecord:
+def _task(side: ModelScores) -> TaskRecord:
     counts = np.concatenate([part.choices.counts for part in side.parts if part.choices is not None])
     return TaskRecord(
         name=side.name,
@@ -180,7 +181,7 @@ def _task(side: Side) -> TaskRecord:
     )
 
 
-def _score(sides: Sequence[Side]) -> ScoreRecord:
+def _score(sides: Sequence[ModelScores]) -> ScoreRecord:
     part = sides[0].parts[0]
     values = np.concatenate([each.scores for side in sides for each in side.parts])
     known = values[np.isfinite(values)]

@@ -92,7 +92,9 @@ def verify_run(out: Path, *, sample: int, seed: int, progress: Progress) -> Veri
         record = read_run(out)
         _check_chain(out, record, checked)
         _check_variants(record, checked)
-        if sample:
+        if sample and record.imported:
+            undone = "The run was imported, so nothing can be computed again; --sample 0 checks its checksums alone."
+        elif sample:
             tolerance = TOLERANCES[record.model.compute_dtype]
             derived = _derive(out.absolute(), record, sample, seed, progress)
     except UsageError:

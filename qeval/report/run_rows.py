@@ -29,6 +29,9 @@ class PairedRun:
     are made anew each time, so that only one is held beside them.
     """
 
+    reference: "PairedRun | None" = None
+    """The run whose rows take the baseline's place; None: the baseline's own do."""
+
     def __init__(self, folder: Path, columns: Sequence[str] = align.TOKEN_COLUMNS, *, is_running: bool = False) -> None:
         """Read the record and walk its chain; rows are read on demand, tokens with `columns` alone.
 

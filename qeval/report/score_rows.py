@@ -45,12 +45,12 @@ class ScoreRows:
 
     @property
     def non_finite(self) -> int:
-        """How many scores are missing, NaN or infinite."""
+        """Return the number of scores that are missing, NaN or infinite."""
         return int(np.count_nonzero(~np.isfinite(self.values)))
 
     @property
     def is_right_or_wrong(self) -> bool:
-        """Whether each item has one score, and that is 0 or 1."""
+        """Return whether each item has one score, and that is 0 or 1."""
         return len(self.values) == len(self.items) and bool(np.isin(self.values, (0.0, 1.0)).all())
 
     @cached_property

@@ -138,7 +138,7 @@ class ScoreRecord(_Record):
     """The settings of one score's rows, which another program gave (`qeval import`)."""
 
     name: str  # as rows and policies have it: "gsm8k_exact_match_strict_match"
-    title: str  # "gsm8k, exact_match (strict-match)"
+    title: str  # "gsm8k, exact_match, strict-match"
     better: Literal["higher", "lower"]
     unit: str  # "fraction" for scores of 0 to 1, "nats", else "score"
     subjects: list[str]

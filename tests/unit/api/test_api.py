@@ -45,6 +45,7 @@ SIGNATURES = {
     "calibration_samples calibration_length calibrate_all_experts "
     "offline budget importance quantize_head corpus threads time_budget repeats "
     "quality reference base seed out progress on_plan on_record command",
+    "board": "runs *out accept",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
     "exporter format precision "
@@ -58,11 +59,12 @@ SIGNATURES = {
     "export": "model *method to run revision device compute ep exporter format accuracy_level precision calibration "
     "calibration_samples calibration_length calibrate_all_experts "
     "offline budget importance quantize_head threads seed out progress",
-    "gate": "run policy *variants junit markdown summary",
+    "gate": "run policy *variants against junit markdown summary",
     "gate_model": "model policy *method revision device compute stream max_memory corpus protocol window stride "
     "max_windows mmlu_dir limit shots calibration calibration_samples calibration_length calibrate_all_experts "
     "offline threads seed out "
     "junit markdown summary progress command",
+    "import_rows": "files *out baseline task repeats higher_is_better command",
     "lm_eval_model": "model tokenizer *bos batch_tokens device compute",
     "load": "folder",
     "quantize": "model *method revision device compute stream max_memory calibration calibration_samples "

@@ -65,8 +65,10 @@ def test_single_answers_have_flips_and_score_bounds(files, tmp_path):
     right = [[int(line.split(",")[1]) for line in path.read_text().splitlines()[1:]] for path in files]
     lost, won = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in (right, right[::-1]))
     for metric, value in (
-        ("gsm_flips", (lost + won) / ITEMS), ("gsm_right_to_wrong", lost / ITEMS), ("gsm_acc_drop", (lost - won) / ITEMS),
-    ):  # fmt: skip
+        ("gsm_flips", (lost + won) / ITEMS),
+        ("gsm_right_to_wrong", lost / ITEMS),
+        ("gsm_acc_drop", (lost - won) / ITEMS),
+    ):
         unit = "points" if metric.endswith("drop") else "%"
         (variant,) = judge(run.folder, gsm(metric, f"5 {unit}")).variants
         assert variant.rules[0].value == pytest.approx(value)
@@ -174,6 +176,21 @@ def test_an_imported_run_says_what_it_does_not_know(files, tmp_path):
     ):  # fmt: skip
         (variant,) = judge(run.folder, gsm(metric, margin)).variants
         assert (variant.outcome, why in variant.rules[0].why) == ("broken", True)
+
+
+def test_a_checksum_is_verified_and_rows_are_not_computed_again(files, tmp_path):
+    run = qeval.import_rows(files, out=tmp_path / "run", task="gsm", higher_is_better=True)
+    assert qeval.verify(run, sample=0).exit_code == 0
+    assert "The run was imported" in qeval.verify(run).undone
+
+
+def test_a_known_direction_is_not_turned_by_the_flag(tmp_path):
+    rows = "metric,item,score\n" + "\n".join(f"{m},{i},{i % 2}" for m in ("acc", "oddness") for i in range(9))
+    for name in ("baseline", "awq"):
+        (tmp_path / f"{name}.csv").write_text(rows)
+    files = [tmp_path / "baseline.csv", tmp_path / "awq.csv"]
+    run = qeval.import_rows(files, out=tmp_path / "run", task="t", higher_is_better=False)
+    assert [(score.name, score.better) for score in run.record.scores] == [("t", "higher"), ("t_oddness", "lower")]
 
 
 def test_card_diff_and_junit_are_those_of_any_run(files, tmp_path):

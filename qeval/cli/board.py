@@ -1,0 +1,38 @@
+"""`qeval board`: runs of one token hash over time."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qeval
+from qeval.cli import options
+from qeval.cli.printing import stderr, stdout
+
+_WIDTH = 150
+"""Columns for tables whose cells hold text."""
+
+
+def board(
+    out: Annotated[Path, typer.Option("--out", help="The board's folder; what was added before stays.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of finished runs to add; none: write the page again.")
+    ] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Accept these runs: `qeval gate --against BOARD` compares with the last.")
+    ] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Show runs of one token hash over time: figures with intervals, trends, and the points where they change."""
+    del debug  # read by the program's own error handler
+    page = qeval.board(runs or [], out=out, accept=accept)
+    from qeval.board.page import change_sentences, latest_table, read_series  # noqa: PLC0415
+    from qeval.report.console import terminal_table  # noqa: PLC0415 - the statistics take a second to import
+
+    series = read_series(out)
+    console = stdout(_WIDTH)
+    table = latest_table(series)
+    console.print(terminal_table(table, table.note))
+    for sentence in change_sentences(series):
+        console.print(sentence)
+    stderr().print(f"page: {page}", soft_wrap=True)
