@@ -66,6 +66,9 @@ def test_two_workers_share_each_model_and_give_the_rows_of_one(place, tmp_path, 
     original = StreamSession._run
 
     def counted(self, calls):
+        until = time.monotonic() + 240
+        while len({each.owner for each in attempts(out)}) < 2 and time.monotonic() < until:
+            time.sleep(0.05)  # on a busy machine this process would do all before the other has started
         passes.append(len(calls))
         original(self, calls)
 
@@ -88,7 +91,7 @@ def test_the_share_of_a_worker_that_is_killed_is_taken_up(place, tmp_path, monke
     original = score_jobs.variant_columns
 
     def kill_the_other(*args):
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not killed and time.monotonic() < until:
             numbers = {int(each.owner.split()[1]) for each in attempts(out) if each.outcome == "running"}
             for number in numbers - {os.getpid()}:
