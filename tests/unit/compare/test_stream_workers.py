@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from qeval.backends.stream.session import StreamSession
-from qeval.compare.machine import with_limit
+from qeval.compare.machine import with_limit, workers_here
 from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
 from qeval.compare.workers import share_of_worker
 from qeval.config import Recipe
@@ -139,6 +139,14 @@ def test_workers_on_one_device_share_half_of_its_free_memory(settings, monkeypat
     assert limits == [None, 250, 125, None]
     given = replace(settings, model=replace(settings.model, max_memory=7), workers=2)
     assert with_limit(given).max_memory == 7
+
+
+def test_a_streamed_model_has_a_worker_on_every_gpu(settings, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (1 << 30, 8 << 30))
+    on_gpus = replace(settings, model=replace(settings.model, name="m", device="cuda"))
+    assert workers_here(on_gpus) == 3
+    assert with_limit(replace(on_gpus, workers=3)).max_memory is None  # each has a GPU of its own
 
 
 def job(units, key="0"):
