@@ -4,8 +4,9 @@
 
 The model has the shape that is named and random weights; text and questions are made up, so every figure but time and
 memory means nothing. Beside each phase's seconds stands what share of the machine's own rate its matrix products
-reach, the rate being that of a product of 8192 by 8192 in the compute type, timed in this process. Questions a second
-beside lm-evaluation-harness's: `benchmarks/mmlu_vs_lm_eval.py --device cuda`. Prints a table, and JSON with --json.
+reach, the rate being that of a product of 8192 by 8192 in the compute type, timed in this process. Then the same
+questions are answered by the baseline's session and by lm-evaluation-harness's `hf` model, subject by subject in turns;
+`hf` has a model of its own and the batch size that was its fastest. Prints a table, and JSON with --json.
 """
 
 import argparse
@@ -18,17 +19,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.mmlu_vs_lm_eval import Side, run_lm_eval, run_qeval
+from qeval.backends.base import Session
 from qeval.compare.cost import flops_per_second
 from qeval.compare.environment import describe_environment
 from qeval.compare.plan import Plan, make_plan
 from qeval.compare.run import membership, run_comparison
 from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
 from qeval.config import parse_methods
+from qeval.errors import is_out_of_memory
+from qeval.models.device import release_cached
+from qeval.models.info import LoadedModel
+from qeval.models.load import load_model
+from qeval.models.source import resolve
 from qeval.paths import HOME
 from qeval.progress import Advance, Silent
 from qeval.score.choices import shared_tokens
@@ -47,7 +59,8 @@ SHAPES = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-_SUBJECTS = 4
+_SUBJECTS = ("astronomy", "anatomy", "marketing", "virology")
+_SHOTS = 2
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,17 @@ def main() -> int:
         share = "" if phase["share"] is None else f"{100 * phase['share']:6.1f} %"
         print(f"  {phase['seconds']:9.2f} s {share:>9}  {phase['name']}")
     print(f"  {report['seconds']:9.2f} s            whole; peak of the GPU {report['peak_gpu_gib']:.2f} GiB")
+    beside = report["questions"]
+    print(
+        f"{beside['count']} questions: qeval {beside['qeval_per_second']:.2f} a second, lm-eval's hf "
+        f"{beside['lm_eval_per_second']:.2f} in batches of {beside['lm_eval_batch']}: {beside['ratio']:.2f} times; "
+        f"log-likelihoods differ by {beside['most_nats']:.1e} nats at most"
+    )
     return 0
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """One run in `folder`, from nothing."""
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run in `folder`, from nothing, then its questions beside lm-eval's `hf` model."""
     settings = settings_for(arguments, folder)
     progress, start = Timed(), time.perf_counter()
     with progress.phase("load and check", 1):
@@ -103,6 +122,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     with membership(plan, progress) as ledger:
         record = run_comparison(plan, progress, ledger)
     seconds = time.perf_counter() - start
+    with plan.backend.open(None) as session:
+        beside = beside_lm_eval(plan, session, arguments)
     environment = describe_environment(settings.model.device)
     return {
         "device": environment.device,
@@ -115,7 +136,56 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         "seconds": seconds,
         "peak_gpu_gib": (environment.peak_gpu_bytes or 0) / 2**30,
         "failed": [variant.name for variant in record.variants if variant.status == "failed"],
+        "questions": beside,
     }
+
+
+def beside_lm_eval(plan: Plan, session: Session, arguments: argparse.Namespace) -> dict[str, float]:
+    """Questions a second of the baseline's session, and of lm-eval's `hf` model at its best batch size."""
+    choice, asked = plan.settings.model, plan.settings.questions
+    theirs = load_model(resolve(choice.name), device=choice.device, dtype=choice.compute)
+    told = argparse.Namespace(
+        mmlu_dir=asked.mmlu_dir, limit=asked.limit, shots=asked.shots, batch_tokens=plan.batch_tokens
+    )
+    run_qeval(plan.loaded, _SUBJECTS[0], told, session)  # what is compiled or cached, is so before the clock runs
+    batch = best_batch(theirs, told, arguments.lm_eval_most)
+    model = hf_model(theirs, batch)
+
+    ours, others = list[Side](), list[Side]()
+    for subject in _SUBJECTS:
+        ours.append(run_qeval(plan.loaded, subject, told, session))
+        others.append(run_lm_eval(theirs, model, subject, told))
+    count = sum(len(side.loglikelihoods) for side in ours)
+    rates = [count / sum(side.seconds for side in sides) for sides in (ours, others)]
+    differences = [abs(a.loglikelihoods - b.loglikelihoods).max() for a, b in zip(ours, others, strict=True)]
+    return {
+        "count": count,
+        "qeval_per_second": rates[0],
+        "lm_eval_per_second": rates[1],
+        "lm_eval_batch": batch,
+        "ratio": rates[0] / rates[1],
+        "most_nats": float(max(differences)),
+    }
+
+
+def best_batch(loaded: LoadedModel, told: argparse.Namespace, most: int) -> int:
+    """The batch size, a power of two up to `most`, at which lm-eval answers a subject's questions fastest."""
+    seconds: dict[int, float] = {}
+    run_lm_eval(loaded, hf_model(loaded, 1), _SUBJECTS[0], told)
+    for batch in (1 << power for power in range(most.bit_length())):
+        try:
+            seconds[batch] = run_lm_eval(loaded, hf_model(loaded, batch), _SUBJECTS[0], told).seconds
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+    release_cached()
+    return min(seconds, key=seconds.__getitem__)
+
+
+def hf_model(loaded: LoadedModel, batch: int) -> HFLM:
+    """lm-eval's own model around one that is loaded."""
+    return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
 
 
 def settings_for(arguments: argparse.Namespace, folder: Path) -> Settings:
@@ -131,7 +201,7 @@ def settings_for(arguments: argparse.Namespace, folder: Path) -> Settings:
         variants=(),
         tasks=("kl", "ppl", "mmlu"),
         corpus=CorpusChoice(str(folder / "corpus.txt"), None, window, window // 2, arguments.windows),
-        questions=TaskChoice(save_questions(folder / "mmlu", arguments.questions), (), None, 2),
+        questions=TaskChoice(save_questions(folder / "mmlu", arguments.questions), (), None, _SHOTS),
         calibration=CalibrationChoice(str(folder / "seen.txt"), 8, min(512, arguments.context)),
         out=folder / "out",
         threads=arguments.threads,
@@ -149,16 +219,16 @@ def save_model(folder: Path, shape: str, context: int) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    end = "\u0100"  # the letter of byte 0: lm-eval asks for a token that ends texts
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
     return folder
 
 
 def save_questions(folder: Path, each: int) -> Path:
     """Subjects of MMLU with made-up questions, in its csv layout."""
-    names = ("astronomy", "anatomy", "marketing", "virology")[:_SUBJECTS]
     for split, count in (("dev", 5), ("test", each)):
         (folder / split).mkdir(parents=True)
-        for name in names:
+        for name in _SUBJECTS:
             rows = [
                 f"What is {i} in {name}?,first {i},second {i},third {i},other,{'ABCD'[i % 4]}" for i in range(count)
             ]
@@ -188,8 +258,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--compute", choices=("float32", "bfloat16"), help="the checkpoint's bf16 on a GPU by default")
     parser.add_argument("--methods", default="awq,rtn,mixed")
     parser.add_argument("--windows", type=int, default=64, help="windows of 1024 tokens with stride 512")
-    parser.add_argument("--questions", type=int, default=20, help=f"in each of {_SUBJECTS} subjects")
+    parser.add_argument("--questions", type=int, default=20, help=f"in each of {len(_SUBJECTS)} subjects")
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--lm-eval-most", type=int, default=64, help="the largest batch size tried for lm-eval")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)

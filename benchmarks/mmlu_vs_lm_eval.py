@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from qeval.backends.base import Session
 from qeval.backends.torch import TorchSession
 from qeval.models.info import LoadedModel
 from qeval.models.load import load_model
@@ -38,11 +39,11 @@ class Side:
     seconds: float
 
 
-def run_qeval(loaded: LoadedModel, subject: str, arguments: argparse.Namespace) -> Side:
-    """qeval's way: prefixes shared, only scored positions through the head."""
+def run_qeval(loaded: LoadedModel, subject: str, arguments: argparse.Namespace, session: Session | None = None) -> Side:
+    """qeval's way: prefixes shared, only scored positions through the head; in a session of its own by default."""
     start = time.perf_counter()
     suite = _suite(loaded, subject, arguments)
-    session = TorchSession(loaded.model)
+    session = session or TorchSession(loaded.model)
     scores = score_questions(session, suite.questions, arguments.batch_tokens, lambda done: None)
     values = np.array([[score for score, _ in found] for found in scores])
     return Side(values, time.perf_counter() - start)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from qeval.backends.stream.session import StreamSession
-from qeval.compare.machine import with_limit
+from qeval.compare.machine import with_limit, workers_here
 from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
 from qeval.compare.workers import share_of_worker
 from qeval.config import Recipe
@@ -66,6 +66,9 @@ def test_two_workers_share_each_model_and_give_the_rows_of_one(place, tmp_path, 
     original = StreamSession._run
 
     def counted(self, calls):
+        until = time.monotonic() + 240
+        while len({each.owner for each in attempts(out)}) < 2 and time.monotonic() < until:
+            time.sleep(0.05)  # on a busy machine this process would do all before the other has started
         passes.append(len(calls))
         original(self, calls)
 
@@ -88,7 +91,7 @@ def test_the_share_of_a_worker_that_is_killed_is_taken_up(place, tmp_path, monke
     original = score_jobs.variant_columns
 
     def kill_the_other(*args):
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not killed and time.monotonic() < until:
             numbers = {int(each.owner.split()[1]) for each in attempts(out) if each.outcome == "running"}
             for number in numbers - {os.getpid()}:
@@ -136,6 +139,14 @@ def test_workers_on_one_device_share_half_of_its_free_memory(settings, monkeypat
     assert limits == [None, 250, 125, None]
     given = replace(settings, model=replace(settings.model, max_memory=7), workers=2)
     assert with_limit(given).max_memory == 7
+
+
+def test_a_streamed_model_has_a_worker_on_every_gpu(settings, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (1 << 30, 8 << 30))
+    on_gpus = replace(settings, model=replace(settings.model, name="m", device="cuda"))
+    assert workers_here(on_gpus) == 3
+    assert with_limit(replace(on_gpus, workers=3)).max_memory is None  # each has a GPU of its own
 
 
 def job(units, key="0"):
