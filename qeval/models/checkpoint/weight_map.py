@@ -44,7 +44,8 @@ def map_weights(model: Any, entries: Sequence[TensorEntry], where: str) -> Weigh
         if pattern in fit.converters:
             stored |= _experts(name, sources, fit.converters[pattern], len(stacks.get(name, ())), where)
         elif name in stacks:
-            stored |= {expert_name(name, index): part for index, part in enumerate(_stack_slices(parts[0]))}
+            slices = enumerate(_stack_slices(parts[0]))
+            stored |= {expert_name(name, i): Transposed(part) if name in turned else part for i, part in slices}
         else:
             stored[name] = Transposed(Plain(parts[0])) if name in turned else Plain(parts[0])
     _check(model, stored, where)
