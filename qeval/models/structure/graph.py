@@ -166,8 +166,9 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
         in_float = kinds_of_products(model, config, calls, inside)
         proposals = _Layer(config, calls, inside, in_float).proposals()
         _qualify_kinds(proposals)
+        structure = frozenset((stack_of(call.name).removeprefix(prefix), call.shape) for call in calls)
         for proposal in proposals:
-            signature = proposal.signature(prefix)
+            signature = (structure, proposal.signature(prefix))
             if signature not in patterns:
                 tried = proposal.choices if folds else 0
                 patterns[signature] = _first_valid_fold(model, proposal, probed(layer)) if tried else None

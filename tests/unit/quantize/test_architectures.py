@@ -32,10 +32,11 @@ KINDS = {
     "DeepseekV32": {"indexer", "router"},
     "GlmMoeDsa": {"indexer", "router"},
     "GptOss": {"router"},
+    "Llama4": {"router"},
     "Gemma3n": {"gate", "router"},
     "Gemma4": {"router"},
 }
-TRANSPOSED = ("GptOss",)
+TRANSPOSED = ("GptOss", "Llama4")
 """What keeps its experts as [experts, inputs, outputs]."""
 
 
