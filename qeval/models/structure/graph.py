@@ -293,7 +293,9 @@ class _Layer:
     def _entry(self, call: TracedCall) -> TracedCall | None:
         """Return the call of the module that took the tokens of which this expert took some."""
         holder = stack_of(call.name).rpartition(".")[0]
-        entered = next(c for c in self._calls if c.name == holder)
+        entered = next((c for c in self._calls if c.name == holder), None)
+        if entered is None:
+            return None
         tokens, some = entered.input, call.input
         if tokens.shape[-1] != some.shape[-1]:
             return None
