@@ -166,8 +166,7 @@ def _read_weight(names: TensorNames, reading: Reading, baseline: BaselineWeights
     base = baseline.parameters[name]
     if reading.format is not None and _is_packed(names, reading, baseline, name):
         return decode_weight(names, reading.format, reading.config, name, base)
-    stored = names.load(name)
-    values = fit_shape(name, stored.T if name in baseline.turned else stored, base)
+    values = fit_shape(name, baseline.as_matrix(name, names.load(name), names.stored(name)), base)
     if name in reading.forms:
         form, bits = reading.forms[name]
         return Values(values, form, bits)

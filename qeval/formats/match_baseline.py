@@ -17,6 +17,7 @@ from qeval.formats.base import DecodedMatrix, Values
 from qeval.formats.misreadings import Resemblance, compare_matrix, relative_error, rows_of, values_of
 from qeval.formats.names import TensorNames
 from qeval.models.structure.graph import Description, Group
+from qeval.models.structure.weight_views import is_expert, stack_of
 from qeval.quant.grid import PerTensor
 from qeval.quant.qweight import QWeight
 
@@ -47,6 +48,17 @@ class BaselineWeights:
     head_dim: int
     prefix: str
     turned: frozenset[str] = frozenset()
+
+    def as_matrix(self, name: str, stored: Tensor, tensor: str | None) -> Tensor:
+        """Return a parameter that lies in a file as it is, as `parameters` have it.
+
+        Args:
+            name: The parameter.
+            stored: Its values in the file.
+            tensor: The file's name for it; an expert that lies apart from its stack is a linear's, and never turned.
+        """
+        is_apart = is_expert(name) and (tensor or "").endswith(".weight")
+        return stored.T if stack_of(name) in self.turned and not is_apart else stored
 
     @property
     def needed(self) -> list[str]:

@@ -63,8 +63,8 @@ def read_back(folder: Path, variant: Variant, baseline: BaselineWeights) -> Read
                 raise QevalError(f"{folder} does not hold {name} as it was made; what was written is thrown away.")
             largest = max(largest, difference)
         for name in others:
-            stored = names.load(name)
-            if not _same_floats(stored.T if name in baseline.turned else stored, name, variant, baseline):
+            stored = baseline.as_matrix(name, names.load(name), names.stored(name))
+            if not _same_floats(stored, name, variant, baseline):
                 raise QevalError(f"{folder} holds another {name} than the variant; what was written is thrown away.")
     return ReadBack(len(variant.weights), len(others), largest)
 

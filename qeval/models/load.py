@@ -19,6 +19,7 @@ from qeval.models.device import check_device, require_room
 from qeval.models.gguf.convert import convert_gguf
 from qeval.models.hub.fetch import fetch
 from qeval.models.info import LoadedModel, ModelInfo, SourceKind
+from qeval.models.mxfp4 import convert_mxfp4, is_mxfp4
 from qeval.models.silence_transformers import transformers_errors
 from qeval.models.source import ModelSource
 from qeval.models.structure.supported import check_model_type, check_supported, context_length
@@ -152,18 +153,26 @@ def checkpoint_of(source: ModelSource) -> Checkpoint:
             assert source.hub_id is not None
             fetched = fetch(source.hub_id, source.revision, source.inside)
             if fetched.part.form != "gguf":
-                return Checkpoint(fetched.path, fetched.commit, (), fetched.warnings)
+                return _float_checkpoint(fetched.path, fetched.commit, fetched.warnings)
             folder = convert_gguf(fetched.path)
             return Checkpoint(folder, fetched.commit, cache.read_notes(folder), fetched.warnings)
         case "folder":
             assert source.path is not None
-            return Checkpoint(source.path, None, ())
+            return _float_checkpoint(source.path, None)
         case "gguf":
             assert source.path is not None
             folder = convert_gguf(source.path)
         case "demo":
             folder = demo_folder()
     return Checkpoint(folder, None, cache.read_notes(folder))
+
+
+def _float_checkpoint(folder: Path, revision: str | None, warnings: tuple[str, ...] = ()) -> Checkpoint:
+    """Return a folder of safetensors as a checkpoint; one of MXFP4, as gpt-oss is published, is dequantized."""
+    if (folder / "config.json").is_file() and is_mxfp4(read_settings(folder)):
+        folder = convert_mxfp4(folder)
+        return Checkpoint(folder, revision, cache.read_notes(folder), warnings)
+    return Checkpoint(folder, revision, (), warnings)
 
 
 def read_config(folder: Path) -> Any:

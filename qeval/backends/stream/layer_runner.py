@@ -4,7 +4,7 @@ Masks, positions, rotary embeddings and caches are made by the model's own code,
 is run once a layer and batch, with every layer but one handing on what it is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,14 @@ class Relay:
     def _stand_in(self, index: int) -> _Forward:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._active is None:
-                return self._in_turn(index, hidden, args, kwargs)
+                held = _sizes(kwargs)
+                output = self._in_turn(index, hidden, args, kwargs)
+                if held != _sizes(kwargs):
+                    raise UsageError(
+                        f"Later decoder layers of {type(self._base).__name__} attend to keys and values of earlier "
+                        "ones, so they can't be run one at a time; leave --stream out."
+                    )
+                return output
             if self._active != index:
                 return (hidden,) if self._as_tuple else hidden
             output = self._forwards[index](hidden if self._hidden is None else self._hidden, *args, **kwargs)
@@ -101,6 +108,11 @@ class Relay:
         self._found = _first(output)
         self._beside = tuple(part for part in output[1:] if isinstance(part, Tensor)) if self._as_tuple else ()
         return output
+
+
+def _sizes(keywords: dict[str, Any]) -> dict[str, int]:
+    """Return how much the mappings among a layer's arguments hold: layers leave there what later ones need."""
+    return {name: len(value) for name, value in keywords.items() if isinstance(value, MutableMapping)}
 
 
 def _first(output: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The places of a model's weights in a checkpoint: under their own names, others', or expert by expert.
+"""The places of a model's weights in a checkpoint: under their own names, others', in parts, or expert by expert.
 
 `fit.py` finds which tensors make which weight; here each becomes something that can be read by rows.
 """
@@ -41,14 +41,24 @@ def map_weights(model: Any, entries: Sequence[TensorEntry], where: str) -> Weigh
     stored: dict[str, StoredTensor] = {}
     for name, sources in fit.sources.items():
         pattern, parts = next(iter(sources.items()))
-        if pattern in fit.converters:
+        if pattern in fit.converters and (rows := _rows_of_parts(sources, fit.converters[pattern])):
+            stored[name] = rows
+        elif pattern in fit.converters:
             stored |= _experts(name, sources, fit.converters[pattern], len(stacks.get(name, ())), where)
         elif name in stacks:
-            stored |= {expert_name(name, index): part for index, part in enumerate(_stack_slices(parts[0]))}
+            slices = enumerate(_stack_slices(parts[0]))
+            stored |= {expert_name(name, i): Transposed(part) if name in turned else part for i, part in slices}
         else:
             stored[name] = Transposed(Plain(parts[0])) if name in turned else Plain(parts[0])
     _check(model, stored, where)
     return WeightMap(stored, fit.notes, fit.untied)
+
+
+def _rows_of_parts(sources: Sources, how: WeightConverter) -> RowsOfParts | None:
+    """Return a weight whose parts are laid one below the other as they are loaded; None where more is done to them."""
+    if [(type(step), getattr(step, "dim", None)) for step in how.operations] != [(Concatenate, 0)]:
+        return None
+    return RowsOfParts(tuple(Plain(part) for pattern in how.source_patterns for part in sources.get(pattern, ())))
 
 
 def _experts(name: str, sources: Sources, how: WeightConverter, count: int, where: str) -> dict[str, StoredTensor]:

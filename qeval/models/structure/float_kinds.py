@@ -16,7 +16,8 @@ from qeval.methods import FloatKind
 from qeval.models.structure.trace import TracedCall
 from qeval.models.structure.weight_views import is_expert, stack_of
 
-_DECAYS = ("A_log", "dt_proj", "dt_bias")
+_DECAYS = ("A_log", "dt_")
+"""How the names of parameters begin, or of the modules that hold them."""
 
 
 def kinds_of_products(
@@ -64,7 +65,7 @@ def kinds_of_rest(model: nn.Module, layers: Sequence[str], listed: Iterable[str]
                 kinds[name] = "convolution"
             elif _is_of_indexer(name):
                 kinds[name] = "indexer"
-            elif not {leaf, module_name.rpartition(".")[2]}.isdisjoint(_DECAYS):
+            elif any(part.startswith(_DECAYS) for part in (leaf, module_name.rpartition(".")[2])):
                 kinds[name] = "decay"
             elif "gate" in leaf and parameter.dim() > 2:  # one matrix a head
                 kinds[name] = "gate"
@@ -72,12 +73,15 @@ def kinds_of_rest(model: nn.Module, layers: Sequence[str], listed: Iterable[str]
 
 
 def _is_router(call: TracedCall, experts: Mapping[str, int]) -> bool:
-    """Return whether a product gives a number an expert, or one number beside experts; or is named a router."""
+    """Return whether a product gives a number an expert, or one number beside experts; or is named a router.
+
+    A module of its own kind that multiplies beside experts is one too, though it may count shared experts.
+    """
     assert call.shape is not None
     if any("router" in part for part in call.name.split(".")):
         return True
     near = {count for stack, count in experts.items() if call.name.startswith(_block_of(stack))}
-    return bool(near) and call.shape[0] in {1, *near}
+    return bool(near) and (call.shape[0] in {1, *near} or not call.is_linear)
 
 
 def _block_of(stack: str) -> str:

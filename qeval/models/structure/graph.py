@@ -166,8 +166,9 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
         in_float = kinds_of_products(model, config, calls, inside)
         proposals = _Layer(config, calls, inside, in_float).proposals()
         _qualify_kinds(proposals)
+        structure = frozenset((stack_of(call.name).removeprefix(prefix), call.shape) for call in calls)
         for proposal in proposals:
-            signature = proposal.signature(prefix)
+            signature = (structure, proposal.signature(prefix))
             if signature not in patterns:
                 tried = proposal.choices if folds else 0
                 patterns[signature] = _first_valid_fold(model, proposal, probed(layer)) if tried else None
@@ -292,7 +293,9 @@ class _Layer:
     def _entry(self, call: TracedCall) -> TracedCall | None:
         """Return the call of the module that took the tokens of which this expert took some."""
         holder = stack_of(call.name).rpartition(".")[0]
-        entered = next(c for c in self._calls if c.name == holder)
+        entered = next((c for c in self._calls if c.name == holder), None)
+        if entered is None:
+            return None
         tokens, some = entered.input, call.input
         if tokens.shape[-1] != some.shape[-1]:
             return None

@@ -83,7 +83,7 @@ def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Trac
         for name, module in layers.named_modules(prefix=layers_name):
             if name in holders:
                 hooks.callback(module.register_forward_pre_hook(_record_entry(calls, name)).remove)
-            elif not list(module.children()):
+            elif not list(module.children()) or "weight" in module._parameters:  # some routers hold more than a weight
                 hooks.callback(module.register_forward_hook(_record_call(calls, name)).remove)
         if stacks:
             slices = {name: weight for name, weight in weights_of(model).items() if stack_of(name) in stacks}
@@ -130,7 +130,11 @@ def _of_layer(calls: list[TracedCall], prefix: str) -> Iterator[TracedCall]:
 
 
 def _record_entry(calls: list[TracedCall], name: str) -> Any:
-    return lambda module, args: calls.append(TracedCall(name, None, module, args[0], None))
+    def enter(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            calls.append(TracedCall(name, None, module, args[0], None))
+
+    return enter
 
 
 def _record_call(calls: list[TracedCall], name: str) -> Any:

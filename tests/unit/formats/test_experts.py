@@ -13,11 +13,13 @@ from qeval.formats.registry import format_of
 from qeval.formats.scheme import read_scheme
 from qeval.formats.stack import stack_rows
 from qeval.models.families import tiny_family
+from qeval.models.silence_transformers import quiet
 from qeval.models.structure.graph import describe_model
-from qeval.models.structure.weight_views import weights_of
+from qeval.models.structure.weight_views import transposed_weights, weights_of
 from qeval.quant.grid import parse
 from qeval.quant.rtn import quantize_rtn
 from tests.fixtures import packers
+from tests.fixtures.architectures import tiny_architecture
 from tests.fixtures.formats import AWQ, CT, FP8, GPTQ, MODELOPT, read
 from tests.fixtures.tiny import tiny_llama
 
@@ -129,6 +131,23 @@ def test_experts_in_float_are_found_one_by_one_and_in_a_stack(mixtures, tmp_path
         assert torch.equal(variant.floats[name], baseline.parameters[name] * 1.02)
         name = f"model.layers.0.mlp.experts.gate_up_proj[{index}]"
         assert torch.equal(variant.floats[name], baseline.parameters[name] * 1.01)
+
+
+def test_a_stack_that_the_model_keeps_transposed_is_turned_for_each_expert(tmp_path):
+    """As gpt-oss has them; a checkpoint may hold them in float beside attention that is quantized."""
+    with quiet():
+        model = tiny_architecture("GptOss", num_hidden_layers=1)
+        model.save_pretrained(tmp_path / "float")
+    turned = transposed_weights(model)
+    baseline = BaselineWeights(weights_of(model), describe_model(model, folds=False), 16, "model.", turned)
+    stack = "model.layers.0.mlp.experts.down_proj"
+    changed = {stack: model.get_parameter(stack) * 1.02}
+    path = packers.save_checkpoint(tmp_path / "float", tmp_path / "other", None, {}, changed)
+    with open_checkpoint(path) as held:
+        variant = assemble(held, Reading(None, {}, {}), baseline, "key", lambda count: None)
+    for index in range(4):
+        found = variant.floats[f"{stack}[{index}]"]
+        assert torch.equal(found, (model.get_parameter(stack)[index] * 1.02).T)
 
 
 def test_scales_of_an_experts_inputs_are_multiplied_into_it(mixtures, tmp_path):

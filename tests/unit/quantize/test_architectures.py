@@ -6,12 +6,15 @@ import math
 import pytest
 import torch
 
+from qeval.backends.stream.layer_runner import Relay
 from qeval.config import GridRule, Recipe, parse_method
 from qeval.errors import UsageError
 from qeval.jobs.conformance import CHECKS, Bench
 from qeval.methods import FLOAT_REASONS
 from qeval.models.silence_transformers import quiet
+from qeval.models.structure.graph import describe_model
 from qeval.models.structure.weight_views import weights_of
+from qeval.models.tiny import tiny_config, tiny_model
 from qeval.quantize.build import build_variant, source_of
 from qeval.quantize.patching import layers_of
 from qeval.quantize.sequential import Stream
@@ -32,10 +35,11 @@ KINDS = {
     "DeepseekV32": {"indexer", "router"},
     "GlmMoeDsa": {"indexer", "router"},
     "GptOss": {"router"},
+    "Llama4": {"router"},
     "Gemma3n": {"gate", "router"},
     "Gemma4": {"router"},
 }
-TRANSPOSED = ("GptOss",)
+TRANSPOSED = ("GptOss", "Llama4")
 """What keeps its experts as [experts, inputs, outputs]."""
 
 
@@ -136,6 +140,29 @@ def test_matrices_with_rows_shorter_than_a_block_stay_in_float_where_they_are_fe
         UsageError, match=r"Blocks of 32 are larger than a row of .*prediction_coefs.weight \(4 weights\)"
     ):
         build_variant(source, Recipe("named", "rtn", "int4-g32", rules=(rule,)), "key", lambda _: None)
+
+
+@pytest.mark.parametrize("model_type", ["ernie4_5_moe", "deepseek_v4"])
+def test_routers_that_hold_more_than_a_weight_are_routers(model_type):
+    """Ernie's has a module of biases inside; DeepSeek-V4's is no Linear. Both take their experts' scales."""
+    with quiet():
+        description = describe_model(tiny_model(tiny_config(model_type)), folds=False)
+    router = "model.layers.1.mlp.gate.weight"
+    assert description.float_kinds[router] == "router"
+    (entering,) = (group for group in description.groups if group.entry and group.layer == 1)
+    assert router in entering.followers
+
+
+def test_layers_that_need_what_earlier_ones_left_are_not_streamed():
+    with quiet():
+        model = tiny_architecture("Gemma4")
+    relay = Relay(model, model.model.layers)
+    relay.every_layer(lambda _: None, lambda _: None)
+    with pytest.raises(
+        UsageError, match="attend to keys and values of earlier ones, so they can't be run one at a time"
+    ):
+        model.base_model(torch.tensor([[1, 2, 3]]), use_cache=False)
+    relay.close()
 
 
 def test_experts_that_lie_transposed_are_seen_as_others_are():

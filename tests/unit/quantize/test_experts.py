@@ -98,6 +98,17 @@ def test_gptq_rounds_by_every_token_too(bench):
     assert all(sum(tokens) == 2 * total for tokens in counts[False].values())
 
 
+def test_llama_4s_experts_are_given_zeros_that_count_for_nothing():
+    bench = Bench("Llama4", tiny_architecture("Llama4"))
+    stack = "model.layers.1.feed_forward.experts.down_proj"
+    total = sum(map(len, bench.samples))
+    for every, seen in ((False, None), (True, (total,) * 4)):
+        statistics = collect(bench.model, bench.description, bench.samples, 0, lambda _: None, all_experts=every)
+        tokens = tuple(statistics[f"{stack}[{expert}]"].tokens for expert in range(4))
+        assert tokens == seen if seen else sum(tokens) == total  # one expert a token
+        assert all(torch.isfinite(statistics[f"{stack}[{expert}]"].magnitude).all() for expert in range(4))
+
+
 def test_experts_that_are_handed_their_tokens_in_another_way_are_refused():
     model = tiny_family("Mixtral")
     watched = {"model.layers.0.mlp.experts.down_proj[0]": lambda _: None}
@@ -109,10 +120,13 @@ def test_experts_that_are_handed_their_tokens_in_another_way_are_refused():
 
 
 def test_the_program_calibrates_all_experts_streamed_as_in_memory(tmp_path, monkeypatch):
+    """With gpt-oss's experts, which lie transposed; in fp16, as real files are."""
     place = Workplace(tmp_path)
     shutil.rmtree(place.model)
     with quiet():
-        tiny_family("Mixtral").save_pretrained(place.model)
+        model = tiny_architecture("GptOss").half()
+        model.config.dtype = torch.float16
+        model.save_pretrained(place.model)
     tiny_tokenizer().save_pretrained(place.model)
     found = {}
     for flags in (("--calibrate-all-experts",), ("--calibrate-all-experts", "--stream"), ()):
