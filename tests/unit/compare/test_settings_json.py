@@ -76,6 +76,8 @@ def test_what_changes_rows_makes_another_run(name):
 
 
 def test_workers_of_a_streamed_run_differ_in_their_limit_on_memory():
-    streamed = replace(SETTINGS, model=replace(SETTINGS.model, stream=True), backends=BackendChoice())
+    streamed = replace(
+        SETTINGS, model=replace(SETTINGS.model, stream=True), backends=BackendChoice(), corpus=CorpusChoice()
+    )
     limited = replace(streamed, model=replace(streamed.model, max_memory=1 << 30))
     assert identity_of(limited) == identity_of(streamed) != identity_of(SETTINGS)
