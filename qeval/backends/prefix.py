@@ -1,4 +1,4 @@
-"""What a prefix leaves in a transformers cache: computed once, for any number of continuations.
+"""The state that a prefix leaves in a transformers cache: computed once, for any number of continuations.
 
 Keys and values are lent: continuations attend to them and leave them as they are. A running state (Mamba, GatedDeltaNet
 and other linear attention, short convolutions) is changed by every token, so each continuation gets a copy of what it
