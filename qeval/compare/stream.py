@@ -18,9 +18,9 @@ from qeval.backends.stream.turned import rotated_stream
 from qeval.backends.stream.variant_reader import SavedVariant, saved_variant
 from qeval.compare.schemes import check_reached, scheme_details
 from qeval.compare.settings import ModelChoice
+from qeval.compare.stream_memory import room_for_states
 from qeval.compare.variants import BaselineModel, Calibration, Workshop
 from qeval.config import Recipe
-from qeval.errors import UsageError
 from qeval.models.checkpoint.safetensors_rows import StoredTensor
 from qeval.models.checkpoint.weights import read_entries, weight_files
 from qeval.models.device import check_device, free_bytes
@@ -31,14 +31,12 @@ from qeval.models.structure.graph import Group
 from qeval.models.structure.kv_cache import HeadShape
 from qeval.models.structure.precision import keep_sums_in_fp32, set_exact_sums
 from qeval.models.structure.supported import support_notes
-from qeval.models.structure.weight_views import weights_of
 from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.quant.grid import WeightGrid
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize_by_rows
 from qeval.quant.scheme import RotationPlaces
-from qeval.quant.statistics import SKETCH_ROWS
 from qeval.quant.variant import Variant
 from qeval.quantize.build import plan_variant
 from qeval.quantize.context import Source
@@ -58,8 +56,6 @@ from qeval.store.variant_blocks import save_variant_by_parts, save_with_scheme
 from qeval.store.variants import Origin, save_variant
 
 WeightParts = Iterator[tuple[str, QWeight]]
-_SEARCH_BYTES = 16 << 20
-"""What AWQ's searches take whatever the layer's size: candidates and their products, a few rows at a time."""
 _HEAD_BYTES = 16
 """What a weight of the head takes while it is quantized: in the type that is computed in, in fp32, as codes, packed."""
 
@@ -353,48 +349,6 @@ class _Job:
         if self.recipe.quant_method.rounding == "sequential":
             return with_outcomes(self.plan, self.recipe, self.outcomes)
         return with_floats(self.plan, self.recipe, self.rounded)
-
-
-def room_for_states(
-    backend: StreamBackend, loaded: BaselineModel, recipe: Recipe, samples: Sequence[Sequence[int]]
-) -> int:
-    """Return the bytes that hidden states may take in memory while a calibrated variant is made.
-
-    Raises:
-        UsageError: not even one layer can be worked on within --max-memory.
-    """
-    working = working_bytes(loaded, recipe) + backend.budget.token_activations * max(map(len, samples), default=0)
-    left = backend.budget.left_for_states(working)
-    if left < 0:
-        raise UsageError(
-            f"--max-memory {backend.budget.total / 2**20:.0f}MiB is less than making '{recipe.name}' takes, one layer "
-            f"at a time; give at least {backend.budget.least_for(working) / 2**20 + 1:.0f}MiB."
-        )
-    return left
-
-
-def working_bytes(loaded: BaselineModel, recipe: Recipe) -> int:
-    """Return the most bytes that quantizing a layer takes beside its weights and text: statistics, searches, codes."""
-    parameters, description = weights_of(loaded.model), loaded.description
-    by_layer = [[g for g in description.groups if g.layer == layer] for layer in range(len(description.layers))]
-    sizes = [[[parameters[name].numel() for name in group.names] for group in groups] for groups in by_layer]
-    columns = [[group.columns for group in groups] for groups in by_layer]
-    work = _rounding_bytes if recipe.quant_method.rounding == "sequential" else _search_bytes
-    copies = 1 if loaded.head.weight.dtype == torch.float32 else 2  # others are converted first
-    return max(work(*sizes_of_layer, copies) for sizes_of_layer in zip(sizes, columns, strict=True))
-
-
-def _search_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> int:
-    """Return what AWQ or a clip search takes: sketches; a group's rows parted, or a matrix scaled beside all codes."""
-    statistics = 4 * SKETCH_ROWS * (sum(columns) + max(columns))
-    group, matrix = max(map(sum, sizes)), max(map(max, sizes))
-    return statistics + max(4 * copies * group, sum(map(sum, sizes)) + 8 * copies * matrix) + _SEARCH_BYTES
-
-
-def _rounding_bytes(sizes: list[list[int]], columns: list[int], copies: int) -> int:
-    """Return what GPTQ takes: all second moments; one's factors in fp64 and a matrix by columns, beside all codes."""
-    matrix, codes = max(map(max, sizes)), sum(map(sum, sizes))
-    return 4 * sum(n * n for n in columns) + 48 * max(columns) ** 2 + 24 * copies * matrix + codes + _SEARCH_BYTES
 
 
 def _ignore(_: int) -> None:
