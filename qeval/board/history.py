@@ -69,6 +69,8 @@ def add_runs(board: Path, folders: Sequence[Path], *, accept: bool) -> None:
         BrokenRecordError: A run is broken, or vouches for nothing.
         QevalError: The database is broken or can't be written.
     """
+    if not folders:
+        return
     entries = [_entry(board, folder, accept) for folder in folders]
     _check_one_hash([*board_runs(board), *(run for run, _ in entries)])
     board.mkdir(parents=True, exist_ok=True)

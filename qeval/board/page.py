@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qeval.board.history import BoardFigure, BoardRun, board_runs, read_figures
+from qeval.errors import UsageError
 from qeval.files.atomic import write_text
 from qeval.report import formatting, style
 from qeval.report.document import Heading, Plot, Section, Table, TableCell, metric_cell
@@ -48,8 +49,15 @@ def read_series(board: Path) -> list[Series]:
 
 
 def write_board(board: Path) -> Path:
-    """Write board.html, board.md and the plots of a board; return the page's path."""
-    runs, series = board_runs(board), read_series(board)
+    """Write board.html, board.md and the plots of a board; return the page's path.
+
+    Raises:
+        UsageError: There is no run on it.
+    """
+    runs = board_runs(board)
+    if not runs:
+        raise UsageError(f"There is no run on the board '{board}'; name the folders of finished runs to add.")
+    series = read_series(board)
     with style.styled():
         plots = list(_trends(series))
     write_plots(plots, board)

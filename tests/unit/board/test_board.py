@@ -121,6 +121,11 @@ def test_qevals_own_runs_are_held_against_themselves_in_perplexity_and_answers(t
     assert drop.value == pytest.approx(accuracies[0] - accuracies[1])
 
 
+def test_a_board_without_runs_is_refused(tmp_path):
+    assert run_program(["board", "--out", str(tmp_path / "b")]) == 2
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_board_without_an_accepted_run_and_a_torn_one_are_told(nights, tmp_path):
     qeval.board(nights[:1], out=tmp_path / "b")
     policy = Policy.model_validate({"name": "p", "rules": [{"metric": "gsm_acc_drop", "at_most": "1 points"}]})
