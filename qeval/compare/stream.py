@@ -256,7 +256,7 @@ class StreamWorkshop(Workshop):
 
     @property
     def _all_experts(self) -> bool:
-        """Whether each expert is calibrated on every token."""
+        """Return whether each expert is calibrated on every token."""
         return self._calibration().all_experts
 
     def _collected(self, samples: Sequence[Sequence[int]], in_memory: int) -> LayerStatistics:

@@ -26,9 +26,9 @@ from qeval.models.trust import clean_settings, known_files
 from qeval.quant.elements import E2M1
 from qeval.quant.floats import decode_element
 
-METHOD = "mxfp4"
+_METHOD = "mxfp4"
 """What a configuration's `quant_method` says of such a checkpoint."""
-CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 1
 """Raise it when the same files convert to other weights."""
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK, _BIAS = 32, 127
@@ -38,7 +38,7 @@ _SHARD_BYTES = 2 << 30
 def is_mxfp4(settings: Mapping[str, Any]) -> bool:
     """Return whether a configuration says that the weights are MXFP4 as gpt-oss publishes them."""
     section = settings.get("quantization_config")
-    return isinstance(section, dict) and section.get("quant_method") == METHOD
+    return isinstance(section, dict) and section.get("quant_method") == _METHOD
 
 
 def convert_mxfp4(folder: Path) -> Path:
@@ -50,7 +50,7 @@ def convert_mxfp4(folder: Path) -> Path:
     """
     entries = read_entries(weight_files(folder))
     stacks = _stacks(entries, str(folder))
-    key = digest({"weights_sha256": weights_sha256(entries), "conversion": CONVERSION_VERSION})
+    key = digest({"weights_sha256": weights_sha256(entries), "conversion": _CONVERSION_VERSION})
     notes = [_sentence(entries, stacks)]
     return build_once(f"mxfp4-{key[:16]}", notes, lambda into: _convert(folder, entries, stacks, into))
 
@@ -98,7 +98,7 @@ def _stacks(entries: Sequence[TensorEntry], where: str) -> dict[str, tuple[Tenso
         stacks[stack] = blocks, scales
     if not stacks:
         raise UsageError(
-            f"'{where}' says that it is quantized by {METHOD}, but holds no tensors *{_BLOCKS}; take the float model."
+            f"'{where}' says that it is quantized by {_METHOD}, but holds no tensors *{_BLOCKS}; take the float model."
         )
     return stacks
 
