@@ -76,8 +76,7 @@ def test_what_changes_rows_makes_another_run(name):
 
 
 def test_workers_of_a_streamed_run_differ_in_their_limit_on_memory():
-    streamed = replace(
-        SETTINGS, model=replace(SETTINGS.model, stream=True), backends=BackendChoice(), corpus=CorpusChoice()
-    )
+    model, texts = replace(SETTINGS.model, stream=True), CorpusChoice()
+    streamed = replace(SETTINGS, model=model, backends=BackendChoice(), corpus=texts, chat=ChatChoice())
     limited = replace(streamed, model=replace(streamed.model, max_memory=1 << 30))
     assert identity_of(limited) == identity_of(streamed) != identity_of(SETTINGS)
