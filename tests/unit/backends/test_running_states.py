@@ -24,7 +24,6 @@ KINDS = {
     "jamba": STEPWISE,  # with attention between
     "mamba2": COPIED,
     "nemotron_h": COPIED,
-    "granitemoehybrid": COPIED,
     "falcon_h1": COPIED,  # both in every layer
     "zamba2": COPIED,
     "qwen3_next": COPIED,  # gated delta rule
@@ -41,7 +40,6 @@ KINDS = {
     "bert": LENT,  # a transform before the head
     "bart": LENT,  # the decoder of an encoder-decoder
     "rwkv": NOTHING,
-    "xlstm": NOTHING,
     "recurrent_gemma": NOTHING,  # its states lie in its modules
 }
 ALLOWED_NATS = 1e-4
