@@ -5,7 +5,7 @@ From a run to a session's forward pass: `score_all`, `ScoredModel.score`, `run_j
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.score.corpus import Shard, window_states
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, part_states
-from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ScoringJob, Work
+from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ScoringJob, Work, ignore
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.store.run import RuntimeRecord, VariantRecord
@@ -118,7 +118,10 @@ class ScoredModel:
         try:
             jobs = self.jobs(work)
             if work.share is None:
-                self._records = self._run(jobs, work, wait=wait)
+                self._require_baseline()
+                for kind, each in jobs.items():
+                    with self._phase(work, kind, each) as advance:
+                        self._records[kind] = run_jobs(each, work.ledger, advance, wait=wait)
             else:
                 self._records = self._run_together(jobs, work, work.share, wait=wait)
             self.seconds += time.perf_counter() - start
@@ -132,20 +135,16 @@ class ScoredModel:
         release_cached()
         work.progress.warn(f"{self.name} failed: {self.error}")
 
-    def _run(
-        self, jobs: Mapping[RowKind, Sequence[ScoringJob]], work: Work, *, wait: bool
-    ) -> dict[RowKind, list[Path | None]]:
-        """Return the jobs' records, those that lack made; what others are at is waited for, or None."""
-        records: dict[RowKind, list[Path | None]] = {kind: [] for kind in _LABELS}
-        # One set of weights is in memory at a time: the baseline is done before a variant takes its place.
+    def _require_baseline(self) -> None:
+        """Have the baseline done before a variant takes its place: one set of weights is in memory at a time."""
         for job in () if self.is_baseline else self._jobs:
             if job.find() is None:
                 job.require_baseline()
-        for kind, label in _LABELS.items():
-            if units := sum(job.units for job in jobs[kind]):
-                with work.progress.phase(f"score {self.name}: {label}", units) as advance:
-                    records[kind] = run_jobs(jobs[kind], work.ledger, advance, wait=wait)
-        return records
+
+    def _phase(self, work: Work, kind: RowKind, jobs: Sequence[ScoringJob]) -> AbstractContextManager[Advance]:
+        """Return the phase that shows the progress of some jobs; of none nothing is shown."""
+        units = sum(job.units for job in jobs)
+        return work.progress.phase(f"score {self.name}: {_LABELS[kind]}", units) if units else nullcontext(ignore)
 
     def _run_together(
         self, jobs: Mapping[RowKind, Sequence[ScoringJob]], work: Work, share: Share, *, wait: bool
@@ -160,8 +159,11 @@ class ScoredModel:
             with claimed([job for each in left.values() for job in each], work.ledger) as self._jobs:
                 mine = {job.id for job in self._jobs}
                 ready = {kind: [job for job in each if job.id in mine or job.find()] for kind, each in left.items()}
-                for kind, records in self._run(ready, work, wait=False).items():
-                    found |= {job.id: path for job, path in zip(ready[kind], records, strict=True) if path}
+                self._require_baseline()
+                for kind, each in ready.items():
+                    with self._phase(work, kind, each) as advance:
+                        records = run_jobs(each, work.ledger, advance, wait=False)
+                    found |= {job.id: path for job, path in zip(each, records, strict=True) if path}
             self.close()  # the next round expects other jobs
 
             left = {kind: [job for job in each if job.id not in found] for kind, each in left.items()}

@@ -137,14 +137,11 @@ def _float_steps(blocks: Tensor, grid: FloatGrid, clip: Tensor | None, matrix_am
 
 def _symmetric(blocks: Tensor, grid: Grid, clip: Tensor | None) -> Steps:
     low, high = _range(blocks)
-    amax = torch.maximum(-low, high)
-    amax = amax if clip is None else amax * clip
-    span = grid.span or grid.default_span
-    inverse, scales = inverse_and_scale(amax, grid.zero - {"full": 1, "half": 0.5, "signed": 0}[span])
-    if span == "signed":
-        # the weight with the largest magnitude goes to the lowest code; of two as large the negative one
-        sign = torch.where(-low >= high, 1.0, -1.0)
-        inverse, scales = inverse * sign, scales * sign
+    below, span = -low, grid.span or grid.default_span
+    # signed: the weight with the largest magnitude goes to the lowest code; of two as large the negative one
+    width = torch.where(below >= high, below, -high) if span == "signed" else torch.maximum(below, high)
+    width = width if clip is None else width * clip
+    inverse, scales = inverse_and_scale(width, grid.zero - {"full": 1, "half": 0.5, "signed": 0}[span])
     return Steps(inverse, scales, torch.full_like(scales, grid.zero))
 
 
@@ -163,8 +160,11 @@ def _range(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_and_scale(width: Tensor, steps: float) -> tuple[Tensor, Tensor]:
-    """Return `steps / width` and `width / steps` of ranges, by true divisions; 0 and some number for one of zeros."""
-    empty = width < TINY
+    """Return `steps / width` and `width / steps` of ranges, by true divisions; 0 and some number for one of zeros.
+
+    A negative width gives a negative scale.
+    """
+    empty = width.abs() < TINY
     width = width.masked_fill(empty, 1.0)
     number = torch.full_like(width, steps)
     return (number / width).masked_fill(empty, 0.0), width / number

@@ -47,9 +47,9 @@ Scales = Mapping[str, Scaled]
 class Search:
     """AWQ's searches over one model and one calibration text; what was searched once is not searched again.
 
-    Neither a group's scales nor its clips depend on other groups: dividing a row by a number changes neither its
-    codes nor the share of its range that is best to keep. Where a scale spans rows it does, so that the clips of a
-    matrix whose rows are divided are searched each time.
+    Neither a group's scales nor its clips depend on other groups: dividing a row by a number changes the share of its
+    range that is best to keep by rounding alone, so clips are those of the undivided rows. Where a scale spans rows
+    they are not, and the clips of a matrix whose rows are divided are searched each time.
     """
 
     parameters: Parameters
@@ -71,25 +71,24 @@ class Search:
     def clip(
         self, name: str, matrix: Tensor, grid: WeightGrid, group: Group, scaled: Scaled | None, *, divided: bool
     ) -> Tensor:
-        """Return the share of its range that each block of `matrix` (scaled and folded) keeps.
+        """Return the share of its range that each block of `matrix` keeps.
 
         Args:
             name: The weight.
-            matrix: Its values [rows, columns] fp32 as they are rounded.
+            matrix: Its values [rows, columns] fp32, multiplied by the group's scales.
             grid: Its grid.
             group: The group that it is in.
             scaled: The group's scales, or None.
-            divided: Whether its rows are divided by the scales of a group that it precedes.
+            divided: Whether rows of `matrix` are divided by the scales of a group that it precedes.
         """
         key = (name, grid, None if scaled is None else (scaled.choice.alpha, scaled.fold is None))
-        depends = divided and grid.spans_rows
-        if key in self._clips and not depends:
+        if key in self._clips and not divided:
             return self._clips[key]
         inputs = self.statistics.get(group.names[0])
         if inputs is not None and scaled is not None:
             inputs = inputs.scaled(scaled.choice.scales)
         clips = choose_clip(matrix, grid, None if inputs is None else inputs.sketch)
-        if not depends:
+        if not divided:
             self._clips[key] = clips
         return clips
 
@@ -188,12 +187,17 @@ def quantize_groups(
         for name in group.names:
             if name not in grids:
                 continue
-            matrix = search.parameters[name].float()
-            matrix = matrix / divisors[name].unsqueeze(1) if name in divisors else matrix
+            weight, grid = search.parameters[name].float(), grids[name]
+            matrix = weight / divisors[name].unsqueeze(1) if name in divisors else weight
             matrix = matrix * scaled.choice.scales if scaled else matrix
-            divided = name in divisors
-            shares = search.clip(name, matrix, grids[name], group, scaled, divided=divided) if clip else None
-            weights[name] = quantize_rtn(matrix, grids[name], shares)
+
+            shares = None
+            if clip:
+                divided = name in divisors and grid.spans_rows
+                undivided = weight * scaled.choice.scales if scaled else weight
+                searched = matrix if divided else undivided
+                shares = search.clip(name, searched, grid, group, scaled, divided=divided)
+            weights[name] = quantize_rtn(matrix, grid, shares)
     return weights
 
 

@@ -95,8 +95,9 @@ def whole_pass(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     returned: list[Any] = []
     caught: list[Tensor] = []
+    body = body_of(model)
     handles = [
-        body_of(model).register_forward_hook(lambda _module, _inputs, output: returned.append(output)),
+        body.register_forward_hook(lambda _module, _inputs, output: returned.append(output)),
         model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0])),
     ]
     try:
@@ -105,6 +106,8 @@ def whole_pass(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         for handle in handles:
             handle.remove()
 
+    if caught and not returned:  # OPT's forward pass calls the decoder inside of its body
+        returned.append(body(input_ids=ids, use_cache=False))
     last = getattr(returned[-1], "last_hidden_state", None) if returned else None
     # a head that no hook sees may still multiply the body's states: `head_of` compares the logits
     _ENDS_IN_BODY[model] = not caught or (isinstance(last, Tensor) and torch.equal(last, caught[-1]))

@@ -34,7 +34,7 @@ CALIBRATED = [
     "gptq:fp8-tile128",
     "mixed:g32-positional",
     "mixed:g32-measured-6bpw",
-    "mixed-rtn:g32-full-measured-clip",  # on signed its choices differ from those of the model in memory
+    "mixed-rtn:g32-measured-clip",
     "mixed:int3-g32-fisher",
     "mixed:int4-g32/nvfp4/fp8-tile128/bf16-6bpw",
     "mixed-rtn:int4-g32/mxfp4/int8-channel-fisher-6bpw",

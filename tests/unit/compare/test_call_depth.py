@@ -47,4 +47,4 @@ def test_a_forward_pass_is_seven_calls_from_the_run(chains, tmp_path, monkeypatc
     assert Bench(tmp_path).compare("--quiet", *drift, methods="rtn:g32", tasks="kl,mmlu,drift") == 0
     assert set(chains) == {"states", "prefill", "greedy"}
     for asked in chains.values():
-        assert max(map(len, asked)) <= MOST, asked
+        assert max(map(len, asked)) <= MOST, max(asked, key=len)

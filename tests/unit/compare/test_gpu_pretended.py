@@ -239,7 +239,7 @@ def test_mps_computes_without_fp64(bench, tmp_path):
         device = ("--device", "mps", "--compute", "fp32", "--quiet")
         assert bench.compare(*device, methods=methods, out=str(tmp_path / "mps"), **tasks) == 0
     for name in names(methods):
-        assert kl(tmp_path / "mps", name) == pytest.approx(kl(tmp_path / "cpu", name), rel=1e-4)
+        assert kl(tmp_path / "mps", name) == pytest.approx(kl(tmp_path / "cpu", name), rel=1e-3)
 
 
 def test_no_row_of_logits_goes_to_the_host(bench, tmp_path):

@@ -1,6 +1,7 @@
 """Methods that see the calibration text layer by layer or in one pass, from the command line to the report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,14 +50,17 @@ def test_the_report_says_what_the_methods_decided(variants):
 
 def test_no_statistics_are_collected_for_methods_that_use_none(place, monkeypatch):
     monkeypatch.setenv("QEVAL_HOME", str(place.folder / "another"))
-    monkeypatch.setattr("qeval.compare.variants.collect", lambda *_: pytest.fail("collected"))
+    monkeypatch.setattr("qeval.compare.variants.collect", lambda *_, **__: pytest.fail("collected"))
     assert place.compare("--quiet", tasks="kl", methods="gptq:g32", out=str(place.folder / "gptq")) == 0
     record = json.loads((place.folder / "gptq" / "run.json").read_text())
     assert record["calibration"]["samples"] == 4
 
 
 def key(method, seed=0, tokens="a", config="c"):
-    loaded = BaselineModel(None, None, None, "w", config, "name", torch.float16, torch.float32, torch.device("cpu"))
+    description = SimpleNamespace(float_kinds={})
+    loaded = BaselineModel(
+        None, description, None, "w", config, "name", torch.float16, torch.float32, torch.device("cpu")
+    )
     return variant_key(parse_method(method), loaded, Calibration((), {"tokens_sha256": tokens}), seed)
 
 

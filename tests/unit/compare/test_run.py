@@ -242,7 +242,7 @@ def test_ctrl_c_while_a_variant_is_made_keeps_those_before_it(place, tmp_path, m
     out, cache = tmp_path / "out", tmp_path / "home"
     monkeypatch.setenv("QEVAL_HOME", str(cache))
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

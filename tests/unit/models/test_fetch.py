@@ -157,5 +157,5 @@ def test_a_model_that_brings_its_own_code_is_refused_in_a_sentence(hub, files):
     config = json.loads(files["config.json"])
     foreign = {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
     hub.repositories = {"org/own": {**files, "config.json": json.dumps(config | foreign).encode()}}
-    with pytest.raises(UsageError, match=r"it needs Python code from its own repository, and qeval runs none; take"):
+    with pytest.raises(UsageError, match=r"names LlamaForCausalLM, which needs Python code from its own repository"):
         load_model(resolve("org/own"))

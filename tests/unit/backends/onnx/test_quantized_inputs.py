@@ -192,7 +192,6 @@ def test_the_backend_opens_such_a_variant_and_says_how_it_is_run(home):
         ({"activations": "int8-g32"}, "a scale a token or tensor, not int8-g32"),
         ({"activations": "nvfp4"}, "not nvfp4"),
         ({"activations": "int8-token", "keys": "int8", "values": "int8"}, "its attention has keys and values"),
-        ({"inputs": "r4"}, "turn no inputs"),
     ],
 )
 def test_what_no_operator_does_is_refused(names, says):
