@@ -97,8 +97,9 @@ def test_a_rotated_variant_is_scored_from_its_folder(place, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("method", ["rtn:int8-channel+r1r2-seed1", "quarot+a-int8-static", "awq:g32+r1"])
-def test_a_streamed_model_gives_the_same_variant(place, tmp_path, method):
+def test_a_streamed_model_gives_the_same_variant(place, tmp_path, monkeypatch, method):
     """Whose norms, embedding, head and details are the same too."""
+    monkeypatch.setenv("QEVAL_HOME", str(tmp_path / "home"))
     found = []
     for flags in ((), ("--stream",)):
         out = tmp_path / f"out{len(flags)}"
