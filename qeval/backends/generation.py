@@ -76,7 +76,8 @@ class Generation:
         """Return what the prompts of one batch go on with, by their index."""
         longest = max(map(len, prompts.values()))
         ids = torch.tensor([[*[_PADDING] * (longest - len(p)), *p] for p in prompts.values()], device=self._device)
-        lacking = torch.tensor([longest - len(prompt) for prompt in prompts.values()], device=self._device)
+        padding = [longest - len(prompt) for prompt in prompts.values()]
+        lacking = torch.tensor(padding, device=self._device) if any(padding) else None
         cache = empty_cache(self.model) if self.keeps else None
         said: dict[int, list[int]] = {row: [] for row in prompts}
         unfinished, fed = set(prompts), ids
@@ -93,10 +94,13 @@ class Generation:
             fed = ids if cache is None else chosen[:, None]
         return {row: tuple(tokens) for row, tokens in said.items()}
 
-    def _forward(self, fed: Tensor, total: int, lacking: Tensor, cache: Any) -> Tensor:
-        """Return the final states [rows, fed tokens, d_model] of the last of `total` tokens a row."""
+    def _forward(self, fed: Tensor, total: int, lacking: Tensor | None, cache: Any) -> Tensor:
+        """Return the final states [rows, fed tokens, d_model] of the last of `total` tokens a row.
+
+        `lacking` says how many tokens of each row are padding, [rows]; None where none is.
+        """
         places: dict[str, Tensor] = {}
-        if lacking.any():
+        if lacking is not None:
             column = torch.arange(total, device=self._device)[None, :]
             places[_MASK] = (column >= lacking[:, None]).long()
             if _PLACES in self._parameters:
@@ -112,7 +116,7 @@ class Generation:
         lacking = torch.tensor([length - len(prompt)], device=self._device)
         padded = torch.tensor([[*[_PADDING] * (length - len(prompt)), *prompt]], device=self._device)
         whole = torch.tensor([[*prompt, prompt[-1]]], device=self._device)
-        expected = self._forward(whole, whole.shape[1], torch.zeros_like(lacking), None)[0, -2:]
+        expected = self._forward(whole, whole.shape[1], None, None)[0, -2:]
 
         cache = empty_cache(self.model) if self.keeps else None
         first = self._forward(padded, length, lacking, cache)[0, -1:]
