@@ -8,7 +8,6 @@ import typer
 import qeval
 from qeval.cli import options
 from qeval.cli.printing import print_json, stdout
-from qeval.errors import UsageError
 
 
 def import_rows(
@@ -46,8 +45,6 @@ def import_rows(
     from qeval.report import report_json, summary_table  # noqa: PLC0415 - the statistics take a second to import
     from qeval.report.summary import summary  # noqa: PLC0415
 
-    if not files:
-        raise UsageError("Name at least two files to import, such as baseline=FILE awq=FILE.")
     run = qeval.import_rows(
         files, out=out, baseline=baseline, task=task, repeats=repeats, higher_is_better=higher_is_better,
         command=str(context.obj),

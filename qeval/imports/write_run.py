@@ -12,7 +12,7 @@ import psutil
 
 from qeval import __version__
 from qeval.identity import digest
-from qeval.imports.check_sides import ModelScores
+from qeval.imports.check_sides import Item, ModelScores
 from qeval.imports.foreign_rows import HASHES
 from qeval.report.align import BASELINE_NAME
 from qeval.store.attempts import attempt
@@ -35,6 +35,8 @@ UNKNOWN = "unknown"
 _UNKNOWN_COUNT = -1
 PairedSides = Mapping[str, Sequence[ModelScores]]
 """The sides of each score, the baseline's first, by the score's name."""
+Prompts = dict[Item, str]
+"""The sha256 of each item's prompt."""
 
 
 def write_imported(out: Path, sides: PairedSides, started: datetime, command: str) -> RunRecord:
@@ -53,23 +55,23 @@ def write_imported(out: Path, sides: PairedSides, started: datetime, command: st
     files = list(dict.fromkeys(file for each in sides.values() for side in each for file in side.files))
     digests = dict(zip(files, digests_of(files), strict=True))
     shards: dict[RowKind, list[Path]] = {"tokens": [], "items": [], "drift": [], "scores": []}
+    prompts = {name: _prompts(each[0]) for name, each in sides.items()}
     with attempt(out, command):
-        for each in sides.values():
-            prompts = _prompts(each[0])
+        for score, each in sides.items():
             for place, side in enumerate(each):
                 name = BASELINE_NAME if place == 0 else side.model
                 kind: RowKind = "scores" if side.parts[0].choices is None else "items"
-                columns = _columns(kind, name, side, prompts)
+                columns = _columns(kind, name, side, prompts[score])
                 key = digest({"import": name, "score": side.name, "files": [digests[file] for file in side.files]})
                 shards[kind].append(store.write(kind, key, columns))
         store.keep_only(shards)
-        record = _record(sides, digests, started, command)
+        record = _record(sides, prompts, digests, started, command)
         record = record.model_copy(update={"chain": chain_of(out, [], None)})
         write_run(out, record)
     return record
 
 
-def _prompts(side: ModelScores) -> dict[tuple[str, str], str]:
+def _prompts(side: ModelScores) -> Prompts:
     """Return what names each item's prompt: the sha256 of its hashes, and of its own name where it has none."""
     known = [side.hashes[name].tolist() for name in HASHES if name in side.hashes]
     values = zip(*known, strict=True) if known else side.items
@@ -77,7 +79,7 @@ def _prompts(side: ModelScores) -> dict[tuple[str, str], str]:
     return {item: hashlib.sha256(text.encode()).hexdigest() for item, text in zip(side.items, texts, strict=True)}
 
 
-def _columns(kind: RowKind, name: str, side: ModelScores, prompts: Mapping[tuple[str, str], str]) -> dict[str, object]:
+def _columns(kind: RowKind, name: str, side: ModelScores, prompts: Prompts) -> dict[str, object]:
     rows = len(side.items)
     shared: dict[str, object] = {
         "variant": [name] * rows,
@@ -109,7 +111,9 @@ def _columns(kind: RowKind, name: str, side: ModelScores, prompts: Mapping[tuple
     }
 
 
-def _record(sides: PairedSides, digests: Mapping[Path, str], started: datetime, command: str) -> RunRecord:
+def _record(
+    sides: PairedSides, prompts: Mapping[str, Prompts], digests: Mapping[Path, str], started: datetime, command: str
+) -> RunRecord:
     every = list(sides.values())
     models = list(dict.fromkeys(side.model for each in every for side in each))
     files = {(side.model, file): side.parts[0].format for each in every for side in each for file in side.files}
@@ -137,7 +141,7 @@ def _record(sides: PairedSides, digests: Mapping[Path, str], started: datetime, 
         environment=_environment(),
         metrics=list(sides),
         warnings=list(notes),
-        witness=digest({name: sorted(_prompts(each[0]).items()) for name, each in sides.items()}),
+        witness=digest({name: sorted(each.items()) for name, each in prompts.items()}),
         imported=ImportRecord(
             files=[
                 ImportedFile(model=model, name=file.name, sha256=digests[file], format=form)

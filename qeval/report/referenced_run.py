@@ -1,13 +1,17 @@
 """A variant against itself in an earlier run, whose rows take the baseline's place: what changed since then."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from qeval.errors import BrokenRecordError, UsageError, unknown
 from qeval.report.align import ItemRows, TokenRows
 from qeval.report.run_rows import PairedRun
 from qeval.report.score_rows import ScoreRows
 from qeval.store.run import ScoreRecord, TaskRecord
+
+_Record = TypeVar("_Record", TaskRecord, ScoreRecord)
 
 
 class ReferencedRun(PairedRun):
@@ -44,15 +48,19 @@ class ReferencedRun(PairedRun):
     def baseline_items(self, task: TaskRecord) -> ItemRows:
         """Return the reference's answers to a task's questions."""
         assert self.reference is not None
-        tasks = {each.name: each for each in self.reference.record.tasks}
-        if task.name not in tasks:
-            raise unknown(f"task of the run '{self.reference.folder}'", task.name, tasks)
-        return self.reference.items(tasks[task.name], self._earlier)
+        earlier = self._named("task", task.name, self.reference.record.tasks)
+        return self.reference.items(earlier, self._earlier)
 
     def baseline_scores(self, score: ScoreRecord) -> ScoreRows:
         """Return the reference's scores of one kind."""
         assert self.reference is not None
-        scores = {each.name: each for each in self.reference.record.scores}
-        if score.name not in scores:
-            raise unknown(f"score of the run '{self.reference.folder}'", score.name, scores)
-        return self.reference.scores(scores[score.name], self._earlier)
+        earlier = self._named("score", score.name, self.reference.record.scores)
+        return self.reference.scores(earlier, self._earlier)
+
+    def _named(self, kind: str, name: str, records: Sequence[_Record]) -> _Record:
+        """Return the reference's record of a name."""
+        assert self.reference is not None
+        by_name = {record.name: record for record in records}
+        if name not in by_name:
+            raise unknown(f"{kind} of the run '{self.reference.folder}'", name, by_name)
+        return by_name[name]
