@@ -9,6 +9,7 @@ from qeval.compare import arguments as read
 from qeval.compare.arguments import PathLike
 
 if TYPE_CHECKING:
+    from qeval.board.page import WrittenBoard
     from qeval.results import Run
 
 
@@ -27,6 +28,11 @@ def board(runs: "Iterable[Run | PathLike]" = (), *, out: PathLike, accept: bool 
         UsageError: A folder holds no run, or one of another token hash than the board's.
         QevalError: A run or the database is broken, or nothing is on the board.
     """
+    return update_board(runs, out=out, accept=accept).page
+
+
+def update_board(runs: "Iterable[Run | PathLike]", *, out: PathLike, accept: bool) -> "WrittenBoard":
+    """Do what `board` does, and return the series of the board with its page."""
     from qeval.board.history import add_runs  # noqa: PLC0415 - the statistics take a second to import
     from qeval.board.page import write_board  # noqa: PLC0415
     from qeval.paths import check_place  # noqa: PLC0415

@@ -48,8 +48,15 @@ def read_series(board: Path) -> list[Series]:
     ]
 
 
-def write_board(board: Path) -> Path:
-    """Write board.html, board.md and the plots of a board; return the page's path.
+class WrittenBoard(NamedTuple):
+    """The page of a board, and the series on it."""
+
+    page: Path
+    series: list[Series]
+
+
+def write_board(board: Path) -> WrittenBoard:
+    """Write board.html, board.md and the plots of a board.
 
     Raises:
         UsageError: There is no run on it.
@@ -73,7 +80,7 @@ def write_board(board: Path) -> Path:
     )
     write_text(board / "board.md", html_page("report.md.j2", heading, sections))
     write_text(board / "board.html", html_page("report.html.j2", heading, sections))
-    return board / "board.html"
+    return WrittenBoard(board / "board.html", series)
 
 
 def runs_table(runs: Sequence[BoardRun]) -> Table:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-import qeval
+from qeval.api.history import update_board
 from qeval.cli import options
 from qeval.cli.printing import stderr, stdout
 
@@ -25,11 +25,10 @@ def board(
 ) -> None:
     """Show runs of one token hash over time: figures with intervals, trends, and the points where they change."""
     del debug  # read by the program's own error handler
-    page = qeval.board(runs or [], out=out, accept=accept)
-    from qeval.board.page import change_sentences, latest_table, read_series  # noqa: PLC0415
+    page, series = update_board(runs or [], out=out, accept=accept)
+    from qeval.board.page import change_sentences, latest_table  # noqa: PLC0415
     from qeval.report.console import terminal_table  # noqa: PLC0415 - the statistics take a second to import
 
-    series = read_series(out)
     console = stdout(_WIDTH)
     table = latest_table(series)
     console.print(terminal_table(table, table.note))
