@@ -4,8 +4,9 @@ Nothing is compared that does not stand on the same tokens and the same prompts.
 doubled or other than the baseline's are an error that names them; they are never dropped.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,10 @@ FEW_TOKEN_COLUMNS = tuple(
     if name not in ("reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats", "entropy_nats")
 )
 """What an explanation and a diff need: reading takes most of their time."""
+
+
+QUESTION_PARTS = ("subjects", "items", "prompts", "gold", "starts")
+"""The arrays of `ItemRows` that say what was asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +188,23 @@ def check_protocol(baseline: TokenRows, protocol: ProtocolRecord) -> None:
         )
 
 
+class RowDifference(NamedTuple):
+    """Arrays that two sides should have alike and don't: their name, the rows that differ, and the first of them."""
+
+    what: str
+    rows: int
+    first: int
+
+
+def first_difference(one: object, other: object, names: Iterable[str]) -> RowDifference | None:
+    """Return the difference in the first of some arrays of two sides that has one, None where all are alike."""
+    for name in names:
+        differs = getattr(one, name) != getattr(other, name)
+        if differs.any():
+            return RowDifference(name, int(differs.sum()), int(np.argmax(differs)))
+    return None
+
+
 def pair_tokens(variant: TokenRows, baseline: TokenRows, who: str) -> None:
     """Raise a BrokenRecordError unless a variant's rows stand on the baseline's tokens, all of them."""
     if len(variant.windows) != len(baseline.windows):
@@ -190,14 +212,12 @@ def pair_tokens(variant: TokenRows, baseline: TokenRows, who: str) -> None:
             f"'{who}' has {len(variant.windows)} token rows and the baseline {len(baseline.windows)}"
             f"{_missing_window(variant, baseline)}; run the same command again."
         )
-    for what in ("windows", "positions", "tokens"):
-        other = getattr(variant, what) != getattr(baseline, what)
-        if other.any():
-            row = int(np.argmax(other))
-            raise BrokenRecordError(
-                f"'{who}' was not scored on the baseline's {what}: {int(other.sum())} rows differ, "
-                f"the first at window {baseline.windows[row]}, position {baseline.positions[row]}."
-            )
+    if differs := first_difference(variant, baseline, ("windows", "positions", "tokens")):
+        what, count, row = differs
+        raise BrokenRecordError(
+            f"'{who}' was not scored on the baseline's {what}: {count} rows differ, "
+            f"the first at window {baseline.windows[row]}, position {baseline.positions[row]}."
+        )
     if (variant.scored["nll"] != baseline.scored["nll"]).any():
         raise BrokenRecordError(f"'{who}' has log-likelihoods at other positions than the baseline.")
 
@@ -257,14 +277,12 @@ def item_rows(table: pa.Table, task: TaskRecord, who: str, baseline: ItemRows | 
 
 def pair_items(variant: ItemRows, baseline: ItemRows, task: str, who: str) -> None:
     """Raise a BrokenRecordError unless a variant answered the baseline's questions, from the same prompts."""
-    for what in ("subjects", "items", "prompts", "gold", "starts"):
-        other = getattr(variant, what) != getattr(baseline, what)
-        if other.any():
-            row = int(np.argmax(other))
-            raise BrokenRecordError(
-                f"'{who}' was not asked the baseline's {task}: {int(other.sum())} {what} differ, "
-                f"the first at question {baseline.items[row]} of '{baseline.subjects[row]}'."
-            )
+    if differs := first_difference(variant, baseline, QUESTION_PARTS):
+        what, count, row = differs
+        raise BrokenRecordError(
+            f"'{who}' was not asked the baseline's {task}: {count} {what} differ, "
+            f"the first at question {baseline.items[row]} of '{baseline.subjects[row]}'."
+        )
 
 
 def drift_rows(table: pa.Table, record: DriftRecord, who: str) -> DriftRows:

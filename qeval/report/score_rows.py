@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from qeval.errors import BrokenRecordError
+from qeval.report.align import first_difference
 from qeval.report.independent import question_clusters
 from qeval.stats.bootstrap import Clusters, Floats, Ints
 from qeval.stats.repeats import Components, components, item_means
@@ -91,11 +92,9 @@ def score_rows(table: pa.Table, record: ScoreRecord, who: str) -> ScoreRows:
 
 def pair_scores(variant: ScoreRows, baseline: ScoreRows, task: str, who: str) -> None:
     """Raise a BrokenRecordError unless a variant's scores are of the baseline's items, asked alike."""
-    for what in ("subjects", "items", "prompts"):
-        other = getattr(variant, what) != getattr(baseline, what)
-        if other.any():
-            at = int(np.argmax(other))
-            raise BrokenRecordError(
-                f"'{who}' was not asked the baseline's {task}: {int(other.sum())} {what} differ, the first at item "
-                f"{baseline.items[at]} of '{baseline.subjects[at]}'."
-            )
+    if differs := first_difference(variant, baseline, ("subjects", "items", "prompts")):
+        what, count, at = differs
+        raise BrokenRecordError(
+            f"'{who}' was not asked the baseline's {task}: {count} {what} differ, the first at item "
+            f"{baseline.items[at]} of '{baseline.subjects[at]}'."
+        )

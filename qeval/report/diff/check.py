@@ -3,7 +3,7 @@
 import numpy as np
 
 from qeval.errors import BrokenRecordError, UsageError
-from qeval.report.align import ItemRows, TokenRows
+from qeval.report.align import QUESTION_PARTS, ItemRows, TokenRows, first_difference
 from qeval.report.run_rows import PairedRun
 from qeval.report.score_rows import pair_scores
 from qeval.stats.bootstrap import Floats
@@ -71,14 +71,12 @@ def same_questions(a: PairedRun, b: PairedRun, task: TaskRecord, other: TaskReco
             f"The runs were not asked the same {task.name}: '{a.folder}' has {len(mine.items)} questions and "
             f"'{b.folder}' {len(others.items)}; give both the same --limit, --subjects and --mmlu-dir."
         )
-    for what in ("subjects", "items", "prompts", "gold", "starts"):
-        differ = getattr(mine, what) != getattr(others, what)
-        if differ.any():
-            at = int(np.argmax(differ))
-            raise UsageError(
-                f"The runs were not asked the same {task.name}: {int(differ.sum())} {what} differ, the first at "
-                f"question {mine.items[at]} of '{mine.subjects[at]}'; run both on the same questions and --shots."
-            )
+    if differs := first_difference(mine, others, QUESTION_PARTS):
+        what, count, at = differs
+        raise UsageError(
+            f"The runs were not asked the same {task.name}: {count} {what} differ, the first at "
+            f"question {mine.items[at]} of '{mine.subjects[at]}'; run both on the same questions and --shots."
+        )
     return _alike(a, b, f"log-likelihoods of {task.name}", mine.choices, others.choices)
 
 
