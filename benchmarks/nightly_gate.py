@@ -1,4 +1,4 @@
-"""How often a nightly gate on sampled generation alarms although nothing is worse than it may be.
+"""The false alarms of a nightly gate on sampled generation: alarms although nothing is worse than it may be.
 
     python -m benchmarks.nightly_gate
 

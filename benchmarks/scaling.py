@@ -38,7 +38,7 @@ _METHODS = ("rtn:g32", "rtn:int8-channel", "rtn:int3-g32", "rtn:g64", "rtn:g32-a
 _WINDOW, _SHARD_WINDOWS = 512, 8
 _WIDTH, _INNER, _VOCABULARY = 512, 1536, 8192
 _NEEDED = {"workers": 1.8, "stream-workers": 1 / 0.6}
-"""How many times one worker's rate two must reach, by axis."""
+"""The multiple of one worker's rate that two must reach, by axis."""
 _STRAIGHT = 0.98
 
 

@@ -21,7 +21,7 @@ FLOAT_REASONS: Mapping[FloatKind, str] = {
     "decay": "a decay: it sets how fast a running state fades",
     "small": "a small matrix: its row is shorter than a block",
 }
-"""What stays in float in every decoder layer whatever a recipe says, by kind, with the reason that manifests give."""
+"""Matrices of decoder layers that stay in float by any recipe, by kind, with the reason that manifests give."""
 
 
 @dataclass(frozen=True)

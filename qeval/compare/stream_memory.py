@@ -12,7 +12,7 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.quant.statistics import SKETCH_ROWS
 
 _SEARCH_BYTES = 16 << 20
-"""What AWQ's searches take whatever the layer's size: candidates and their products, a few rows at a time."""
+"""Bytes that AWQ's searches take whatever the layer's size: candidates and their products, a few rows at a time."""
 
 
 def room_for_states(

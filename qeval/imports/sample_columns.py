@@ -18,7 +18,7 @@ from qeval.stats.bootstrap import Floats, Ints
 _KEYS = {
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", *HASHES,
 }  # fmt: skip
-"""What a sample holds beside its metrics."""
+"""The keys of a sample beside its metrics."""
 _BLOCK_BYTES = 1 << 24
 """A line may be as long as this."""
 _MUTUAL = "acc_mutual_info"

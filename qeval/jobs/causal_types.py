@@ -33,7 +33,7 @@ from qeval.types import Request, TokenIds
 TypeOutcome = Literal["agrees", "refused", "not buildable", "wrong", "crash"]
 OUTCOMES: tuple[TypeOutcome, ...] = ("agrees", "refused", "not buildable", "wrong", "crash")
 PrefixUse = Literal["lent", "copied", "stepwise", "whole", ""]
-"""What continues a prefix: its keys and values lent, a copy of its state, the same a token at a time, nothing."""
+"""The way to continue a prefix: keys and values lent, a copy of its state, that a token at a time, none."""
 ALLOWED_NATS = 1e-4
 """What a token's log-probability may differ by from that of a full forward pass."""
 _OUTER, _PREFIX, _RESTS, _WINDOWS = 10, 23, (11, 1, 6), (40, 24, 33)

@@ -27,7 +27,7 @@ from qeval.quant.elements import E2M1
 from qeval.quant.floats import decode_element
 
 _METHOD = "mxfp4"
-"""What a configuration's `quant_method` says of such a checkpoint."""
+"""The `quant_method` in the configuration of such a checkpoint."""
 _CONVERSION_VERSION = 1
 """Raise it when the same files convert to other weights."""
 _BLOCKS, _SCALES = "_blocks", "_scales"

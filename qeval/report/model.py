@@ -190,7 +190,7 @@ class Mix(_Part):
 
 
 GroupedBy = Literal["kind", "language", "part", "token"]
-"""What answers are parted by: the prompt's kind or language; of their tokens, thinking or not, and the place."""
+"""The ways in which answers are parted: the prompt's kind or language; of tokens, thinking and the place."""
 
 
 class AnswerGroup(_Part):

@@ -100,7 +100,7 @@ class Work:
     """Where torch computes."""
     progress: Progress
     share: Share | None = None
-    """What this worker does of jobs that are run together; None where each is run by itself."""
+    """This worker's part of jobs that are run together; None where each is run by itself."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ SHIPPED = {"shipped": "tasks/chat/prompts.jsonl", "parallel": "tasks/chat/parall
 """The prompts of the project's own: of many kinds, and the same six in ten languages."""
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 _HUB_ROWS = 256
-"""How many rows of a data set are taken, the first."""
+"""The number of rows of a data set that are taken, the first."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ASKING = ("user", "tool")
 _UNNAMED = "other"

@@ -16,7 +16,7 @@ from qeval.tasks.chat_prompts import Message, ToolSchema
 from qeval.tasks.corpus import encode, read_text
 
 _DAY = {"%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%B": "January", "%b": "Jan", "%A": "Wednesday", "%a": "Wed"}
-"""What a template's codes of the date become."""
+"""The text that a template's codes of the date become."""
 _DATE = "01 Jan 2025"
 _CLOCK = "".join(f"| replace('{code}', '{part}') " for code, part in _DAY.items())
 _SAME_DAY = f"{{%- macro strftime_now(format) -%}}{{{{ format {_CLOCK}}}}}{{%- endmacro %}}\n"

@@ -17,7 +17,7 @@ from qeval.models.structure.trace import TracedCall
 from qeval.models.structure.weight_views import is_expert, stack_of
 
 _DECAYS = ("A_log", "dt_")
-"""How the names of parameters begin, or of the modules that hold them."""
+"""The beginnings of the names of parameters, or of the modules that hold them."""
 
 
 def kinds_of_products(

@@ -19,7 +19,7 @@ _NAMES = ("cache", "past_key_values")
 _FEW_TOKENS = 4
 
 _ENDS_IN_BODY: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
-"""Whether the final states of a model are what its body returns: tried once for each model object."""
+"""By model object, true where its final states are those that its body returns; tried once."""
 
 
 def _cache_name(forward: Callable[..., Any]) -> str | None:

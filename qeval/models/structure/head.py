@@ -16,7 +16,7 @@ _TOLERANCES = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 _TOLERANCE = 2e-5
 """In fp32: a cap of 30 on logits of 1, gone unseen, is ten times as much."""
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""What configurations call the cap of the logits: Gemma's, RecurrentGemma's, xLSTM's."""
+"""The names in configurations for the cap of the logits: Gemma's, RecurrentGemma's, xLSTM's."""
 
 
 @dataclass(frozen=True, eq=False)

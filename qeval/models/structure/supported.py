@@ -23,7 +23,7 @@ _MOST_FLOAT, _TOLD_FLOAT = 0.5, 0.01
 """Shares of the decoder layers' weights that may stay in float, and that are told of."""
 _NAMED_AT_MOST = 3
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_positions")
-"""What configurations call the length of a context: most, MPT's, BLOOM's, Whisper's."""
+"""The names in configurations for the length of a context: most, MPT's, BLOOM's, Whisper's."""
 _VERSION = re.compile(r"\d+(\.\d+){1,3}[\w.+-]{0,20}")
 _LONGEST_NAME = 120
 _REFUSED: Mapping[str, str] = {

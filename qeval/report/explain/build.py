@@ -19,7 +19,7 @@ from qeval.store.run import TaskRecord, VariantRecord
 from qeval.store.texts import Texts, read_texts
 
 TOKENS, SPANS = 100, 50
-"""How many of the tokens with the largest KL are kept, and of the spans."""
+"""The number of tokens with the largest KL that are kept, and of spans."""
 
 _NO_TEXTS = (
     "This run kept no texts of its tokens and questions, so their numbers stand for them; run the same command again, "
