@@ -18,7 +18,7 @@ from qeval.identity import digest
 from qeval.models.info import LoadedModel
 from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress
-from qeval.score.texts import decoder, token_texts
+from qeval.score.texts import TORN, decoder, token_texts
 from qeval.store.run import AnswerRecord, ChatRecord, ProtocolRecord
 from qeval.tasks.chat_prompts import ChatPrompt, Message, PromptSet, load_prompts
 from qeval.tasks.chat_template import ChatTemplate, template_of, thinking_tokens
@@ -27,18 +27,18 @@ from qeval.tasks.protocols import TOKEN_MEAN
 from qeval.tasks.windows import Window, tokens_sha256
 from qeval.types import TokenIds
 
-_TORN = "\N{REPLACEMENT CHARACTER}"
 _MANY_BYTES = 0.25
 """The share of a language's tokens that are parts of characters, from which a reader is told."""
 
 
 class Answer(NamedTuple):
-    """One answer: the prompt's number, its text under the template and ids, and the answer's ids."""
+    """One answer: the prompt's number, text under the template and ids; the answer's ids, how many of them thinking."""
 
     prompt: int
     text: str
     asked: TokenIds
     said: TokenIds
+    thinking: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,18 +109,17 @@ class _Host:
         for each, text, ids, said in zip(
             conversations, texts, asked, self.answerer.answers(asked, progress), strict=True
         ):
-            answer = Answer(each.number, text, ids, said)
-            final = said[self.thinking(answer) :]
-            content = self.loaded.tokenizer.decode(final, skip_special_tokens=True).strip()
+            thinking = self._thinking(text, said)
+            content = self.loaded.tokenizer.decode(said[thinking:], skip_special_tokens=True).strip()
             each.history.append({"role": "assistant", "content": content})
-            each.answers.append(answer)
+            each.answers.append(Answer(each.number, text, ids, said, thinking))
 
-    def thinking(self, answer: Answer) -> int:
-        """Return how many of an answer's tokens are thinking."""
+    def _thinking(self, text: str, said: TokenIds) -> int:
+        """Return how many tokens of the answer to a prompt's text are thinking."""
         if self.template.markers is None:
             return 0
-        (texts,) = token_texts(decoder(self.loaded.tokenizer), [answer.said])
-        return thinking_tokens(answer.text, texts, self.template.markers)
+        (texts,) = token_texts(decoder(self.loaded.tokenizer), [said])
+        return thinking_tokens(text, texts, self.template.markers)
 
     def _check_length(self, prompt: ChatPrompt, ids: TokenIds) -> None:
         limit, context = self.answerer.choice.tokens, self.loaded.info.context_length
@@ -161,8 +160,7 @@ def chat_work(settings: Settings, loaded: LoadedModel, backend: BaselineBackend[
         stops=_stops(loaded, template),
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
     )
-    host = _Host(loaded, template, answerer)
-    answers = host.hold(prompts, progress)
+    answers = _Host(loaded, template, answerer).hold(prompts, progress)
     used = (token for answer in answers for token in answer.asked)
     check_ids(used, loaded.info.vocab_size, loaded.tokenizer, "A prompt under the chat template")
     chat = ChatRecord(
@@ -174,7 +172,7 @@ def chat_work(settings: Settings, loaded: LoadedModel, backend: BaselineBackend[
         longest_answer=settings.chat.tokens,
         temperature=settings.chat.temperature,
         in_bytes=_in_bytes(prompts, loaded.tokenizer),
-        answers=[_answer_record(number, each, prompts, host) for number, each in enumerate(answers)],
+        answers=[_answer_record(number, each, prompts, answerer.stops) for number, each in enumerate(answers)],
     )
     return ChatWork(answers, _protocol(settings, loaded, prompt_set, answers, chat))
 
@@ -201,7 +199,7 @@ def _window(asked: TokenIds, said: TokenIds) -> Window:
     return Window((*asked, *said), 0, tuple(range(begin - 1, end - 1)), tuple(range(begin, end)))
 
 
-def _answer_record(number: int, answer: Answer, prompts: Sequence[ChatPrompt], host: _Host) -> AnswerRecord:
+def _answer_record(number: int, answer: Answer, prompts: Sequence[ChatPrompt], stops: frozenset[int]) -> AnswerRecord:
     prompt, first = prompts[answer.prompt], len(answer.asked)
     return AnswerRecord(
         window=number,
@@ -209,8 +207,8 @@ def _answer_record(number: int, answer: Answer, prompts: Sequence[ChatPrompt], h
         kind=prompt.kind,
         language=prompt.language,
         first=first,
-        final=first + host.thinking(answer),
-        ended=answer.said[-1] in host.answerer.stops,
+        final=first + answer.thinking,
+        ended=answer.said[-1] in stops,
     )
 
 
@@ -221,7 +219,7 @@ def _in_bytes(prompts: Sequence[ChatPrompt], tokenizer: Any) -> dict[str, float]
         text = "\n".join(message["content"] for message in prompt.messages if message["role"] == "user")
         ids = encode(tokenizer, text)
         tokens[prompt.language] += len(ids)
-        torn[prompt.language] += sum(_TORN in each for each in decode([[token] for token in ids]))
+        torn[prompt.language] += sum(TORN in each for each in decode([[token] for token in ids]))
     shares = {language: torn[language] / count for language, count in tokens.items() if count}
     return {language: share for language, share in sorted(shares.items()) if share > _MANY_BYTES}
 

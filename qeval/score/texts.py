@@ -9,7 +9,7 @@ from qeval.store.texts import QuestionText, WindowText, write_texts
 from qeval.tasks.corpus import encode
 from qeval.tasks.harness import Suite
 
-_TORN = "\N{REPLACEMENT CHARACTER}"
+TORN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the bytes of half a character to."""
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
@@ -66,7 +66,7 @@ def _torn_runs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield the ends (start, end) of runs of tokens that hold parts of characters."""
     start = None
     for place, text in enumerate([*texts, ""]):
-        if _TORN in text:
+        if TORN in text:
             start = place if start is None else start
         elif start is not None:
             yield start, place

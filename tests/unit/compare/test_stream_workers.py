@@ -14,12 +14,11 @@ from qeval.compare.machine import with_limit, workers_here
 from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
 from qeval.compare.workers import share_of_worker
 from qeval.config import Recipe
-from qeval.executors import processes
 from qeval.executors.local import Share
 from qeval.score import jobs as score_jobs
 from qeval.store.ledger import JobId, read_ledger
 from tests.fixtures.bench import Bench, row_differences
-from tests.fixtures.kills import CONTEXT, SHARD_TOKENS
+from tests.fixtures.kills import SHARD_TOKENS, fork_workers
 
 METHODS = "rtn:g32,rtn:int8-channel"
 LIMITED = ({"workers": 1}, {"workers": 2}, {"workers": 4}, {"workers": 2, "executor": "ray"})
@@ -28,8 +27,7 @@ FLAGS = {"methods": METHODS, "max_windows": "24", "threads": "2"}
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    monkeypatch.setattr(processes, "_CONTEXT", CONTEXT)
-    monkeypatch.setattr("qeval.score.corpus._SHARD_TOKENS", SHARD_TOKENS)
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture(scope="module")

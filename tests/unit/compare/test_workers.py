@@ -14,7 +14,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qeval.errors import QevalError
-from qeval.executors import processes
 from qeval.executors.processes import helping
 from qeval.files.process_id import this_process
 from qeval.identity import digest_file
@@ -25,15 +24,14 @@ from qeval.store.rows import RowStore
 from qeval.store.seal import seal
 from tests.fixtures.bench import Bench, row_differences, row_files
 from tests.fixtures.chat import TEMPLATE, chat_flags, set_template, write_prompts
-from tests.fixtures.kills import CONTEXT, SHARD_TOKENS, Place, finish
+from tests.fixtures.kills import SHARD_TOKENS, Place, finish, fork_workers
 
 METHODS = "rtn:g32,rtn:int8-channel"
 
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    monkeypatch.setattr(processes, "_CONTEXT", CONTEXT)
-    monkeypatch.setattr("qeval.score.corpus._SHARD_TOKENS", SHARD_TOKENS)
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -22,21 +22,11 @@ from qeval.score.choices import item_columns, score_questions
 from qeval.store.rows import RowStore
 from qeval.store.run import read_run, write_run
 from qeval.tasks import harness
+from tests.fixtures.endings import ENDS, stories
 from tests.fixtures.runs import reseal
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
-DOCS = [
-    {"start": f"Story {i} begins and", "ends": [" goes on", " stops", f" turns {i} times"], "right": i % 3}
-    for i in range(40)
-]
-ENDS = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "start",
-    "doc_to_choice": "ends",
-    "doc_to_target": "right",
-    "target_delimiter": "",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-}
+DOCS = stories(40)
 TASKS = {
     "ends": ENDS,
     "last": {"output_type": "loglikelihood", "doc_to_text": "start", "doc_to_target": "{{ends[0]}}"}

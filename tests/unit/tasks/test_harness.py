@@ -11,20 +11,10 @@ from qeval.backends.torch import TorchSession
 from qeval.errors import UsageError
 from qeval.score.choices import item_columns, score_questions
 from qeval.tasks import harness
+from tests.fixtures.endings import ENDS, stories
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
-ROWS = [
-    {"start": f"Story {i} begins and", "ends": [" goes on", " stops", f" turns {i} times"], "right": i % 3}
-    for i in range(12)
-]
-ENDS = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "start",
-    "doc_to_choice": "ends",
-    "doc_to_target": "right",
-    "target_delimiter": "",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-}
+ROWS = stories(12)
 TASKS = {
     "tiny_ends": ENDS,
     "tiny_drawn": ENDS | {"num_fewshot": 2, "fewshot_split": "train"},
