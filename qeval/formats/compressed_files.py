@@ -4,10 +4,8 @@ Every tensor is the source checkpoint's own, bit for bit and by its own name, sa
 matrices, and floats that scales were folded into (in fp32 where the checkpoint's type does not hold them).
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,17 +21,13 @@ from qeval.formats.compressed_layouts import (
     layout_of,
 )
 from qeval.formats.names import TensorNames
-from qeval.models.checkpoint.weights import INDEX, SINGLE
 from qeval.models.structure.graph import Description
 from qeval.models.structure.weight_views import is_expert
 from qeval.quant.grid import WeightGrid
 from qeval.quant.scheme import Scheme
 from qeval.quant.variant import Variant
-from qeval.store.tensors import save_tensors
 
-_SHARD_BYTES = 5_000_000_000
 _METHOD = "compressed-tensors"
-_READABLE = 0o644
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,45 +150,6 @@ def as_stored(value: Tensor, like: Tensor) -> Tensor:
     """Return a changed float in the type of the tensor that it replaces if that loses nothing, else in fp32."""
     small = value.to(like.dtype)
     return small if bool((small.float() == value.float()).all()) else value.float()
-
-
-def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write tensors to safetensors files of so many bytes at most, with an index where they are several.
-
-    Raises:
-        OSError: They can't be written.
-    """
-    shards: list[list[str]] = []
-    size = 0
-    for part in _parts(tensors, shard_bytes):
-        save_tensors(part, folder / f"part-{len(shards)}", {"format": "pt"})
-        shards.append([*part])
-        size += sum(tensor.numel() * tensor.element_size() for tensor in part.values())
-    files = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
-    if len(shards) == 1:
-        files = [SINGLE]
-    else:
-        placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": size}, "weight_map": placed}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    for number, file in enumerate(files):
-        path = folder / f"part-{number}"
-        path.chmod(_READABLE)  # safetensors lets the owner alone read, and a server may be someone else
-        path.rename(folder / file)
-
-
-def _parts(tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> Iterator[Mapping[str, Tensor]]:
-    """Yield tensors by name, as many at a time as are so many bytes; one that is larger comes alone."""
-    part: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        more = tensor.numel() * tensor.element_size()
-        if part and size + more > most_bytes:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor
-        size += more
-    yield part
 
 
 def _check_plain(variant: Variant) -> None:

@@ -24,9 +24,10 @@ from qeval.config import Recipe
 from qeval.errors import QevalError, UsageError
 from qeval.files.atomic import atomic_folder
 from qeval.formats.checkpoint import open_checkpoint
-from qeval.formats.compressed_files import ModelShape, checkpoint_tensors, quantization_config, write_shards
+from qeval.formats.compressed_files import ModelShape, checkpoint_tensors, quantization_config
 from qeval.formats.compressed_layouts import cache_args
 from qeval.formats.read_back import has_own_head, read_back, read_gguf_back
+from qeval.models.checkpoint.shards import write_shards
 from qeval.models.gguf.convert import read_contents
 from qeval.models.info import LoadedModel
 from qeval.models.trust import clean_settings, known_files

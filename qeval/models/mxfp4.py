@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.checkpoint.cache import build_once
 from qeval.models.checkpoint.safetensors_rows import read_rows
-from qeval.models.checkpoint.weights import INDEX, TensorEntry, read_entries, weight_files, weights_sha256
+from qeval.models.checkpoint.shards import write_shards
+from qeval.models.checkpoint.weights import TensorEntry, read_entries, weight_files, weights_sha256
 from qeval.models.trust import clean_settings, known_files
 from qeval.quant.elements import E2M1
 from qeval.quant.floats import decode_element
@@ -33,6 +33,7 @@ _CONVERSION_VERSION = 1
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK, _BIAS = 32, 127
 _SHARD_BYTES = 2 << 30
+"""Of a file that is written, and so of what is dequantized in memory."""
 
 
 def is_mxfp4(settings: Mapping[str, Any]) -> bool:
@@ -129,26 +130,7 @@ def _convert(
             shutil.copyfile(path, into / path.name)
     (into / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
-    places: dict[str, str] = {}
-    for number, shard in enumerate(_shards(entries, stacks)):
-        file = f"model-{number:05}.safetensors"
-        save_file(shard, into / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
-    (into / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
-
-
-def _shards(
-    entries: Sequence[TensorEntry], stacks: Mapping[str, tuple[TensorEntry, TensorEntry]]
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of one file after the other; each is full with 2 GiB."""
-    shard: dict[str, Tensor] = {}
-    for name, value in _tensors(entries, stacks):
-        shard[name] = value
-        if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
-            yield shard
-            shard = {}
-    if shard:
-        yield shard
+    write_shards(_tensors(entries, stacks), into, shard_bytes=_SHARD_BYTES)
 
 
 def _tensors(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qeval.errors import QevalError
-from qeval.store.tensors import Spec
+from qeval.files.tensors import Spec
 
 
 class _Place(NamedTuple):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qeval.files.records import find_record, write_record
+from qeval.files.tensors import save_tensors
 from qeval.progress import Notify
-from qeval.store.tensors import save_tensors
 
 _SUFFIX = ".safetensors"
 _NAME = "states"

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qeval.files.atomic import atomic_folder
+from qeval.files.tensors import Spec, tensor_file
 from qeval.identity import digest_file
 from qeval.quant.grid import PerTensor
 from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Variant
 from qeval.store.spill import Spill, open_spill
-from qeval.store.tensors import Spec, tensor_file
 from qeval.store.variants import (
     WEIGHTS,
     Origin,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.atomic import atomic_folder, is_temporary
+from qeval.files.tensors import save_tensors
 from qeval.identity import digest_file
 from qeval.parsing import error_reason, first_fault, load_json
 from qeval.paths import home
@@ -32,7 +33,6 @@ from qeval.quant.scheme import TensorFormat, parse_format, scheme_of
 from qeval.quant.stored_scales import decode_scales, encode_scales, repeat_scales
 from qeval.quant.variant import Choice, FloatWeight, StoredMatrix, Variant, left_in_float
 from qeval.store.seal import has_valid_seal, parse_object, seal
-from qeval.store.tensors import save_tensors
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 FORMAT_VERSION: Literal[2] = 2

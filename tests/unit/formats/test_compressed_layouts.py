@@ -6,9 +6,9 @@ import torch
 from qeval.errors import UsageError
 from qeval.formats.base import Module
 from qeval.formats.compressed import COMPRESSED_TENSORS
-from qeval.formats.compressed_files import write_shards
 from qeval.formats.compressed_layouts import cache_args, compress_weight, input_parts, layout_of
 from qeval.formats.read_back import relative_difference
+from qeval.models.checkpoint.shards import write_shards
 from qeval.models.checkpoint.weights import INDEX, read_entries, weight_files
 from qeval.quant.grid import parse
 from qeval.quant.rtn import quantize_rtn

@@ -13,13 +13,13 @@ from qeval.backends.stream.variant_reader import saved_variant
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.files.atomic import atomic_path, write_bytes, write_text
 from qeval.files.records import find_record, verify_record, write_record
+from qeval.files.tensors import save_tensors
 from qeval.quant.grid import FLOAT_GRIDS, Grid, PerBlock, PerChannel, PerTensor, parse
 from qeval.quant.rtn import quantize_rtn
 from qeval.quant.variant import Choice, FloatWeight, Variant
 from qeval.store.rows import RowStore
 from qeval.store.schema import ITEMS_SCHEMA, TOKENS_SCHEMA
 from qeval.store.states import StateStore
-from qeval.store.tensors import save_tensors
 from qeval.store.variants import (
     MANIFEST,
     WEIGHTS,
