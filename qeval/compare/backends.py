@@ -10,7 +10,7 @@ from qeval.backends.base import Backend, BaselineBackend
 from qeval.backends.llamacpp.backend import LlamaCppBackend, require_llama_cpp
 from qeval.backends.llamacpp.gguf_writer import check_family
 from qeval.backends.llamacpp.library import LLAMACPP as LLAMA_CPP
-from qeval.backends.onnx.nbits import kernel_block
+from qeval.backends.onnx.nbits import check_kernel
 from qeval.backends.onnx.packages import require_onnx
 from qeval.compare.external_paths import VariantPath, is_gguf
 from qeval.compare.settings import Settings
@@ -109,6 +109,6 @@ def _llama_cpp(inputs: BackendInputs) -> RunBackends:
 
 BACKEND_CLASSES: Mapping[str, BackendKind] = {
     "torch": BackendKind(_torch),
-    "ort": BackendKind(_onnxruntime, check_grid=kernel_block),
+    "ort": BackendKind(_onnxruntime, check_grid=check_kernel),
     LLAMA_CPP: BackendKind(_llama_cpp, require=require_llama_cpp),
 }

@@ -244,7 +244,7 @@ def _onnx(bench: Bench) -> str:
         loaded = load_model(resolve(str(checkpoint)))
         try:
             exporter = OnnxExporter(loaded, names, "auto", torch.get_num_threads())
-        except UsageError as error:  # it has experts
+        except UsageError as error:  # no node computes its experts
             raise InapplicableError(str(error)) from error
         variant = exported.variant("rtn:g32")
         exporter.write(variant, Style(), out)

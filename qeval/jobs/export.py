@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from qeval.backends.onnx.export import ExportTarget, OnnxExporter, Parity
 from qeval.backends.onnx.insert_weights import Style
 from qeval.backends.onnx.inspection import inspect_folder
-from qeval.backends.onnx.nbits import kernel_block
+from qeval.backends.onnx.nbits import check_kernel
 from qeval.backends.onnx.packages import require_runtime
 from qeval.backends.onnx.providers import choose_provider
 from qeval.backends.torch import TorchBackend
@@ -87,7 +87,7 @@ def export_variant(
     loaded, source = source_of_model(model)
     tell_warnings(loaded, progress)
     if recipe is not None:
-        check_recipes([recipe], source, calibration.samples, kernel_block)
+        check_recipes([recipe], source, calibration.samples, check_kernel)
     names = [name for group in source.description.groups for name in group.names] + [source.description.head]
     target = target_of(choice)
     exporter = OnnxExporter(loaded, names, choice.exporter, torch.get_num_threads(), target)

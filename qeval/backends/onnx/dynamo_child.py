@@ -18,6 +18,14 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
+from qeval.backends.onnx.expert_nodes import (
+    FLOAT_EXPERTS,
+    INTERLEAVED,
+    STACKS,
+    FusedExperts,
+    activation_of,
+    expert_modules,
+)
 from qeval.errors import QevalError
 from qeval.models.silence_transformers import quiet
 from qeval.models.structure.forward import cache_arguments, returned_cache
@@ -43,7 +51,8 @@ def export_graph(checkpoint: Path, out: Path) -> None:
     """Write `out`/model.onnx and model.onnx.data, the model of the folder `checkpoint` in fp32.
 
     Raises:
-        QevalError: the model has experts, keeps something else than keys and values, or has a size that is fixed.
+        QevalError: the model has experts that no node computes, keeps something else than keys and values, or has a
+            size that is fixed.
         Exception: whatever torch's exporter stumbles on.
     """
     with quiet(), torch.no_grad():
@@ -55,14 +64,16 @@ def export_graph(checkpoint: Path, out: Path) -> None:
             local_files_only=True,
             trust_remote_code=False,
         ).eval()
-        _check_matrices(model)
         layers = _cache_layers(model)
+        reordered = _fuse_experts(model)
+        _check_matrices(model)
         _turn_matrices(model)
         graph = _translated(_traced(model, layers), len(layers))
     onnxscript.optimizer.optimize_ir(graph, should_fold=_may_fold)
     _name_weights(graph.graph, _names(model))
     _name_sizes(graph.graph)
     ir.passes.common.ClearMetadataAndDocStringPass()(graph)
+    _mark_experts(graph.graph, reordered)
     ir.save(graph, out / "model.onnx", external_data="model.onnx.data")
 
 
@@ -134,11 +145,32 @@ class WithPast(nn.Module):
         return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
+def _fuse_experts(model: Any) -> frozenset[str]:
+    """Replace each module of experts by a `FusedExperts`; return those whose rows lie in another order there."""
+    fused = {
+        name: FusedExperts(experts, activation_of(name, experts)) for name, experts in expert_modules(model).items()
+    }
+    for name, module in fused.items():
+        model.set_submodule(name, module)
+    return frozenset(name for name, module in fused.items() if module.is_reordered)
+
+
+def _mark_experts(graph: ir.Graph, reordered: frozenset[str]) -> None:
+    """Name the nodes of experts after their modules, and note which hold gate and up rows in turns."""
+    for node in graph:
+        if node.op_type == FLOAT_EXPERTS:
+            stack = node.inputs[2]
+            assert stack is not None and stack.name is not None
+            node.name = stack.name.removesuffix(f".{STACKS[0]}")
+            if node.name in reordered:
+                node.metadata_props[INTERLEAVED] = "1"
+
+
 def _check_matrices(model: Any) -> None:
-    """Refuse experts: many matrices in one tensor, of which each token picks a few."""
+    """Refuse many matrices in one tensor that nothing is known of."""
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() > 2 and not isinstance(owner, nn.Conv1d):
+        if parameter.dim() > 2 and not isinstance(owner, nn.Conv1d | FusedExperts):
             shape = "x".join(map(str, parameter.shape))
             raise QevalError(f"{type(model).__name__} holds many matrices in one tensor ({name}, {shape})")
 

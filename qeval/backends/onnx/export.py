@@ -23,11 +23,13 @@ import onnx_ir as ir
 import torch
 
 from qeval.backends.onnx import dynamo
+from qeval.backends.onnx.expert_nodes import QUANTIZED_EXPERTS, activation_of, expert_modules
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
 from qeval.backends.onnx.folder import opened
 from qeval.backends.onnx.insert_cache import quantize_caches
+from qeval.backends.onnx.insert_experts import Quantized, quantized_experts
 from qeval.backends.onnx.insert_inputs import MATMUL_INTEGER
-from qeval.backends.onnx.insert_weights import NBITS, Meant, Style, apply, make_exact
+from qeval.backends.onnx.insert_weights import NBITS, Style, apply, make_exact
 from qeval.backends.onnx.match_parameters import locate, read_places
 from qeval.backends.onnx.packages import require_builder, require_dynamo
 from qeval.backends.onnx.providers import choose_provider
@@ -41,7 +43,7 @@ from qeval.models.checkpoint.cache import build_once
 from qeval.models.info import LoadedModel
 from qeval.models.load import load_model
 from qeval.models.source import resolve
-from qeval.models.structure.weight_views import is_expert, weights_of
+from qeval.models.structure.weight_views import is_expert, stacks_of, weights_of
 from qeval.models.trust import NO_HUB, clean_copy, known_files
 from qeval.paths import home
 from qeval.progress import Progress
@@ -108,14 +110,8 @@ class OnnxExporter:
             require_dynamo()
         self._builder = None if exporter == "dynamo" else require_builder().genai_version
         self._loaded, self.asked, self._threads = loaded, exporter, threads
-        weights = weights_of(loaded.model)
-        if any(map(is_expert, weights)):
-            raise UsageError(
-                f"{loaded.info.architecture} has experts, and no exporter writes them as products whose matrices could "
-                "be swapped: onnxruntime-genai's model builder takes a few other mixtures alone, a layer's experts as "
-                "one node that it rounds itself, and torch's exporter can't trace which of them run; leave ONNX out "
-                "(--backend torch)."
-            )
+        if any(map(is_expert, weights_of(loaded.model))):
+            self.asked = _exporter_of_experts(loaded, exporter, target)
         self._names = tuple(names)
         head = loaded.model.get_output_embeddings()
         self._head = next(f"{name}.weight" for name, module in loaded.model.named_modules() if module is head)
@@ -251,7 +247,8 @@ class OnnxExporter:
         model.producer_version = (model.producer_version or "").partition("+")[0]  # the builder adds a git commit
         # The graph holds the checkpoint's exact values and is judged in fp32, whatever torch computes in here.
         reference = _in_fp32(self._loaded)
-        parameters = {name: reference.get_parameter(name) for name in self._names} | weights_of(reference)
+        parameters = {name: tensor for name, tensor in weights_of(reference).items() if not is_expert(name)}
+        parameters |= {name: reference.get_parameter(name) for name in self._names if not is_expert(name)}
         places = locate(model.graph, parameters)
         make_exact(places, parameters)
         _save(model, folder)
@@ -272,6 +269,31 @@ class OnnxExporter:
         window = getattr(self._loaded.model.config.get_text_config(), "sliding_window", None) or 0
         length = min(self._loaded.info.context_length, max(_PROBE, window + 64 if window <= 1024 else 0))
         return (ids * (1 + length // len(ids)))[:length]
+
+
+def _exporter_of_experts(loaded: LoadedModel, exporter: str, target: ExportTarget) -> str:
+    """Return the exporter for a model that has experts: torch's own.
+
+    Raises:
+        UsageError: another is asked for, or ONNX Runtime has no node for these experts.
+    """
+    model = loaded.info.architecture
+    if exporter == "genai" or target.precision != "fp32":
+        raise UsageError(
+            f"{model} has experts, which onnxruntime-genai's model builder rounds itself; take --exporter dynamo and "
+            "--precision fp32, or leave ONNX out (--backend torch)."
+        )
+    require_dynamo()
+    modules = expert_modules(loaded.model)
+    for name, experts in modules.items():
+        activation_of(name, experts)
+    unknown = [name for name in stacks_of(loaded.model) if name.rpartition(".")[0] not in modules]
+    if unknown:
+        raise UsageError(
+            f"{model} has experts ({unknown[0]}) that are not called as transformers calls others, with the experts of "
+            "each token and their weights: ONNX Runtime has no node for them; leave ONNX out (--backend torch)."
+        )
+    return "dynamo"
 
 
 def _in_fp32(loaded: LoadedModel) -> Any:
@@ -320,15 +342,17 @@ def _save(model: ir.Model, folder: Path) -> None:
         raise QevalError(f"Cannot write {folder / MODEL}: {error.strerror or error}.") from error
 
 
-def _check_written(folder: Path, meant: Meant, style: Style) -> None:
+def _check_written(folder: Path, meant: Quantized, style: Style) -> None:
     """Read the attributes back: builders are known to drop options without a word, and so might we."""
-    found: Meant = Counter()
+    found: Quantized = Counter()
     for node in ir.load(folder / MODEL).graph:
         attributes = {name: value.as_int() for name, value in node.attributes.items() if name in _READ_BACK}
         if style.format == "nbits" and node.op_type == NBITS:
             found[tuple(attributes[name] for name in ("N", "K", "bits", "block_size"))] += 1  # type: ignore[index]
             if attributes["accuracy_level"] != style.accuracy_level:
                 raise QevalError(f"{folder}: {node.name} has another accuracy level than {style.accuracy_level}.")
+        elif node.op_type == QUANTIZED_EXPERTS:
+            found += quantized_experts(node)
         elif node.op_type == MATMUL_INTEGER:
             codes = node.inputs[1]
             assert codes is not None and codes.const_value is not None

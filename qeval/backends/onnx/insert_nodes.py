@@ -39,3 +39,13 @@ class NodeMaker:
             self._graph.insert_after(self._last, made)
         self._last = made
         return made.outputs[0]
+
+
+def take_over(graph: ir.Graph, old: ir.Node, new: ir.Value) -> None:
+    """Put `new` in the place of `old`'s output, its name, type and shape included."""
+    output = old.outputs[0]
+    name, new.type, new.shape = output.name, output.type, output.shape
+    output.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    output.name = f"{name}.replaced"
+    new.name = name

@@ -3,9 +3,8 @@
 Everything that the variant says is in the graph afterwards, or an error names what has no place there.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -14,13 +13,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qeval.backends.onnx.insert_experts import Quantized, insert_experts
 from qeval.backends.onnx.insert_inputs import VariantInputs, integer_product
-from qeval.backends.onnx.insert_nodes import NodeMaker
+from qeval.backends.onnx.insert_nodes import NodeMaker, take_over
 from qeval.backends.onnx.insert_rotation import turned_input
 from qeval.backends.onnx.match_parameters import Held, MatMulMatrix, Places, as_floats
 from qeval.backends.onnx.matrices import integer
 from qeval.backends.onnx.nbits import NBits, to_nbits
 from qeval.errors import QevalError
+from qeval.models.structure.weight_views import is_expert
 from qeval.quant.variant import Variant
 from qeval.types import OnnxFormat
 
@@ -48,11 +49,7 @@ def make_exact(places: Places, parameters: Mapping[str, Tensor]) -> None:
                 _set(held, exact)
 
 
-Meant = Counter[tuple[int, int, int, int]]
-"""How many quantized matrices of which rows, columns, bits and block a graph is meant to hold."""
-
-
-def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head: str = "") -> Meant:
+def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head: str = "") -> Quantized:
     """Swap a variant's weights and floats in, with what it does to their inputs; what was written is counted.
 
     Args:
@@ -66,6 +63,8 @@ def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head:
         QevalError: something of the variant has no place in the graph; it is named.
         UsageError: the kernel takes no block of a grid's size, or no such inputs.
     """
+    meant = insert_experts(graph, variant, style.accuracy_level)
+    variant = _without_experts(variant)
     for name, tensor in variant.floats.items():
         if not places.held.get(name):
             raise QevalError(f"The exported graph has no initializer that holds {name}; it can't take this variant.")
@@ -78,7 +77,6 @@ def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head:
         if name not in variant.weights:
             raise QevalError(f"{name} has input scales but stays in float, which no export writes.")
     inputs = VariantInputs(graph, variant, head)
-    meant: Meant = Counter()
     for name, weight in variant.weights.items():
         for matrix in _products(places, name, len(weight.codes)):
             meant[_replace(graph, matrix, name, variant, inputs, style)] += 1
@@ -90,6 +88,13 @@ def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head:
             _round_input(matrix.node, name, inputs)
     _drop_unused(graph)
     return meant
+
+
+def _without_experts(variant: Variant) -> Variant:
+    """Return what a variant says of all weights that aren't experts'."""
+    weights = {name: weight for name, weight in variant.weights.items() if not is_expert(name)}
+    floats = {name: tensor for name, tensor in variant.floats.items() if not is_expert(name)}
+    return replace(variant, weights=weights, floats=floats)
 
 
 def _untie(graph: ir.Graph, places: Places, name: str, tensor: Tensor) -> None:
@@ -128,7 +133,7 @@ def _set(held: Held, values: NDArray[np.float32]) -> None:
 def _replace(
     graph: ir.Graph, matrix: MatMulMatrix, name: str, variant: Variant, inputs: VariantInputs, style: Style
 ) -> tuple[int, int, int, int]:
-    """Replace the node of a matrix product by one that reads codes, and return its key in `Meant`.
+    """Replace the node of a matrix product by one that reads codes, and return its key in `Quantized`.
 
     A Gemm's bias follows as an Add.
     """
@@ -155,7 +160,7 @@ def _replace(
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     if bias is not None:
         result = maker.node("Add", [result, bias], "bias")
-    _take_over(graph, node, result)
+    take_over(graph, node, result)
     return key
 
 
@@ -205,16 +210,6 @@ def _qdq(maker: NodeMaker, source: ir.Value, packed: NBits, kind: ir.DataType) -
     ]
     weight = maker.node("DequantizeLinear", inputs, "DequantizeLinear", axis=0, block_size=packed.block)
     return maker.node("MatMul", [source, weight], "MatMul_QDQ")
-
-
-def _take_over(graph: ir.Graph, old: ir.Node, new: ir.Value) -> None:
-    """Put `new` in the place of `old`'s output, its name, type and shape included."""
-    output = old.outputs[0]
-    name, new.type, new.shape = output.name, output.type, output.shape
-    output.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    output.name = f"{name}.replaced"
-    new.name = name
 
 
 def _drop_unused(graph: ir.Graph) -> None:

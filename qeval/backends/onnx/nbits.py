@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from qeval.errors import UsageError
+from qeval.models.structure.weight_views import is_expert
 from qeval.quant.grid import FloatGrid, Grid, PerBlock, WeightGrid
 from qeval.quant.pack import Bytes, pack
 from qeval.quant.qweight import QWeight
@@ -54,15 +55,21 @@ class NBits:
         return None if self.zeros is None else pack(self.zeros, self.bits)
 
 
-def to_nbits(name: str, weight: QWeight, rows: slice = slice(None)) -> NBits:
-    """Return some rows (all by default) of the weight `name` in the kernel's layout.
+def to_nbits(name: str, weight: QWeight, rows: slice = slice(None), block: int | None = None) -> NBits:
+    """Return some rows of a weight in the kernel's layout.
+
+    Args:
+        name: The weight's name, for the sentence.
+        weight: The weight.
+        rows: The rows, all by default.
+        block: The block size, which divides the grid's; None is the largest that the kernel takes.
 
     Raises:
         UsageError: the kernel takes no block of the grid's size; the weight is named.
     """
     grid = integers_of(name, weight.grid)
     columns = weight.codes.shape[1]
-    block = kernel_block(name, grid, columns)
+    block = block or kernel_block(name, grid, columns)
     blocks = -(-columns // block)
     codes = weight.codes[rows].cpu().numpy()
     scales = _spread(weight, weight.scales, rows, block, blocks).astype(np.float32)
@@ -112,6 +119,42 @@ def kernel_block(name: str, grid: WeightGrid, columns: int) -> int:
             )
         return found
     return next((block for block in _ROW_BLOCKS if columns % block == 0), _ROW_BLOCKS[0])
+
+
+def check_kernel(name: str, grid: WeightGrid, columns: int) -> None:
+    """Refuse a grid whose codes no kernel reads: MatMulNBits', or for experts QMoE's.
+
+    Raises:
+        UsageError: the weight `name`, a matrix of so many columns, is on such a grid.
+    """
+    (expert_block if is_expert(name) else kernel_block)(name, grid, columns)
+
+
+def expert_block(name: str, grid: WeightGrid, columns: int) -> int:
+    """Return the largest block that QMoE can have for an expert's matrix; 0 is a scale a row.
+
+    Blocks fill rows exactly. 4 bits, and 8 bits with a scale a row, are multiplied in fp32; for 8 bits in blocks there
+    is no such kernel (1.32.0, CPU): activations are rounded to int8 at every accuracy level.
+
+    Raises:
+        UsageError: the grid is one of floats, has 8 bits in blocks, or blocks that don't fill rows.
+    """
+    grid = integers_of(name, grid)
+    size = grid.block_size(columns)
+    if container_bits(grid) == 8:
+        if size == columns:
+            return 0
+        raise UsageError(
+            f"ONNX Runtime's QMoE rounds activations where experts have 8 bits in blocks ({name} is {grid}); choose a "
+            "scale a row (int8-channel), 4 bits, or --backend torch."
+        )
+    found = next((block for block in BLOCKS if size % block == 0 and columns % block == 0), None)
+    if found is None:
+        raise UsageError(
+            f"ONNX Runtime's QMoE has no block that fills an expert's row of {columns} weights in groups of {size} "
+            f"({name} is {grid}): it takes multiples of 16; choose another group size, or --backend torch."
+        )
+    return found
 
 
 def _spread(weight: QWeight, values: torch.Tensor, rows: slice, block: int, blocks: int) -> NDArray[Any]:

@@ -11,7 +11,7 @@ import torch
 from qeval.backends.sharing import Sharing
 from qeval.backends.torch import TorchSession
 from qeval.cli.app import run_program
-from qeval.errors import QevalError, UsageError
+from qeval.errors import QevalError
 from qeval.jobs import conformance
 from qeval.jobs.conformance import CHECKS, Bench, CheckCell, WrongError, any_failed, check_families, matrix_markdown
 from qeval.models.families import FAMILIES, Family
@@ -27,7 +27,6 @@ from tests.fixtures.tiny import tiny_tokenizer
 QUICK = [check for check in CHECKS if check != "onnx"]
 EXPORTED = ("GPT2", "GPTNeoX")
 """What the tests of exports leave out: matrices kept transposed, and fused head by head."""
-EXPERTS = ("Mixtral", "Phimoe", "Qwen2Moe", "Qwen3Moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -147,19 +146,10 @@ def test_what_torchs_exporter_alone_takes_is_exported(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in {*EXPORTED, *EXPERTS}])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in EXPORTED])
 @pytest.mark.usefixtures("exporters_here")
-def test_every_other_family_without_experts_is_exported(name):
+def test_every_other_family_is_exported(name):
     assert CHECKS["onnx"](Bench(name))
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-@pytest.mark.usefixtures("home")
-def test_experts_are_not_exported_and_the_sentence_says_so_before_any_work(name):
-    pytest.importorskip("onnxruntime_genai")
-    pytest.importorskip("onnxscript")
-    with pytest.raises(UsageError, match=r"has experts, and no exporter .* leave ONNX out"):
-        CHECKS["onnx"](Bench(name))
 
 
 def test_every_check_fails_where_something_is_wrong(monkeypatch):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qeval.backends.onnx.dynamo import _reason, export_dynamo
 from qeval.errors import QevalError
 from qeval.models.silence_transformers import quiet
+from tests.fixtures.architectures import tiny_architecture
 from tests.fixtures.families import SIZES, tiny_family
 
 ir = pytest.importorskip("onnx_ir")
@@ -245,15 +246,13 @@ def test_weights_lie_outside_the_graph_and_once(exported: Exported):
     assert (exported.folder / "model.onnx").stat().st_size < 100_000
 
 
-def test_experts_are_refused_by_name(tmp_path: Path):
-    config = transformers.MixtralConfig(**(SIZES | {"num_local_experts": 2}))
+def test_stacks_of_matrices_that_no_node_multiplies_by_are_refused_by_name(tmp_path: Path):
     with quiet():
-        transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+        tiny_architecture("Llama4").save_pretrained(tmp_path)
     with pytest.raises(QevalError) as told:
         export_dynamo(tmp_path, tmp_path / "onnx")
-    expected = (
-        "MixtralForCausalLM holds many matrices in one tensor (model.layers.0.mlp.experts.gate_up_proj, 2x224x64)"
-    )
+    stack = "model.layers.1.feed_forward.experts.gate_up_proj, 4x64x96"
+    expected = f"Llama4ForCausalLM holds many matrices in one tensor ({stack})"
     assert str(told.value) == f"torch's ONNX exporter can't take '{tmp_path}': {expected}."
 
 
