@@ -27,7 +27,7 @@ from qeval.backends.onnx.expert_nodes import QUANTIZED_EXPERTS, activation_of, e
 from qeval.backends.onnx.files import CONFIG, GENAI_CONFIG
 from qeval.backends.onnx.folder import opened
 from qeval.backends.onnx.insert_cache import quantize_caches
-from qeval.backends.onnx.insert_experts import Quantized, quantized_experts
+from qeval.backends.onnx.insert_experts import MatrixCounts, quantized_experts
 from qeval.backends.onnx.insert_inputs import MATMUL_INTEGER
 from qeval.backends.onnx.insert_weights import NBITS, Style, apply, make_exact
 from qeval.backends.onnx.match_parameters import locate, read_places
@@ -342,9 +342,9 @@ def _save(model: ir.Model, folder: Path) -> None:
         raise QevalError(f"Cannot write {folder / MODEL}: {error.strerror or error}.") from error
 
 
-def _check_written(folder: Path, meant: Quantized, style: Style) -> None:
+def _check_written(folder: Path, meant: MatrixCounts, style: Style) -> None:
     """Read the attributes back: builders are known to drop options without a word, and so might we."""
-    found: Quantized = Counter()
+    found: MatrixCounts = Counter()
     for node in ir.load(folder / MODEL).graph:
         attributes = {name: value.as_int() for name, value in node.attributes.items() if name in _READ_BACK}
         if style.format == "nbits" and node.op_type == NBITS:

@@ -28,11 +28,11 @@ from qeval.quant.variant import Variant
 _INPUTS = {STACKS[0]: 2, STACKS[1]: 4}
 """Where an MoE node has its stacks; the bias of each follows it."""
 
-Quantized = Counter[tuple[int, int, int, int]]
+MatrixCounts = Counter[tuple[int, int, int, int]]
 """How many quantized matrices of which rows, columns, bits and block; 0 is a scale a row."""
 
 
-def insert_experts(graph: ir.Graph, variant: Variant, accuracy_level: int) -> Quantized:
+def insert_experts(graph: ir.Graph, variant: Variant, accuracy_level: int) -> MatrixCounts:
     """Swap a variant's experts in, and count the matrices written.
 
     Args:
@@ -45,7 +45,7 @@ def insert_experts(graph: ir.Graph, variant: Variant, accuracy_level: int) -> Qu
         UsageError: the node can't compute what the variant does.
     """
     changed = {name for name in (*variant.weights, *variant.floats) if is_expert(name)}
-    written: Quantized = Counter()
+    written: MatrixCounts = Counter()
     for node in [node for node in graph if node.op_type == FLOAT_EXPERTS]:
         stacks = [_stack(node, key) for key in STACKS]
         names = {name for name in changed if stack_of(name) in {stack.name for stack in stacks}}
@@ -62,10 +62,10 @@ def insert_experts(graph: ir.Graph, variant: Variant, accuracy_level: int) -> Qu
     return written
 
 
-def quantized_experts(node: ir.Node) -> Quantized:
+def quantized_experts(node: ir.Node) -> MatrixCounts:
     """Count the matrices that a QMoE node holds, read from its tensors."""
     bits, block = integer(node, "expert_weight_bits", 4), integer(node, "block_size", 0)
-    found: Quantized = Counter()
+    found: MatrixCounts = Counter()
     for place in (2, 5):
         codes = node.inputs[place]
         assert codes is not None and codes.const_value is not None
@@ -74,7 +74,7 @@ def quantized_experts(node: ir.Node) -> Quantized:
     return found
 
 
-def _quantize(graph: ir.Graph, node: ir.Node, variant: Variant, accuracy_level: int) -> Quantized:
+def _quantize(graph: ir.Graph, node: ir.Node, variant: Variant, accuracy_level: int) -> MatrixCounts:
     """Put a QMoE in the place of an MoE."""
     stacks = {key: _weights(node, key, variant) for key in STACKS}
     bits, block = _width(node, [weight for stack in stacks.values() for weight in stack.items()])

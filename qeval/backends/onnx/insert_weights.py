@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qeval.backends.onnx.insert_experts import Quantized, insert_experts
+from qeval.backends.onnx.insert_experts import MatrixCounts, insert_experts
 from qeval.backends.onnx.insert_inputs import VariantInputs, integer_product
 from qeval.backends.onnx.insert_nodes import NodeMaker, take_over
 from qeval.backends.onnx.insert_rotation import turned_input
@@ -49,7 +49,7 @@ def make_exact(places: Places, parameters: Mapping[str, Tensor]) -> None:
                 _set(held, exact)
 
 
-def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head: str = "") -> Quantized:
+def apply(graph: ir.Graph, places: Places, variant: Variant, style: Style, head: str = "") -> MatrixCounts:
     """Swap a variant's weights and floats in, with what it does to their inputs; what was written is counted.
 
     Args:
@@ -133,7 +133,7 @@ def _set(held: Held, values: NDArray[np.float32]) -> None:
 def _replace(
     graph: ir.Graph, matrix: MatMulMatrix, name: str, variant: Variant, inputs: VariantInputs, style: Style
 ) -> tuple[int, int, int, int]:
-    """Replace the node of a matrix product by one that reads codes, and return its key in `Quantized`.
+    """Replace the node of a matrix product by one that reads codes, and return its key in `MatrixCounts`.
 
     A Gemm's bias follows as an Add.
     """
