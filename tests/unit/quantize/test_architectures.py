@@ -16,7 +16,6 @@ from qeval.models.structure.graph import describe_model
 from qeval.models.structure.weight_views import weights_of
 from qeval.models.tiny import tiny_config, tiny_model
 from qeval.quantize.build import build_variant, source_of
-from qeval.quantize.patching import layers_of
 from qeval.quantize.sequential import Stream
 from tests.fixtures.architectures import ARCHITECTURES, tiny_architecture
 
@@ -104,7 +103,7 @@ def test_scales_alone_change_nothing(bench):
 
 def test_layers_in_turn_are_the_whole_model(bench):
     """What GPTQ runs layer by layer: shared keys and values, inputs by layer and routers' choices reach each layer."""
-    stream = Stream(bench.model, layers_of(bench.model, bench.description), bench.samples)
+    stream = Stream(bench.model, bench.description, bench.samples)
     with torch.inference_mode():
         for _ in bench.description.layers:
             stream.pass_layer()
