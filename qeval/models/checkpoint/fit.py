@@ -188,9 +188,12 @@ def _untied_pairs(model: Any, sources: dict[str, Sources]) -> list[tuple[str, st
     Where one of two lacks, the other stands for both.
     """
     pairs = []
+    listed = {name for name, _ in model.named_parameters()}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         if source not in sources and target in sources:
             sources[source] = sources[target]
+        elif target in listed and target not in sources and source in sources:  # CamemBERT's head is listed first
+            sources[target] = sources[source]
         elif (
             source in sources
             and target in sources
