@@ -41,7 +41,7 @@ from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description, Probe, describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import HeadShape, check_cache
-from qeval.models.structure.trace import decoder_layers, probe_tokens
+from qeval.models.structure.trace import decoder_layers, probe_tokens, shared_weight
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme
 from qeval.quantize.rotating import turn_input
@@ -107,14 +107,20 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     Raises:
         UsageError: its decoder is no plain list of layers, the checkpoint is not its own, or a weight is not finite.
     """
-    name, layers = decoder_layers(model)
+    layers = decoder_layers(model)
+    if (shared := shared_weight(layers)) is not None:
+        raise UsageError(
+            f"{type(model).__name__}'s layers share weights ({shared}), so they can't be read one at a time; leave "
+            "--stream out."
+        )
+    inside = tuple(f"{name}." for name in layers)
     checkpoint = map_weights(model, entries, str(entries[0].path.parent)).stored
     names = {id(module): module_name for module_name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     embedding_name = f"{names[id(embedding)]}.weight"
     head_name = embedding_name if tied else f"{names[id(head)]}.weight"
-    outside = [n for n, _ in model.named_parameters() if not n.startswith(f"{name}.")]
+    outside = [n for n, _ in model.named_parameters() if not n.startswith(inside)]
     outside = [n for n in outside if n not in (embedding_name, head_name)]
 
     def check(weight: str, value: Tensor) -> None:
@@ -126,9 +132,8 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     table = checkpoint[embedding_name]
     assert isinstance(table, Plain)
     embedding.forward = LookedUp(embedding, table)
-    layer_names = tuple(f"{name}.{index}" for index in range(len(layers)))
-    relay = Relay(model, list(layers))
-    return Streamed(model, relay, layer_names, checkpoint, embedding_name, head_name, device, resident)
+    relay = Relay(model, list(layers.values()))
+    return Streamed(model, relay, tuple(layers), checkpoint, embedding_name, head_name, device, resident)
 
 
 def _accept(_name: str, _value: Tensor) -> None:
