@@ -6,6 +6,7 @@ own file is taken where it names none of the first, and its templates are render
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def title_of_task(name: str) -> str:
     return _read_task_file(Path(name)) if is_task_file(name) else name
 
 
+@cache
+def task_index() -> TaskManager:
+    """Return the harness's index of its own tasks: thousands of files, read once."""
+    return TaskManager()
+
+
 def load_harness_tasks(name: str) -> dict[str, Any]:
     """Return the tasks that a name or a user's YAML file stands for, by their own names, all of choices or none.
 
@@ -73,14 +80,19 @@ def load_harness_tasks(name: str) -> dict[str, Any]:
     if is_task_file(name):
         _read_task_file(Path(name))
         _sandbox_templates()
-    manager = TaskManager()
-    if not is_task_file(name):
+        manager = TaskManager(include_defaults=False)  # a file includes others by their paths
+    else:
+        manager = task_index()
         if name not in manager.all_tasks:
             raise unknown("task", name, [*manager.all_tasks, "kl", "ppl"])
         for leaf in _leaves(manager, name):
             _refuse_programs(leaf, manager.task_index[leaf].cfg or {})
     try:
         tasks = dict(manager.load([name])["tasks"])
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"Task '{name}' needs the package '{error.name}', which is not installed: pip install {error.name}."
+        ) from error
     except _LOAD_ERRORS as error:
         raise UsageError(f"The data of task '{name}' can't be loaded: {hub_reason(error)}") from error
     for leaf, task in tasks.items():

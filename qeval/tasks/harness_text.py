@@ -93,7 +93,7 @@ class HarnessText:
     def encode(self, text: str, add_special_tokens: bool | None = None) -> TokenIds:
         """Return a text's ids; without `add_special_tokens`, BOS as the policy says unless the text spells it."""
         is_plain = add_special_tokens is False or (add_special_tokens is None and self._spells_bos(text))
-        return Encoder(self.tokenizer, "never" if is_plain else self.bos).encode([text])[0]
+        return self._ids(text, is_plain=is_plain)
 
     def pair(self, context: str, continuation: str) -> CutPair:
         """Return the ids of a context and its continuation, which fit the model's context.
@@ -148,7 +148,8 @@ class HarnessText:
                 f"Answers of up to {tokens} tokens (max_gen_toks) leave no room for a prompt in the model's context of "
                 f"{self.max_length}."
             )
-        ids = self.encode(text)
+        bos = self.tokenizer.bos_token
+        ids = self._ids(text, is_plain=bos is not None and text.startswith(bos))
         if not ids:
             raise UsageError("A prompt has no tokens.")
         return CutPair(ids[-room:], (), max(0, len(ids) - room))
@@ -176,6 +177,9 @@ class HarnessText:
                 ) from error
             return self.render(without, add_generation_prompt)
         return str(text)
+
+    def _ids(self, text: str, *, is_plain: bool) -> TokenIds:
+        return Encoder(self.tokenizer, "never" if is_plain else self.bos).encode([text])[0]
 
     def _spells_bos(self, text: str) -> bool:
         """Return whether a text starts with the prefix token's written form; the harness then adds no second one."""

@@ -29,14 +29,6 @@ TEMPLATE = (
 DRAWN = {"num_fewshot": 1, "fewshot_split": "test", "fewshot_config": {"sampler": "default"}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_other_tasks():
-    """The index of the harness's own tasks takes seconds, and no test of files needs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness_tasks, "TaskManager", lambda: TaskManager(include_defaults=False))
-        yield
-
-
 def tokenizer(template=TEMPLATE):
     made = tiny_tokenizer()
     made.eos_token = "~"
@@ -194,6 +186,18 @@ def test_a_file_that_runs_code_is_refused_before_any_of_it_runs(tmp_path, text, 
     with pytest.raises(UsageError, match=words):
         suite_of(tmp_path / "task.yaml")
     assert not (tmp_path / "ran").exists()
+
+
+def test_names_are_looked_up_before_any_program_of_a_task_is_loaded(tmp_path, monkeypatch):
+    write_task(tmp_path, "tiny_programs", SUMS | {"unsafe_code": True})
+    (tmp_path / "group.yaml").write_text("group: tiny_group\ntask: [tiny_programs]")
+    index = TaskManager(include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(harness_tasks, "task_index", lambda: index)
+    for name in ("tiny_programs", "tiny_group"):
+        with pytest.raises(UsageError, match="'tiny_programs' runs the programs that a model writes"):
+            suite_of(name)
+    with pytest.raises(UsageError, match="Unknown task 'tiny_program'; nearest: tiny_programs"):
+        suite_of("tiny_program")
 
 
 def test_a_model_without_a_chat_template_is_told_so(tmp_path):
