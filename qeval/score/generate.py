@@ -8,6 +8,7 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from qeval.backends.base import Session
 from qeval.backends.decoding import Decoding, Greedy
+from qeval.backends.generation import IsDone
 from qeval.errors import is_out_of_memory
 from qeval.models.device import release_cached
 from qeval.progress import Advance
@@ -21,8 +22,6 @@ _LIKELY_TOKENS = 512
 """Tokens of an answer that a batch has room for; few are longer, and memory that lacks halves a batch."""
 _LOOK_BACK = 2
 """Tokens more than a stop string's own in which it is looked for: it may be spelled by others."""
-
-IsDone = Callable[[Sequence[int]], bool]
 
 
 class Prompt(NamedTuple):

@@ -22,9 +22,10 @@ from lm_eval.api.metrics import mean  # noqa: F401 - fills the registry of metri
 from lm_eval.api.registry import metric_registry
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.tasks._yaml_loader import load_yaml as load_task_yaml
 
 from qeval.errors import UsageError, first_line, in_a_line, unknown
+from qeval.parsing import load_yaml
 
 _SUFFIXES = (".yaml", ".yml")
 _OWN = Path(lm_eval.__file__).resolve().parent
@@ -37,7 +38,7 @@ RESPONSE_TYPES = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 
 class _Code(str):
-    """What a YAML file names behind `!function`."""
+    """A function that a YAML file names behind `!function`."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -165,7 +166,7 @@ def _read_task_file(path: Path) -> str:
     seen: set[Path] = set()
     _check_file(path, seen)
     try:
-        config = load_yaml(path, resolve_func=False)
+        config = load_task_yaml(path, resolve_func=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--tasks {path}: {in_a_line(error)}") from error
     name = config.get("task")
@@ -189,10 +190,7 @@ def _check_file(path: Path, seen: set[Path]) -> None:
     if _OWN in path.parents or path in seen:
         return
     seen.add(path)
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--tasks {path} can't be read as a task's YAML: {in_a_line(error)}") from error
+    config = load_yaml(path, _Loader)
     if not isinstance(config, dict):
         raise UsageError(f"--tasks {path} holds no task: a mapping with 'task: NAME' is expected.")
     code = next(_code_in(config), None)

@@ -19,7 +19,7 @@ class PromptForm:
 
     @property
     def title(self) -> str:
-        """What a task's title ends with."""
+        """The end of a task's title."""
         return ", chat template" if self.chat else ""
 
 

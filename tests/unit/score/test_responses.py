@@ -174,7 +174,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path, change, words):
         ("task: a\nprocess_docs: !function utils.docs\n", "runs code .!function utils.docs."),
         ("task: a\nfewshot_config:\n  samples: !function utils.docs\n", "runs code"),
         ("task: a\nclass: !function task.Own\n", "runs code"),
-        ("task: a\nx: !!python/object/apply:os.system [ls]\n", "can't be read as a task's YAML"),
+        ("task: a\nx: !!python/object/apply:os.system [ls]\n", "is not valid YAML"),
         ("- a\n", "holds no task"),
         ("include: other.yaml\ntask: a\n", "runs code .!function utils.more."),
     ],
