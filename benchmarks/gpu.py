@@ -34,7 +34,8 @@ from qeval.compare.cost import flops_per_second
 from qeval.compare.environment import describe_environment
 from qeval.compare.plan import Plan, make_plan
 from qeval.compare.run import membership, run_comparison
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import parse_methods
 from qeval.errors import is_out_of_memory
 from qeval.models.device import release_cached

@@ -73,8 +73,8 @@ def first_fault(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return ".".join(str(part) for part in first["loc"]) or "the whole file", first["msg"]
 
 
-def load_yaml(path: Path) -> Any:
-    """Read a YAML file.
+def load_yaml(path: Path, kind: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Read a YAML file; `kind` is a loader that knows more tags and runs nothing either.
 
     Raises:
         UsageError: It can't be read, is no YAML, gives a key twice, or is larger or deeper than any such file.
@@ -84,22 +84,23 @@ def load_yaml(path: Path) -> Any:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"'{path}' is not valid YAML: it is not UTF-8 (byte {error.start}).") from error
-    return parse_yaml(text, f"'{path}'")
+    return parse_yaml(text, f"'{path}'", kind)
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, kind: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Parse YAML.
 
     Args:
         text: The document.
         where: What an error calls it.
+        kind: A loader of plain values.
 
     Raises:
         UsageError: It is no YAML, gives a key twice, or grows by aliases beyond measure.
     """
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None

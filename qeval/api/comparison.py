@@ -55,6 +55,9 @@ def compare(
     subjects: Names | None = None,
     limit: int | None = None,
     shots: int = 5,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: str = "true",
+    system_instruction: str | None = None,
     drift_prompts: int = 32,
     drift_prompt_tokens: int = 64,
     drift_tokens: int = 64,
@@ -109,7 +112,7 @@ def compare(
         compute: fp32, bf16 or fp16; default: fp32 on the CPU, elsewhere the checkpoint's.
         stream: Read decoder layers one at a time.
         max_memory: With `stream`: bytes, or a text such as "2GiB".
-        tasks: kl, ppl, drift, mmlu, or any lm-eval task of choices.
+        tasks: kl, ppl, drift, mmlu, any lm-eval task, or the path of a YAML file of one.
         corpus: wikitext2, c4, pydoc, code, chat (the baseline's own answers), or a text file, or several.
         protocol: A named protocol; excludes `window`, `stride`, `convention`.
         convention: How perplexity is counted, and its windows.
@@ -121,6 +124,9 @@ def compare(
         subjects: MMLU subjects; default: all.
         limit: Questions a subject.
         shots: Examples in a prompt.
+        apply_chat_template: Whether tasks are asked under the model's chat template.
+        fewshot_as_multiturn: Whether each example is a turn of its own there ("true") or all stand in one ("false").
+        system_instruction: What stands before every prompt of a task.
         drift_prompts: With drift: prompts to continue.
         drift_prompt_tokens: With drift: tokens of each prompt.
         drift_tokens: With drift: tokens that each is continued by.

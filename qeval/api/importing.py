@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qeval.compare import arguments as read
 from qeval.compare.arguments import PathLike
@@ -40,7 +40,7 @@ def import_rows(
         UsageError: A file can't be read, or the rows can't be paired: it says which and why.
         QevalError: The run can't be written.
     """
-    from qeval.imports.foreign_rows import Declarations, Direction, SourceFile  # noqa: PLC0415 - the statistics take a second to import
+    from qeval.imports.foreign_rows import Declarations, SourceFile  # noqa: PLC0415 - the statistics take a second to import
     from qeval.imports.import_run import import_files  # noqa: PLC0415
     from qeval.results import load_run  # noqa: PLC0415
 
@@ -48,7 +48,9 @@ def import_rows(
     if not names:
         raise UsageError("Name at least two files to import, such as baseline=FILE awq=FILE.")
     sources = [SourceFile(path, name) for name, path in map(_named, names)]
-    better: Direction | None = None if higher_is_better is None else "higher" if higher_is_better else "lower"
+    better: Literal["higher", "lower"] | None = (
+        None if higher_is_better is None else "higher" if higher_is_better else "lower"
+    )
     folder = read.path(out)
     import_files(
         sources, folder, Declarations(task, better), baseline=baseline, repeats=repeats,

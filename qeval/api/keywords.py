@@ -5,7 +5,8 @@ from typing import Any
 
 from qeval.compare.defaults import calibration_choice, corpus_choice, question_choice
 from qeval.compare.options import from_keywords, parse_keywords
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, Settings, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, Settings
+from qeval.compare.task_choice import TaskChoice
 
 
 def run_settings(values: Mapping[str, Any], *, shipped: bool, **fixed: Any) -> Settings:

@@ -101,9 +101,16 @@ class Session(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
+        self,
+        prompts: Sequence[TokenIds],
+        count: int,
+        decoding: Decoding,
+        stops: Collection[int],
+        is_done: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[TokenIds]:
         """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
+
+        `is_done` ends a continuation too, by all of its tokens so far.
 
         Raises:
             QevalError: As `greedy`.
@@ -130,14 +137,22 @@ class SessionDefaults:
         raise QevalError("This backend can't generate the baseline's continuations; leave drift out of --tasks.")
 
     def generate(
-        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
+        self,
+        prompts: Sequence[TokenIds],
+        count: int,
+        decoding: Decoding,
+        stops: Collection[int],
+        is_done: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[TokenIds]:
         """Refuse to generate.
 
         Raises:
             QevalError: Always.
         """
-        raise QevalError("This backend can't generate the baseline's answers; leave chat out of --corpus.")
+        raise QevalError(
+            "This backend scores and can't generate answers; leave chat out of --corpus, and tasks that generate out "
+            "of --tasks."
+        )
 
 
 @dataclass(frozen=True)

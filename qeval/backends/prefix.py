@@ -119,6 +119,31 @@ def empty_cache(model: Any) -> Any:
     )  # MiniMax's keeps its running states by itself
 
 
+def can_select(cache: Any) -> bool:
+    """Return whether some rows of a cache can be kept alone: its layers hold nothing but keys and values."""
+    return type(cache) is DynamicCache and all(type(layer) in _LENT for layer in cache.layers)
+
+
+def can_spread(cache: Any) -> bool:
+    """Return whether what one row left in a cache can stand for many: it holds the keys and values of all tokens."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def spread_cache(cache: Any, padding: Tensor) -> None:
+    """Make the keys and values of one sequence those of many rows, in place; each row has its padding on the left.
+
+    A row's last columns are the first tokens of the sequence; its padding holds anything, and a mask must hide it.
+
+    Args:
+        cache: One that `can_spread`, of one row.
+        padding: The columns of each row that are padding, [rows].
+    """
+    for layer in cache.layers:
+        tokens = torch.arange(layer.keys.shape[-2], device=layer.keys.device)
+        places = (tokens[None, :] - padding.to(tokens.device)[:, None]).clamp(min=0)
+        layer.keys, layer.values = (each[0][:, places].transpose(0, 1) for each in (layer.keys, layer.values))
+
+
 def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes: Sequence[KvChange] = ()) -> Any:
     """Return the cache that a prefix is to be run with.
 

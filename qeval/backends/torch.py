@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
 from qeval.backends.decoding import Decoding, Greedy
-from qeval.backends.generation import Generation
+from qeval.backends.generation import Generation, IsDone
 from qeval.backends.install import installed, variant_head, with_room
 from qeval.backends.memory import FittingBatches, batch_tokens
 from qeval.backends.prefix import continued_cache, prefix_cache
@@ -157,9 +157,16 @@ class TorchSession(SessionDefaults):
         return torch.tensor(self.generate([tuple(prompt) for prompt in prompts], count, Greedy(), ()))
 
     def generate(
-        self, prompts: Sequence[TokenIds], count: int, decoding: Decoding, stops: Collection[int]
+        self,
+        prompts: Sequence[TokenIds],
+        count: int,
+        decoding: Decoding,
+        stops: Collection[int],
+        is_done: IsDone | None = None,
     ) -> list[TokenIds]:
         """Return what each prompt goes on with: up to `count` tokens, the first of `stops` among them the last.
+
+        `is_done` ends a continuation too, by all of its tokens so far.
 
         Raises:
             QevalError: One would be longer than the model's context, or turned by two sets of rotary frequencies.
@@ -174,7 +181,7 @@ class TorchSession(SessionDefaults):
         grows = self.sharing.prefixes and not self._kv_changes  # rounded ones are computed anew for each token
         changed = partial(passing_cache, self._kv_changes) if self._kv_changes else None
         generation = Generation(self._model, self._head.logits, grows, changed, self._rope_limit)
-        return generation.run(prompts, count, decoding, stops)
+        return generation.run(prompts, count, decoding, stops, is_done)
 
     def _longer_cache(self, cache: Any, tokens: Sequence[int]) -> Any:
         """Return what a prefix leaves that goes on from `cache`, or begins with None, by `tokens`."""

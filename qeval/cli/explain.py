@@ -23,6 +23,7 @@ def explain(
     from qeval.report.console import terminal_table  # noqa: PLC0415 - the statistics take a second to import
     from qeval.report.explain import build_explanation as explain_run  # noqa: PLC0415
     from qeval.report.explain import explanation_json  # noqa: PLC0415
+    from qeval.report.explain.answers import answers_sentence, answers_table  # noqa: PLC0415
     from qeval.report.explain.tables import explanation_tables, task_sentence, worst_sentence  # noqa: PLC0415
 
     explanation = explain_run(run, variant)
@@ -30,9 +31,15 @@ def explain(
         print_json(explanation_json(explanation))
         return
     console = stdout(_WIDTH)
-    for table in explanation_tables(explanation, limit):
+    answers = [
+        answers_table(loss.title, [(None, one) for one in loss.changed], limit)
+        for loss in explanation.answers
+        if loss.changed
+    ]
+    for table in (*explanation_tables(explanation, limit), *answers):
         console.print(terminal_table(table, table.note))
     sentences = [f"note: {note}" for note in explanation.notes] + [task_sentence(task) for task in explanation.tasks]
+    sentences += [answers_sentence(explanation.variant, loss) for loss in explanation.answers]
     if explanation.tokens:
         sentences.append(f"{explanation.variant}: {worst_sentence(explanation.tokens)}.")
     for sentence in sentences:

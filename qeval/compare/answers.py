@@ -13,13 +13,12 @@ from typing import Any
 from qeval.backends.base import Backend
 from qeval.backends.decoding import Decoding, Greedy, Sampling
 from qeval.compare.chat_choice import ChatChoice
-from qeval.errors import is_out_of_memory
 from qeval.files.atomic import write_text
 from qeval.files.locks import alone
 from qeval.identity import digest
-from qeval.models.device import release_cached
 from qeval.paths import home
 from qeval.progress import Progress
+from qeval.score.generate import generate_fitting
 from qeval.types import TokenIds
 
 _VERSION = 1
@@ -68,15 +67,8 @@ class Answerer:
 
     def _answer(self, prompts: Sequence[TokenIds]) -> dict[TokenIds, TokenIds]:
         """Generate the answers to a batch of prompts, and keep each; in halves where memory lacks for all."""
-        try:
-            with self.backend.open(None) as session:
-                said = session.generate(prompts, self.choice.tokens, self._how(prompts), self.stops)
-        except RuntimeError as error:
-            if len(prompts) == 1 or not is_out_of_memory(error):
-                raise
-            release_cached()
-            middle = len(prompts) // 2
-            return self._answer(prompts[:middle]) | self._answer(prompts[middle:])
+        with self.backend.open(None) as session:
+            said = generate_fitting(session, prompts, self.choice.tokens, self._how, self.stops)
         answers = dict(zip(prompts, said, strict=True))
         for prompt, answer in answers.items():
             content = {"key": self._identity(prompt), "answer": list(answer)}

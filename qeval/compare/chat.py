@@ -16,7 +16,7 @@ from qeval.compare.settings import CorpusChoice, Settings
 from qeval.errors import UsageError
 from qeval.identity import digest
 from qeval.models.info import LoadedModel
-from qeval.models.vocabulary import check_ids
+from qeval.models.vocabulary import check_ids, end_tokens
 from qeval.progress import Progress
 from qeval.score.texts import TORN, decoder, token_texts
 from qeval.store.run import AnswerRecord, ChatRecord, ProtocolRecord
@@ -186,11 +186,9 @@ def _check_windows(choice: CorpusChoice) -> None:
 
 
 def _stops(loaded: LoadedModel, template: ChatTemplate) -> frozenset[int]:
-    """Return the ids that end an answer: EOS, what the checkpoint generates until, what the template puts behind it."""
-    config = getattr(loaded.model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    found = [*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id]
-    return frozenset(int(each) for each in [*found, template.end_of_turn(loaded.tokenizer)] if each is not None)
+    """Return the ids that end an answer: those of a text, and what the template puts behind it."""
+    turn = template.end_of_turn(loaded.tokenizer)
+    return end_tokens(loaded.model, loaded.tokenizer) | ({turn} if turn is not None else set())
 
 
 def _window(asked: TokenIds, said: TokenIds) -> Window:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 from qeval.compare.options import Option
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice
+from qeval.compare.task_choice import TaskChoice
 from qeval.models.source import resolve
 
 CORPUS, PROTOCOL = "wikitext2", "wikitext2-1024/512"

@@ -12,7 +12,7 @@ from qeval.backends.base import Backend, BaselineBackend
 from qeval.backends.memory import require_bf16
 from qeval.compare.backends import BackendInputs, backends_of, kinds_of
 from qeval.compare.chat import ChatWork, chat_work
-from qeval.compare.contamination import overlap_of, with_overlap
+from qeval.compare.contamination import ScoredTexts, overlap_of, with_overlap
 from qeval.compare.cost import Shape
 from qeval.compare.external_checkpoints import TokenCheck
 from qeval.compare.external_parts import parts_choice
@@ -25,7 +25,7 @@ from qeval.compare.schemes import (
     schemes_of,
 )
 from qeval.compare.settings import CalibrationChoice, Settings
-from qeval.compare.sources import drift_of, load_tasks, suites_of
+from qeval.compare.sources import drift_of, load_tasks, responses_of, suites_of
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.variants import (
     BaselineModel,
@@ -45,11 +45,13 @@ from qeval.quantize.build import quantizable
 from qeval.score.choices import question_tokens, shared_tokens
 from qeval.score.corpus import Shard
 from qeval.score.drift import DriftPart
+from qeval.score.responses import response_tokens
 from qeval.score.token_hash import witness_of
 from qeval.store.out import check_out
 from qeval.store.run import CalibrationRecord, DriftRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
 from qeval.tasks.corpus import CHAT, encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, TaskData
+from qeval.tasks.responses import ResponseSuite
 from qeval.tasks.windows import tokens_sha256
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ class Plan:
     shards: tuple[Shard, ...]
     suites: tuple[Suite, ...]
     tasks: tuple[TaskRecord, ...]
+    responses: tuple[ResponseSuite, ...]
+    """Tasks without choices."""
     drift: DriftRecord | None
     parts: tuple[DriftPart, ...]
     places: tuple[VariantPath, ...]
@@ -101,6 +105,7 @@ class Plan:
         warnings += [*(warning for place in self.places for warning in place.warnings)]
         warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
+        warnings += [*(warning for suite in self.responses for warning in _response_warnings(suite))]
         if self.drift and self.drift.prompts < self.settings.drift.prompts:
             why = "--corpus chat has no more" if self.drift.corpus == CHAT else "the corpus repeats itself"
             warnings.append(
@@ -152,18 +157,22 @@ class Plan:
     def asked_tokens(self) -> int:
         """Tokens that one model runs for the questions."""
         run = shared_tokens if self.backend.shares_prefixes else question_tokens
-        return sum(run(part) for suite in self.suites for part in suite.parts())
+        others = sum(response_tokens(suite.items) for suite in self.responses)
+        return others + sum(run(part) for suite in self.suites for part in suite.parts())
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that one model generates at most for tasks' answers."""
+        return sum(item.ending.tokens for suite in self.responses for item in suite.items if item.ending)
 
     @property
     def _cost_of_whole_questions(self) -> list[str]:
         """A sentence on what it costs that prefixes are not shared, where they aren't."""
         if self.backend.shares_prefixes or not self.suites:
             return []
-        shared = sum(shared_tokens(part) for suite in self.suites for part in suite.parts())
-        return [
-            f"Questions run whole: {self.asked_tokens / shared:.1f} times the tokens of a model whose questions share "
-            "their examples."
-        ]
+        parts = [part for suite in self.suites for part in suite.parts()]
+        times = sum(map(question_tokens, parts)) / sum(map(shared_tokens, parts))
+        return [f"Questions run whole: {times:.1f} times the tokens of a model whose questions share their examples."]
 
     @property
     def models(self) -> int:
@@ -195,15 +204,16 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     loaded, source, backend = loaded_model(with_limit(settings), memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
     check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
-    suites = suites_of(settings, loaded, tasks)
+    suites, responses = suites_of(settings, loaded, tasks), responses_of(settings, loaded, tasks)
     chat = chat_work(settings, loaded, backend, progress or Silent()) if settings.answers else None
     protocol, shards = token_work(settings.corpus, loaded, chat) if settings.scores_tokens else (None, ())
     drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
     positions, schemes = max((shard.tokens for shard in shards), default=0), [r.scheme for r in settings.every_recipe]
     backend.reserve(positions, schemes)
-    token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks, chat)
+    witness, scored = witness_of(shards, suites, protocol, drift, responses), ScoredTexts(shards, suites, responses)
+    token_check = _token_check(settings, loaded, witness, scored, tasks, chat)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
-    overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
+    overlap = cache(lambda: overlap_of(calibration().samples, scored))
     if any(recipe.calibrated for recipe in settings.every_recipe):
         calibration()
     for recipe in settings.every_recipe:
@@ -225,10 +235,11 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         shards=shards,
         suites=suites,
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
+        responses=responses,
         drift=drift,
         parts=parts,
         places=places,
-        given=tuple(with_overlap(each, shards, suites) for each in given),
+        given=tuple(with_overlap(each, scored) for each in given),
         onnx_variants=onnx_variants,
         calibration=calibration,
         overlap=overlap,
@@ -236,6 +247,21 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         shape=_shape(loaded, quantizable(source.description)),
         memory=memory,
     )
+
+
+def _response_warnings(suite: ResponseSuite) -> list[str]:
+    """Return sentences on what of a task is cut or left out."""
+    info, warnings = suite.info, []
+    if info.cut_prompts:
+        warnings.append(
+            f"{info.cut_prompts} of {info.items} prompts of {info.name} are longer than the context leaves room for, "
+            "and are cut on the left, as lm-eval does."
+        )
+    if suite.skipped:
+        warnings.append(
+            f"{info.name}: {', '.join(suite.skipped)} has no value or no direction for each item, so it is left out."
+        )
+    return warnings
 
 
 def _check_machine(settings: Settings) -> None:
@@ -284,12 +310,13 @@ def _token_check(
     settings: Settings,
     loaded: LoadedModel,
     token_hash: str,
-    suites: Sequence[Suite],
+    scored: ScoredTexts,
     tasks: Sequence[TaskData],
     chat: ChatWork | None,
 ) -> TokenCheck:
     """Return what every side of the run is asked, and what a tokenizer makes of it."""
-    texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
+    texts = [loaded.tokenizer.decode(part[0].prompt) for suite in scored.suites for part in suite.parts()]
+    texts += [loaded.tokenizer.decode(part[0].prompt) for suite in scored.responses for part in suite.parts()]
     if settings.scores_tokens or settings.continues:
         named = [each for each in each_corpus(settings.corpus) if chat is None or each.corpus != CHAT]
         texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in named]
@@ -299,7 +326,9 @@ def _token_check(
         side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
         protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
         drift = drift_of(settings, side, asked)[0] if settings.continues else None
-        return witness_of(shards, suites_of(settings, side, tasks), protocol, drift)
+        return witness_of(
+            shards, suites_of(settings, side, tasks), protocol, drift, responses_of(settings, side, tasks)
+        )
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 

@@ -34,6 +34,7 @@ from qeval.recipe_parts import names_of_parts
 from qeval.report.align import TOKEN_COLUMNS, item_rows, select, token_rows
 from qeval.report.soundness import NO_BASELINE, impossible_answers, impossible_tokens
 from qeval.score.jobs import Work
+from qeval.score.responses import score_records
 from qeval.score.texts import keep_texts
 from qeval.score.token_hash import witness_of
 from qeval.store.attempts import attempt, begin, finish, withdraw
@@ -43,6 +44,7 @@ from qeval.store.out import remove_records
 from qeval.store.rows import ROW_KINDS, concat
 from qeval.store.run import RUN_VERSION, CalibrationRecord, RunRecord, VariantRecord, write_run
 from qeval.store.variants import MANIFEST, read_manifest
+from qeval.tasks.harness_tasks import title_of_task
 
 _CACHES = ("variants", "states", "answers", "hashes", "onnx")
 """Folders of the cache that processes write into; the models' removes its own leftovers."""
@@ -102,7 +104,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     if not is_scored:  # another process finished it meanwhile
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
+    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift, plan.responses)
     alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
     variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(
@@ -120,10 +122,11 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         baseline_seconds=baseline.seconds,
         protocol=plan.protocol,
         tasks=list(plan.tasks),
+        scores=score_records(plan.responses, [path for each in [baseline, *models] for path in each.paths("scores")]),
         calibration=_calibration(plan),
         variants=variants,
         environment=describe_environment(plan.settings.model.device),
-        metrics=list(plan.settings.tasks),
+        metrics=[title_of_task(task) for task in plan.settings.tasks],
         warnings=list(progress.warnings),
         drift=plan.drift,
         settings=None if plan.is_drawn or plan.memory else settings_json(plan.settings),
@@ -152,6 +155,7 @@ def estimate(plan: Plan) -> Cost:
     along, said = sum(part.tokens for part in plan.parts), sum(len(part.prompts) * part.count for part in plan.parts)
     flops = models * shape.forward_flops(plan.corpus_tokens + plan.asked_tokens + along, 2 * (scored + said) + items)
     flops += shape.forward_flops(along, said)  # of generating
+    flops += models * shape.forward_flops(plan.generated_tokens, plan.generated_tokens)
     if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.units)
@@ -229,7 +233,7 @@ def _write(
     with work.ledger.alone("record"):
         copy_manifests(out, manifests)
         work.rows.keep_only({kind: [path for each in scored for path in each.paths(kind)] for kind in ROW_KINDS})
-        keep_texts(out, plan.loaded.tokenizer, plan.shards, plan.suites)
+        keep_texts(out, plan.loaded.tokenizer, plan.shards, plan.suites, plan.responses)
         record = record.model_copy(update={"chain": chain_of(out, manifests, record.settings)})
         write_run(out, record)
         if not plan.is_drawn:  # a gate that draws rows goes on from here

@@ -29,17 +29,18 @@ from qeval.files.locks import alone
 from qeval.identity import digest
 from qeval.metrics.tokens import Logits
 from qeval.models.device import free_bytes, release_cached
+from qeval.models.vocabulary import end_tokens
 from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.score.corpus import Shard, window_states
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, part_states
-from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ScoringJob, Work, ignore
+from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ResponseJob, ScoringJob, Work, ignore
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.store.run import RuntimeRecord, VariantRecord
 from qeval.store.states import StateStore
 
-_LABELS: dict[RowKind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations"}
+_LABELS: dict[RowKind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations", "scores": "tasks"}
 _STATES_SHARE = 8
 """The part of a GPU's free memory that the baseline's states may take: an eighth."""
 
@@ -177,6 +178,7 @@ class ScoredModel:
             "tokens": [CorpusJob(self, work, shard) for shard in work.shards],
             "items": [QuestionJob(self, work, suite, part) for suite in work.suites for part in suite.parts()],
             "drift": [DriftJob(self, work, part) for part in work.parts],
+            "scores": [ResponseJob(self, work, suite, part) for suite in work.responses for part in suite.parts()],
         }
         self._jobs = [job for each in jobs.values() for job in each]
         return jobs
@@ -316,6 +318,7 @@ def work_of(
         shards=plan.shards,
         corpus=plan.protocol.corpus if plan.protocol else "",
         suites=plan.suites,
+        responses=plan.responses,
         parts=plan.parts,
         continued=plan.drift.corpus if plan.drift else "",
         rows=RowStore(plan.settings.out),
@@ -324,6 +327,8 @@ def work_of(
         batch_tokens=plan.batch_tokens,
         device=plan.source.device,
         progress=progress,
+        tokenizer=plan.loaded.tokenizer,
+        stops=end_tokens(plan.loaded.model, plan.loaded.tokenizer),
         share=share,
     )
 

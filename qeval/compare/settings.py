@@ -12,6 +12,7 @@ from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.options import Checked, Option
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
@@ -110,21 +111,6 @@ class CorpusChoice(Checked):
     max_windows: Annotated[int | None, Option("Only the first N windows.", least=1, range_shown=False)] = None
     bos: Annotated[Bos, Option("BOS token; auto: as the tokenizer does.", kind="BOS policy")] = "auto"
     convention: Annotated[str | None, Option("How perplexity is counted, and its windows; see `qeval tasks`.")] = None
-
-
-@dataclass(frozen=True)
-class TaskChoice(Checked):
-    """The tasks of questions."""
-
-    mmlu_dir: Annotated[
-        Path | None,
-        Option("Folder with dev/ and test/ in MMLU's csv layout; default: from the hub.", parse=read.path_or_none),
-    ] = None
-    subjects: Annotated[
-        tuple[str, ...], Option("Comma-separated MMLU subjects.", type=str | None, parse=read.subject_names)
-    ] = ()
-    limit: Annotated[int | None, Option("Questions a subject.", least=1, range_shown=False)] = None
-    shots: Annotated[int, Option("Examples in a prompt.", least=0)] = 5
 
 
 @dataclass(frozen=True)
@@ -259,7 +245,7 @@ class Settings(Checked):
     ]
     tasks: Annotated[
         tuple[str, ...],
-        Option("Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.", type=str, parse=read.names),
+        Option("Comma-separated: kl, ppl, drift, mmlu, an lm-eval task, or its YAML file.", type=str, parse=read.names),
     ]
     corpus: CorpusChoice
     questions: TaskChoice

@@ -24,6 +24,8 @@ _DEFAULTS: Mapping[str, Any] = {
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
 }
 """Settings that older runs don't have."""
+_DEFAULTS_OF_QUESTIONS = {"apply_chat_template": False, "fewshot_as_multiturn": "true", "system_instruction": None}
+"""Those among the settings of tasks."""
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
@@ -69,6 +71,9 @@ def _plain(settings: Settings) -> dict[str, Any]:
     for name, default in _DEFAULTS.items():
         if values[name] == default:
             del values[name]
+    for name, default in _DEFAULTS_OF_QUESTIONS.items():
+        if values["questions"][name] == default:
+            del values["questions"][name]
     for recipe in values["recipes"]:
         for part in ("alpha", *PART_FIELDS):
             if recipe[part] is None:

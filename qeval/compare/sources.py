@@ -14,6 +14,9 @@ from qeval.store.run import DriftRecord
 from qeval.tasks.corpus import CHAT, bos_token, encode, load_corpus
 from qeval.tasks.drift import prompts_of
 from qeval.tasks.harness import Suite, TaskData, encode_task, load_task
+from qeval.tasks.harness_tasks import has_choices
+from qeval.tasks.harness_text import HarnessText
+from qeval.tasks.responses import GENERATED, ResponseSuite, encode_responses
 from qeval.tasks.windows import tokens_sha256
 
 
@@ -95,8 +98,43 @@ def load_tasks(settings: Settings) -> list[TaskData]:
     ]
 
 
+def responses_of(settings: Settings, loaded: LoadedModel, tasks: Sequence[TaskData]) -> tuple[ResponseSuite, ...]:
+    """Return the items of tasks without choices in a model's tokens.
+
+    Raises:
+        UsageError: An item does not fit, a task asks for what qeval does not do, or a backend can't generate.
+    """
+    text = HarnessText(loaded.tokenizer, settings.corpus.bos, loaded.info.context_length)
+    limit, form = settings.questions.limit, settings.questions.form
+    suites = []
+    for data in tasks:
+        if not has_choices(data.tasks):
+            _check_generating(settings, data)
+            suites.append(encode_responses(data, text, limit=limit, form=form))
+    for suite in suites:
+        used = (token for item in suite.items for pair in item.pairs for part in pair for token in part)
+        check_ids(used, loaded.info.vocab_size, loaded.tokenizer, f"An item of {suite.info.name}")
+    return tuple(suites)
+
+
+def _check_generating(settings: Settings, data: TaskData) -> None:
+    """Refuse tasks that generate where a model can only be scored."""
+    if all(task.OUTPUT_TYPE != GENERATED for task in data.tasks.values()):
+        return
+    if settings.model.stream:
+        raise UsageError(
+            f"Task '{data.name}' generates one token after another, and --stream would read every layer for each: "
+            "leave one of them out."
+        )
+    if others := [name for name in settings.backends.names if name != "torch"]:
+        raise UsageError(
+            f"Task '{data.name}' generates answers, which the backend torch does alone: leave it, or --backend "
+            f"{','.join(others)}, out."
+        )
+
+
 def suites_of(settings: Settings, loaded: LoadedModel, tasks: Sequence[TaskData]) -> tuple[Suite, ...]:
-    """Return the tasks' questions in a model's tokens.
+    """Return the questions of tasks of choices in a model's tokens.
 
     Raises:
         UsageError: A question does not fit the context.
@@ -108,8 +146,10 @@ def suites_of(settings: Settings, loaded: LoadedModel, tasks: Sequence[TaskData]
             max_length=loaded.info.context_length,
             bos=settings.corpus.bos,
             limit=settings.questions.limit,
+            form=settings.questions.form,
         )
         for data in tasks
+        if has_choices(data.tasks)
     )
     for suite in suites:
         used = (token for question in suite.questions for pair in question.pairs for part in pair for token in part)

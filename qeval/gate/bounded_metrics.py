@@ -123,7 +123,7 @@ class Figures:
                 own = self._run.scores(score, self._variant)
                 return score_figure(score, name, own, self._run.baseline_scores(score))
         if name == "score_loss":
-            raise QevalError(f"'{task}' is no imported score; limit {task}_acc_drop.")
+            raise QevalError(f"'{task}' is no score of this run; limit {task}_acc_drop.")
         record = self._task(task)
         every, base = self._answers(record), self._run.baseline_items(record)
         distinct = is_first_question(base.prompts)
@@ -176,6 +176,9 @@ class Figures:
         for task in self._run.record.tasks:
             if task.name == name:
                 return task
+        scores = [score.name for score in self._run.record.scores if score.task and score.task.name == name]
+        if scores:
+            raise QevalError(f"'{name}' has a score by each metric and filter; limit one of {', '.join(scores)}.")
         raise QevalError(f"The run's record does not say what '{name}' is.")
 
     def _require(self, task: str) -> None:

@@ -1,4 +1,4 @@
-"""Figures of scores that another program gave (`qeval import`), paired by item, with their bounds."""
+"""Figures of scores, of tasks without choices or of `qeval import`, paired by item, with their bounds."""
 
 from qeval.errors import QevalError
 from qeval.gate.figure import Figure, both_ways

@@ -59,6 +59,11 @@ def run_and_judge(settings: Settings, policy: Policy, progress: Progress) -> Gat
         UsageError: something that was asked for is not there or does not fit, or there are too few windows.
     """
     pool = Pool(make_plan(settings))
+    if pool.plan.responses:
+        raise UsageError(
+            f"{pool.plan.responses[0].info.name} is answered whole before anything is judged; run qeval compare, then "
+            "gate the finished run."
+        )
     if pool.windows and len(set(pool.stretches.values())) < BURN_IN:
         raise UsageError(
             f"A gate that may stop early decides nothing from fewer than {BURN_IN} windows, and there are "

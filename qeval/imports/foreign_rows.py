@@ -3,19 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from numpy import object_
 from numpy.typing import NDArray
 
 from qeval.stats.bootstrap import Floats, Ints
+from qeval.tasks.directions import Direction
+from qeval.tasks.score_names import score_name, score_title
 
-Direction = Literal["higher", "lower"]
 TextArray = NDArray[object_]
 HASHES = ("doc_hash", "prompt_hash", "target_hash")
 """The hashes by which lm-eval's samples say what was asked."""
-_PLAIN = ("acc", "score")
-"""Metrics that a score is not named after, so that policies say TASK_acc_drop."""
 ONLY_REPEAT = "0"
 """The repeat of an item that has one score."""
 
@@ -79,16 +78,9 @@ class ForeignRows:
     @property
     def name(self) -> str:
         """The score's name in rows and policies, such as gsm8k_exact_match_strict_match."""
-        parts = [self.task, *self._told_apart_by]
-        return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
+        return score_name(self.task, self.metric, self.filter)
 
     @property
     def title(self) -> str:
         """The score in words, such as 'gsm8k, exact_match, strict-match'."""
-        return ", ".join([self.task, *self._told_apart_by])
-
-    @property
-    def _told_apart_by(self) -> list[str]:
-        """The metric and the filter, where they say more than that an answer is right."""
-        metric = [] if self.metric in _PLAIN else [self.metric]
-        return metric + ([self.filter] if self.filter not in (None, "none") else [])
+        return score_title(self.task, self.metric, self.filter)

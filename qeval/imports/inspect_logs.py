@@ -11,9 +11,9 @@ import numpy as np
 
 from qeval.errors import UsageError
 from qeval.identity import digest_bytes
-from qeval.imports.directions import direction_of
 from qeval.imports.foreign_rows import Declarations, ForeignRows, TextArray
 from qeval.parsing import error_reason
+from qeval.tasks.directions import direction_of
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qeval.errors import UsageError
-from qeval.imports.directions import NATS, direction_of
-from qeval.imports.foreign_rows import ONLY_REPEAT, Declarations, Direction, ForeignChoices, ForeignRows
+from qeval.imports.foreign_rows import ONLY_REPEAT, Declarations, ForeignChoices, ForeignRows
 from qeval.imports.sample_columns import Samples, read_samples
 from qeval.stats.bootstrap import Floats, Ints
+from qeval.tasks.directions import NATS, Direction, direction_of
 
 _NAME = re.compile(r"samples_(?P<task>.+?)(?:_(?P<date>\d{4}-\d{2}-\d{2}T[\d.:-]+))?\.jsonl")
 _FORMAT = "lm-eval"

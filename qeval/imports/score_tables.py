@@ -11,11 +11,11 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from qeval.errors import UsageError
-from qeval.imports.directions import direction_of
 from qeval.imports.foreign_rows import HASHES, ONLY_REPEAT, Declarations, ForeignRows, TextArray
 from qeval.parsing import error_reason
 from qeval.stats.bootstrap import Floats
 from qeval.store.schema import READ_ERRORS
+from qeval.tasks.directions import direction_of
 
 SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 _NEEDED = ("item", "score")

@@ -30,6 +30,7 @@ from qeval.store.run import (
     VariantRecord,
     write_run,
 )
+from qeval.store.schema import SCORE_TEXTS
 
 UNKNOWN = "unknown"
 _UNKNOWN_COUNT = -1
@@ -94,6 +95,7 @@ def _columns(kind: RowKind, name: str, side: ModelScores, prompts: Prompts) -> d
             "item": [item for _, item in side.items],
             "repeat": np.concatenate([part.repeats for part in side.parts]).tolist(),
             "score": [None if np.isnan(score) else float(score) for score in scores],
+            **{name: [None] * rows for name in SCORE_TEXTS},
         }
     answers = [part.choices for part in side.parts if part.choices is not None]
     values = np.concatenate([each.loglikelihoods for each in answers])

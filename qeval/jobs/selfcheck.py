@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from qeval.compare.hub_access import hub_access, needs_of
 from qeval.compare.plan import make_plan
 from qeval.compare.run import membership, run_comparison
-from qeval.compare.settings import Bos, CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import Bos, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import BASELINE, parse_method
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest

@@ -114,3 +114,10 @@ def _check_probe(tokenizer: Any, rows: int, folder: Path | str) -> None:
             "of them unknown. Its vocabulary is missing or another's."
         )
     check_ids(ids, rows, tokenizer, f"The tokenizer in '{folder}' is another model's: {_PROBE!r}")
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a text: the tokenizer's EOS, and those that the checkpoint generates until."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return frozenset(int(each) for each in found if each is not None)

@@ -25,6 +25,7 @@ from qeval.report.model import (
     PositionBucket,
     Provenance,
     Report,
+    ScoreFlips,
     Task,
     TaskResult,
     VariantReport,
@@ -84,7 +85,11 @@ def build_paired(rows: PairedRun) -> Report:
     metrics, results = _merged(
         tokens, items, [_drift(rows), *_scores(rows)], [BASELINE_NAME, *(variant.name for variant in rows.done)]
     )
-    variants = [_variant(each, run, metrics, results, tokens) for each in run.variants]
+    flips = _score_flips(rows)
+    variants = [
+        _variant(each, run, metrics, results, tokens).model_copy(update={"score_flips": flips[each.name]})
+        for each in run.variants
+    ]
     tasks = [each.task for each in items]
 
     report = Report(
@@ -189,18 +194,35 @@ def _drift(paired: PairedRun) -> dict[str, Metrics]:
 
 
 def _scores(paired: PairedRun) -> list[dict[str, Metrics]]:
-    """Return every model's means of each imported score, and their differences from the baseline's, by name."""
+    """Return every model's means of each score, and their differences from the baseline's, by name."""
     kinds = []
     for record in paired.record.scores:
         baseline = paired.baseline_scores(record)
-        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline)}
+        seed = paired.record.seed
+        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline, seed)}
         _require_finite(metrics[BASELINE_NAME])
         for variant in paired.done:
             rows = paired.scores(record, variant)
-            own = measure_scores.score_metrics(record, rows)
-            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline)
+            own = measure_scores.score_metrics(record, rows, seed)
+            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline, seed)
         kinds.append(metrics)
     return kinds
+
+
+def _score_flips(paired: PairedRun) -> dict[str, dict[str, ScoreFlips]]:
+    """Return each variant's flips by score, of scores that are right or wrong."""
+    found: dict[str, dict[str, ScoreFlips]] = {variant.name: {} for variant in paired.record.variants}
+    family = [variant.name for variant in paired.done if variant.role == "variant"]
+    for record in paired.record.scores:
+        baseline = paired.baseline_scores(record)
+        flips = {
+            variant.name: measure_scores.count_score_flips(rows, baseline)
+            for variant in paired.done
+            if measure_scores.are_answers(record, rows := paired.scores(record, variant), baseline)
+        }
+        for name, each in measure_scores.adjusted_flips(flips, family).items():
+            found[name][record.name] = each
+    return found
 
 
 def _items(paired: PairedRun, record: TaskRecord) -> _Items:

@@ -48,7 +48,9 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `TASK_flips` | `TASK_right_to_wrong` and `TASK_wrong_to_right` together | fraction |
 | `TASK_brier`, `TASK_brier_diff` | mean squared error of the choices' softmax; its difference | fraction |
 | `TASK_ece` | its calibration error: confidence against share right, 15 bins | fraction |
-| `SCORE_score`, `SCORE_score_diff` | mean of an imported score; minus the baseline's, paired | its own |
+| `SCORE_score`, `SCORE_score_diff` | mean of a task's or an imported score; minus the baseline's, paired | its own |
+| `SCORE_flips`, `SCORE_right_to_wrong`, `SCORE_wrong_to_right` | as `TASK_flips`, of scores of 0 or 1 | fraction |
+| `SCORE_cut` | share of generated answers that nothing ended before their most tokens | fraction |
 | `TASK_choice_kl_nats` | mean KL over the softmax of the choices' log-likelihoods | nats |
 """
 
@@ -166,6 +168,17 @@ class TaskResult(_Part):
     flips_by_margin: list[MarginBucket] = []  # empty in the baseline's own
 
 
+class ScoreFlips(_Part):
+    """The changes of a score that is right or wrong, in numbers of items; `p` and `p_adjusted` as of tasks."""
+
+    right_to_right: int
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_wrong: int
+    p: float
+    p_adjusted: float | None = None
+
+
 class Curve(_Part):
     """The distribution of KL over tokens: `share[i]` of the positions have at least `kl_nats[i]`."""
 
@@ -222,6 +235,7 @@ class VariantReport(_Part):
     pareto: bool  # no other variant is both at most as big and at most as far from the baseline
     metrics: Metrics
     tasks: dict[str, TaskResult]
+    score_flips: dict[str, ScoreFlips] = {}  # by score, of those that are right or wrong
     kl_curve: Curve | None
     by_corpus: dict[str, Metrics] = {}  # each text apart, and `macro`, their mean; empty where there is one
     chat: list[AnswerGroup] = []  # groups of the baseline's answers; empty where no prompt was answered
@@ -318,7 +332,7 @@ class Report(_Part):
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
     tasks: list[Task]
-    scores: list[ScoreRecord] = []  # given by another program, of an imported run
+    scores: list[ScoreRecord] = []  # of tasks without choices, or given by another program
     metrics_asked: list[str]
     intervals: Intervals
     notes: list[str]

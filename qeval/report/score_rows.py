@@ -1,4 +1,4 @@
-"""Scores that another program gave, every variant's with the baseline's, item by item.
+"""Scores of tasks without choices, or of another program, every variant's with the baseline's, item by item.
 
 As with qeval's own rows, what is missing, doubled or other than the baseline's is an error that names it.
 """
@@ -24,7 +24,8 @@ class ScoreRows:
     """One model's scores in the order of (subject, item, repeat).
 
     `subjects`, `items` and `prompts` are [items]; `values` (NaN where an item was not scored), `places` (the item of
-    each score) and `repeats` (counted from 0) are [scores].
+    each score), `repeats` (counted from 0), `answers`, `responses` and `is_cut` are [scores]. The last three are texts
+    and a mark of generated answers, and None elsewhere.
     """
 
     subjects: NDArray[np.object_]
@@ -33,6 +34,15 @@ class ScoreRows:
     values: Floats
     places: Ints
     repeats: Ints
+    answers: NDArray[np.object_]
+    responses: NDArray[np.object_]
+    is_cut: NDArray[np.object_]
+
+    @property
+    def cut_share(self) -> NDArray[np.float64] | None:
+        """Return which responses nothing ended before their most tokens, as 0 or 1; None where that isn't known."""
+        known = all(cut is not None for cut in self.is_cut)
+        return self.is_cut.astype(np.float64) if known and len(self.is_cut) else None
 
     @cached_property
     def means(self) -> Floats:
@@ -53,6 +63,11 @@ class ScoreRows:
     def is_right_or_wrong(self) -> bool:
         """Return whether each item has one score, and that is 0 or 1."""
         return len(self.values) == len(self.items) and bool(np.isin(self.values, (0.0, 1.0)).all())
+
+    @property
+    def clusters_of_scores(self) -> Clusters:
+        """Return the cluster of each score."""
+        return self.clusters if len(self.places) == len(self.items) else Clusters.of(self.places.astype(str))
 
     @cached_property
     def clusters(self) -> Clusters:
@@ -87,7 +102,13 @@ def score_rows(table: pa.Table, record: ScoreRecord, who: str) -> ScoreRows:
 
     repeats = np.unique(labels.astype(str), return_inverse=True)[1].astype(np.int64)
     places = np.asarray(np.cumsum(is_first) - 1, np.int64)
-    return ScoreRows(subjects[is_first], items[is_first], prompts[is_first], values, places, repeats.ravel())
+    answers, responses, is_cut = (
+        np.asarray(rows[name].to_pylist(), np.object_) for name in ("answer", "response", "is_cut")
+    )
+    return ScoreRows(
+        subjects[is_first], items[is_first], prompts[is_first], values, places, repeats.ravel(), answers, responses,
+        is_cut,
+    )  # fmt: skip
 
 
 def pair_scores(variant: ScoreRows, baseline: ScoreRows, task: str, who: str) -> None:

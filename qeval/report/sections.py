@@ -13,7 +13,7 @@ from qeval.report import (
     tables,
 )
 from qeval.report.document import Plot, Section, Table, TableCell
-from qeval.report.measure_scores import scores_table
+from qeval.report.measure_scores import any_flips, response_sentences, score_flips_table, scores_table
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
 from qeval.report.ranking import ranking
@@ -71,7 +71,14 @@ def _summary(report: Report, drawn: dict[str, Plot]) -> Section:
 
 
 def _scores(report: Report) -> Section:
-    return Section(id="scores", title="Imported scores", tables=(scores_table(report, report.scores),))
+    flips = [score_flips_table(report, each) for each in report.scores if any_flips(report, each)]
+    is_foreign = any(score.task is None for score in report.scores)
+    return Section(
+        id="scores",
+        title="Imported scores" if is_foreign else "Tasks by score",
+        sentences=tuple(response_sentences(report)),
+        tables=(scores_table(report, report.scores), *flips),
+    )
 
 
 def _variants(report: Report) -> Section:

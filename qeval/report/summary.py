@@ -117,7 +117,7 @@ def _floor(report: Report) -> list[str]:
 
 
 def _score(report: Report, score: ScoreRecord) -> str:
-    """Return which variants' imported scores are certainly worse than the baseline's."""
+    """Return which variants' scores are certainly worse than the baseline's."""
     worse = [
         f"{v.name} ({formatting.metric_text(d, signed=True)})"
         for v in report.variants

@@ -60,7 +60,12 @@ def shared_tokens(questions: Sequence[Question]) -> int:
 
 def question_calls(questions: Sequence[Question], batch_tokens: int, *, packs: bool) -> list[Call]:
     """Return what `score_questions` will ask a session for, in order; `packs`: the session's."""
-    sequences = _sequences([pair for question in questions for pair in question.pairs])
+    return pair_calls([pair for question in questions for pair in question.pairs], batch_tokens, packs=packs)
+
+
+def pair_calls(pairs: Sequence[tuple[TokenIds, TokenIds]], batch_tokens: int, *, packs: bool) -> list[Call]:
+    """Return what `score_pairs` will ask a session for, in order; `packs`: the session's."""
+    sequences = _sequences(pairs)
     return [batch.call for batch in schedule([s.request for s in sequences], batch_tokens, packs=packs)]
 
 

@@ -19,6 +19,7 @@ from qeval.score.choices import (
     QUESTIONS_VERSION,
     by_question,
     item_columns,
+    pair_calls,
     prompt_sha256,
     question_calls,
     question_tokens,
@@ -33,10 +34,13 @@ from qeval.score.corpus import (
     window_states,
 )
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, drift_columns, part_states
+from qeval.score.generate import Generator, Prompt
+from qeval.score.responses import RESPONSES_VERSION, response_columns, response_tokens, summed_responses
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.tasks.harness import Question, Suite
-from qeval.types import Call
+from qeval.tasks.responses import ResponseItem, ResponseSuite
+from qeval.types import Call, TokenIds
 
 
 class Scorable(Protocol):
@@ -89,6 +93,7 @@ class Work:
     shards: tuple[Shard, ...]
     corpus: str
     suites: tuple[Suite, ...]
+    responses: tuple[ResponseSuite, ...]
     parts: tuple[DriftPart, ...]
     continued: str
     """The corpus that the prompts of `parts` are of."""
@@ -99,6 +104,10 @@ class Work:
     device: torch.device
     """Where torch computes."""
     progress: Progress
+    tokenizer: Any
+    """The model's, which makes texts of generated tokens."""
+    stops: frozenset[int]
+    """Ids that end a generated answer."""
     share: Share | None = None
     """This worker's part of jobs that are run together; None where each is run by itself."""
 
@@ -221,6 +230,64 @@ class QuestionJob(ScoringJob):
             self.suite, self.questions, by_question(scores, self.questions), self.model.name, self.model.backend_name
         )
         return self.work.rows.write(self.kind, self.id.key, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseJob(ScoringJob):
+    """Score rows of some items of one subject of a task without choices."""
+
+    kind = "scores"
+    suite: ResponseSuite
+    items: Sequence[ResponseItem]
+
+    @property
+    def units(self) -> int:
+        """The tokens of the distinct prompts, or of the distinct sequences that are scored."""
+        return response_tokens(self.items)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the items ask, what the data say of them, and how responses are judged."""
+        scores = [[each.name, each.metric, each.filter, sorted(each.lengths.items())] for each in self.suite.scores]
+        return {
+            "responses": RESPONSES_VERSION,
+            "task": self.suite.info.name,
+            "judged": self.suite.judged_by,
+            "scores": scores,
+            "stops": sorted(self.work.stops),
+            "asked": [[each.subject, each.item, each.sha256, each.doc_sha256] for each in self.items],
+        }
+
+    def require_baseline(self) -> None:
+        """Do nothing: scores are compared when they are reported."""
+
+    def calls(self, session: Session) -> list[Call]:
+        """Return the items' sequences in batches; none where answers are generated, which depend on one another."""
+        if self._generates:
+            return []
+        return pair_calls(self._pairs, self.work.batch_tokens, packs=session.packs)
+
+    def run(self, advance: Advance) -> Path:
+        """Have the model respond to every item, and the harness judge it."""
+        model, work = self.model, self.work
+        session = model.session()
+        if self._generates:
+            generator = Generator(session, work.tokenizer, work.stops, work.batch_tokens)
+            prompts = [Prompt(item.prompt, item.ending) for item in self.items if item.ending]
+            found = generator.answers(prompts, advance)
+            columns = response_columns(self.suite, self.items, found, model.name, model.backend_name)
+        else:
+            scores = score_pairs(session, self._pairs, work.batch_tokens, advance)
+            summed = summed_responses(self.suite, self.items, scores)
+            columns = response_columns(self.suite, self.items, summed, model.name, model.backend_name)
+        return work.rows.write(self.kind, self.id.key, columns)
+
+    @property
+    def _generates(self) -> bool:
+        return any(item.ending for item in self.items)
+
+    @property
+    def _pairs(self) -> list[tuple[TokenIds, TokenIds]]:
+        return [pair for item in self.items for pair in item.pairs]
 
 
 @dataclass(frozen=True, eq=False)

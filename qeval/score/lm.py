@@ -1,23 +1,22 @@
 """A session as a model of lm-evaluation-harness: `simple_evaluate(model=QevalLM(session, tokenizer), ...)`.
 
 The harness keeps its own tokenization rule (`TemplateLM`) and its own cutting of contexts that are too long; the
-scoring is qeval's, with prefixes shared. Continuations are scored; text is not generated.
+scoring is qeval's, with prefixes shared, and so are greedy answers, in batches.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qeval.backends.base import Session
-from qeval.errors import QevalError, UsageError
 from qeval.progress import Advance
 from qeval.score.choices import Score, score_pairs
+from qeval.score.generate import Generator, Prompt
 from qeval.tasks.corpus import BosPolicy
-from qeval.tasks.harness import Encoder
+from qeval.tasks.harness_text import HarnessText, ending_of
 from qeval.types import TokenIds
 
 _PART_PAIRS = 256
@@ -38,38 +37,55 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
         bos: BosPolicy = "auto",
         batch_tokens: int = 2048,
         advance: Advance = lambda done: None,
+        stops: Collection[int] = (),
     ) -> None:
-        """`advance` is told the tokens that are done."""
+        """Take a session and its tokenizer.
+
+        Args:
+            session: What scores and generates.
+            tokenizer: The model's.
+            bos: Whether contexts begin with BOS.
+            batch_tokens: Tokens a batch.
+            advance: Is told the tokens that are done.
+            stops: Ids that end an answer beside the tokenizer's EOS: those of the model's generation config.
+        """
         super().__init__()
         self.tokenizer = tokenizer
-        self._session, self._encoder = session, Encoder(tokenizer, bos)
-        self._batch_tokens, self._advance = batch_tokens, advance
+        self._session, self._text = session, HarnessText(tokenizer, bos, session.max_length)
+        self._batch_tokens, self._advance, self._stops = batch_tokens, advance, frozenset(stops)
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return self._special("eos_token_id", "bos_token_id")
+        return self._text.special("eos_token_id", "bos_token_id")
 
     @property
     def prefix_token_id(self) -> int:
         """The token that stands for an empty context: BOS, else EOS, as in lm-eval's own `hf` model."""
-        return self._special("bos_token_id", "eos_token_id")
+        return self._text.prefix_token
 
     @property
     def max_length(self) -> int:
         """The model's context in tokens."""
         return self._session.max_length
 
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, by which the harness keeps prompts under a chat template."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation under the tokenizer's chat template."""
+        return self._text.render(chat_history, add_generation_prompt)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the ids of a text; without `add_special_tokens`, BOS as the policy says unless the text spells it."""
-        plain = add_special_tokens is False or (add_special_tokens is None and self._spells_bos(string))
-        encoder = Encoder(self.tokenizer, "never") if plain else self._encoder
-        return list(encoder.encode([string])[0])
+        return list(self._text.encode(string, add_special_tokens))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods (nats) of whole texts, in windows of the context, each token scored once."""
         del disable_tqdm
-        windows = [list(self._windows(request.args[0])) for request in requests]
+        windows = [list(self._text.windows(request.args[0])) for request in requests]
         scores = iter(self._score([pair for own in windows for pair in own]))
         totals = [sum(next(scores)[0] for _ in own) for own in windows]
         for request, total in zip(requests, totals, strict=True):
@@ -77,12 +93,26 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refused: qeval scores given continuations.
+        """Return greedy answers, each up to its stop strings or its most tokens.
 
         Raises:
-            UsageError: always.
+            UsageError: A request asks for sampling, or its answer leaves no room for its prompt.
         """
-        raise UsageError("qeval scores given continuations and does not generate text; take a multiple-choice task.")
+        del disable_tqdm
+        prompts, cut = [], 0
+        for request in requests:
+            context, settings = request.args
+            ending = ending_of(settings, "generate_until")
+            pair = self._text.prompt(context, ending.tokens)
+            cut += pair.cut > 0
+            prompts.append(Prompt(pair.context, ending))
+        if cut:
+            _logger.warning("%d prompts are cut on the left to leave room for their answers.", cut)
+        generator = Generator(self._session, self.tokenizer, self._stops, self._batch_tokens)
+        answers = [answer.text for answer in generator.answers(prompts, self._advance)]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **__: Any
@@ -108,35 +138,9 @@ class QevalLM(TemplateLM):  # type: ignore[misc]
         """Cut a context that is too long on the left, as lm-eval's `hf` model does, and warn of it.
 
         Raises:
-            QevalError: there is nothing to score, or the continuation alone is longer than the context allows.
+            UsageError: there is nothing to score, or the continuation alone is longer than the context allows.
         """
-        if not context or not 0 < len(rest) <= self.max_length:
-            raise QevalError(
-                f"A continuation of {len(rest)} tokens after {len(context)} can't be scored in a context of "
-                f"{self.max_length} tokens."
-            )
-        spare = self.max_length + 1 - len(rest)
-        if len(context) > spare:
-            _logger.warning("A context of %d tokens is cut to its last %d.", len(context), spare)
-        return context[-spare:], rest
-
-    def _windows(self, text: str) -> Iterator[tuple[TokenIds, TokenIds]]:
-        windows = get_rolling_token_windows(
-            token_list=self.tok_encode(text),
-            prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
-        for window in windows:
-            context, rest = make_disjoint_window(window)
-            yield tuple(context), tuple(rest)
-
-    def _spells_bos(self, text: str) -> bool:
-        """Return whether a text starts with the prefix token's written form; the harness then adds no second one."""
-        return text.startswith(self.tokenizer.decode(self.prefix_token_id))
-
-    def _special(self, *names: str) -> int:
-        values = [value for name in names if (value := getattr(self.tokenizer, name)) is not None]
-        if not values:
-            raise UsageError("This tokenizer has neither a BOS nor an EOS token; lm-eval needs one to start from.")
-        return int(values[0])
+        pair = self._text.fit(context, rest)
+        if pair.cut:
+            _logger.warning("A context of %d tokens is cut to its last %d.", len(context), len(pair.context))
+        return pair.context, pair.rest

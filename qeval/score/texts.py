@@ -1,6 +1,7 @@
 """The text behind a run's rows, for its readers: the text of tokens and of questions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from qeval.score.corpus import Shard
 from qeval.store.texts import QuestionText, WindowText, write_texts
 from qeval.tasks.corpus import encode
 from qeval.tasks.harness import Suite
+from qeval.tasks.responses import ResponseSuite
 
 TORN = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the bytes of half a character to."""
@@ -15,12 +17,24 @@ TORN = "\N{REPLACEMENT CHARACTER}"
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
 
-def keep_texts(out: Path, tokenizer: Any, shards: Iterable[Shard], suites: Iterable[Suite]) -> None:
+def keep_texts(
+    out: Path,
+    tokenizer: Any,
+    shards: Iterable[Shard],
+    suites: Iterable[Suite],
+    responses: Iterable[ResponseSuite] = (),
+) -> None:
     """Write the texts of everything that a run scores into its folder `out`."""
     windows = [(number, w.tokens) for shard in shards for number, w in enumerate(shard.windows, shard.first)]
     texts = token_texts(decoder(tokenizer), [tokens for _, tokens in windows])
     kept = [WindowText(number, tokens, found) for (number, tokens), found in zip(windows, texts, strict=True)]
-    write_texts(out, kept, (text for suite in suites for text in _questions(suite)))
+    questions = (text for suite in suites for text in _questions(suite))
+    asked = (
+        QuestionText(suite.info.name, item.subject, item.item, suite.question(item), ())
+        for suite in responses
+        for item in suite.items
+    )
+    write_texts(out, kept, chain(questions, asked))
 
 
 def decoder(tokenizer: Any) -> Decode:

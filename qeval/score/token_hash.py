@@ -1,8 +1,8 @@
 """The comparability witness: one hash of exactly what is scored, and why two sides' differ.
 
 It covers the token ids of every window, the positions that are scored, where BOS stands, and the token ids of every
-question and of every prompt that is continued. Each side's is made with its own tokenizer; where they differ nothing is
-compared.
+question, of every prompt that is continued, and of every item of other tasks. Each side's is made with its own
+tokenizer; where they differ nothing is compared.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from qeval.score.corpus import Shard
 from qeval.store.run import DriftRecord, ProtocolRecord
 from qeval.tasks.corpus import BosPolicy, bos_token, encode
 from qeval.tasks.harness import Suite
+from qeval.tasks.responses import ResponseSuite
 
 WITNESS_VERSION = 1
 """Part of every witness: raise it when the same sequences hash otherwise."""
@@ -34,6 +35,7 @@ def witness_of(
     suites: Iterable[Suite],
     protocol: ProtocolRecord | None,
     drift: DriftRecord | None = None,
+    responses: Iterable[ResponseSuite] = (),
 ) -> str:
     """Return the hash of what a run scores: windows with positions, questions, and whether BOS stands in the windows.
 
@@ -44,7 +46,7 @@ def witness_of(
     sha = hashlib.sha256(f"witness {WITNESS_VERSION} bos {bos}".encode())
     prompts = [b"continued " + drift.tokens_sha256.encode()] if drift else []
     prompts += [b"template " + protocol.chat.template_sha256.encode()] if protocol and protocol.chat else []
-    for part in chain(_parts(shards, suites), prompts):
+    for part in chain(_parts(shards, suites), prompts, _asked(responses)):
         sha.update(len(part).to_bytes(8, "little") + part)
     return sha.hexdigest()[:32]
 
@@ -58,6 +60,12 @@ def _parts(shards: Iterable[Shard], suites: Iterable[Suite]) -> Iterator[bytes]:
         for question in suite.questions:
             named = (suite.info.name, question.subject, str(question.item), prompt_sha256(question))
             yield "\0".join(named).encode()
+
+
+def _asked(responses: Iterable[ResponseSuite]) -> Iterator[bytes]:
+    for suite in responses:
+        for item in suite.items:
+            yield "\0".join((suite.info.name, item.subject, str(item.item), item.sha256)).encode()
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from qeval.progress import Notify
 from qeval.store.schema import (
     DRIFT_SCHEMA,
     ITEMS_SCHEMA,
+    OLDER_SCORES_SCHEMA,
     OLDER_TOKENS_SCHEMA,
     READ_ERRORS,
     SCORES_SCHEMA,
@@ -34,6 +35,7 @@ SCHEMAS: dict[RowKind, pa.Schema] = {
     "drift": DRIFT_SCHEMA,
     "scores": SCORES_SCHEMA,
 }
+_OLDER: dict[RowKind, pa.Schema] = {"tokens": OLDER_TOKENS_SCHEMA, "scores": OLDER_SCORES_SCHEMA}
 ROW_KINDS: tuple[RowKind, ...] = tuple(SCHEMAS)
 _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
@@ -127,7 +129,8 @@ def concat(kind: RowKind, paths: Iterable[Path], columns: Sequence[str] | None =
 
 def has_known_columns(kind: RowKind, schema: pa.Schema) -> bool:
     """Return whether a shard has the columns of its kind, as this version of qeval or the one before writes them."""
-    return bool(schema.equals(SCHEMAS[kind]) or (kind == "tokens" and schema.equals(OLDER_TOKENS_SCHEMA)))
+    older = _OLDER.get(kind)
+    return bool(schema.equals(SCHEMAS[kind]) or (older is not None and schema.equals(older)))
 
 
 def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.Table:

@@ -134,8 +134,24 @@ class DriftRecord(_Record):
     bos: bool
 
 
+class ResponseRecord(_Record):
+    """The settings of a task without choices that this run asked."""
+
+    name: str  # "gsm8k"
+    source: str  # "hub" or "file"
+    output: str  # the harness's type of its requests: "generate_until"
+    shots: int
+    items: int
+    cut_prompts: int  # items whose context was cut on the left to fit
+    longest_answer: int | None  # tokens; None where nothing is generated
+    chat_template: str | None  # its sha256; None: plain text
+    multiturn: bool  # whether each example is a turn of its own
+    system: str | None
+    harness: str  # "lm-eval 0.4.13"
+
+
 class ScoreRecord(_Record):
-    """The settings of one score's rows, which another program gave (`qeval import`)."""
+    """The settings of one score's rows: a task's metric under a filter, or another program's (`qeval import`)."""
 
     name: str  # as rows and policies have it: "gsm8k_exact_match_strict_match"
     title: str  # "gsm8k, exact_match, strict-match"
@@ -144,6 +160,7 @@ class ScoreRecord(_Record):
     subjects: list[str]
     items: int
     harness: str  # "lm-eval", "inspect", "csv"
+    task: ResponseRecord | None = None  # None: another program's
 
 
 class ImportedFile(_Record):

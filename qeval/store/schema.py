@@ -7,7 +7,9 @@ next token) with the baseline's, and are null in the baseline's own rows and whe
 
 Item rows: one a question. `item` is the question's index in its file.
 
-Score rows: one a score that another program gave an item (`qeval import`), several where it was asked again.
+Score rows: one an item's score by one metric under one filter, of a task without choices or of another program
+(`qeval import`), several where it was asked again. `response` and `answer` are texts of tasks that generate; they and
+what follows are null where nothing was generated or it isn't known.
 
 Drift rows: one a token of the baseline's greedy continuation of a prompt. `position` counts generated tokens, `token`
 is what the baseline said there, `pred` what this variant says after the baseline's own tokens (the baseline too:
@@ -95,9 +97,21 @@ SCORES_SCHEMA = pa.schema(
         pa.field("repeat", pa.string(), nullable=False),  # the seed, epoch or run of several scores of an item
         pa.field("score", pa.float64()),  # null where the item was not scored
         pa.field("prompt_sha256", pa.string(), nullable=False),  # of what was asked: equal on both sides of a pair
+        pa.field("answer", pa.string()),  # what the filter left of the response
+        pa.field("response", pa.string()),  # all that the model said, up to what ended it
+        pa.field("response_tokens", pa.int32()),  # generated tokens, the one that ended it included
+        pa.field("is_cut", pa.bool_()),  # whether nothing ended the response before its most tokens
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )
+
+SCORE_TEXTS = ("answer", "response", "response_tokens", "is_cut")
+"""The columns of score rows that only generated answers fill."""
+
+OLDER_SCORES_SCHEMA = pa.schema(
+    [field for field in SCORES_SCHEMA if field.name not in SCORE_TEXTS], metadata=SCORES_SCHEMA.metadata
+)
+"""The columns of runs from before answers were generated: they are read, and those columns are null."""
 
 
 def constant_column(value: str, rows: int) -> pa.Array:

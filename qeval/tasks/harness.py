@@ -5,10 +5,8 @@ A continuation's ids are what follows the context's in the encoding of both toge
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,23 @@ import datasets
 import yaml
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.defaults import DEFAULT_OTHER_SEED
-from lm_eval.tasks import TaskManager
 
-from qeval.errors import UsageError, first_line, unknown
+from qeval.errors import UsageError
 from qeval.paths import shipped
-from qeval.tasks.corpus import BosPolicy, bos_token
+from qeval.tasks.corpus import BosPolicy
+from qeval.tasks.harness_tasks import (
+    CHOICES,
+    hub_reason,
+    is_task_file,
+    load_harness_tasks,
+    quiet_harness,
+    title_of_task,
+)
+from qeval.tasks.harness_text import Encoder, HarnessText, form_options
 from qeval.tasks.hub_data import check_subjects, mmlu_folder, mmlu_subjects
 from qeval.tasks.mmlu_csv import Subject, read_subjects
 from qeval.tasks.names import HUB, MMLU
+from qeval.tasks.prompt_form import PLAIN, PromptForm
 from qeval.types import TokenIds
 
 SAMPLE = "tasks/mmlu_sample"
@@ -88,31 +94,8 @@ class Suite:
     def judge(self, question: Question, scores: Sequence[tuple[float, bool]]) -> dict[str, float]:
         """Return the harness's metrics of one question, from (log-likelihood, is greedy) of every pair."""
         task = self.tasks[question.subject]
-        with _quiet():
+        with quiet_harness():
             return dict(task.process_results(task.eval_docs[question.item], list(scores)))
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A tokenizer under a BOS policy."""
-
-    tokenizer: Any
-    bos: BosPolicy
-
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of texts, BOS in front where the policy says so, exactly once."""
-        first = bos_token(self.tokenizer, self.bos)
-        ids = self.tokenizer(list(texts), add_special_tokens=self.bos == "auto", verbose=False)["input_ids"]
-        if self.bos == "always" and first is not None:
-            return [(first, *sequence) for sequence in ids]
-        return [tuple(sequence) for sequence in ids]
-
-    def pairs(self, arguments: Sequence[tuple[str, str]]) -> list[tuple[TokenIds, TokenIds]]:
-        """Return contexts and continuations as ids; spaces that end a context go to its continuation."""
-        moved = [(c.rstrip(), c[len(c.rstrip()) :] + rest) if c.strip() else (c, rest) for c, rest in arguments]
-        texts = list(dict.fromkeys(text for context, rest in moved for text in (context, context + rest)))
-        ids = dict(zip(texts, self.encode(texts), strict=True))  # choices share their context: it is encoded once
-        return [(ids[context], ids[context + rest][len(ids[context]) :]) for context, rest in moved]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,13 +121,14 @@ def load_task(name: str, *, shots: int, folder: Path | None, subjects: Sequence[
     Raises:
         UsageError: An unknown task, or data that is missing or broken.
     """
-    with _quiet():
+    with quiet_harness():
         if name == MMLU:
             tasks, source = _mmlu_tasks(folder, subjects, shots)
             tags = {subject: str(_mmlu_config(subject)["tag"]) for subject in tasks}
             categories = {subject: tag.removeprefix("mmlu_").removesuffix("_tasks") for subject, tag in tags.items()}
             return TaskData(name, source, tasks, categories)
-        return TaskData(name, HUB, _harness_tasks(name), {})
+        tasks = load_harness_tasks(name)
+        return TaskData(title_of_task(name), "file" if is_task_file(name) else HUB, tasks, {})
 
 
 def load_suite(
@@ -163,7 +147,15 @@ def load_suite(
     return encode_task(data, tokenizer, max_length=max_length, bos=bos, limit=limit)
 
 
-def encode_task(data: TaskData, tokenizer: Any, *, max_length: int, bos: BosPolicy, limit: int | None) -> Suite:
+def encode_task(
+    data: TaskData,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    bos: BosPolicy,
+    limit: int | None,
+    form: PromptForm = PLAIN,
+) -> Suite:
     """Render and encode the prompts of a task.
 
     Args:
@@ -172,16 +164,21 @@ def encode_task(data: TaskData, tokenizer: Any, *, max_length: int, bos: BosPoli
         max_length: Tokens of a prompt at most; examples are dropped from the front until it fits.
         bos: Whether BOS goes in front.
         limit: Take the first questions of every subject.
+        form: The form of prompts: plain text, or under the chat template.
 
     Raises:
-        UsageError: A prompt does not fit without any example.
+        UsageError: A prompt does not fit without any example, or the task has no choices.
     """
-    encoder, shots = Encoder(tokenizer, bos), {subject: _shots(task) for subject, task in data.tasks.items()}
-    with _quiet():
+    for leaf, task in data.tasks.items():
+        if task.OUTPUT_TYPE != CHOICES:
+            raise UsageError(f"Task '{leaf}' asks for {task.OUTPUT_TYPE}, and has no choices.")
+    text = HarnessText(tokenizer, bos, max_length)
+    shots = {subject: _shots(task) for subject, task in data.tasks.items()}
+    with quiet_harness():
         questions = tuple(
             question
             for subject, task in data.tasks.items()
-            for question in _questions(subject, task, encoder, max_length, limit)
+            for question in _questions(subject, task, text, limit, form)
         )
 
     # 0 where questions have different numbers of choices
@@ -189,7 +186,7 @@ def encode_task(data: TaskData, tokenizer: Any, *, max_length: int, bos: BosPoli
     info = TaskInfo(
         name=data.name,
         source=data.source,
-        title=_title(data.name, data.source, max(shots.values()), len(data.tasks)),
+        title=_title(data.name, data.source, max(shots.values()), len(data.tasks)) + form.title,
         shots=max(shots.values()),
         subjects=list(data.tasks),
         categories=data.categories,
@@ -218,7 +215,7 @@ def _mmlu_task(name: str, shots: int, data: Subject | None) -> Any:
         return ConfigurableTask(config=config)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"MMLU's subject '{name}' can't be loaded from the hub: {_first_line(error)} "
+            f"MMLU's subject '{name}' can't be loaded from the hub: {hub_reason(error)} "
             "Pass --mmlu-dir with the csv files, or --offline for the sample that is shipped."
         ) from error
 
@@ -246,29 +243,13 @@ def _mmlu_config(subject: str) -> dict[str, Any]:
     return merged
 
 
-def _harness_tasks(name: str) -> dict[str, Any]:
-    manager = TaskManager()
-    if name not in manager.all_tasks:
-        raise unknown("task", name, [*manager.all_tasks, "kl", "ppl"])
-    try:
-        tasks = dict(manager.load([name])["tasks"])
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"The data of task '{name}' can't be loaded: {_first_line(error)}") from error
-    for leaf, task in tasks.items():
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as the harness does: else examples are drawn anew every time
-        if task.OUTPUT_TYPE != "multiple_choice":
-            raise UsageError(
-                f"Task '{leaf}' asks for {task.OUTPUT_TYPE}; qeval scores multiple-choice tasks, such as hellaswag."
-            )
-    return tasks
-
-
-def _questions(subject: str, task: Any, encoder: Encoder, max_length: int, limit: int | None) -> Iterator[Question]:
-    shots = _shots(task)
+def _questions(subject: str, task: Any, text: HarnessText, limit: int | None, form: PromptForm) -> Iterator[Question]:
+    shots, max_length = _shots(task), text.max_length
+    encoder = Encoder(text.tokenizer, text.bos)
     examples = list(task.sampler.df) if shots else []
     for item, doc in task.doc_iterator(limit=limit, rank=0, world_size=1):
         for left in range(shots, -1, -1):
-            pairs = encoder.pairs(_arguments(task, doc, left, examples, shots))
+            pairs = encoder.pairs(_arguments(task, doc, left, examples, shots, form_options(form, text)))
             if max(len(context) + len(rest) for context, rest in pairs) - 1 <= max_length:
                 break
             if left == 0 or not isinstance(task.sampler, FirstNSampler):
@@ -279,16 +260,19 @@ def _questions(subject: str, task: Any, encoder: Encoder, max_length: int, limit
         yield Question(subject, item, _gold(task, doc), tuple(pairs), len(_choices(task, doc)), left)
 
 
-def _arguments(task: Any, doc: Any, left: int, examples: list[Any], shots: int) -> list[tuple[str, str]]:
+def _arguments(
+    task: Any, doc: Any, left: int, examples: list[Any], shots: int, form: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     """Return context and continuation of every choice, with the last `left` of the `shots` examples."""
     if left < shots:
         task.sampler.replace_df(examples[shots - left : shots] if left else examples)
     try:
-        context = task.fewshot_context(doc, num_fewshot=left, gen_prefix=task.doc_to_prefix(doc))
+        context = task.fewshot_context(doc, num_fewshot=left, gen_prefix=task.doc_to_prefix(doc), **form)
     finally:
         if left < shots:
             task.sampler.replace_df(examples)
-    requests = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, 0, 1))
+    chat = {name: form[name] for name in ("apply_chat_template", "chat_template") if name in form}
+    requests = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, 0, 1), **chat)
     return [request.args for request in requests]
 
 
@@ -320,23 +304,3 @@ def _title(name: str, source: str, shots: int, subjects: int) -> str:
         return f"MMLU-style sample {shots}-shot"
     some = "" if subjects == _MMLU_SUBJECTS else f" ({subjects} of {_MMLU_SUBJECTS} subjects)"
     return f"MMLU {shots}-shot{some}"
-
-
-def _first_line(error: Exception) -> str:
-    line = f"{first_line(error)}."
-    return f"{line} Accept its terms there, then log in (`hf auth login`) or set HF_TOKEN." if "gated" in line else line
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the remarks of the harness inside a `with` block; errors still show."""
-    loggers = [getLogger(name) for name in ("lm_eval", "lm_eval.api.task", "datasets")]
-    levels = [logger.level for logger in loggers]
-    datasets.disable_progress_bars()
-    try:
-        for logger in loggers:
-            logger.setLevel(ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -103,6 +103,9 @@ def _score_results(report: Report, variant: VariantReport) -> Iterator[EvalResul
         for name, title in (("score", score.title), ("score_diff", f"{score.title}, minus the baseline's, paired")):
             metric = variant.metrics[f"{score.name}_{name}"]
             yield _result(variant, metric, (name, title), where, {"better": score.better})
+        if flips := variant.metrics.get(f"{score.name}_flips"):
+            title = "Answers that went from right to wrong or from wrong to right"
+            yield _result(variant, flips, ("flips", title), where)
 
 
 def _result(

@@ -153,6 +153,9 @@ def _score(report: Report, score: ScoreRecord) -> tuple[list[str], list[list[str
     means = [_text(m) for m in (report.baseline.metrics.get(name), *_each(report, name))]
     differences = [_text(m, signed=True) for m in _each(report, f"{name}_diff")]
     rows = [[model_name(report), *means], ["difference, paired", formatting.MISSING, *differences]]
+    if any(score.name in v.score_flips for v in _shown(report)):
+        flips = [_text(m) for m in _each(report, f"{score.name}_flips")]
+        rows.append(["answers that flipped", formatting.MISSING, *flips])
     return columns, rows
 
 

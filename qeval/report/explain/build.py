@@ -8,8 +8,9 @@ import numpy as np
 from qeval.errors import BrokenRecordError
 from qeval.report import notes
 from qeval.report.align import FEW_TOKEN_COLUMNS
+from qeval.report.explain.answers import answers_loss
 from qeval.report.explain.layers import layers_loss
-from qeval.report.explain.model import ChangedQuestion, Explanation, LayersLoss, TaskLoss, TokensLoss
+from qeval.report.explain.model import AnswersLoss, ChangedQuestion, Explanation, LayersLoss, TaskLoss, TokensLoss
 from qeval.report.explain.questions import changed_questions, task_loss
 from qeval.report.explain.spans import worst_spans
 from qeval.report.explain.tokens import tokens_loss
@@ -33,6 +34,7 @@ class Highlights(NamedTuple):
 
     variant: str
     changed: dict[str, list[ChangedQuestion]]
+    answers: list[AnswersLoss]
     tokens: TokensLoss | None
     layers: LayersLoss | None
 
@@ -51,6 +53,7 @@ def build_explanation(run_dir: Path, name: str) -> Explanation:
     if tokens:
         spans = worst_spans(run.tokens(record), texts, SPANS)
         tokens = tokens.model_copy(update={"spans": spans})
+    answers = [each for score in run.record.scores if (each := answers_loss(run, score, record, texts))]
     tasks = [loss for task in run.record.tasks if (loss := _task(run, record, task, texts)) is not None]
     return Explanation(
         schema_version=1,
@@ -59,6 +62,7 @@ def build_explanation(run_dir: Path, name: str) -> Explanation:
         backend=record.backend,
         model=run.record.model.name,
         tasks=tasks,
+        answers=answers,
         tokens=tokens,
         layers=layers_loss(record.groups, tokens.mean_kl_nats if tokens else None),
         notes=_notes(run, record, tasks, texts),
@@ -72,6 +76,7 @@ def highlights(run: PairedRun, tokens: int) -> list[Highlights]:
         Highlights(
             variant=record.name,
             changed={task.name: _changed(run, record, task, texts) for task in run.record.tasks},
+            answers=[loss for score in run.record.scores if (loss := answers_loss(run, score, record, texts))],
             tokens=(worst := _tokens(run, record, texts, tokens)),
             layers=layers_loss(record.groups, worst.mean_kl_nats if worst else None),
         )
@@ -81,7 +86,7 @@ def highlights(run: PairedRun, tokens: int) -> list[Highlights]:
 
 
 def _require_rows(run: PairedRun) -> None:
-    if not run.record.tasks and not run.protocol:
+    if not (run.record.tasks or run.protocol or run.record.scores):
         raise BrokenRecordError(f"The run '{run.folder}' is empty: it scored no tokens and no questions.")
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qeval.report.model import Flips, Metric
+from qeval.report.model import Flips, Metric, ScoreFlips
 
 Went = Literal["right_to_wrong", "wrong_to_right", "wrong_to_other"]
 
@@ -66,6 +66,33 @@ class TaskLoss(_Part):
     changed: list[ChangedQuestion]
     subjects: list[GroupLoss]
     categories: list[GroupLoss]
+
+
+class ChangedAnswer(_Part):
+    """An item of a task without choices whose answer changed.
+
+    `baseline_answer` is what the score's filter left of `baseline_response`, and so is the variant's. They and the
+    question are None where the run kept no texts, or nothing was generated.
+    """
+
+    subject: str
+    item: str
+    went: Went
+    question: str | None
+    baseline_answer: str | None
+    variant_answer: str | None
+    baseline_response: str | None
+    variant_response: str | None
+
+
+class AnswersLoss(_Part):
+    """One score that is right or wrong: what of its answers changed, those that were right first."""
+
+    name: str
+    title: str
+    items: int
+    flips: ScoreFlips
+    changed: list[ChangedAnswer]
 
 
 class TokenLoss(_Part):
@@ -149,6 +176,7 @@ class Explanation(_Part):
     backend: str
     model: str
     tasks: list[TaskLoss]
+    answers: list[AnswersLoss] = []
     tokens: TokensLoss | None
     layers: LayersLoss | None
     notes: list[str]

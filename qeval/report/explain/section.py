@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from qeval.report import formatting
 from qeval.report.document import Section, Table, TableCell, metric_cell
 from qeval.report.explain import tables
+from qeval.report.explain.answers import answers_table, changed_answers
 from qeval.report.explain.build import Highlights
 from qeval.report.explain.model import ChangedQuestion
 from qeval.report.measure_items import at_chance as is_at_chance
@@ -20,6 +21,8 @@ _CHANGED_SHOWN = 100
 def rows_section(report: Report, rows: list[Highlights]) -> Section | None:
     """Return the tables over all variants; None where there is nothing to show."""
     parts = [table for task in report.tasks for table in _task(report, task, rows)]
+    losses = [(each.variant, loss) for each in rows for loss in each.answers]
+    parts += [answers_table(title, each[:_CHANGED_SHOWN]) for title, each in changed_answers(losses).items()]
     parts += _tokens(rows)
     layers = [(each.variant, each.layers) for each in rows if each.layers]
     parts += [tables.layers_table(layers)] if layers else []

@@ -11,8 +11,9 @@ import torch
 
 from qeval.cli.app import run_program
 from qeval.compare.machine import model_here, settings_here
-from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import BackendChoice, CalibrationChoice, CorpusChoice, ModelChoice, Settings
 from qeval.compare.settings_json import identity_of
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import parse_methods
 from qeval.errors import UsageError
 from qeval.models import load as load_module

@@ -1,6 +1,7 @@
 """Generation in batches: against transformers' own `generate` one prompt at a time, and a slow sampler."""
 
 from collections import Counter
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -29,6 +30,29 @@ def test_a_batch_of_any_lengths_says_what_each_prompt_says_alone(family):
     model = tiny_family(family)
     said = TorchSession(model).generate(PROMPTS, COUNT, Greedy(), ())
     assert said == [alone(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2"])
+def test_what_prompts_begin_with_alike_is_run_once_and_rows_leave_when_they_are_done(family):
+    """Gemma 2's layers of a sliding window keep too little of a beginning, so there every prompt is run whole."""
+    model, beginning = tiny_family(family), PROMPTS[4]
+    prompts = [(*beginning, *prompt) for prompt in PROMPTS]
+    free = [alone(model, prompt) for prompt in prompts]
+    ends = {free[0][:3], free[2][:7]}
+    inner, shapes = model.base_model.forward, []
+
+    @wraps(inner)
+    def forward(input_ids, **others):
+        shapes.append(tuple(input_ids.shape))
+        return inner(input_ids=input_ids, **others)
+
+    session = TorchSession(model)
+    model.base_model.forward = forward
+    said = session.generate(prompts, COUNT, Greedy(), (), lambda tokens: tuple(tokens) in ends)
+    assert said == [next((t[:n] for n in range(1, COUNT) if t[:n] in ends), t) for t in free]
+    assert ((1, len(beginning)) in shapes) == (family != "Gemma2")
+    steps = [rows for rows, columns in shapes if columns == 1]
+    assert steps[-1] < max(steps) or len(set(map(len, said))) == 1
 
 
 def test_a_model_that_reads_its_padding_is_batched_by_length():

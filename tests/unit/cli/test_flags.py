@@ -61,6 +61,9 @@ COMPARE = SHARED | {
     "--subjects": None,
     "--limit": None,
     "--shots": 5,
+    "--apply-chat-template": False,
+    "--fewshot-as-multiturn": "true",
+    "--system-instruction": None,
     "--drift-prompts": 32,
     "--drift-prompt-tokens": 64,
     "--drift-tokens": 64,
@@ -220,6 +223,7 @@ def test_the_choices_of_a_flag_are_frozen():
     assert found == {
         "external_parts": ("split", "all", "weights"),
         "bos": ("auto", "always", "never"),
+        "fewshot_as_multiturn": ("true", "false"),
         "exporter": ("auto", "genai", "dynamo"),
         "format": ("nbits", "qdq"),
         "executor": ("local", "ray"),

@@ -13,8 +13,9 @@ from qeval.bench.engines.base import greedy
 from qeval.bench.engines.engine_spec import EngineSpec
 from qeval.bench.engines.torch import open_eager
 from qeval.cli.app import run_program
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
 from qeval.compare.settings_json import identity_of
+from qeval.compare.task_choice import TaskChoice
 from qeval.compare.workers import on_gpu_of
 from qeval.config import parse_method
 from qeval.models.source import resolve

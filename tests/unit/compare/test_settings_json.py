@@ -14,9 +14,9 @@ from qeval.compare.settings import (
     DriftChoice,
     ModelChoice,
     Settings,
-    TaskChoice,
 )
 from qeval.compare.settings_json import identity_of, settings_json, settings_of
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import GridRule, Recipe
 from qeval.store.run import read_run
 from tests.fixtures.runs import make_run
@@ -31,7 +31,7 @@ SETTINGS = Settings(
     variants=(("v", Path("some/folder")),),
     tasks=("kl", "mmlu"),
     corpus=CorpusChoice("chat,file.txt", None, 64, 32, 3, "always"),
-    questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2),
+    questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2, True, "false", "Be brief."),
     drift=DriftChoice(4, 5, 6),
     chat=ChatChoice("prompts.jsonl", Path("a.jinja"), 7, 0.5),
     calibration=CalibrationChoice("text.txt", 3, 77),

@@ -11,7 +11,8 @@ import pytest
 
 from qeval.backends.stream.session import StreamSession
 from qeval.compare.machine import with_limit, workers_here
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.task_choice import TaskChoice
 from qeval.compare.workers import share_of_worker
 from qeval.config import Recipe
 from qeval.executors.local import Share

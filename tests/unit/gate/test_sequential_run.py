@@ -7,7 +7,8 @@ import pytest
 
 from qeval.cli.app import run_program
 from qeval.compare.plan import make_plan
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import Defaults, parse_method
 from qeval.errors import QevalError
 from qeval.gate.judge import judge

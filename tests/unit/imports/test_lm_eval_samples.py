@@ -21,7 +21,7 @@ from qeval.report.run_rows import PairedRun
 from qeval.score.choices import item_columns, score_questions
 from qeval.store.rows import RowStore
 from qeval.store.run import read_run, write_run
-from qeval.tasks import harness
+from qeval.tasks import harness, harness_tasks
 from tests.fixtures.endings import ENDS, stories
 from tests.fixtures.runs import reseal
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
@@ -142,7 +142,7 @@ def test_means_are_the_harnesss_own_figures(imported, folders):
 def test_the_verdict_is_that_of_qevals_own_rows(imported, folders, models, tmp_path, monkeypatch):
     """The same models and questions, scored by qeval itself: every figure, bound and outcome is the same."""
     manager = TaskManager(include_path=folders["root"], include_defaults=False)
-    monkeypatch.setattr(harness, "TaskManager", lambda: manager)
+    monkeypatch.setattr(harness_tasks, "task_index", lambda: manager)
     suite = harness.load_suite(
         "ends", tokenizer(), max_length=256, bos="auto", shots=0, limit=None, folder=None, subjects=()
     )

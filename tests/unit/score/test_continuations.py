@@ -11,7 +11,8 @@ import torch
 from qeval.backends.replay import ReplaySession
 from qeval.backends.torch import TorchSession
 from qeval.cli.app import run_program
-from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings, TaskChoice
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.task_choice import TaskChoice
 from qeval.config import parse_methods
 from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.report import build_report

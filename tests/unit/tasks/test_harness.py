@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from qeval.backends.torch import TorchSession
 from qeval.errors import UsageError
 from qeval.score.choices import item_columns, score_questions
-from qeval.tasks import harness
+from qeval.tasks import harness, harness_tasks
 from tests.fixtures.endings import ENDS, stories
 from tests.fixtures.tiny import tiny_llama, tiny_tokenizer
 
@@ -40,7 +40,8 @@ def tasks(tmp_path, monkeypatch):
     }
     for name, config in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **config}))
-    monkeypatch.setattr(harness, "TaskManager", lambda: TaskManager(include_path=tmp_path, include_defaults=False))
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(harness_tasks, "task_index", lambda: manager)
 
 
 def load(name, **changes):
@@ -57,7 +58,7 @@ def test_scores_and_judgements_are_the_harnesss_own(tasks, name):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "~"
     reference = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-    task = harness.TaskManager().load([name])["tasks"][name]
+    task = harness_tasks.task_index().load([name])["tasks"][name]
     task.set_fewshot_seed(1234)  # simple_evaluate's default
     task.build_all_requests(limit=4)
     expected = reference.loglikelihood(task.instances, disable_tqdm=True)

@@ -1,7 +1,10 @@
 """The direction of the metrics that are widely used; of any other it must be said."""
 
+from typing import Literal
+
 from qeval.errors import UsageError
-from qeval.imports.foreign_rows import Direction
+
+Direction = Literal["higher", "lower"]
 
 NATS = {"perplexity": "item", "word_perplexity": "word", "byte_perplexity": "byte", "bits_per_byte": "byte"}
 """Metrics that are perplexities of all items together; an item's row is its negative log-likelihood a word or byte."""
