@@ -27,6 +27,7 @@ from qeval.compare.schemes import (
 from qeval.compare.settings import CalibrationChoice, Settings
 from qeval.compare.sources import drift_of, load_tasks, suites_of
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
+from qeval.compare.traces import TraceWork, trace_work
 from qeval.compare.variants import (
     BaselineModel,
     Calibration,
@@ -80,6 +81,7 @@ class Plan:
     tasks: tuple[TaskRecord, ...]
     drift: DriftRecord | None
     parts: tuple[DriftPart, ...]
+    traces: TraceWork
     places: tuple[VariantPath, ...]
     given: tuple[VariantEntry, ...]
     onnx_variants: "tuple[OnnxVariant, ...]"
@@ -199,9 +201,12 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     chat = chat_work(settings, loaded, backend, progress or Silent()) if settings.answers else None
     protocol, shards = token_work(settings.corpus, loaded, chat) if settings.scores_tokens else (None, ())
     drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
-    positions, schemes = max((shard.tokens for shard in shards), default=0), [r.scheme for r in settings.every_recipe]
+    traces = trace_work(settings, loaded, backend, progress or Silent())
+    scored = [*shards, *(part.shard for part in traces.parts)]
+    positions, schemes = max((shard.tokens for shard in scored), default=0), [r.scheme for r in settings.every_recipe]
     backend.reserve(positions, schemes)
-    token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks, chat)
+    witness = witness_of(shards, suites, protocol, drift, traces.token_hashes())
+    token_check = _token_check(settings, loaded, witness, suites, tasks, (chat, traces))
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.every_recipe):
@@ -227,6 +232,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
         drift=drift,
         parts=parts,
+        traces=traces,
         places=places,
         given=tuple(with_overlap(each, shards, suites) for each in given),
         onnx_variants=onnx_variants,
@@ -286,20 +292,24 @@ def _token_check(
     token_hash: str,
     suites: Sequence[Suite],
     tasks: Sequence[TaskData],
-    chat: ChatWork | None,
+    written: tuple[ChatWork | None, TraceWork],
 ) -> TokenCheck:
-    """Return what every side of the run is asked, and what a tokenizer makes of it."""
+    """Return what every side of the run is asked, and what a tokenizer makes of it; the baseline wrote a part of it."""
+    chat, traces = written
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in suites for part in suite.parts()]
     if settings.scores_tokens or settings.continues:
         named = [each for each in each_corpus(settings.corpus) if chat is None or each.corpus != CHAT]
         texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in named]
     texts += [answer.text for answer in chat.answers] if chat else []
+    texts += traces.texts
 
     def token_hash_of(tokenizer: Any) -> str:
         side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
         protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
         drift = drift_of(settings, side, asked)[0] if settings.continues else None
-        return witness_of(shards, suites_of(settings, side, tasks), protocol, drift)
+        return witness_of(
+            shards, suites_of(settings, side, tasks), protocol, drift, traces.token_hashes(tokenizer)
+        )
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 

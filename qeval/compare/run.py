@@ -102,7 +102,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     if not is_scored:  # another process finished it meanwhile
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
+    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift, plan.traces.token_hashes())
     alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
     variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(
@@ -126,6 +126,8 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         metrics=list(plan.settings.tasks),
         warnings=list(progress.warnings),
         drift=plan.drift,
+        reasoning=plan.traces.reasoning,
+        grammar=plan.traces.grammar,
         settings=None if plan.is_drawn or plan.memory else settings_json(plan.settings),
         witness=witness,
     )
@@ -152,6 +154,9 @@ def estimate(plan: Plan) -> Cost:
     along, said = sum(part.tokens for part in plan.parts), sum(len(part.prompts) * part.count for part in plan.parts)
     flops = models * shape.forward_flops(plan.corpus_tokens + plan.asked_tokens + along, 2 * (scored + said) + items)
     flops += shape.forward_flops(along, said)  # of generating
+    forced = [part.shard for part in plan.traces.parts]
+    states = sum(len(window.kl_positions) for shard in forced for window in shard.windows)
+    flops += models * shape.forward_flops(sum(shard.tokens for shard in forced), 2 * states)
     if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.units)

@@ -11,12 +11,14 @@ from typing import Annotated, Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.generation_choice import DriftChoice, TraceChoice
 from qeval.compare.options import Checked, Option
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
 from qeval.recipe_parts import added_parts
 from qeval.tasks.corpus import CHAT, corpus_names
+from qeval.tasks.traces import TRACE_TASKS
 from qeval.types import OnnxFormat, OnnxPrecision
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
@@ -123,21 +125,8 @@ class TaskChoice(Checked):
     subjects: Annotated[
         tuple[str, ...], Option("Comma-separated MMLU subjects.", type=str | None, parse=read.subject_names)
     ] = ()
-    limit: Annotated[int | None, Option("Questions a subject.", least=1, range_shown=False)] = None
+    limit: Annotated[int | None, Option("Questions a subject; questions of reasoning, prompts of grammar.", least=1, range_shown=False)] = None
     shots: Annotated[int, Option("Examples in a prompt.", least=0)] = 5
-
-
-@dataclass(frozen=True)
-class DriftChoice(Checked):
-    """The number of prompts that are continued, their length, and the tokens of a continuation."""
-
-    prompts: Annotated[int, Option("With drift: prompts to continue.", keyword="drift_prompts", least=1)] = 32
-    prompt_tokens: Annotated[
-        int, Option("With drift: tokens of each prompt.", keyword="drift_prompt_tokens", least=1)
-    ] = 64
-    tokens: Annotated[int, Option("With drift: tokens that each is continued by.", keyword="drift_tokens", least=1)] = (
-        64
-    )
 
 
 @dataclass(frozen=True)
@@ -259,7 +248,7 @@ class Settings(Checked):
     ]
     tasks: Annotated[
         tuple[str, ...],
-        Option("Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.", type=str, parse=read.names),
+        Option("Comma-separated: kl, ppl, drift, reasoning, grammar, mmlu, or any lm-eval task of choices.", type=str, parse=read.names),
     ]
     corpus: CorpusChoice
     questions: TaskChoice
@@ -268,6 +257,7 @@ class Settings(Checked):
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
     chat: ChatChoice = field(default_factory=ChatChoice)
+    traces: TraceChoice = field(default_factory=TraceChoice)
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -307,11 +297,12 @@ class Settings(Checked):
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
-        if self.chat != ChatChoice() and not self.answers:
+        if self.chat != ChatChoice() and not (self.answers or self.traced):
             raise UsageError(
-                "--prompts, --template, --chat-tokens and --chat-temperature are for --corpus chat; add it, or leave "
-                "them out."
+                "--prompts, --template, --chat-tokens and --chat-temperature are for --corpus chat (of them --template "
+                "for --tasks reasoning, and all but the last for grammar too); add it, or leave them out."
             )
+        self.traces.check_tasks(self.tasks)
         if self.model.stream:
             self._check_stream()
         if scheme := _SCHEME.match(str(self.out)):
@@ -338,10 +329,10 @@ class Settings(Checked):
                 "--corpus chat has the baseline answer one token after another, and --stream would read every layer "
                 "for each: leave one of them out."
             )
-        if self.continues:
+        if named := [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]:
             raise UsageError(
-                "--tasks drift generates one token after another, and --stream would read every layer for each: leave "
-                "one of them out."
+                f"--tasks {named[0]} generates one token after another, and --stream would read every layer for each: "
+                "leave one of them out."
             )
         check_streamed(self.recipes)
 
@@ -368,12 +359,17 @@ class Settings(Checked):
     @property
     def question_tasks(self) -> tuple[str, ...]:
         """Return the tasks of questions, in their order."""
-        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT))
+        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT, *TRACE_TASKS))
 
     @property
     def answers(self) -> bool:
         """Return whether the baseline answers prompts."""
         return CHAT in corpus_names(self.corpus.corpus or "") and (self.scores_tokens or self.continues)
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the tasks along text that is forced on every model."""
+        return tuple(task for task in self.tasks if task in TRACE_TASKS)
 
     @property
     def continues(self) -> bool:
