@@ -122,7 +122,7 @@ def compare(
         bos: Whether windows begin with BOS: auto (as the tokenizer does), always, never.
         mmlu_dir: Folder in MMLU's csv layout.
         subjects: MMLU subjects; default: all.
-        limit: Questions a subject; questions of reasoning, prompts of grammar.
+        limit: Questions a subject; prompts of grammar.
         shots: Examples in a prompt.
         drift_prompts: With drift: prompts to continue.
         drift_prompt_tokens: With drift: tokens of each prompt.

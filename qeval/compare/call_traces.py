@@ -26,9 +26,7 @@ from qeval.tasks.traces import GRAMMAR, Trace, call_trace
 from qeval.types import TokenIds
 
 
-def call_traces(
-    settings: Settings, loaded: LoadedModel, backend: BaselineBackend[Any], progress: Progress
-) -> TraceSet:
+def call_traces(settings: Settings, loaded: LoadedModel, backend: BaselineBackend[Any], progress: Progress) -> TraceSet:
     """Have the baseline call the functions of a run's prompts.
 
     Args:
@@ -46,7 +44,9 @@ def call_traces(
     found = load_prompts(settings.chat.prompts or CALLS)
     prompts = [each for each in found.prompts if _asks(each)][: settings.questions.limit]
     if not prompts:
-        raise UsageError(f"No prompt of {found.source} has tools and a message of the user last; give others by --prompts.")
+        raise UsageError(
+            f"No prompt of {found.source} has tools and one message to answer, the user's; give others by --prompts."
+        )
 
     vocabulary = Vocabulary.of(tokenizer, loaded.info.vocab_size)
     texts, grammars = [], dict[TokenIds, CallGrammar]()
@@ -72,7 +72,7 @@ def call_traces(
             trace, record = _trace(item, draw, ids, call, grammars[ids])
             traces.append(trace)
             records.append(record)
-    record = GrammarRecord(
+    calls = GrammarRecord(
         source=found.source,
         sha256=found.sha256,
         tokens_sha256=traces_sha256(tuple(traces)),
@@ -85,12 +85,10 @@ def call_traces(
         engine=engine,
         traces=records,
     )
-    return TraceSet(GRAMMAR, tuple(traces), tuple(texts * settings.traces.calls), record)
+    return TraceSet(GRAMMAR, tuple(traces), tuple(texts * settings.traces.calls), calls)
 
 
-def _trace(
-    item: int, draw: int, asked: TokenIds, said: TokenIds, grammar: CallGrammar
-) -> tuple[Trace, TraceRecord]:
+def _trace(item: int, draw: int, asked: TokenIds, said: TokenIds, grammar: CallGrammar) -> tuple[Trace, TraceRecord]:
     """Return a call as a trace, and the record of it."""
     path = grammar.path(said)
     record = TraceRecord(item=item, draw=draw, tokens=len(said), ended=path.is_complete)

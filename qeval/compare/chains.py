@@ -20,7 +20,7 @@ from qeval.store.run import ReasoningRecord, TraceRecord
 from qeval.tasks.chat_template import ChatTemplate, template_of
 from qeval.tasks.corpus import encode
 from qeval.tasks.reasoning import CUE, DOUBT, ReasoningQuestion, load_questions
-from qeval.tasks.traces import REASONING, Trace, reasoning_trace
+from qeval.tasks.traces import REASONING, reasoning_trace
 from qeval.types import TokenIds
 
 
@@ -86,9 +86,7 @@ def chain_traces(
     return TraceSet(REASONING, tuple(traces), texts, record, masses, _word_tokens(tokenizer, loaded.info.vocab_size))
 
 
-def _chain(
-    tokenizer: Any, template: ChatTemplate, prompt: str, said: TokenIds, stops: frozenset[int]
-) -> _Chain:
+def _chain(tokenizer: Any, template: ChatTemplate, prompt: str, said: TokenIds, stops: frozenset[int]) -> _Chain:
     """Return the chain in an answer, which follows a prompt."""
     ended = said[-1] in stops
     said = said[:-1] if ended else said

@@ -307,9 +307,7 @@ def _token_check(
         side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
         protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
         drift = drift_of(settings, side, asked)[0] if settings.continues else None
-        return witness_of(
-            shards, suites_of(settings, side, tasks), protocol, drift, traces.token_hashes(tokenizer)
-        )
+        return witness_of(shards, suites_of(settings, side, tasks), protocol, drift, traces.token_hashes(tokenizer))
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 

@@ -125,7 +125,7 @@ class TaskChoice(Checked):
     subjects: Annotated[
         tuple[str, ...], Option("Comma-separated MMLU subjects.", type=str | None, parse=read.subject_names)
     ] = ()
-    limit: Annotated[int | None, Option("Questions a subject; questions of reasoning, prompts of grammar.", least=1, range_shown=False)] = None
+    limit: Annotated[int | None, Option("Questions a subject; prompts of grammar.", least=1, range_shown=False)] = None
     shots: Annotated[int, Option("Examples in a prompt.", least=0)] = 5
 
 
@@ -248,14 +248,18 @@ class Settings(Checked):
     ]
     tasks: Annotated[
         tuple[str, ...],
-        Option("Comma-separated: kl, ppl, drift, reasoning, grammar, mmlu, or any lm-eval task of choices.", type=str, parse=read.names),
+        Option(
+            "Comma-separated: kl, ppl, drift, reasoning, grammar, mmlu, or any lm-eval task of choices.",
+            type=str,
+            parse=read.names,
+        ),
     ]
     corpus: CorpusChoice
     questions: TaskChoice
     calibration: CalibrationChoice
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
-    drift: DriftChoice = DriftChoice()
+    drift: DriftChoice = field(default_factory=DriftChoice)
     chat: ChatChoice = field(default_factory=ChatChoice)
     traces: TraceChoice = field(default_factory=TraceChoice)
     external_parts: Annotated[

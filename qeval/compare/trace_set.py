@@ -37,8 +37,7 @@ class TraceSet:
         tokens = [list(trace.window.tokens) for trace in self.traces]
         if tokenizer is not None:
             tokens = [
-                [*encode(tokenizer, text), *trace.forced]
-                for text, trace in zip(self.texts, self.traces, strict=True)
+                [*encode(tokenizer, text), *trace.forced] for text, trace in zip(self.texts, self.traces, strict=True)
             ]
         return digest({"task": self.task, "template": self.record.template_sha256, "tokens": tokens})
 

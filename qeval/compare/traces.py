@@ -1,7 +1,6 @@
-"""`--tasks reasoning` and `--tasks grammar`: the baseline writes chains of thought and calls, which all are scored on."""
+"""`--tasks reasoning` and `--tasks grammar`: chains of thought and calls that the baseline writes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qeval.backends.base import BaselineBackend
@@ -48,9 +47,7 @@ class TraceWork:
         return [each.token_hash(tokenizer) for each in self.sets]
 
 
-def trace_work(
-    settings: Settings, loaded: LoadedModel, backend: BaselineBackend[Any], progress: Progress
-) -> TraceWork:
+def trace_work(settings: Settings, loaded: LoadedModel, backend: BaselineBackend[Any], progress: Progress) -> TraceWork:
     """Have the baseline write what a run's tasks force on every model.
 
     Args:

@@ -82,9 +82,7 @@ def trace_numbers(
             leak[here] = row_sums(p.masked_fill(allowed, 0.0)).cpu()
         if log_base is not None:
             kl[here] = row_sums(log_base.exp() * (log_base - log_q)).cpu()
-    return TraceNumbers(
-        pred, log_p, None if base is None else kl, masses, None if probes.masks is None else leak
-    )
+    return TraceNumbers(pred, log_p, None if base is None else kl, masses, None if probes.masks is None else leak)
 
 
 def unpacked(masks: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The comparability witness: one hash of exactly what is scored, and why two sides' differ.
 
 It covers the token ids of every window, the positions that are scored, where BOS stands, and the token ids of every
-question, of every prompt that is continued and of every trace. Each side's is made with its own tokenizer; where they differ nothing is
-compared.
+question, of every prompt that is continued and of every trace. Each side's is made with its own tokenizer; where they
+differ nothing is compared.
 """
 
 import hashlib

@@ -52,8 +52,10 @@ class TracePart:
         named = [[trace.item, trace.draw, trace.parts] for trace in self.traces]
         sets = {name: list(ids) for name, ids in self.sets.items()}
         masks = digest({"masks": [trace.masks.hex() if trace.masks else None for trace in self.traces]})
-        return {"task": self.task, "traces": named, "sets": sets, "word": digest(list(self.word)), "masks": masks,
-                **self.shard.key()}  # fmt: skip
+        word = digest({"word": list(self.word)})
+        return {
+            "task": self.task, "traces": named, "sets": sets, "word": word, "masks": masks, **self.shard.key(),
+        }  # fmt: skip
 
     def probes(self) -> Probes:
         """Return what is looked for at the shard's states."""
@@ -134,7 +136,10 @@ def _numbers(
 
 def _places(part: TracePart) -> dict[str, Any]:
     """Return the columns that say which token of which trace a row is of."""
-    item, draw, kind, position = [], [], [], []
+    item: list[int] = []
+    draw: list[int] = []
+    kind: list[str] = []
+    position: list[int] = []
     for trace in part.traces:
         for name, count in trace.parts:
             item += [trace.item] * count

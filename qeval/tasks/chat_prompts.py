@@ -7,7 +7,6 @@ stay as they are, but for one at the very end, in whose place the model answers.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -76,9 +76,7 @@ class ChatTemplate:
         """
         return self._render(tokenizer, messages, where, tools=list(tools) or None, add_generation_prompt=True)
 
-    def render_whole(
-        self, tokenizer: Any, messages: Sequence[Message], tools: Sequence[ToolSchema], where: str
-    ) -> str:
+    def render_whole(self, tokenizer: Any, messages: Sequence[Message], tools: Sequence[ToolSchema], where: str) -> str:
         """Return a conversation as text with nothing after it; the arguments are those of `render`.
 
         Raises:

@@ -17,7 +17,12 @@ from torch import Tensor
 from qeval.errors import UsageError, first_line
 from qeval.types import TokenIds
 
-_LARK = '%llguidance {{"no_forcing": true}}\nstart: SPACE call REST\ncall: %json {schema}\nSPACE: /[ \\t\\r\\n]*/\nREST: /(?s:.*)/\n'
+_LARK = r"""%llguidance {{"no_forcing": true}}
+start: SPACE call REST
+call: %json {schema}
+SPACE: /[ \t\r\n]*/
+REST: /(?s:.*)/
+"""
 """`no_forcing` lets tokens through that spell a forced text otherwise than the tokenizer would."""
 
 

@@ -71,8 +71,6 @@ def load_questions(source: str | None) -> QuestionSet:
         text, name = read_text(path), path.name
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     questions = tuple(_question(line, f"{name}, line {number}") for number, line in lines)
-    if not questions:
-        raise UsageError(f"{name} holds no questions; give others by --reasoning-questions.")
     return QuestionSet(name, questions, hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -61,7 +61,7 @@ def call_form(template: ChatTemplate, tokenizer: Any) -> CallForm:
         raise UsageError("The chat template takes no tools, and --tasks grammar has functions called; leave it out.")
     where = "a call of a function"
     asked = template.render(tokenizer, [_USER], [_TOOL], where)
-    answered = [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+    answered: list[Mapping[str, Any]] = [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
     whole = template.render_whole(tokenizer, answered, [_TOOL], where)
 
     # a prompt that begins to think is closed before the call
