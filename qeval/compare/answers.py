@@ -39,8 +39,8 @@ class Answerer:
         seed: Of sampled ones.
         stops: Ids that end an answer, and are its last token.
         batch_tokens: Tokens of a batch, answers included, each prompt counted as long as the longest.
-        grammars: What each prompt's answer is sampled within, at temperature 1; None where it may be any text. The
-            one stop then follows an answer that is complete.
+        grammars: The grammar that each prompt's answer is sampled within, at temperature 1; None where it may be any
+            text. The one stop then follows an answer that is complete.
     """
 
     backend: Backend[Any]

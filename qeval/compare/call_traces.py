@@ -20,9 +20,10 @@ from qeval.store.run import GrammarRecord, TraceRecord
 from qeval.tasks.chat_prompts import CALLS, ChatPrompt, load_prompts
 from qeval.tasks.chat_template import template_of
 from qeval.tasks.corpus import encode
-from qeval.tasks.grammar import CallGrammar, Vocabulary, call_grammar, grammar_engine
+from qeval.tasks.grammar import CallGrammar, GrammarVocabulary, call_grammar, grammar_engine
+from qeval.tasks.names import GRAMMAR
 from qeval.tasks.tool_calls import call_form
-from qeval.tasks.traces import GRAMMAR, Trace, call_trace
+from qeval.tasks.traces import Trace, call_trace
 from qeval.types import TokenIds
 
 
@@ -48,7 +49,7 @@ def call_traces(settings: Settings, loaded: LoadedModel, backend: BaselineBacken
             f"No prompt of {found.source} has tools and one message to answer, the user's; give others by --prompts."
         )
 
-    vocabulary = Vocabulary.of(tokenizer, loaded.info.vocab_size)
+    vocabulary = GrammarVocabulary.of(tokenizer, loaded.info.vocab_size)
     texts, grammars = [], dict[TokenIds, CallGrammar]()
     for prompt in prompts:
         text = template.render(tokenizer, prompt.messages, prompt.tools, prompt.where) + form.opening

@@ -19,8 +19,9 @@ from qeval.score.texts import decoder, token_texts
 from qeval.store.run import ReasoningRecord, TraceRecord
 from qeval.tasks.chat_template import ChatTemplate, template_of
 from qeval.tasks.corpus import encode
+from qeval.tasks.names import REASONING
 from qeval.tasks.reasoning import CUE, DOUBT, ReasoningQuestion, load_questions
-from qeval.tasks.traces import REASONING, reasoning_trace
+from qeval.tasks.traces import reasoning_trace
 from qeval.types import TokenIds
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from qeval.compare import arguments as read
 from qeval.compare.options import Checked, Option
 from qeval.errors import UsageError
-from qeval.tasks.traces import GRAMMAR, REASONING
+from qeval.tasks.names import GRAMMAR, REASONING
 
 
 @dataclass(frozen=True)

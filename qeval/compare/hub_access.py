@@ -13,10 +13,9 @@ from qeval.progress import Progress
 from qeval.tasks.chat_prompts import fetch_prompts, hub_prompts
 from qeval.tasks.corpus import HUB_CALIBRATION, HUB_CORPORA, corpus_names, load_calibration, load_corpus
 from qeval.tasks.hub_data import HubText, check_subjects, in_cache, mmlu_data_set, mmlu_subjects
-from qeval.tasks.names import HUB, MMLU
+from qeval.tasks.names import GRAMMAR, HUB, MMLU, REASONING
 from qeval.tasks.protocols import DEFAULT, PROTOCOLS
 from qeval.tasks.reasoning import fetch_questions, hub_questions
-from qeval.tasks.traces import GRAMMAR, REASONING
 
 _PROBE = "Salesforce/wikitext"
 """What the hub is asked for where only the harness knows a task's data set."""

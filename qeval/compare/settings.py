@@ -18,7 +18,7 @@ from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
 from qeval.recipe_parts import added_parts
 from qeval.tasks.corpus import CHAT, corpus_names
-from qeval.tasks.traces import TRACE_TASKS
+from qeval.tasks.names import TRACE_TASKS
 from qeval.types import OnnxFormat, OnnxPrecision
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")

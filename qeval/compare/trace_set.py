@@ -18,9 +18,9 @@ class TraceSet:
 
     Attributes:
         task: Its name.
-        traces: What is forced on every model.
+        traces: The traces, in order.
         texts: The text before each trace, of which its first tokens are made.
-        record: What the run says of them.
+        record: The run's record of them.
         masses: Ids by the name of a set whose probability is looked for.
         word: Ids that go on with a word or a number.
     """

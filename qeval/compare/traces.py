@@ -13,7 +13,7 @@ from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress
 from qeval.score.traces import TracePart, trace_parts
 from qeval.store.run import GrammarRecord, ReasoningRecord
-from qeval.tasks.traces import REASONING
+from qeval.tasks.names import REASONING
 
 
 @dataclass(frozen=True, eq=False)

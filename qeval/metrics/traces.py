@@ -57,7 +57,7 @@ def trace_numbers(
     Args:
         logits: The model's head: states [rows, width] to logits [rows, vocabulary].
         states: The final hidden states, [n, width].
-        probes: What is looked for.
+        probes: The tokens that are looked for.
         block: How many positions go through the head at a time.
         base: The baseline's head and states [n, width]; None for the baseline itself.
     """

@@ -76,8 +76,8 @@ def trace_rows(table: pa.Table, task: str, record: ReasoningRecord | GrammarReco
     Args:
         table: The model's rows.
         task: The task's name.
-        record: What the run says of its traces.
-        who: What an error calls the model.
+        record: The run's record of its traces.
+        who: The name that an error gives the model.
 
     Raises:
         BrokenRecordError: They are not those of every token of every trace, each once.

@@ -34,14 +34,14 @@ class GrammarPath(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Vocabulary:
+class GrammarVocabulary:
     """A tokenizer as llguidance has it, and the width of the model's logits."""
 
     tokens: Any
     size: int
 
     @classmethod
-    def of(cls, tokenizer: Any, width: int) -> "Vocabulary":
+    def of(cls, tokenizer: Any, width: int) -> "GrammarVocabulary":
         """Return the vocabulary of a tokenizer.
 
         Args:
@@ -68,7 +68,7 @@ class CallGrammar:
     """The grammar of a call: llguidance's Lark text over a vocabulary."""
 
     text: str
-    vocabulary: Vocabulary
+    vocabulary: GrammarVocabulary
 
     def matcher(self) -> "GrammarMatcher":
         """Return the grammar with nothing matched yet."""
@@ -119,7 +119,7 @@ class GrammarMatcher:
             raise ValueError(f"The grammar does not allow token {token} there.")
 
 
-def call_grammar(schemas: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, where: str) -> CallGrammar:
+def call_grammar(schemas: Sequence[Mapping[str, Any]], vocabulary: GrammarVocabulary, where: str) -> CallGrammar:
     """Return the grammar of one JSON object that meets one of several schemas.
 
     Args:

@@ -1,6 +1,9 @@
 """The tasks that can be named, with one line each; light, so that `qeval tasks` answers at once."""
 
 MMLU = "mmlu"
+REASONING, GRAMMAR = "reasoning", "grammar"
+TRACE_TASKS = (REASONING, GRAMMAR)
+"""The tasks along text that is forced on every model."""
 HUB = "hub"
 """What stands for MMLU's folder where its questions come from the hub."""
 

@@ -35,7 +35,7 @@ class ReasoningQuestion(NamedTuple):
 
     @property
     def message(self) -> str:
-        """What the model is asked."""
+        """The text that the model is asked."""
         return f"{self.text}\n\n{_INSTRUCTION} ..."
 
 

@@ -6,9 +6,6 @@ from typing import Literal
 from qeval.tasks.windows import Window
 from qeval.types import TokenIds
 
-REASONING, GRAMMAR = "reasoning", "grammar"
-TRACE_TASKS = (REASONING, GRAMMAR)
-"""The tasks that are made of traces."""
 TracePiece = Literal["chain", "answer", "after", "call"]
 """The pieces of a trace that have rows: a chain of thought, an answer, what follows it; a call of a function."""
 CHAIN: TracePiece = "chain"
