@@ -65,6 +65,9 @@ def compare(
     template: PathLike | None = None,
     chat_tokens: int = 256,
     chat_temperature: float = 0.0,
+    reasoning_questions: PathLike | None = None,
+    reasoning_tokens: int = 1024,
+    grammar_calls: int = 4,
     calibration: PathLike | None = None,
     calibration_samples: int | None = None,
     calibration_length: int = 512,
@@ -112,7 +115,7 @@ def compare(
         compute: fp32, bf16 or fp16; default: fp32 on the CPU, elsewhere the checkpoint's.
         stream: Read decoder layers one at a time.
         max_memory: With `stream`: bytes, or a text such as "2GiB".
-        tasks: kl, ppl, drift, mmlu, any lm-eval task, or the path of a YAML file of one.
+        tasks: kl, ppl, drift, reasoning, grammar, mmlu, any lm-eval task, or the path of a YAML file of one.
         corpus: wikitext2, c4, pydoc, code, chat (the baseline's own answers), or a text file, or several.
         protocol: A named protocol; excludes `window`, `stride`, `convention`.
         convention: How perplexity is counted, and its windows.
@@ -122,7 +125,7 @@ def compare(
         bos: Whether windows begin with BOS: auto (as the tokenizer does), always, never.
         mmlu_dir: Folder in MMLU's csv layout.
         subjects: MMLU subjects; default: all.
-        limit: Questions a subject.
+        limit: Questions a subject; prompts of grammar.
         shots: Examples in a prompt.
         apply_chat_template: Whether tasks are asked under the model's chat template.
         fewshot_as_multiturn: Whether each example is a turn of its own there ("true") or all stand in one ("false").
@@ -134,6 +137,9 @@ def compare(
         template: With the corpus "chat": a chat template in place of the model's own.
         chat_tokens: With the corpus "chat": the most tokens of an answer.
         chat_temperature: With the corpus "chat": 0 for greedy answers; above, sampled by `seed`.
+        reasoning_questions: With reasoning: a file of JSON lines, or a hub data set; default: shipped ones.
+        reasoning_tokens: With reasoning: the most tokens of a chain of thought.
+        grammar_calls: With grammar: calls that are sampled for each prompt.
         calibration: pile-val, wikitext2, cnn_dailymail, pydoc, or a text file.
         calibration_samples: Calibration sequences.
         calibration_length: Tokens in each.

@@ -156,16 +156,15 @@ def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes:
     empty = empty_cache(model)
     if type(empty) is not DynamicCache:
         return empty if outer is None else copy.deepcopy(outer)
-    outers = [None] * len(empty.layers) if outer is None else outer.layers
+    outers: list[Any] = [None] * len(empty.layers) if outer is None else outer.layers
     layers = []
     for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=False)):
         if type(layer) in _LENT:
             layers.append(PrefixLayer(before, apart=apart, change=changes[index] if changes else None))
         else:
             layers.append(layer if before is None else copy.deepcopy(before))
-    added = outers[
-        len(empty.layers) :
-    ]  # by a model that runs its layers in loops (Dory), for each loop after the first
+    # By a model that runs its layers in loops (Dory), for each loop after the first.
+    added = outers[len(empty.layers) :]
     return cache_of([*layers, *(PrefixLayer(before, apart=apart, change=before._change) for before in added)])
 
 

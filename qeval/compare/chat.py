@@ -109,17 +109,10 @@ class _Host:
         for each, text, ids, said in zip(
             conversations, texts, asked, self.answerer.answers(asked, progress), strict=True
         ):
-            thinking = self._thinking(text, said)
+            thinking = count_thinking(self.loaded.tokenizer, self.template, text, said)
             content = self.loaded.tokenizer.decode(said[thinking:], skip_special_tokens=True).strip()
             each.history.append({"role": "assistant", "content": content})
             each.answers.append(Answer(each.number, text, ids, said, thinking))
-
-    def _thinking(self, text: str, said: TokenIds) -> int:
-        """Return how many tokens of the answer to a prompt's text are thinking."""
-        if self.template.markers is None:
-            return 0
-        (texts,) = token_texts(decoder(self.loaded.tokenizer), [said])
-        return thinking_tokens(text, texts, self.template.markers)
 
     def _check_length(self, prompt: ChatPrompt, ids: TokenIds) -> None:
         limit, context = self.answerer.choice.tokens, self.loaded.info.context_length
@@ -152,14 +145,7 @@ def chat_work(settings: Settings, loaded: LoadedModel, backend: BaselineBackend[
         why = "all have tools, of which the chat template takes none" if prompt_set.prompts else "are none: it is empty"
         raise UsageError(f"The prompts of {prompt_set.source} {why}; give others by --prompts.")
 
-    answerer = Answerer(
-        backend=backend,
-        key=baseline_key(loaded, settings.model.device, loaded.info.compute_dtype),
-        choice=settings.chat,
-        seed=settings.seed,
-        stops=_stops(loaded, template),
-        batch_tokens=settings.batch_tokens or backend.batch_tokens,
-    )
+    answerer = answerer_of(settings, loaded, backend, template)
     answers = _Host(loaded, template, answerer).hold(prompts, progress)
     used = (token for answer in answers for token in answer.asked)
     check_ids(used, loaded.info.vocab_size, loaded.tokenizer, "A prompt under the chat template")
@@ -175,6 +161,42 @@ def chat_work(settings: Settings, loaded: LoadedModel, backend: BaselineBackend[
         answers=[_answer_record(number, each, prompts, answerer.stops) for number, each in enumerate(answers)],
     )
     return ChatWork(answers, _protocol(settings, loaded, prompt_set, answers, chat))
+
+
+def answerer_of(
+    settings: Settings, loaded: LoadedModel, backend: BaselineBackend[Any], template: ChatTemplate
+) -> Answerer:
+    """Return the baseline as it answers prompts under a template, with the length and temperature of chat.
+
+    Args:
+        settings: The run's.
+        loaded: The model.
+        backend: What runs the baseline.
+        template: The chat template, which says what ends a turn.
+    """
+    return Answerer(
+        backend=backend,
+        key=baseline_key(loaded, settings.model.device, loaded.info.compute_dtype),
+        choice=settings.chat,
+        seed=settings.seed,
+        stops=_stops(loaded, template),
+        batch_tokens=settings.batch_tokens or backend.batch_tokens,
+    )
+
+
+def count_thinking(tokenizer: Any, template: ChatTemplate, prompt: str, said: TokenIds) -> int:
+    """Return how many tokens of an answer are thinking.
+
+    Args:
+        tokenizer: The model's.
+        template: The chat template, which names the markers.
+        prompt: The text before the answer.
+        said: The answer.
+    """
+    if template.markers is None:
+        return 0
+    (texts,) = token_texts(decoder(tokenizer), [said])
+    return thinking_tokens(prompt, texts, template.markers)
 
 
 def _check_windows(choice: CorpusChoice) -> None:

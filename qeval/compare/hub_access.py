@@ -13,8 +13,9 @@ from qeval.progress import Progress
 from qeval.tasks.chat_prompts import fetch_prompts, hub_prompts
 from qeval.tasks.corpus import HUB_CALIBRATION, HUB_CORPORA, corpus_names, load_calibration, load_corpus
 from qeval.tasks.hub_data import HubText, check_subjects, in_cache, mmlu_data_set, mmlu_subjects
-from qeval.tasks.names import HUB, MMLU
+from qeval.tasks.names import GRAMMAR, HUB, MMLU, REASONING
 from qeval.tasks.protocols import DEFAULT, PROTOCOLS
+from qeval.tasks.reasoning import fetch_questions, hub_questions
 
 _PROBE = "Salesforce/wikitext"
 """What the hub is asked for where only the harness knows a task's data set."""
@@ -47,8 +48,10 @@ def needs_of(settings: Settings) -> list[Need]:
         UsageError: MMLU has no such subject.
     """
     found = _of_corpora(settings.corpus) if settings.scores_tokens or settings.continues else []
-    if settings.answers and (where := hub_prompts(settings.chat.prompts)):
+    if (settings.answers or GRAMMAR in settings.tasks) and (where := hub_prompts(settings.chat.prompts)):
         found.append(_of_text(where.hub_id, where, "--prompts FILE", partial(fetch_prompts, where)))
+    if REASONING in settings.tasks and (where := hub_questions(settings.traces.questions)):
+        found.append(_of_text(where.hub_id, where, "--reasoning-questions FILE", partial(fetch_questions, where)))
     for task in settings.question_tasks:
         if task != MMLU:
             found.append(Need(_PROBE, lambda: False, lambda: None, ()))

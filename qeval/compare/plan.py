@@ -27,6 +27,7 @@ from qeval.compare.schemes import (
 from qeval.compare.settings import CalibrationChoice, Settings
 from qeval.compare.sources import drift_of, load_tasks, responses_of, suites_of
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
+from qeval.compare.traces import TraceWork, trace_work
 from qeval.compare.variants import (
     BaselineModel,
     Calibration,
@@ -84,6 +85,7 @@ class Plan:
     """Tasks without choices."""
     drift: DriftRecord | None
     parts: tuple[DriftPart, ...]
+    traces: TraceWork
     places: tuple[VariantPath, ...]
     given: tuple[VariantEntry, ...]
     onnx_variants: "tuple[OnnxVariant, ...]"
@@ -208,12 +210,15 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     chat = chat_work(settings, loaded, backend, progress or Silent()) if settings.answers else None
     protocol, shards = token_work(settings.corpus, loaded, chat) if settings.scores_tokens else (None, ())
     drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
-    positions, schemes = max((shard.tokens for shard in shards), default=0), [r.scheme for r in settings.every_recipe]
+    traces = trace_work(settings, loaded, backend, progress or Silent())
+    scored = [*shards, *(part.shard for part in traces.parts)]
+    positions, schemes = max((shard.tokens for shard in scored), default=0), [r.scheme for r in settings.every_recipe]
     backend.reserve(positions, schemes)
-    witness, scored = witness_of(shards, suites, protocol, drift, responses), ScoredTexts(shards, suites, responses)
-    token_check = _token_check(settings, loaded, witness, scored, tasks, chat)
+    witness = witness_of(shards, suites, protocol, drift, responses, traces.token_hashes())
+    texts = ScoredTexts(shards, suites, responses)
+    token_check = _token_check(settings, loaded, witness, texts, tasks, (chat, traces))
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
-    overlap = cache(lambda: overlap_of(calibration().samples, scored))
+    overlap = cache(lambda: overlap_of(calibration().samples, texts))
     if any(recipe.calibrated for recipe in settings.every_recipe):
         calibration()
     for recipe in settings.every_recipe:
@@ -238,8 +243,9 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         responses=responses,
         drift=drift,
         parts=parts,
+        traces=traces,
         places=places,
-        given=tuple(with_overlap(each, scored) for each in given),
+        given=tuple(with_overlap(each, texts) for each in given),
         onnx_variants=onnx_variants,
         calibration=calibration,
         overlap=overlap,
@@ -312,23 +318,24 @@ def _token_check(
     token_hash: str,
     scored: ScoredTexts,
     tasks: Sequence[TaskData],
-    chat: ChatWork | None,
+    written: tuple[ChatWork | None, TraceWork],
 ) -> TokenCheck:
-    """Return what every side of the run is asked, and what a tokenizer makes of it."""
+    """Return what every side of the run is asked, and what a tokenizer makes of it; the baseline wrote a part of it."""
+    chat, traces = written
     texts = [loaded.tokenizer.decode(part[0].prompt) for suite in scored.suites for part in suite.parts()]
     texts += [loaded.tokenizer.decode(part[0].prompt) for suite in scored.responses for part in suite.parts()]
     if settings.scores_tokens or settings.continues:
         named = [each for each in each_corpus(settings.corpus) if chat is None or each.corpus != CHAT]
         texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in named]
     texts += [answer.text for answer in chat.answers] if chat else []
+    texts += traces.texts
 
     def token_hash_of(tokenizer: Any) -> str:
         side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
         protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
         drift = drift_of(settings, side, asked)[0] if settings.continues else None
-        return witness_of(
-            shards, suites_of(settings, side, tasks), protocol, drift, responses_of(settings, side, tasks)
-        )
+        suites, responses = suites_of(settings, side, tasks), responses_of(settings, side, tasks)
+        return witness_of(shards, suites, protocol, drift, responses, traces.token_hashes(tokenizer))
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 

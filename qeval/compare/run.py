@@ -104,7 +104,9 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     if not is_scored:  # another process finished it meanwhile
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift, plan.responses)
+    witness = witness_of(
+        plan.shards, plan.suites, plan.protocol, plan.drift, plan.responses, plan.traces.token_hashes()
+    )
     alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
     variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(
@@ -129,6 +131,8 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         metrics=[title_of_task(task) for task in plan.settings.tasks],
         warnings=list(progress.warnings),
         drift=plan.drift,
+        reasoning=plan.traces.reasoning,
+        grammar=plan.traces.grammar,
         settings=None if plan.is_drawn or plan.memory else settings_json(plan.settings),
         witness=witness,
     )
@@ -156,6 +160,9 @@ def estimate(plan: Plan) -> Cost:
     flops = models * shape.forward_flops(plan.corpus_tokens + plan.asked_tokens + along, 2 * (scored + said) + items)
     flops += shape.forward_flops(along, said)  # of generating
     flops += models * shape.forward_flops(plan.generated_tokens, plan.generated_tokens)
+    forced = [part.shard for part in plan.traces.parts]
+    states = sum(len(window.kl_positions) for shard in forced for window in shard.windows)
+    flops += models * shape.forward_flops(sum(shard.tokens for shard in forced), 2 * states)
     if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         flops += 2 * shape.forward_flops(plan.settings.calibration.samples * plan.settings.calibration.length, 0)
     groups = len(plan.source.description.units)

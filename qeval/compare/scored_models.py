@@ -34,13 +34,19 @@ from qeval.paths import home
 from qeval.progress import Advance, Progress
 from qeval.score.corpus import Shard, window_states
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, part_states
-from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ResponseJob, ScoringJob, Work, ignore
+from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ResponseJob, ScoringJob, TraceJob, Work, ignore
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.store.run import RuntimeRecord, VariantRecord
 from qeval.store.states import StateStore
 
-_LABELS: dict[RowKind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations", "scores": "tasks"}
+_LABELS: dict[RowKind, str] = {
+    "tokens": "corpus",
+    "items": "questions",
+    "drift": "continuations",
+    "scores": "tasks",
+    "traces": "traces",
+}
 _STATES_SHARE = 8
 """The part of a GPU's free memory that the baseline's states may take: an eighth."""
 
@@ -179,6 +185,7 @@ class ScoredModel:
             "items": [QuestionJob(self, work, suite, part) for suite in work.suites for part in suite.parts()],
             "drift": [DriftJob(self, work, part) for part in work.parts],
             "scores": [ResponseJob(self, work, suite, part) for suite in work.responses for part in suite.parts()],
+            "traces": [TraceJob(self, work, part) for part in work.traces],
         }
         self._jobs = [job for each in jobs.values() for job in each]
         return jobs
@@ -321,6 +328,7 @@ def work_of(
         responses=plan.responses,
         parts=plan.parts,
         continued=plan.drift.corpus if plan.drift else "",
+        traces=plan.traces.parts,
         rows=RowStore(plan.settings.out),
         ledger=ledger,
         baseline=baseline,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.generation_choice import DriftChoice, TraceChoice
 from qeval.compare.options import Checked, Option
 from qeval.compare.task_choice import TaskChoice
 from qeval.config import Recipe, check_distinct
@@ -18,6 +19,7 @@ from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
 from qeval.recipe_parts import added_parts
 from qeval.tasks.corpus import CHAT, corpus_names
+from qeval.tasks.names import TRACE_TASKS
 from qeval.types import OnnxFormat, OnnxPrecision
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
@@ -111,19 +113,6 @@ class CorpusChoice(Checked):
     max_windows: Annotated[int | None, Option("Only the first N windows.", least=1, range_shown=False)] = None
     bos: Annotated[Bos, Option("BOS token; auto: as the tokenizer does.", kind="BOS policy")] = "auto"
     convention: Annotated[str | None, Option("How perplexity is counted, and its windows; see `qeval tasks`.")] = None
-
-
-@dataclass(frozen=True)
-class DriftChoice(Checked):
-    """The number of prompts that are continued, their length, and the tokens of a continuation."""
-
-    prompts: Annotated[int, Option("With drift: prompts to continue.", keyword="drift_prompts", least=1)] = 32
-    prompt_tokens: Annotated[
-        int, Option("With drift: tokens of each prompt.", keyword="drift_prompt_tokens", least=1)
-    ] = 64
-    tokens: Annotated[int, Option("With drift: tokens that each is continued by.", keyword="drift_tokens", least=1)] = (
-        64
-    )
 
 
 @dataclass(frozen=True)
@@ -245,15 +234,20 @@ class Settings(Checked):
     ]
     tasks: Annotated[
         tuple[str, ...],
-        Option("Comma-separated: kl, ppl, drift, mmlu, an lm-eval task, or its YAML file.", type=str, parse=read.names),
+        Option(
+            "Comma-separated: kl, ppl, drift, reasoning, grammar, mmlu, an lm-eval task, or its YAML file.",
+            type=str,
+            parse=read.names,
+        ),
     ]
     corpus: CorpusChoice
     questions: TaskChoice
     calibration: CalibrationChoice
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
-    drift: DriftChoice = DriftChoice()
+    drift: DriftChoice = field(default_factory=DriftChoice)
     chat: ChatChoice = field(default_factory=ChatChoice)
+    traces: TraceChoice = field(default_factory=TraceChoice)
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -293,11 +287,12 @@ class Settings(Checked):
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
-        if self.chat != ChatChoice() and not self.answers:
+        if self.chat != ChatChoice() and not (self.answers or self.traced):
             raise UsageError(
-                "--prompts, --template, --chat-tokens and --chat-temperature are for --corpus chat; add it, or leave "
-                "them out."
+                "--prompts, --template, --chat-tokens and --chat-temperature are for --corpus chat (of them --template "
+                "for --tasks reasoning, and all but the last for grammar too); add it, or leave them out."
             )
+        self.traces.check_tasks(self.tasks)
         if self.model.stream:
             self._check_stream()
         if scheme := _SCHEME.match(str(self.out)):
@@ -324,10 +319,10 @@ class Settings(Checked):
                 "--corpus chat has the baseline answer one token after another, and --stream would read every layer "
                 "for each: leave one of them out."
             )
-        if self.continues:
+        if named := [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]:
             raise UsageError(
-                "--tasks drift generates one token after another, and --stream would read every layer for each: leave "
-                "one of them out."
+                f"--tasks {named[0]} generates one token after another, and --stream would read every layer for each: "
+                "leave one of them out."
             )
         check_streamed(self.recipes)
 
@@ -354,12 +349,17 @@ class Settings(Checked):
     @property
     def question_tasks(self) -> tuple[str, ...]:
         """Return the tasks of questions, in their order."""
-        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT))
+        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT, *TRACE_TASKS))
 
     @property
     def answers(self) -> bool:
         """Return whether the baseline answers prompts."""
         return CHAT in corpus_names(self.corpus.corpus or "") and (self.scores_tokens or self.continues)
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """Return the tasks along text that is forced on every model."""
+        return tuple(task for task in self.tasks if task in TRACE_TASKS)
 
     @property
     def continues(self) -> bool:

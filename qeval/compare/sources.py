@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from qeval.compare.chat import ChatWork
+from qeval.compare.generation_choice import DriftChoice
 from qeval.compare.hub_access import needs_of
-from qeval.compare.settings import DriftChoice, Settings
+from qeval.compare.settings import Settings
 from qeval.compare.tokens import each_corpus, protocol_of
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel

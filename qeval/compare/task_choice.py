@@ -23,7 +23,7 @@ class TaskChoice(Checked):
     subjects: Annotated[
         tuple[str, ...], Option("Comma-separated MMLU subjects.", type=str | None, parse=read.subject_names)
     ] = ()
-    limit: Annotated[int | None, Option("Questions a subject.", least=1, range_shown=False)] = None
+    limit: Annotated[int | None, Option("Questions a subject; prompts of grammar.", least=1, range_shown=False)] = None
     shots: Annotated[int, Option("Examples in a prompt.", least=0)] = 5
     apply_chat_template: Annotated[
         bool, Option("Ask tasks under the model's chat template, as lm-eval's flag of that name does.")

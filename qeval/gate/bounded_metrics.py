@@ -8,6 +8,7 @@ from qeval.errors import QevalError
 from qeval.gate.figure import Figure, both_ways
 from qeval.gate.metrics import ANSWERS, QUANTILES, kind_of, split
 from qeval.gate.score_figures import score_figure
+from qeval.gate.trace_figures import trace_figure
 from qeval.report import measure_drift, measure_items
 from qeval.report.align import ItemRows, TokenRows
 from qeval.report.independent import is_first_question, question_clusters
@@ -54,6 +55,8 @@ class Figures:
         self._require(kind_of(metric).source)
         if kind_of(metric).source == "drift":
             return self._of_continuations(name)
+        if (source := kind_of(metric).source) in self._run.traced:
+            return trace_figure(name, self._run.traces(source, self._variant), self._run.baseline_traces(source))
         bound = self._of_tokens(name)
         if bound is None:
             raise QevalError(f"The run scored no row for {metric}.")

@@ -12,7 +12,7 @@ from qeval.errors import UsageError, unknown
 
 Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens", "units"]
 Limit = Literal["at_most", "at_least"]
-MetricSource = Literal["kl", "ppl", "drift", "task", "size"]
+MetricSource = Literal["kl", "ppl", "drift", "reasoning", "grammar", "task", "size"]
 
 SCALE: dict[Unit, float] = {
     "points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0, "units": 1.0,
@@ -50,10 +50,20 @@ METRICS: dict[str, MetricKind] = {
     "drift_equal": MetricKind("tokens equal along continuations", "%", "at_least", "drift"),
     "drift_diverged": MetricKind("prompts whose continuation leaves the baseline's", "%", "at_most", "drift"),
     "drift_first_tokens": MetricKind("continuation before leaving the baseline's", "tokens", "at_least", "drift"),
+    "reasoning_kl_nats": MetricKind("mean KL along chains of thought", "nats", "at_most", "reasoning"),
+    "reasoning_answer_nll_diff": MetricKind(
+        "increase of the answer's NLL", "nats", "at_most", "reasoning", signed=True
+    ),
+    "reasoning_acc_drop": MetricKind("drop of right answers", "points", "at_most", "reasoning", signed=True),
+    "reasoning_flips": MetricKind("flipped answers behind chains of thought", "%", "at_most", "reasoning"),
+    "grammar_leak": MetricKind("leak out of the tools' grammar a token", "%", "at_most", "grammar"),
+    "grammar_valid_drop": MetricKind("drop of valid calls", "points", "at_most", "grammar", signed=True),
     "size_ratio": MetricKind("size, times smaller", "times", "at_least", "size"),
     "size_bytes": MetricKind("size", "MB", "at_most", "size"),
     "bits_per_weight": MetricKind("bits per weight", "bits", "at_most", "size"),
 }
+RUN_AT_ONCE = ("drift", "reasoning", "grammar")
+"""Sources of rows that are scored whole, whatever is drawn of others."""
 ANSWERS = "chat_"
 """Before the names of metrics of the baseline's answers alone (`--corpus chat`)."""
 QUANTILES = {"kl_nats_p50": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}

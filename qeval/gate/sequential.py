@@ -16,7 +16,7 @@ from qeval.gate import explanations
 from qeval.gate.bounded_metrics import Figures, column_of
 from qeval.gate.figure import Figure
 from qeval.gate.judge import counts_as, decide
-from qeval.gate.metrics import ANSWERS, QUANTILES, split
+from qeval.gate.metrics import ANSWERS, QUANTILES, RUN_AT_ONCE, split
 from qeval.gate.policy import Policy, Rule
 from qeval.gate.verdict import GateOutcome, RuleVerdict, of_rule
 from qeval.report import measure_items
@@ -75,7 +75,7 @@ def _looked(
     confidence = policy.confidence_of(rule)
     try:
         figure = figures.of(rule.metric)
-        if figure.bounded is None or rule.kind.source == "drift":
+        if figure.bounded is None or rule.kind.source in RUN_AT_ONCE:
             return _at_once(rule, figure, confidence, policy)
         decision = _decision(rule, run, variant, drawn, 1 - confidence)
     except QevalError as error:

@@ -18,7 +18,7 @@ from qeval.compare.settings import TOKEN_METRICS, Settings
 from qeval.errors import UsageError
 from qeval.gate import explanations
 from qeval.gate.judge import run_notes, variant_verdict
-from qeval.gate.metrics import kind_of, split
+from qeval.gate.metrics import RUN_AT_ONCE, kind_of, split
 from qeval.gate.policy import Policy
 from qeval.gate.sequential import Drawn, Key, look
 from qeval.gate.verdict import GateVerdict, RuleVerdict, VariantVerdict
@@ -109,6 +109,7 @@ class DrawnPart:
         """Return what was drawn, in a sentence."""
         counts = [f"{self.windows:,} of {len(pool.windows):,} windows"] if pool.windows else []
         counts += [f"all {pool.plan.drift.prompts:,} prompts to continue"] if pool.plan.drift else []
+        counts += [f"all {len(each.traces):,} traces of {each.task}" for each in pool.plan.traces.sets]
         for suite in pool.plan.suites:
             ends = self.questions.get(suite.info.name, ())
             total = len(pool.questions[suite.info.name])
@@ -237,7 +238,7 @@ class Pool:
 def _undecided(rules: Sequence[RuleVerdict]) -> set[str]:
     """Return the tasks that rules are still open on, and that more can be drawn of."""
     tasks = {split(rule.metric)[0] or kind_of(rule.metric).source for rule in rules if rule.outcome == "inconclusive"}
-    return tasks - {"drift"}
+    return tasks - set(RUN_AT_ONCE)
 
 
 def _suite(whole: Suite, questions: Sequence[Question]) -> Suite:

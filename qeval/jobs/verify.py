@@ -208,6 +208,14 @@ def _check_same(plan: Plan, record: RunRecord) -> None:
             plan.drift and plan.drift.tokens_sha256,
             record.drift and record.drift.tokens_sha256,
         ),
+        "the chains of thought": (
+            plan.traces.reasoning and plan.traces.reasoning.tokens_sha256,
+            record.reasoning and record.reasoning.tokens_sha256,
+        ),
+        "the calls of functions": (
+            plan.traces.grammar and plan.traces.grammar.tokens_sha256,
+            record.grammar and record.grammar.tokens_sha256,
+        ),
     }
     changed = [what for what, (now, then) in pairs.items() if now != then]
     if changed:
@@ -253,6 +261,8 @@ def _check_facts(plan: Plan, record: RunRecord) -> None:
         "protocol": (record.protocol, plan.protocol),
         "tasks": ([_questions_of(task) for task in record.tasks], [_questions_of(task) for task in plan.tasks]),
         "drift": (record.drift, plan.drift),
+        "reasoning": (record.reasoning, plan.traces.reasoning),
+        "grammar": (record.grammar, plan.traces.grammar),
         "baseline's size": (record.baseline_size_bytes, plan.baseline_size_bytes),
         "baseline's bits per weight": (record.baseline_bits_per_weight, float(plan.source.float_bits)),
     }

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qeval.errors import QevalError
-from qeval.report import corpora, measure_chat, measure_drift, measure_items, measure_scores, measure_tokens
+from qeval.report import (
+    corpora,
+    measure_chat,
+    measure_drift,
+    measure_grammar,
+    measure_items,
+    measure_reasoning,
+    measure_scores,
+    measure_tokens,
+)
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
@@ -83,7 +92,10 @@ def build_paired(rows: PairedRun) -> Report:
     tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
     metrics, results = _merged(
-        tokens, items, [_drift(rows), *_scores(rows)], [BASELINE_NAME, *(variant.name for variant in rows.done)]
+        tokens,
+        items,
+        [_drift(rows), *_traces(rows), *_scores(rows)],
+        [BASELINE_NAME, *(variant.name for variant in rows.done)],
     )
     flips = _score_flips(rows)
     variants = [
@@ -108,6 +120,8 @@ def build_paired(rows: PairedRun) -> Report:
         comparisons=_comparisons(tokens, [each.name for each in run.variants if each.role == "variant"], run.seed),
         protocol=run.protocol,
         drift=run.drift,
+        reasoning=run.reasoning,
+        grammar=run.grammar,
         tasks=tasks,
         scores=run.scores,
         metrics_asked=run.metrics,
@@ -191,6 +205,22 @@ def _drift(paired: PairedRun) -> dict[str, Metrics]:
         return {}
     seed = paired.record.seed
     return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
+
+
+def _traces(paired: PairedRun) -> list[dict[str, Metrics]]:
+    """Return every model's metrics along chains of thought and calls, by name, a task each."""
+    seed, kinds = paired.record.seed, []
+    measures = {
+        "reasoning": (measure_reasoning.baseline_reasoning, measure_reasoning.reasoning_metrics),
+        "grammar": (measure_grammar.baseline_grammar, measure_grammar.grammar_metrics),
+    }
+    for task in paired.traced:
+        own, against = measures[task]
+        baseline = paired.baseline_traces(task)
+        metrics = {BASELINE_NAME: own(baseline, seed)}
+        metrics |= {each.name: against(paired.traces(task, each), baseline, seed) for each in paired.done}
+        kinds.append(metrics)
+    return kinds
 
 
 def _scores(paired: PairedRun) -> list[dict[str, Metrics]]:

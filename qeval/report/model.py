@@ -40,6 +40,16 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `drift_first_tokens` | mean number of tokens before it does (all of them where it doesn't) | tokens |
 | `drift_kl_nats`, `drift_margin_nats` | mean KL and margin of the baseline's choice, where it does | nats |
 | `drift_rejoined` | share of these that go on with the baseline once its token is forced there | fraction |
+| `reasoning_kl_nats` | mean KL at the tokens of the baseline's chains of thought | nats |
+| `reasoning_answer_nll`, `..._diff` | minus log p of the right answer behind the chain; minus the baseline's | nats |
+| `reasoning_acc`, `..._diff` | share of right answers that are the likeliest; minus the baseline's | fraction |
+| `reasoning_flips` | share of questions whose answer became right or wrong | fraction |
+| `reasoning_length_ratio` | mean length of a sampled chain, up to the baseline's end, over the baseline's | ratio |
+| `reasoning_unfinished`, `..._diff` | probability of thinking on where the baseline stopped; less its | fraction |
+| `reasoning_doubt`, `..._ratio` | mean mass of markers of doubt a token; over the baseline's | fraction, ratio |
+| `grammar_leak` | mean mass outside the tools' grammar, a token of the baseline's calls | fraction |
+| `grammar_valid`, `..._diff` | probability that a call stays in the grammar; minus the baseline's | fraction |
+| `grammar_valid_own` | the variant's own probability of a valid call, by weighing the baseline's calls | fraction |
 | `TASK_acc`, `TASK_acc_macro` | accuracy weighted by questions, and by subject | fraction |
 | `TASK_acc_norm` | length-normalized accuracy, where the task has it | fraction |
 | `TASK_acc_diff` | accuracy minus the baseline's, question by question | fraction |
@@ -64,9 +74,11 @@ from qeval.store.run import (
     CalibrationRecord,
     DriftRecord,
     EnvironmentRecord,
+    GrammarRecord,
     GroupRecord,
     ModelRecord,
     ProtocolRecord,
+    ReasoningRecord,
     RuntimeRecord,
     ScoreRecord,
     TaskRecord,
@@ -331,6 +343,8 @@ class Report(_Part):
     comparisons: list[ComparisonReport]
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
+    reasoning: ReasoningRecord | None = None
+    grammar: GrammarRecord | None = None
     tasks: list[Task]
     scores: list[ScoreRecord] = []  # of tasks without choices, or given by another program
     metrics_asked: list[str]

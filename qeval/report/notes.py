@@ -2,6 +2,7 @@
 
 from qeval.report.chat import chat_notes
 from qeval.report.model import Metrics, Task
+from qeval.report.traces import trace_notes
 from qeval.stats.bootstrap import FEW_CLUSTERS
 from qeval.store.run import RunRecord
 
@@ -13,6 +14,7 @@ def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
         sentences.append(_few("Token metrics", run.protocol.windows, "windows"))
     if run.protocol and run.protocol.chat:
         sentences += chat_notes(run.protocol.chat)
+    sentences += trace_notes(run)
     for task in tasks:
         sentences += _task_notes(task, baseline)
     return sentences

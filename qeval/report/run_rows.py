@@ -13,10 +13,20 @@ from qeval.report import align
 from qeval.report.align import BASELINE_NAME, DriftRows, ItemRows, TokenRows
 from qeval.report.independent import is_first_text, question_notes, window_clusters, window_notes
 from qeval.report.score_rows import ScoreRows, pair_scores, score_rows
+from qeval.report.trace_rows import TraceRows, pair_traces, trace_rows
 from qeval.store.attempts import check_finished
 from qeval.store.chain import UNCHAINED, check_chain
 from qeval.store.rows import RowStore
-from qeval.store.run import ProtocolRecord, RunRecord, ScoreRecord, TaskRecord, VariantRecord, read_run
+from qeval.store.run import (
+    GrammarRecord,
+    ProtocolRecord,
+    ReasoningRecord,
+    RunRecord,
+    ScoreRecord,
+    TaskRecord,
+    VariantRecord,
+    read_run,
+)
 
 _CACHED_ROWS = 2_000_000
 """Token rows of variants that are kept at most: some 60 bytes each."""
@@ -55,6 +65,7 @@ class PairedRun:
         self._items: dict[tuple[str, str], ItemRows] = {}
         self._tokens: dict[str, TokenRows] = {}
         self._scores: dict[tuple[str, str], ScoreRows] = {}
+        self._traces: dict[str, TraceRows] = {}
 
     @property
     def missing_chain(self) -> str | None:
@@ -84,6 +95,8 @@ class PairedRun:
             table = self._token_table
         elif self.record.drift:
             table = self._drift_table
+        elif self.traced:
+            table = self._trace_table
         elif self.record.scores:
             table = self._score_table
         else:
@@ -91,6 +104,12 @@ class PairedRun:
         rows = align.select(table, BASELINE_NAME, None)
         backends: list[str] = pc.unique(rows["backend"].cast(pa.string())).to_pylist()
         return backends[0] if backends else None
+
+    @property
+    def traced(self) -> dict[str, ReasoningRecord | GrammarRecord]:
+        """The records of the tasks along traces, by the task."""
+        records = {"reasoning": self.record.reasoning, "grammar": self.record.grammar}
+        return {task: record for task, record in records.items() if record is not None}
 
     def variant(self, name: str) -> VariantRecord:
         """Return the record of a variant.
@@ -184,6 +203,20 @@ class PairedRun:
         align.pair_drift(paired, baseline, variant.name)
         return paired
 
+    def baseline_traces(self, task: str) -> TraceRows:
+        """Return the baseline's rows along its own traces of a task."""
+        if task not in self._traces:
+            rows = align.select(self._trace_table, BASELINE_NAME, None)
+            self._traces[task] = trace_rows(rows, task, self.traced[task], BASELINE_NAME)
+        return self._traces[task]
+
+    def traces(self, task: str, variant: VariantRecord) -> TraceRows:
+        """Return a variant's rows along the baseline's traces of a task."""
+        rows = align.select(self._trace_table, variant.name, variant.backend)
+        paired = trace_rows(rows, task, self.traced[task], variant.name)
+        pair_traces(paired, self.baseline_traces(task), task, variant.name)
+        return paired
+
     def baseline_scores(self, score: ScoreRecord) -> ScoreRows:
         """Return the baseline's scores of one kind, which another program gave."""
         key = score.name, BASELINE_NAME
@@ -209,6 +242,10 @@ class PairedRun:
     @cached_property
     def _drift_table(self) -> pa.Table:
         return self._store.read("drift")
+
+    @cached_property
+    def _trace_table(self) -> pa.Table:
+        return self._store.read("traces")
 
     @cached_property
     def _token_table(self) -> pa.Table:

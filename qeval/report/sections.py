@@ -19,6 +19,7 @@ from qeval.report.plots import file_slug
 from qeval.report.ranking import ranking
 from qeval.report.recommendation import RULE, recommend
 from qeval.report.summary import summary
+from qeval.report.traces import trace_sections
 from qeval.store.run import EnvironmentRecord, ModelRecord
 
 
@@ -37,6 +38,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
         ),
         *([answers] if (answers := chat.chat_section(report)) else []),
         *([continuations] if (continuations := drift.drift_section(report)) else []),
+        *trace_sections(report),
         *(_task(report, task, drawn) for task in report.tasks),
         *([_scores(report)] if report.scores else []),
         *([rows] if rows else []),

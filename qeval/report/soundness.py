@@ -103,6 +103,7 @@ def _is_baseline(run: PairedRun, variant: VariantRecord) -> bool:
     ]
     if run.record.drift:
         same.append(bool((run.drift(variant).kl_nats == 0).all()))
+    same += [bool((run.traces(task, variant).values["kl_nats"] == 0).all()) for task in run.traced]
     if not same:
         return _scores_alike(run, variant)
     return all(same)
@@ -141,7 +142,9 @@ def _rows_sha256(run: PairedRun, variant: VariantRecord) -> str | None:
             sha.update(run.items(task, variant).choices.tobytes())
     if run.record.drift:
         sha.update(run.drift(variant).kl_nats.tobytes())
-    return sha.hexdigest() if run.protocol or run.record.tasks or run.record.drift else None
+    for traced in run.traced:
+        sha.update(run.traces(traced, variant).values["kl_nats"].tobytes())
+    return sha.hexdigest() if run.protocol or run.record.tasks or run.record.drift or run.traced else None
 
 
 def _not_finite(values: Floats) -> int:

@@ -49,6 +49,8 @@ def _scope(report: Report) -> str:
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
     on += [f"{report.drift.prompts} greedy continuations of {report.drift.generated} tokens"] if report.drift else []
+    on += [f"{report.reasoning.questions} chains of thought"] if report.reasoning else []
+    on += [f"{len(report.grammar.traces)} calls of functions"] if report.grammar else []
     on += [f"{score.items} items of {score.title}" for score in report.scores]
     is_imported = report.model.source == "imported"
     size = "" if is_imported else f"; {formatting.size(base.size_bytes)}"

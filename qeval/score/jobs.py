@@ -36,6 +36,7 @@ from qeval.score.corpus import (
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, drift_columns, part_states
 from qeval.score.generate import Generator, Prompt
 from qeval.score.responses import RESPONSES_VERSION, response_columns, response_tokens, summed_responses
+from qeval.score.traces import TRACES_VERSION, TracePart, trace_columns
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.tasks.harness import Question, Suite
@@ -97,6 +98,7 @@ class Work:
     parts: tuple[DriftPart, ...]
     continued: str
     """The corpus that the prompts of `parts` are of."""
+    traces: tuple[TracePart, ...]
     rows: RowStore
     ledger: Ledger
     baseline: HasStates
@@ -324,6 +326,47 @@ class DriftJob(ScoringJob):
         if not model.is_baseline:
             states = part_states(session, part, base.tokens, work.batch_tokens, advance)
         columns = drift_columns(work.baseline.logits(), base, session, states, part, names, own=model.is_baseline)
+
+        return work.rows.write(self.kind, self.id.key, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class TraceJob(ScoringJob):
+    """Rows along text that is forced on the model."""
+
+    kind = "traces"
+    part: TracePart
+
+    @property
+    def units(self) -> int:
+        """The tokens of the traces."""
+        return self.part.shard.tokens
+
+    def identity(self) -> dict[str, Any]:
+        """Return the traces' token ids, and what is looked for in them."""
+        return {"traces": TRACES_VERSION, **self.part.key()}
+
+    def require_baseline(self) -> None:
+        """Compute the baseline's states along the traces."""
+        self.work.baseline.states(self.part.shard, self.work.batch_tokens, ignore)
+
+    def calls(self, session: Session) -> list[Call]:
+        """Return the traces in batches."""
+        return window_calls(self.part.shard.windows, self.work.batch_tokens)
+
+    def run(self, advance: Advance) -> Path:
+        """Score the traces, against the baseline's states where the model isn't the baseline."""
+        model, work, shard, batch = self.model, self.work, self.part.shard, self.work.batch_tokens
+        names = {"variant": model.name, "backend": model.backend_name}
+
+        if model.is_baseline:
+            session = model.session()
+            columns = trace_columns(None, session, work.baseline.states(shard, batch, advance), self.part, names)
+        else:
+            base = work.baseline.logits(), work.baseline.states(shard, batch, ignore)
+            session = model.session()
+            states = window_states(session, shard.windows, batch, advance)
+            columns = trace_columns(base, session, states, self.part, names)
 
         return work.rows.write(self.kind, self.id.key, columns)
 

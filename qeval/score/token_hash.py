@@ -1,8 +1,8 @@
 """The comparability witness: one hash of exactly what is scored, and why two sides' differ.
 
 It covers the token ids of every window, the positions that are scored, where BOS stands, and the token ids of every
-question, of every prompt that is continued, and of every item of other tasks. Each side's is made with its own
-tokenizer; where they differ nothing is compared.
+question, of every prompt that is continued, of every item of other tasks, and of every trace. Each side's is made with
+its own tokenizer; where they differ nothing is compared.
 """
 
 import hashlib
@@ -36,15 +36,17 @@ def witness_of(
     protocol: ProtocolRecord | None,
     drift: DriftRecord | None = None,
     responses: Iterable[ResponseSuite] = (),
+    traces: Sequence[str] = (),
 ) -> str:
     """Return the hash of what a run scores: windows with positions, questions, and whether BOS stands in the windows.
 
     The BOS in front of a question is among the ids of its prompt; so it is with prompts that are continued. A chat
-    template counts by its text.
+    template counts by its text. `traces` are the hashes of what tasks force on every model.
     """
     bos = protocol.bos if protocol else None
     sha = hashlib.sha256(f"witness {WITNESS_VERSION} bos {bos}".encode())
     prompts = [b"continued " + drift.tokens_sha256.encode()] if drift else []
+    prompts += [b"traces " + each.encode() for each in traces]
     prompts += [b"template " + protocol.chat.template_sha256.encode()] if protocol and protocol.chat else []
     for part in chain(_parts(shards, suites), prompts, _asked(responses)):
         sha.update(len(part).to_bytes(8, "little") + part)

@@ -31,7 +31,7 @@ _JSON = {
 """Records, and the key that each begins with, by which a torn one is known too."""
 _START_BYTES = 64
 _TABLES = {"owners", "jobs", "attempts"}
-_RECORDS_IN = ("rows/tokens", "rows/items", "rows/drift", "rows/scores", "rows/timings", "states")
+_RECORDS_IN = ("rows/tokens", "rows/items", "rows/drift", "rows/traces", "rows/scores", "rows/timings", "states")
 _NAMED_AT_MOST = 3
 
 

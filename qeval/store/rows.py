@@ -1,4 +1,4 @@
-"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, scores), one a finished job.
+"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, traces, scores), one a finished job.
 
 `OUT/rows/index.json` says which shards belong to the run as last asked for; the others stay for the next time.
 """
@@ -26,13 +26,15 @@ from qeval.store.schema import (
     READ_ERRORS,
     SCORES_SCHEMA,
     TOKENS_SCHEMA,
+    TRACES_SCHEMA,
 )
 
-RowKind = Literal["tokens", "items", "drift", "scores"]
+RowKind = Literal["tokens", "items", "drift", "traces", "scores"]
 SCHEMAS: dict[RowKind, pa.Schema] = {
     "tokens": TOKENS_SCHEMA,
     "items": ITEMS_SCHEMA,
     "drift": DRIFT_SCHEMA,
+    "traces": TRACES_SCHEMA,
     "scores": SCORES_SCHEMA,
 }
 _OLDER: dict[RowKind, pa.Schema] = {"tokens": OLDER_TOKENS_SCHEMA, "scores": OLDER_SCORES_SCHEMA}

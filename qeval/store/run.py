@@ -150,6 +150,46 @@ class ResponseRecord(_Record):
     harness: str  # "lm-eval 0.4.13"
 
 
+class TraceRecord(_Record):
+    """One trace: the baseline's chain of thought on a question, or its call of a function."""
+
+    item: int
+    draw: int
+    tokens: int
+    ended: bool  # False: it reached the limit, and is cut there
+
+
+class ReasoningRecord(_Record):
+    """The questions that the baseline reasoned about, and its chains of thought, one a question."""
+
+    source: str  # "shipped", a file's name, a hub id
+    sha256: str  # of the questions' text
+    tokens_sha256: str  # of the traces' token ids
+    template_sha256: str
+    questions: int
+    longest_chain: int  # tokens
+    thinks: bool  # whether the template names markers of thinking; else the chain is the answer itself
+    cue: str  # the words before the answer
+    doubt: list[str]  # markers of doubt that are one token each
+    traces: list[TraceRecord]
+
+
+class GrammarRecord(_Record):
+    """The prompts with functions that the baseline called, and its calls, several a prompt."""
+
+    source: str  # "calls", a file's name, a hub id
+    sha256: str  # of the prompts' text
+    tokens_sha256: str  # of the traces' token ids
+    template_sha256: str
+    prompts: int
+    prompts_left_out: int  # since they have no tools, or no message of the user last
+    calls: int  # a prompt
+    longest_call: int  # tokens
+    opening: str  # the text that opens a call, which is forced
+    engine: str  # "llguidance 1.9.1": what the masks are from
+    traces: list[TraceRecord]
+
+
 class ScoreRecord(_Record):
     """The settings of one score's rows: a task's metric under a filter, or another program's (`qeval import`)."""
 
@@ -324,6 +364,8 @@ class RunRecord(_Record):
     metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ..., and the names of scores
     warnings: list[str]
     drift: DriftRecord | None = None
+    reasoning: ReasoningRecord | None = None
+    grammar: GrammarRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
     witness: str | None = None  # the hash of token ids, positions and BOS of all that was scored; None in older records
     scores: list[ScoreRecord] = []

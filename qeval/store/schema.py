@@ -15,6 +15,10 @@ Drift rows: one a token of the baseline's greedy continuation of a prompt. `posi
 is what the baseline said there, `pred` what this variant says after the baseline's own tokens (the baseline too:
 rounding may tell two equally likely tokens apart otherwise when all positions are run at once). The rest compares the
 variant's distribution with the baseline's there, and is null in the baseline's own rows.
+
+Trace rows: one a token that is forced on every model, a chain of thought, an answer or a call of a function, and one
+more behind an answer, which forces none (`token` -1). `position` counts in its piece. Probabilities are of the next
+token before `token`.
 """
 
 import numpy as np
@@ -83,6 +87,27 @@ DRIFT_SCHEMA = pa.schema(
         pa.field("pred", pa.int32(), nullable=False),
         pa.field("kl_nats", pa.float64()),  # KL(baseline || variant)
         pa.field("margin_nats", pa.float64()),  # baseline's log p(token) - log p(pred): 0 where they are the same
+    ],
+    metadata={b"rows_version": str(ROWS_VERSION).encode()},
+)
+
+TRACES_SCHEMA = pa.schema(
+    [
+        pa.field("variant", _name, nullable=False),
+        pa.field("backend", _name, nullable=False),
+        pa.field("task", _name, nullable=False),  # "reasoning", "grammar"
+        pa.field("item", pa.int32(), nullable=False),  # the question or prompt, from 0
+        pa.field("draw", pa.int32(), nullable=False),  # which of an item's traces
+        pa.field("part", _name, nullable=False),  # "chain", "answer", "after", "call"
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("token", pa.int32(), nullable=False),
+        pa.field("pred", pa.int32(), nullable=False),  # the most likely token
+        pa.field("matches", pa.bool_(), nullable=False),  # pred is token; behind an answer: pred begins another word
+        pa.field("log_p", pa.float64()),  # nats, of token
+        pa.field("kl_nats", pa.float64()),  # KL(baseline || variant), null in the baseline's own rows
+        pa.field("stop_p", pa.float64()),  # of all tokens that end thinking or the turn; null in calls
+        pa.field("doubt_p", pa.float64()),  # of all markers of doubt; null in calls, or where the tokenizer has none
+        pa.field("leak_p", pa.float64()),  # of all tokens that the call's grammar forbids; null but in calls
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )

@@ -7,7 +7,6 @@ stay as they are, but for one at the very end, in whose place the model answers.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +17,25 @@ from qeval.errors import UsageError
 from qeval.escape import cut
 from qeval.parsing import distinct, parse_json
 from qeval.paths import shipped
-from qeval.tasks.corpus import hub_rows, read_text
+from qeval.tasks.corpus import fetch_lines, read_text
 from qeval.tasks.hub_data import HubText
 
 Message = Mapping[str, Any]
 """One message of a conversation: `role`, `content`, and what else OpenAI's form has."""
 ToolSchema = Mapping[str, Any]
 
-SHIPPED = {"shipped": "tasks/chat/prompts.jsonl", "parallel": "tasks/chat/parallel.jsonl"}
-"""The prompts of the project's own: of many kinds, and the same six in ten languages."""
+SHIPPED = {
+    "shipped": "tasks/chat/prompts.jsonl",
+    "parallel": "tasks/chat/parallel.jsonl",
+    "calls": "tasks/chat/calls.jsonl",
+}
+"""The prompts of the project's own: of many kinds; the same six in ten languages; with functions to call."""
+CALLS = "calls"
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")
 _HUB_ROWS = 256
 """The number of rows of a data set that are taken, the first."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_COLUMNS = ("messages", "tools", "kind", "language")
 _ASKING = ("user", "tool")
 _UNNAMED = "other"
 
@@ -111,16 +116,7 @@ def fetch_prompts(where: HubText) -> str:
     Raises:
         UsageError: It can't be loaded.
     """
-    text = where.read()
-    if text is None:
-        rows = hub_rows(where.hub_id, where, "Give a file of JSON lines as --prompts instead.")
-        text = "\n".join(json.dumps(_known(row), ensure_ascii=False) for row in rows)
-        where.write(text)
-    return text
-
-
-def _known(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("messages", "tools", "kind", "language") if row.get(name)}
+    return fetch_lines(where, _COLUMNS, "Give a file of JSON lines as --prompts instead.")
 
 
 def _prompt(line: str, where: str) -> ChatPrompt:

@@ -76,6 +76,14 @@ class ChatTemplate:
         """
         return self._render(tokenizer, messages, where, tools=list(tools) or None, add_generation_prompt=True)
 
+    def render_whole(self, tokenizer: Any, messages: Sequence[Message], tools: Sequence[ToolSchema], where: str) -> str:
+        """Return a conversation as text with nothing after it; the arguments are those of `render`.
+
+        Raises:
+            UsageError: As `render`.
+        """
+        return self._render(tokenizer, messages, where, tools=list(tools))
+
     def end_of_turn(self, tokenizer: Any) -> int | None:
         """Return the special token that the template puts behind an answer, or None where it puts another text there.
 

@@ -6,9 +6,10 @@ methods that calibrate. `wikitext2-raw` is the test split's file byte for byte, 
 """
 
 import hashlib
+import json
 import logging
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -257,3 +258,23 @@ def hub_rows(name: str, where: HubText, instead: str) -> list[Mapping[str, Any]]
     if found and where.column not in found[0]:
         raise UsageError(f"'{name}' ({where.hub_id} on the hub) has no column {where.column}. {instead}")
     return found
+
+
+def fetch_lines(where: HubText, columns: Sequence[str], instead: str) -> str:
+    """Return the rows of a data set as JSON lines: as they were stored here, else from the hub or its cache.
+
+    Args:
+        where: Where it lies; its column is one that every row has.
+        columns: What is kept of a row, where it has it.
+        instead: What to do without it, in a sentence.
+
+    Raises:
+        UsageError: It can't be loaded.
+    """
+    text = where.read()
+    if text is None:
+        rows = hub_rows(where.hub_id, where, instead)
+        kept = ({name: row[name] for name in columns if row.get(name)} for row in rows)
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in kept)
+        where.write(text)
+    return text

@@ -15,6 +15,8 @@ from qeval.report.chat import answer_metrics
 from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.privacy import local_name
 from qeval.report.tables import perplexities
+from qeval.report.traces import trace_metrics
+from qeval.store.run import GrammarRecord
 
 _DATASETS = {"wikitext2": ("Salesforce/wikitext", "WikiText-2 raw"), "pydoc": ("pydoc", "CPython reference")}
 _TOKENS = {
@@ -80,6 +82,9 @@ def _results(report: Report, variant: VariantReport) -> Iterator[EvalResult]:
         if name in variant.metrics:
             kind = name.removeprefix("chat_").replace("kl_nats", "kl_divergence")
             yield _result(variant, variant.metrics[name], (kind, f"{title}, on the baseline's answers"), _chat(report))
+    for name, title in trace_metrics(report).items():
+        if name in variant.metrics:
+            yield _result(variant, variant.metrics[name], (name, title), _traces(report, name))
     for task in report.tasks:
         key = f"{task.record.name}_acc"
         where = _questions(task)
@@ -154,6 +159,22 @@ def _chat(report: Report) -> dict[str, Any]:
         "dataset_name": f"answers to {chat.prompts} prompts ({chat.source})",
         "dataset_config": f"chat-{chat.longest_answer}",
         "dataset_args": {"temperature": chat.temperature, "template_sha256": chat.template_sha256},
+    }
+
+
+def _traces(report: Report, metric: str) -> dict[str, Any]:
+    task = metric.partition("_")[0]
+    record = report.grammar if task == "grammar" else report.reasoning
+    if not record:
+        raise ValueError("Metrics along traces without their record.")
+    if isinstance(record, GrammarRecord):
+        what = f"calls for {record.prompts} prompts"
+    else:
+        what = f"chains of thought on {record.questions} questions"
+    return {
+        "dataset_type": task,
+        "dataset_name": f"{what} ({record.source})",
+        "dataset_args": {"tokens_sha256": record.tokens_sha256, "template_sha256": record.template_sha256},
     }
 
 

@@ -19,6 +19,7 @@ from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.sections import intervals_sentence, provenance
 from qeval.report.summary import summary
 from qeval.report.tables import baseline_name, perplexities
+from qeval.report.traces import trace_metrics
 from qeval.store.run import ScoreRecord
 
 _PROVENANCE = (
@@ -84,6 +85,11 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
         yield "### Chat"
         rows = [[v.name, *(_text(v.metrics.get(name)) for name in shown)] for v in _shown(report)]
         yield _table(("Variant", *shown.values()), rows)
+
+    if traced := trace_metrics(report):
+        yield "### Reasoning and calls of functions"
+        rows = [[v.name, *(_text(v.metrics.get(name)) for name in traced)] for v in _shown(report)]
+        yield _table(("Variant", *traced.values()), rows)
 
     yield escape.escape_markdown(intervals_sentence(report))
     yield "### How to measure it again"

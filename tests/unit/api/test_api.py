@@ -52,6 +52,7 @@ SIGNATURES = {
     "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
     "limit shots apply_chat_template fewshot_as_multiturn system_instruction drift_prompts drift_prompt_tokens "
     "drift_tokens prompts template chat_tokens chat_temperature "
+    "reasoning_questions reasoning_tokens grammar_calls "
     "calibration calibration_samples calibration_length "
     "calibrate_all_experts "
     "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus split seed out progress "

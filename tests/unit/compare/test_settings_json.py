@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.generation_choice import DriftChoice, TraceChoice
 from qeval.compare.settings import (
     BackendChoice,
     CalibrationChoice,
     CorpusChoice,
-    DriftChoice,
     ModelChoice,
     Settings,
 )
@@ -29,11 +29,12 @@ SETTINGS = Settings(
         Recipe("c", "rtn", keys="int8-token"),
     ),
     variants=(("v", Path("some/folder")),),
-    tasks=("kl", "mmlu"),
+    tasks=("kl", "mmlu", "reasoning"),
     corpus=CorpusChoice("chat,file.txt", None, 64, 32, 3, "always"),
     questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2, True, "false", "Be brief."),
     drift=DriftChoice(4, 5, 6),
     chat=ChatChoice("prompts.jsonl", Path("a.jinja"), 7, 0.5),
+    traces=TraceChoice("questions.jsonl", 99),
     calibration=CalibrationChoice("text.txt", 3, 77),
     out=Path("out"),
     backends=BackendChoice(("torch", "ort"), (1, 4), "cpu", "dynamo", "qdq", "fp32"),
@@ -47,10 +48,11 @@ SETTINGS = Settings(
 FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,
         "executor": "local", "worker_gpus": 0.5}  # fmt: skip
 BOUND = {
-    "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl",),
+    "model": ModelChoice("org/m"), "recipes": (Recipe("a", "rtn"),), "variants": (), "tasks": ("kl", "reasoning"),
     "corpus": CorpusChoice("chat"), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
+    "traces": TraceChoice(tokens=8),
 }  # fmt: skip
 
 
@@ -77,6 +79,14 @@ def test_what_changes_rows_makes_another_run(name):
 
 def test_workers_of_a_streamed_run_differ_in_their_limit_on_memory():
     model, texts = replace(SETTINGS.model, stream=True), CorpusChoice()
-    streamed = replace(SETTINGS, model=model, backends=BackendChoice(), corpus=texts, chat=ChatChoice())
+    streamed = replace(
+        SETTINGS,
+        model=model,
+        backends=BackendChoice(),
+        corpus=texts,
+        chat=ChatChoice(),
+        tasks=("kl",),
+        traces=TraceChoice(),
+    )
     limited = replace(streamed, model=replace(streamed.model, max_memory=1 << 30))
     assert identity_of(limited) == identity_of(streamed) != identity_of(SETTINGS)
