@@ -15,8 +15,10 @@ from qeval.backends.base import Saved, Target
 from qeval.backends.install import scaled_input
 from qeval.backends.memory import batch_tokens, rounding_bytes, token_activations
 from qeval.backends.schemes import kv_changes, rounded_inputs
+from qeval.backends.sharing import Sharing
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead, head_of_parts
+from qeval.backends.stream.layer_output import States
 from qeval.backends.stream.layer_runner import Relay
 from qeval.backends.stream.proof import proven
 from qeval.backends.stream.session import LOGIT_ARRAYS, StreamSession
@@ -26,13 +28,14 @@ from qeval.backends.stream.weights import (
     LookedUp,
     Tensors,
     TurnedTensor,
+    hollow,
     layers_in_turn,
     load_buffer,
     load_whole,
 )
 from qeval.errors import QevalError, UsageError
 from qeval.models.checkpoint.fit import saved_buffers
-from qeval.models.checkpoint.meta_model import set_parameter
+from qeval.models.checkpoint.meta_model import names_of_parameters, set_parameter
 from qeval.models.checkpoint.safetensors_rows import Plain, StoredTensor
 from qeval.models.checkpoint.weight_map import map_weights
 from qeval.models.checkpoint.weights import TensorEntry
@@ -87,6 +90,7 @@ class Streamed:
         embedding, parameters = self.model.get_input_embeddings(), dict(self.model.named_parameters())
         others = [name for name in names if name not in (self.embedding_name, self.head_name)]
         own = {name: parameters[name] for name in others if name in parameters}  # a tied head's own name is none
+        places = names_of_parameters(self.model)
         own_lookup, table = embedding.forward, tensors.get(self.embedding_name)
         steps = table.steps if isinstance(table, TurnedTensor) else ()
         table = table.stored if isinstance(table, TurnedTensor) else table
@@ -98,7 +102,8 @@ class Streamed:
         finally:
             embedding.forward = own_lookup
             for name, parameter in own.items():
-                set_parameter(self.model, name, parameter)
+                for place in places[name]:
+                    set_parameter(self.model, place, parameter)
 
 
 def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compute: str) -> Streamed:
@@ -120,11 +125,13 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     def check(weight: str, value: Tensor) -> None:
         check_finite(weight, value, compute)
 
-    for buffer in saved_buffers(model):
-        load_buffer(model, buffer, checkpoint[buffer], device)
-    resident = load_whole(model, outside, Tensors(checkpoint, {}), device, check)
+    resident = sum(load_buffer(model, buffer, checkpoint[buffer], device) for buffer in saved_buffers(model))
+    resident += load_whole(model, outside, Tensors(checkpoint, {}), device, check)
     table = checkpoint[embedding_name]
     assert isinstance(table, Plain)
+    embedding.weight = hollow(embedding.weight, device)
+    if tied:
+        head.weight = embedding.weight
     embedding.forward = LookedUp(embedding, table)
     layer_names = tuple(f"{name}.{index}" for index in range(len(layers)))
     relay = Relay(model, list(layers))
@@ -152,10 +159,11 @@ def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Des
     stored.decode(stored.fetch(0, len(part)), part)
     bias = head.bias
     weights = stream.weights()
-    stream.relay.every_layer(
-        lambda index: weights.install(index, None, lambda name, value: check_finite(name, value, compute)),
-        weights.remove,
-    )
+
+    def turn(index: int) -> None:
+        weights.install(index, None, lambda name, value: check_finite(name, value, compute))
+
+    stream.relay.every_layer(turn, weights.remove)
     try:
         head._parameters["weight"] = nn.Parameter(part, requires_grad=False)
         if bias is not None:
@@ -166,6 +174,8 @@ def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Des
                 f"{type(stream.model).__name__} computes between its last layer and its head, so its layers can't be "
                 "run one at a time; leave --stream out."
             )
+        stream.relay.check_alone()
+        stream.relay.every_layer(turn, weights.remove)
         description = describe_model(stream.model, folds=folds, probed_at=partial(_probed_at, stream))
     finally:
         head._parameters["weight"], head._parameters["bias"] = empty, bias
@@ -177,14 +187,14 @@ def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Des
 def _probed_at(stream: Streamed, layer: int) -> Iterator[Probe]:
     """Run a few tokens through one layer, whose weights are in memory for the length of the block."""
     ids = probe_tokens(stream.model, stream.device)
-    hidden: Tensor | None = None
+    given: States | None = None
     with closing(layers_in_turn(stream.weights(), range(layer + 1))) as turns:
         for index in itertools.islice(turns, layer):
-            hidden = stream.relay.run(index, hidden, None, ids)
+            given = stream.relay.run(index, given, None, ids)
         next(turns)
 
         def probe() -> Tensor:
-            return stream.relay.run(layer, hidden, None, ids)[0].float()
+            return stream.relay.run(layer, given, None, ids)[0].float()
 
         yield probe
 
@@ -233,9 +243,10 @@ class StreamBackend:
         weights.close()
         width = max(int(settings.weight.shape[1]), int(config.get_text_config().hidden_size))
         activations = token_activations(config.get_text_config(), itemsize)
-        self.budget = Budget(max_bytes, largest, stream.resident, width, activations)
+        handed = stream.relay.state_bytes
+        self.budget = Budget(max_bytes, largest, stream.resident, width, activations, handed_bytes=handed)
         self.budget.check()
-        self.sharing = proven(stream.model, stream.relay, stream.weights())
+        self.sharing = proven(stream.model, stream.relay, stream.weights(), self._session_of_baseline)
         self._baseline: StreamSession | None = None
         self._is_lent = False
 
@@ -350,6 +361,12 @@ class StreamBackend:
         if self._baseline is not None:
             self._baseline.close()
             self._baseline = None
+
+    def _session_of_baseline(self, sharing: Sharing) -> StreamSession:
+        """Return a session of the float model that shares as it is told to."""
+        stream = self.stream
+        weights, head = stream.weights(), self._head(None)
+        return StreamSession(stream.model, stream.relay, weights, head, self.budget, sharing)
 
     def _session(self, variant: SavedVariant | None) -> StreamSession:
         scheme, ranges = (variant.scheme, variant.ranges) if variant else (Scheme(), {})
