@@ -1,4 +1,4 @@
-"""What a decoder layer hands on to later ones, as a tuple of tensors: states first, then whatever else they are given.
+"""The output of a decoder layer as later ones are given it: a tuple of tensors, states first.
 
 Most layers are given the states of the layer before them alone. Others get more of what earlier ones made: the choice
 of a sparse attention's indexer (GLM-DSA) as a second return value, keys and values (Gemma 3n, Gemma 4) in a mapping.
@@ -52,7 +52,7 @@ class OutputForm:
 
 
 class PassRecord:
-    """What each decoder layer was given, and what it handed on, in a pass through all of them."""
+    """A pass through all decoder layers: the arguments of each, and what it handed on."""
 
     def __init__(self, ids: Tensor) -> None:
         """Begin with the tokens [batch, tokens] of the pass; no layer has run."""
