@@ -4,9 +4,11 @@ The oracle is the model in memory: transformers' own pass over whole sequences f
 """
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qeval.backends.sharing import WHOLE
 from qeval.backends.stream.backend import StreamBackend, inspect, streamed
@@ -14,6 +16,7 @@ from qeval.backends.torch import TorchSession
 from qeval.compare.stream import StreamedModel
 from qeval.compare.variants import BaselineModel, Calibration
 from qeval.config import parse_method
+from qeval.errors import UsageError
 from qeval.models.checkpoint.meta_model import build_meta_model
 from qeval.models.checkpoint.weights import read_entries
 from qeval.models.silence_transformers import quiet
@@ -25,8 +28,9 @@ from qeval.types import Call, Request
 from tests.fixtures.architectures import ARCHITECTURES, tiny_architecture
 
 LIMIT = 64 << 20
-OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt")
-"""Of streams of states beside each other and experts by token; of a block that layers share; of lists and tuples."""
+OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt", "sarvam_moe")
+"""Of streams of states beside each other and experts by token; of a block that layers share; of tuples and lists; of
+projections that lie in one tensor."""
 WHOLE_QUESTIONS = {"Mamba", "Jamba", "MiniMax", "bamba", "openai-gpt"}
 """Those whose continuations start from an empty state, or that have a cache of their own, or none."""
 METHODS = ("rtn:g32", "awq:g32", "gptq:g32")
@@ -70,6 +74,17 @@ def test_states_are_those_of_the_model_in_memory_and_questions_those_of_whole_se
         for one, other in zip(answers, whole.states([each.after(prefix) for each in questions]), strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
         assert session.passes == 1
+
+
+def test_a_tensor_of_several_projections_that_has_other_rows_is_named(tmp_path):
+    with quiet():
+        model = model_of("sarvam_moe")
+        model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith("query_key_value.weight"))
+    save_file({**state, name: state[name][:-2].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=rf"holds {re.escape(name)} as \[\d+, 64\], its model needs \d+ rows"):
+        build_meta_model(model.config, torch.float32, read_entries([tmp_path / "model.safetensors"]), "here")
 
 
 def workshops(name, folder):
