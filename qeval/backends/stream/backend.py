@@ -40,7 +40,6 @@ from qeval.models.checkpoint.safetensors_rows import Plain, StoredTensor
 from qeval.models.checkpoint.weight_map import map_weights
 from qeval.models.checkpoint.weights import TensorEntry
 from qeval.models.load import check_finite
-from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description, Probe, describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import HeadShape, check_cache
@@ -169,11 +168,6 @@ def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Des
         if bias is not None:
             head._parameters["bias"] = nn.Parameter(bias[: len(part)], requires_grad=False)
         found = head_of(stream.model)
-        if not FinalStates(stream.model).ends_in_body:
-            raise UsageError(
-                f"{type(stream.model).__name__} computes between its last layer and its head, so its layers can't be "
-                "run one at a time; leave --stream out."
-            )
         stream.relay.check_alone()
         stream.relay.every_layer(turn, weights.remove)
         description = describe_model(stream.model, folds=folds, probed_at=partial(_probed_at, stream))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qeval.backends.stream.layer_output import OutputForm, PassRecord, States, tensors_in, with_states
 from qeval.errors import UsageError
-from qeval.models.structure.forward import body_of, cache_arguments
+from qeval.models.structure.forward import FinalStates, body_of
 from qeval.models.structure.precision import outside_autocast
 from qeval.models.structure.trace import text_config
 
@@ -33,9 +33,9 @@ class Relay:
 
     def __init__(self, model: Any, layers: Sequence[nn.Module]) -> None:
         """`model` is a causal language model, `layers` are its decoder layers in order."""
-        self._base, self._layers = body_of(model), list(layers)
+        self._model, self._layers = model, list(layers)
         self._embedding, self._config = model.get_input_embeddings(), text_config(model)
-        self._cache_arguments = cache_arguments(self._base.forward)
+        self._final_states: FinalStates | None = None
         self._forwards: list[_Forward] = [layer.forward for layer in self._layers]
         self._forms: Sequence[OutputForm] = [OutputForm()] * len(self._layers)
         self._takes_ids = False
@@ -74,23 +74,24 @@ class Relay:
             final: Whether the last layer's states go through what is behind it.
         """
         self._states, self._ends = given, final
-        output = self._pass(index, self._forwards[index], cache, ids)
+        ended = self._pass(index, self._forwards[index], cache, ids)
         found, self._states = self._states, None
-        if output is not None:
-            return (output.last_hidden_state,)
+        if ended is not None:
+            return (ended,)
         assert found is not None
         return found
 
-    def _pass(self, active: int, forward: _Forward, cache: Any, ids: Tensor) -> Any:
-        """Run the model up to the layer `active`, which is run by `forward`; return its output where that was made."""
+    def _pass(self, active: int, forward: _Forward, cache: Any, ids: Tensor) -> Tensor | None:
+        """Run the model up to the layer `active`, which is run by `forward`; return final states if it ends behind."""
         self._hooks.close()
         self._turn, self._active, self._forward = None, active, forward
-        inputs = {"input_ids": ids}
-        if self._states is not None and not self._takes_ids:
-            # of no use but for their shape and type; the model may change them in place
-            inputs = {"inputs_embeds": self._states[0].new_zeros(*ids.shape, self._embedding.embedding_dim)}
+        self._final_states = self._final_states or FinalStates(self._model)
         try:
-            return self._base(**inputs, **self._cache_arguments(cache))
+            if self._states is None or self._takes_ids:
+                return self._final_states(ids, cache)
+            # of no use but for their shape and type; the model may change them in place
+            embeddings = self._states[0].new_zeros(*ids.shape, self._embedding.embedding_dim)
+            return self._final_states(None, cache, inputs_embeds=embeddings)
         except _LayerReached:
             return None
 
@@ -99,14 +100,19 @@ class Relay:
         self._turn = (outside_autocast(before), outside_autocast(after))
         self._hooks.close()
         self._hooks.callback(self._embedding.register_forward_pre_hook(self._begin).remove)
-        self._hooks.callback(self._base.register_forward_hook(self._end).remove)
+        self._hooks.callback(body_of(self._model).register_forward_hook(self._leave_body).remove)
+        self._hooks.callback(self._model.get_output_embeddings().register_forward_pre_hook(self._reach_head).remove)
 
     def _begin(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._record = PassRecord(args[0])
 
-    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _leave_body(self, _: nn.Module, __: Any, output: Any) -> None:
         if self._record is not None:
             self._record.final = getattr(output, "last_hidden_state", None)
+
+    def _reach_head(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._record is not None:
+            self._record.final = args[0]  # what a transform before the head made of the body's (BERT)
 
     def _stand_in(self, index: int) -> _Forward:
         def forward(*args: Any, **keywords: Any) -> Any:
@@ -135,7 +141,7 @@ class Relay:
         assert self._turn is not None
         if self._record is None or index != len(self._record.given):
             raise UsageError(
-                f"{type(self._base).__name__} runs its decoder layers in an order of its own, or some more than once, "
+                f"{type(self._model).__name__} runs its decoder layers in an order of its own, or some more than once, "
                 "so they can't be run one at a time; leave --stream out."
             )
         before, after = self._turn
@@ -157,7 +163,9 @@ class Relay:
         """
         record = self._record
         if record is None or len(record.forms) != len(self._layers):
-            raise UsageError(f"{type(self._base).__name__} does not run all of its decoder layers; leave --stream out.")
+            raise UsageError(
+                f"{type(self._model).__name__} does not run all of its decoder layers; leave --stream out."
+            )
         self._forms = record.forms
         for self._takes_ids in (False, True):
             if all(self._is_given_the_same(index, record) for index in range(len(self._layers) + 1)):
@@ -167,7 +175,7 @@ class Relay:
                 self._record = None
                 return
         raise UsageError(
-            f"{type(self._base).__name__} computes between its decoder layers, from more than what the last of them "
+            f"{type(self._model).__name__} computes between its decoder layers, from more than what the last of them "
             "handed on, so they can't be run one at a time; leave --stream out."
         )
 
@@ -181,13 +189,13 @@ class Relay:
 
         self._states = record.states[index - 1] if index else None
         try:
-            output = self._pass(index, compare, None, record.ids)
+            ended = self._pass(index, compare, None, record.ids)
         except _FAILURES:
             return False
         finally:
             self._states = None
-        if output is not None and record.final is not None:
-            same.append(_equal([output.last_hidden_state], [record.final]))
+        if ended is not None and record.final is not None:
+            same.append(_equal([ended], [record.final]))
         return all(same)
 
     def _bytes(self, states: States, tokens: int) -> int:

@@ -28,9 +28,9 @@ from qeval.types import Call, Request
 from tests.fixtures.architectures import ARCHITECTURES, tiny_architecture
 
 LIMIT = 64 << 20
-OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt", "sarvam_moe")
+OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt", "sarvam_moe", "bert")
 """Of streams of states beside each other and experts by token; of a block that layers share; of tuples and lists; of
-projections that lie in one tensor."""
+projections that lie in one tensor; of a transform before the head."""
 WHOLE_QUESTIONS = {"Mamba", "Jamba", "MiniMax", "bamba", "openai-gpt"}
 """Those whose continuations start from an empty state, or that have a cache of their own, or none."""
 METHODS = ("rtn:g32", "awq:g32", "gptq:g32")
