@@ -157,15 +157,58 @@ def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes:
     if type(empty) is not DynamicCache:
         return empty if outer is None else copy.deepcopy(outer)
     outers: list[Any] = [None] * len(empty.layers) if outer is None else outer.layers
-    layers = []
-    for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=False)):
-        if type(layer) in _LENT:
-            layers.append(PrefixLayer(before, apart=apart, change=changes[index] if changes else None))
-        else:
-            layers.append(layer if before is None else copy.deepcopy(before))
+    layers = [
+        longer_layer(layer, before, apart=apart, change=changes[index] if changes else None)
+        for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=False))
+    ]
     # By a model that runs its layers in loops (Dory), for each loop after the first.
     added = outers[len(empty.layers) :]
     return cache_of([*layers, *(PrefixLayer(before, apart=apart, change=before._change) for before in added)])
+
+
+def longer_layer(empty: Any, outer: Any, *, apart: bool = False, change: KvChange | None = None) -> Any:
+    """Return the layer of a cache that a prefix is to be run with.
+
+    Args:
+        empty: What the model's own cache has there; it is used up.
+        outer: This layer of the prefix that it continues; None where it continues none.
+        apart: Whether continuations attend to its keys and values by `shared`.
+        change: What rounds its keys and values.
+    """
+    if type(empty) in _LENT:
+        return PrefixLayer(outer, apart=apart, change=change)
+    return empty if outer is None else copy.deepcopy(outer)
+
+
+class _Passed(PrefixLayer):
+    """Stands for the keys and values of layers that are not run, of which only the tokens count."""
+
+    def __init__(self, tokens: int) -> None:
+        """`tokens` are those of the prefix."""
+        super().__init__()
+        self._tokens = tokens
+
+    def get_seq_length(self) -> int:
+        """Return the tokens in the prefix."""
+        return self._tokens
+
+
+def cache_of_layer(kinds: Sequence[Any], layer: Any, tokens: int) -> Any:
+    """Return the cache of a model of which one layer alone is run.
+
+    Args:
+        kinds: What the model's own cache has for each layer.
+        layer: What is kept of the prefix at the layer that is run; it stands for all layers of its kind.
+        tokens: The tokens of the prefix.
+    """
+    attends = layer if isinstance(layer, CacheLayerMixin) else _Passed(tokens)
+
+    def entry(kind: Any) -> Any:
+        if isinstance(kind, CacheLayerMixin):
+            return attends
+        return layer if type(kind) is type(layer) else kind
+
+    return cache_of([entry(kind) for kind in kinds])
 
 
 _LENT = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -186,7 +229,7 @@ def continued_cache(prefix: Any, rows: int, *, grows: bool = False) -> Any:
         return own
     if is_lent(prefix) and not grows:
         return prefix
-    return cache_of([_continued(layer, rows, grows=grows) for layer in prefix.layers])
+    return cache_of([continued_layer(layer, rows, grows=grows) for layer in prefix.layers])
 
 
 def is_lent(cache: Any) -> bool:
@@ -194,7 +237,14 @@ def is_lent(cache: Any) -> bool:
     return type(cache) is Cache and all(isinstance(layer, PrefixLayer) for layer in cache.layers)
 
 
-def _continued(layer: Any, rows: int, *, grows: bool) -> Any:
+def continued_layer(layer: Any, rows: int, *, grows: bool = False) -> Any:
+    """Return a prefix's layer of a cache, or a copy of it, for sequences that continue the prefix.
+
+    Args:
+        layer: What the prefix left; it stays as it is.
+        rows: The sequences.
+        grows: Whether their tokens come one at a time, and see those before them.
+    """
     if isinstance(layer, PrefixLayer):
         return GrowingLayer(layer) if grows and layer.is_initialized else layer
     own = copy.deepcopy(layer)

@@ -1,7 +1,7 @@
 """Tensors that memory need not hold: some in memory, the rest in a file without a name, gone with its process."""
 
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -32,6 +32,7 @@ class Spill:
         self._folder, self._room = folder, in_memory
         self._held: dict[Hashable, Tensor] = {}
         self._places: dict[Hashable, _Place] = {}
+        self._counts: dict[Hashable, int] = {}
         self._end = 0
         with self._errors_in_words():
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +86,25 @@ class Spill:
                     raise QevalError(f"A temporary file in {self._folder} became shorter while it was used.")
                 view = view[count:]
         return data.view(dtype).reshape(shape).to(device)
+
+    def put_each(self, key: Hashable, values: Sequence[Tensor]) -> None:
+        """Keep several tensors under one key; what was kept under it before is replaced.
+
+        Raises:
+            QevalError: As `put`.
+        """
+        for place, value in enumerate(values):
+            self.put((key, place), value)
+        self._counts[key] = len(values)
+
+    def get_each(self, key: Hashable) -> tuple[Tensor, ...]:
+        """Return the tensors that were put together under a key.
+
+        Raises:
+            KeyError: There are none.
+            QevalError: As `get`.
+        """
+        return tuple(self.get((key, place)) for place in range(self._counts[key]))
 
     @property
     def specs(self) -> dict[Hashable, Spec]:

@@ -15,8 +15,10 @@ from qeval.backends.base import Saved, Target
 from qeval.backends.install import scaled_input
 from qeval.backends.memory import batch_tokens, rounding_bytes, token_activations
 from qeval.backends.schemes import kv_changes, rounded_inputs
+from qeval.backends.sharing import Sharing
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead, head_of_parts
+from qeval.backends.stream.layer_output import States
 from qeval.backends.stream.layer_runner import Relay
 from qeval.backends.stream.proof import proven
 from qeval.backends.stream.session import LOGIT_ARRAYS, StreamSession
@@ -26,18 +28,18 @@ from qeval.backends.stream.weights import (
     LookedUp,
     Tensors,
     TurnedTensor,
+    hollow,
     layers_in_turn,
     load_buffer,
     load_whole,
 )
 from qeval.errors import QevalError, UsageError
 from qeval.models.checkpoint.fit import saved_buffers
-from qeval.models.checkpoint.meta_model import set_parameter
+from qeval.models.checkpoint.meta_model import names_of_parameters, set_parameter
 from qeval.models.checkpoint.safetensors_rows import Plain, StoredTensor
 from qeval.models.checkpoint.weight_map import map_weights
 from qeval.models.checkpoint.weights import TensorEntry
 from qeval.models.load import check_finite
-from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description, Probe, describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import HeadShape, check_cache
@@ -87,6 +89,7 @@ class Streamed:
         embedding, parameters = self.model.get_input_embeddings(), dict(self.model.named_parameters())
         others = [name for name in names if name not in (self.embedding_name, self.head_name)]
         own = {name: parameters[name] for name in others if name in parameters}  # a tied head's own name is none
+        places = names_of_parameters(self.model)
         own_lookup, table = embedding.forward, tensors.get(self.embedding_name)
         steps = table.steps if isinstance(table, TurnedTensor) else ()
         table = table.stored if isinstance(table, TurnedTensor) else table
@@ -98,7 +101,8 @@ class Streamed:
         finally:
             embedding.forward = own_lookup
             for name, parameter in own.items():
-                set_parameter(self.model, name, parameter)
+                for place in places[name]:
+                    set_parameter(self.model, place, parameter)
 
 
 def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compute: str) -> Streamed:
@@ -126,11 +130,13 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     def check(weight: str, value: Tensor) -> None:
         check_finite(weight, value, compute)
 
-    for buffer in saved_buffers(model):
-        load_buffer(model, buffer, checkpoint[buffer], device)
-    resident = load_whole(model, outside, Tensors(checkpoint, {}), device, check)
+    resident = sum(load_buffer(model, buffer, checkpoint[buffer], device) for buffer in saved_buffers(model))
+    resident += load_whole(model, outside, Tensors(checkpoint, {}), device, check)
     table = checkpoint[embedding_name]
     assert isinstance(table, Plain)
+    embedding.weight = hollow(embedding.weight, device)
+    if tied:
+        head.weight = embedding.weight
     embedding.forward = LookedUp(embedding, table)
     relay = Relay(model, list(layers.values()))
     return Streamed(model, relay, tuple(layers), checkpoint, embedding_name, head_name, device, resident)
@@ -157,20 +163,18 @@ def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Des
     stored.decode(stored.fetch(0, len(part)), part)
     bias = head.bias
     weights = stream.weights()
-    stream.relay.every_layer(
-        lambda index: weights.install(index, None, lambda name, value: check_finite(name, value, compute)),
-        weights.remove,
-    )
+
+    def turn(index: int) -> None:
+        weights.install(index, None, lambda name, value: check_finite(name, value, compute))
+
+    stream.relay.every_layer(turn, weights.remove)
     try:
         head._parameters["weight"] = nn.Parameter(part, requires_grad=False)
         if bias is not None:
             head._parameters["bias"] = nn.Parameter(bias[: len(part)], requires_grad=False)
         found = head_of(stream.model)
-        if not FinalStates(stream.model).ends_in_body:
-            raise UsageError(
-                f"{type(stream.model).__name__} computes between its last layer and its head, so its layers can't be "
-                "run one at a time; leave --stream out."
-            )
+        stream.relay.check_alone()
+        stream.relay.every_layer(turn, weights.remove)
         description = describe_model(stream.model, folds=folds, probed_at=partial(_probed_at, stream))
     finally:
         head._parameters["weight"], head._parameters["bias"] = empty, bias
@@ -182,14 +186,14 @@ def inspect(stream: Streamed, compute: str, *, folds: bool = False) -> tuple[Des
 def _probed_at(stream: Streamed, layer: int) -> Iterator[Probe]:
     """Run a few tokens through one layer, whose weights are in memory for the length of the block."""
     ids = probe_tokens(stream.model, stream.device)
-    hidden: Tensor | None = None
+    given: States | None = None
     with closing(layers_in_turn(stream.weights(), range(layer + 1))) as turns:
         for index in itertools.islice(turns, layer):
-            hidden = stream.relay.run(index, hidden, None, ids)
+            given = stream.relay.run(index, given, None, ids)
         next(turns)
 
         def probe() -> Tensor:
-            return stream.relay.run(layer, hidden, None, ids)[0].float()
+            return stream.relay.run(layer, given, None, ids)[0].float()
 
         yield probe
 
@@ -238,9 +242,10 @@ class StreamBackend:
         weights.close()
         width = max(int(settings.weight.shape[1]), int(config.get_text_config().hidden_size))
         activations = token_activations(config.get_text_config(), itemsize)
-        self.budget = Budget(max_bytes, largest, stream.resident, width, activations)
+        handed = stream.relay.state_bytes
+        self.budget = Budget(max_bytes, largest, stream.resident, width, activations, handed_bytes=handed)
         self.budget.check()
-        self.sharing = proven(stream.model, stream.relay, stream.weights())
+        self.sharing = proven(stream.model, stream.relay, stream.weights(), self._session_of_baseline)
         self._baseline: StreamSession | None = None
         self._is_lent = False
 
@@ -355,6 +360,12 @@ class StreamBackend:
         if self._baseline is not None:
             self._baseline.close()
             self._baseline = None
+
+    def _session_of_baseline(self, sharing: Sharing) -> StreamSession:
+        """Return a session of the float model that shares as it is told to."""
+        stream = self.stream
+        weights, head = stream.weights(), self._head(None)
+        return StreamSession(stream.model, stream.relay, weights, head, self.budget, sharing)
 
     def _session(self, variant: SavedVariant | None) -> StreamSession:
         scheme, ranges = (variant.scheme, variant.ranges) if variant else (Scheme(), {})

@@ -24,6 +24,8 @@ class Budget:
     token_activations: int
     state_bytes: int = 0
     """Bytes of a job's final states: the baseline's are there while layers run, a variant's too while logits are."""
+    handed_bytes: int = 0
+    """Bytes a token that layers hand on, where that is more than states in fp32."""
 
     @property
     def head(self) -> int:
@@ -43,7 +45,8 @@ class Budget:
     def pass_tokens(self, batch_tokens: int) -> int:
         """Return the tokens, padding included, whose hidden states and results fit beside a layer and a batch."""
         spare = self._spare - batch_tokens * self.token_activations
-        return max(0, spare // (self.width * 2 * _STATE_BYTES))
+        results = self.width * _STATE_BYTES
+        return max(0, spare // (results + max(results, self.handed_bytes)))
 
     @property
     def _without_layers(self) -> int:

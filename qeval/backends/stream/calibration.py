@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from qeval.backends.stream.backend import Streamed
+from qeval.backends.stream.layer_output import States
 from qeval.backends.stream.layer_runner import padded
 from qeval.backends.stream.variant_reader import SavedVariant
 from qeval.backends.stream.weights import layers_in_turn
@@ -73,16 +74,16 @@ class RelayedText(Stream):
     def pass_layer(self) -> None:
         """Take every sample's states through the next layer, whose weights are in memory."""
         for sample in range(len(self._ids)):
-            self._spill.put(sample, self._through(sample))
+            self._spill.put_each(sample, self._through(sample))
         self._next += 1
 
     def _run(self, sample: int) -> None:
         with suppress(StopPass):
             self._through(sample)
 
-    def _through(self, sample: int) -> Tensor:
-        hidden = self._spill.get(sample) if self._next else None
-        return self._relay.run(self._next, hidden, None, self._ids[sample])
+    def _through(self, sample: int) -> States:
+        given = self._spill.get_each(sample) if self._next else None
+        return self._relay.run(self._next, given, None, self._ids[sample])
 
 
 def run_streamed(
@@ -107,8 +108,8 @@ def run_streamed(
     with closing(layers_in_turn(stream.weights(variant), range(len(stream.layers)))) as layers:
         for layer in layers:
             for sample, tokens in enumerate(ids):
-                hidden = states.get(sample) if layer else None
-                states.put(sample, stream.relay.run(layer, hidden, make_cache(), tokens))
+                given = states.get_each(sample) if layer else None
+                states.put_each(sample, stream.relay.run(layer, given, make_cache(), tokens))
                 advance(tokens.shape[1])
 
 

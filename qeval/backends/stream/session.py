@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from qeval.backends.base import Prefix, SessionDefaults
-from qeval.backends.prefix import PrefixLayer, cache_of
+from qeval.backends.prefix import cache_of_layer, continued_layer, empty_cache, longer_layer
 from qeval.backends.shared import shared_attention
 from qeval.backends.sharing import Sharing
 from qeval.backends.stream.budget import Budget
 from qeval.backends.stream.head import StreamedHead
+from qeval.backends.stream.layer_output import States
 from qeval.backends.stream.layer_runner import Relay
 from qeval.backends.stream.steps import Path, Step, is_inside, plan_steps
 from qeval.backends.stream.weights import LayerWeights
@@ -150,31 +151,33 @@ class StreamSession(SessionDefaults):
         for index in range(self._weights.count):
             last = index + 1 == self._weights.count
             self._weights.install(index, None if last else index + 1)
-            prefixes: dict[Path, PrefixLayer] = {}
+            prefixes: dict[Path, Any] = {}
             for step in steps:
                 prefixes = {path: layer for path, layer in prefixes.items() if is_inside(path, step.path)}
                 output = self._step(index, step, prefixes)
                 if last:
-                    _answer(step, output, found)
-                elif step.hidden is None:
-                    step.hidden = output.clone()
+                    _answer(step, output[0], found)
                 else:
-                    step.hidden.copy_(output)
+                    step.states = _moved(output, step.states)
             self._weights.remove(index)
         self._weights.release()
         for call, rows in zip(calls, found, strict=True):
             self._done.setdefault(call, deque()).append([rows[row] for row in range(len(call.requests))])
 
-    def _step(self, index: int, step: Step, prefixes: dict[Path, PrefixLayer]) -> Tensor:
+    def _step(self, index: int, step: Step, prefixes: dict[Path, Any]) -> States:
         outer = prefixes.get(step.path)
         change = self._kv_changes[index] if self._kv_changes else None
-        layer = PrefixLayer(outer, apart=self._shares, change=change) if step.keeps else outer
-        cache = None if change is None else passing_cache(self._kv_changes)
-        if layer is not None:
-            cache = cache_of([layer] * self._weights.count)
+        cache, layer = None if change is None else passing_cache(self._kv_changes), None
+        if step.keeps or outer is not None:
+            kinds = empty_cache(self._model).layers
+            if step.keeps:
+                layer = longer_layer(kinds[index], outer, apart=self._shares, change=change)
+            else:
+                layer = continued_layer(outer, len(step.sequences))
+            cache = cache_of_layer(kinds, layer, sum(map(len, step.path)))
         with shared_attention(self._model) if outer and not step.keeps and self._shares else nullcontext():
-            output = self._relay.run(index, step.hidden, cache, step.ids(self._weights.device))
-        if step.keeps and layer is not None:
+            output = self._relay.run(index, step.states, cache, step.ids(self._weights.device))
+        if step.keeps:
             prefixes[step.kept_path] = layer
         return output
 
@@ -200,4 +203,16 @@ def _tokens(call: Call) -> int:
 def _answer(step: Step, output: Tensor, found: list[dict[int, Tensor]]) -> None:
     for row, ((call, place), request) in enumerate(zip(step.places, step.requests, strict=True)):
         found[call][place] = output[row, list(request.positions)].float().cpu().clone()
-    step.hidden = None
+    step.states = None
+
+
+def _moved(output: States, before: States | None) -> States:
+    """Return what a layer handed on in memory of its own: that of what it was given, where the two are alike."""
+    kept = before or ()
+    if len(output) != len(kept) or any(one.shape != other.shape for one, other in zip(output, kept, strict=True)):
+        known = {id(tensor) for tensor in kept}
+        return tuple(tensor if id(tensor) in known else tensor.clone() for tensor in output)
+    for place, tensor in zip(kept, output, strict=True):
+        if place is not tensor:
+            place.copy_(tensor)
+    return kept

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qeval.backends.stream.layer_output import States
 from qeval.backends.stream.layer_runner import padded
 from qeval.backends.torch import one_sided
 from qeval.types import Call, Request
@@ -17,7 +18,7 @@ Path = tuple[tuple[int, ...], ...]
 class Step:
     """A forward pass of [batch, tokens] `ids` after the prefix `path`. `keeps`: it computes a prefix itself.
 
-    `places` say which requests of which call its rows answer; `hidden` is what the layers so far made of it.
+    `places` say which requests of which call its rows answer; `states` is what the layers so far made of it.
     """
 
     path: Path
@@ -25,7 +26,7 @@ class Step:
     keeps: bool = False
     requests: Sequence[Request] = ()
     places: Sequence[tuple[int, int]] = ()
-    hidden: Tensor | None = field(default=None, repr=False)
+    states: States | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from qeval.backends.stream.backend import Streamed
 from qeval.backends.stream.calibration import Live, Passes
 from qeval.backends.stream.head import StreamedHead
+from qeval.backends.stream.layer_output import States
 from qeval.metrics.tokens import mean_kl
 from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.head import Head
@@ -54,16 +55,16 @@ class StreamedTrials:
         tried: list[str] = []
         with self._states() as states, self.passes.forward() as layers:
             for layer in layers:
-                hidden = states.get(_BASE) if layer else None
+                given = states.get_each(_BASE) if layer else None
                 for name in tried:
-                    states.put(name, self.stream.relay.run(layer, states.get(name), None, ids))
-                tried += self._try_groups(layer, hidden, ids, effective, states)
-                states.put(_BASE, self.stream.relay.run(layer, hidden, None, ids))
+                    states.put_each(name, self.stream.relay.run(layer, states.get_each(name), None, ids))
+                tried += self._try_groups(layer, given, ids, effective, states)
+                states.put_each(_BASE, self.stream.relay.run(layer, given, None, ids))
                 advance(sum(unit.layer <= layer for unit in self.description.units))
             return self._kls(states, {name: [name] for name in tried}, [_BASE], sensitivity.measured_states)
 
     def _try_groups(
-        self, layer: int, hidden: Tensor | None, ids: Tensor, effective: Effective, states: Spill
+        self, layer: int, given: States | None, ids: Tensor, effective: Effective, states: Spill
     ) -> list[str]:
         """Quantize each group of a layer in turn and keep its states; the first names of those that are quantized."""
         tried = []
@@ -72,7 +73,7 @@ class StreamedTrials:
             replaced = effective(group)
             if replaced:
                 with replace_values(parameters, replaced):
-                    states.put(group.names[0], self.stream.relay.run(layer, hidden, None, ids))
+                    states.put_each(group.names[0], self.stream.relay.run(layer, given, None, ids))
                 tried.append(group.names[0])
         return tried
 
@@ -103,8 +104,8 @@ class StreamedTrials:
 
     def _pass_on(self, layer: int, name: str, ids: Sequence[Tensor], states: Spill) -> None:
         for place, tokens in enumerate(ids):
-            hidden = states.get((name, place)) if layer else None
-            states.put((name, place), self.stream.relay.run(layer, hidden, None, tokens))
+            given = states.get_each((name, place)) if layer else None
+            states.put_each((name, place), self.stream.relay.run(layer, given, None, tokens))
 
     def _kls(
         self,
@@ -115,10 +116,10 @@ class StreamedTrials:
     ) -> dict[str, float]:
         """Return the mean KL of final states kept under `keys` against those under `base`, by name."""
         logits = self.head().logits
-        final = torch.cat([compared(states.get(key)) for key in base])
+        final = torch.cat([compared(states.get_each(key)[0]) for key in base])
         return {
             name: mean_kl(
-                logits, final, logits, torch.cat([compared(states.get(key)) for key in places]), self.logit_rows
+                logits, final, logits, torch.cat([compared(states.get_each(key)[0]) for key in places]), self.logit_rows
             )
             for name, places in keys.items()
         }
@@ -155,16 +156,17 @@ class StreamedTrials:
         with self.passes.forward() as layers:
             for layer in layers:
                 for place, tokens in enumerate(ids):
-                    hidden = states.get((layer, place)) if layer else None
-                    states.put((layer + 1, place), self.stream.relay.run(layer, hidden, None, tokens))
+                    given = states.get_each((layer, place)) if layer else None
+                    states.put_each((layer + 1, place), self.stream.relay.run(layer, given, None, tokens))
 
     def _turn(self, ids: Sequence[Tensor], states: Spill) -> None:
         """Compute the gradients at the final states."""
         generator, head = torch.Generator().manual_seed(0), self.head()
         positions = min(fisher.POSITIONS, self.logit_rows)
         for place in range(len(ids)):
-            final = states.get((len(self.stream.layers), place))
-            states.put(("gradient", place), fisher.label_gradient(head, final, generator, positions))
+            (final,) = states.get_each((len(self.stream.layers), place))
+            gradient = fisher.label_gradient(head, final, generator, positions)
+            states.put_each(("gradient", place), (gradient,))
 
     def _back(self, layer: int, ids: Sequence[Tensor], watched: Sequence[fisher.Watched], states: Spill) -> None:
         """Run one layer again for every sample, and take the gradients back through it."""
@@ -174,13 +176,13 @@ class StreamedTrials:
             embedding = self.stream.model.get_input_embeddings()
             hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
             for place, tokens in enumerate(ids):
-                hidden = states.get((layer, place)).detach().requires_grad_() if layer else None
-                output = self.stream.relay.run(layer, hidden, None, tokens)
-                output.backward(states.get(("gradient", place)))  # type: ignore[no-untyped-call]
+                given = tuple(map(_leaf, states.get_each((layer, place)))) if layer else None
+                output = self.stream.relay.run(layer, given, None, tokens)
+                _take_back(output, states.get_each(("gradient", place)))
                 for product in watched:
                     product.end_pass()
-                if hidden is not None and hidden.grad is not None:
-                    states.put(("gradient", place), hidden.grad)
+                if given is not None:
+                    states.put_each(("gradient", place), tuple(map(_gradient, given)))
 
     @contextmanager
     def _states(self) -> Iterator[Spill]:
@@ -189,3 +191,24 @@ class StreamedTrials:
             yield states
         finally:
             states.close()
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """Return a tensor that gradients end at; an indexer's choice takes none."""
+    own = value.detach()
+    return own.requires_grad_() if own.is_floating_point() else own
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """Return a leaf's gradient; one without numbers where none reached it."""
+    return leaf.new_empty(0) if leaf.grad is None else leaf.grad
+
+
+def _take_back(output: States, gradients: States) -> None:
+    """Take the gradients at what a layer handed on back through it."""
+    pairs = [
+        (tensor, gradient)
+        for tensor, gradient in zip(output, gradients, strict=True)
+        if tensor.requires_grad and gradient.numel()
+    ]
+    torch.autograd.backward(*map(list, zip(*pairs, strict=True)))  # type: ignore[arg-type]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qeval.models.checkpoint.meta_model import set_parameter
+from qeval.models.checkpoint.meta_model import names_of_parameters, set_parameter
 from qeval.models.checkpoint.safetensors_rows import Plain, Raw, StoredTensor, gather_rows
 from qeval.models.structure.precision import outside_autocast
-from qeval.models.structure.weight_views import weight_of, weights_of
+from qeval.models.structure.weight_views import names_of_weights, weight_of
 from qeval.quantize.rotation_plan import WeightStep, take_steps, takes_rows_alone
 
 Raws = dict[str, Raw]
@@ -73,10 +73,13 @@ class LayerWeights:
         """`layers` are the names of the model's decoder layers, in order; `change` may change in place what is read."""
         self._change = change
         self._model, self._tensors, self.device = model, tensors, device
-        every, weights = dict(model.named_parameters()), weights_of(model)
+        every, weights = dict(model.named_parameters(remove_duplicate=False)), names_of_weights(model)
         self._prefixes = tuple(f"{layer}." for layer in layers)
         self._parameters = [tuple(name for name in every if name.startswith(prefix)) for prefix in self._prefixes]
-        self._weights = [tuple(name for name in weights if name.startswith(prefix)) for prefix in self._prefixes]
+        self._weights = [
+            {name: stored for name, stored in weights.items() if name.startswith(prefix)} for prefix in self._prefixes
+        ]
+        """The weights of each layer, and the names that they are stored by: a block that layers share has one."""
         self._empty = {name: every[name] for names in self._parameters for name in names}
         self._used: dict[str, nn.Parameter] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -95,7 +98,7 @@ class LayerWeights:
             for name in names:
                 place, empty = name.removeprefix(prefix), self._empty[name]
                 places[place] = max(places.get(place, 0), empty.numel() * empty.element_size())
-        raw = (sum(self._tensors[name].raw_bytes for name in names) for names in self._weights)
+        raw = (sum(self._tensors[name].raw_bytes for name in names.values()) for names in self._weights)
         return sum(places.values()) + max(raw, default=0)
 
     def install(self, index: int, ahead: int | None, check: TensorCheck | None = None) -> None:
@@ -103,13 +106,13 @@ class LayerWeights:
         raws = self._take(index)
         for name in self._parameters[index]:
             set_parameter(self._model, name, self._memory(index, name))
-        for name in self._weights[index]:
+        for name, stored in self._weights[index].items():
             weight = weight_of(self._model, name).detach()
-            self._tensors[name].decode(raws.pop(name), weight)
+            self._tensors[stored].decode(raws.pop(name), weight)
             if self._change:
-                self._change(name, weight)
+                self._change(stored, weight)
             if check:
-                check(name, weight)
+                check(stored, weight)
         if ahead is not None:
             self._ahead = (ahead, self._reader.submit(self._fetch, ahead))
 
@@ -140,8 +143,8 @@ class LayerWeights:
 
     def _fetch(self, index: int) -> Raws:
         found = {}
-        for name in self._weights[index]:
-            stored = self._tensors[name]
+        for name, stored_name in self._weights[index].items():
+            stored = self._tensors[stored_name]
             found[name] = stored.fetch(0, stored.shape[0] if stored.shape else 1)
         return found
 
@@ -167,6 +170,16 @@ def layers_in_turn(weights: LayerWeights, order: Sequence[int]) -> Generator[int
                 weights.remove(index)
     finally:
         weights.close()
+
+
+def hollow(parameter: Tensor, device: torch.device) -> nn.Parameter:
+    """Return a parameter of the same shape and type on a device, of zeros that take no memory.
+
+    It stands for the embedding, whose rows are looked up: models move ids to its device (Llama 4), or look at its row
+    of padding (Gemma 4).
+    """
+    zero = torch.zeros((), dtype=parameter.dtype, device=device)
+    return nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
 
 
 class LookedUp:
@@ -197,20 +210,22 @@ class LookedUp:
 
 def load_whole(model: Any, names: Sequence[str], tensors: Tensors, device: torch.device, check: TensorCheck) -> int:
     """Load some parameters for good; returns their bytes."""
-    parameters = dict(model.named_parameters())
+    parameters, every = dict(model.named_parameters()), names_of_parameters(model)
     for name in names:
-        stored, empty = tensors[name], parameters[name]
-        value = _whole(stored, empty, device)
+        value = _whole(tensors[name], parameters[name], device)
         check(name, value)
-        set_parameter(model, name, nn.Parameter(value, requires_grad=False))
+        parameter = nn.Parameter(value, requires_grad=False)
+        for place in every[name]:
+            set_parameter(model, place, parameter)
     return sum(prod(parameters[name].shape) * parameters[name].element_size() for name in names)
 
 
-def load_buffer(model: Any, name: str, stored: StoredTensor, device: torch.device) -> None:
-    """Load a buffer for good, such as the biases that balance a layer's experts."""
+def load_buffer(model: Any, name: str, stored: StoredTensor, device: torch.device) -> int:
+    """Load a buffer for good, such as the biases that balance a layer's experts; returns its bytes."""
     holder, _, leaf = name.rpartition(".")
     module, empty = model.get_submodule(holder), model.get_buffer(name)
-    module._buffers[leaf] = _whole(stored, empty, device)
+    module._buffers[leaf] = value = _whole(stored, empty, device)
+    return value.nbytes
 
 
 def _whole(stored: StoredTensor, empty: Tensor, device: torch.device) -> Tensor:

@@ -50,6 +50,15 @@ def set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> None:
     model.get_submodule(module)._parameters[leaf] = value
 
 
+def names_of_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return all names of each parameter, by the first: one that is tied, or in a shared module, has several."""
+    names: dict[int, list[str]] = {}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters:
+        names.setdefault(id(parameter), []).append(name)
+    return {own[0]: tuple(own) for own in names.values()}
+
+
 def meta_like(parameter: torch.Tensor) -> nn.Parameter:
     """Return a parameter of the same shape and type that holds nothing."""
     return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), requires_grad=False)
@@ -57,8 +66,10 @@ def meta_like(parameter: torch.Tensor) -> nn.Parameter:
 
 def _clear(model: Any) -> None:
     """Make small parameters that modules made by other means (a norm's ones) weightless too; ties stay."""
-    for name, parameter in list(model.named_parameters()):
-        if parameter.device.type != "meta":
-            set_parameter(model, name, meta_like(parameter))
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    empty = {id(parameter): meta_like(parameter) for _, parameter in parameters if parameter.device.type != "meta"}
+    for name, parameter in parameters:
+        if id(parameter) in empty:
+            set_parameter(model, name, empty[id(parameter)])
     embedding = model.get_input_embeddings()
     embedding.padding_idx = None  # it says which row gets no gradient, and there are none

@@ -23,6 +23,8 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 Raw = tuple[Tensor, ...]
 """Rows of a tensor as they lie on disk: one part, or codes, scales and zero points."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Split, WeightConverter
 
 from qeval.errors import UsageError
 from qeval.models.checkpoint.fit import Sources, fit_of, saved_buffers
@@ -43,6 +43,8 @@ def map_weights(model: Any, entries: Sequence[TensorEntry], where: str) -> Weigh
         pattern, parts = next(iter(sources.items()))
         if pattern in fit.converters and (rows := _rows_of_parts(sources, fit.converters[pattern])):
             stored[name] = rows
+        elif pattern in fit.converters and (pieces := _pieces(model, name, parts[0], fit.converters[pattern], where)):
+            stored |= pieces
         elif pattern in fit.converters:
             stored |= _experts(name, sources, fit.converters[pattern], len(stacks.get(name, ())), where)
         elif name in stacks:
@@ -59,6 +61,35 @@ def _rows_of_parts(sources: Sources, how: WeightConverter) -> RowsOfParts | None
     if [(type(step), getattr(step, "dim", None)) for step in how.operations] != [(Concatenate, 0)]:
         return None
     return RowsOfParts(tuple(Plain(part) for pattern in how.source_patterns for part in sources.get(pattern, ())))
+
+
+def _pieces(
+    model: Any, name: str, entry: TensorEntry, how: WeightConverter, where: str
+) -> dict[str, StoredTensor] | None:
+    """Return the weights that one tensor is divided into by rows as it is loaded; None where more is done to it.
+
+    Args:
+        model: The model.
+        name: The first of the weights.
+        entry: The tensor.
+        how: The conversion.
+        where: The checkpoint, for messages.
+
+    Raises:
+        UsageError: The tensor has more rows than the weights, or fewer.
+    """
+    if [(type(step), getattr(step, "dim", None)) for step in how.operations] not in ([(Split, 0)], [(Chunk, 0)]):
+        return None
+    names = [name.replace(how.target_patterns[0], target) for target in how.target_patterns]
+    rows = [model.get_parameter(each).shape[0] for each in names]
+    if sum(rows) != entry.shape[0]:
+        raise UsageError(f"'{where}' holds {entry.name} as {list(entry.shape)}, its model needs {sum(rows)} rows.")
+    row_bytes = (entry.end - entry.start) // entry.shape[0]
+    starts = [entry.start + row_bytes * sum(rows[:place]) for place in range(len(rows))]
+    return {
+        each: Plain(replace(entry, shape=(count, *entry.shape[1:]), start=start, end=start + count * row_bytes))
+        for each, count, start in zip(names, rows, starts, strict=True)
+    }
 
 
 def _experts(name: str, sources: Sources, how: WeightConverter, count: int, where: str) -> dict[str, StoredTensor]:

@@ -72,11 +72,11 @@ class FinalStates:
         self.parameters = inspect.signature(runs.forward).parameters
         self._cache_arguments = cache_arguments(runs.forward)
 
-    def __call__(self, ids: Tensor, cache: Any = None, **places: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor | None, cache: Any = None, **places: Tensor) -> Tensor:
         """Return the final states [batch, tokens, d_model] of token ids [batch, tokens].
 
         Args:
-            ids: The tokens.
+            ids: The tokens; None where `places` hold their embeddings.
             cache: What the pass continues and fills; by default nothing is kept.
             places: More arguments of the forward pass.
         """

@@ -42,6 +42,19 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def names_of_weights(model: nn.Module) -> dict[str, str]:
+    """Return every name of each weight, and the one that `weights_of` has it by: blocks that layers share have more."""
+    first, stacks = {id(parameter): name for name, parameter in model.named_parameters()}, stacks_of(model)
+    names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        own = first[id(parameter)]
+        if own in stacks:
+            names |= {expert_name(name, index): expert_name(own, index) for index in range(len(parameter))}
+        else:
+            names[name] = own
+    return names
+
+
 def transposed_weights(model: nn.Module) -> frozenset[str]:
     """Return the weights that a model keeps as [inputs, outputs], or as [experts, inputs, outputs], by name."""
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}

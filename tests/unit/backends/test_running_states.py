@@ -112,7 +112,7 @@ def test_greedy_continuations_are_those_of_whole_passes(session, model):
 
 @torch.inference_mode()
 def test_a_copy_that_forgets_the_state_is_found_out_at_load(monkeypatch):
-    monkeypatch.setattr(prefixes, "_continued", lambda layer, rows, *, grows: prefixes.copy.deepcopy(type(layer)()))
+    monkeypatch.setattr(prefixes, "continued_layer", lambda layer, rows, **_: prefixes.copy.deepcopy(type(layer)()))
     model = model_of("mamba2")
     found = TorchSession(model).sharing
     assert found == Sharing(prefixes=False, warning=found.warning)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.core_model_loading import Transpose
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from qeval.backends.base import Saved
 from qeval.backends.stream.backend import StreamBackend, inspect, streamed
@@ -237,12 +238,37 @@ def test_a_pass_takes_no_more_calls_than_memory_holds(tmp_path):
     assert passes[0] > passes[1] > passes[2] == 1
 
 
-def test_a_decoder_that_computes_between_its_layers_is_refused(tmp_path, monkeypatch):
-    from transformers.models.llama import modeling_llama
+def test_a_decoder_that_computes_between_its_layers_streams(tmp_path, monkeypatch):
+    original = LlamaDecoderLayer.__call__
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", lambda *a, **k: original(*a, **k) * 1.5)
+    model, requests = tiny_family("Llama"), (Request(tokens(20), tuple(range(20))),)
+    with backend_of(model, tmp_path).open(None) as session:
+        assert torch.equal(session.states(requests)[0], TorchSession(model).states(requests)[0])
 
-    original = modeling_llama.LlamaDecoderLayer.__call__
-    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "__call__", lambda *a, **k: original(*a, **k) * 1.0)
-    with pytest.raises(UsageError, match="computes between its decoder layers"):
+
+def test_a_layer_that_is_given_more_than_what_the_last_one_handed_on_is_refused(tmp_path, monkeypatch):
+    """As a U-net's are: the last layer sees the output of the first, which a pass of the last alone does not have."""
+    original, outputs = LlamaDecoderLayer.__call__, []
+
+    def call(layer, hidden, *args, **keywords):
+        if layer.self_attn.layer_idx == 0:
+            outputs.append(original(layer, hidden, *args, **keywords))
+            return outputs[-1]
+        return original(layer, hidden + outputs[-1] if layer.self_attn.layer_idx == 2 else hidden, *args, **keywords)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", call)
+    with pytest.raises(UsageError, match="computes between its decoder layers, from more than what the last of them"):
+        backend_of(tiny_family("Llama", num_hidden_layers=3), tmp_path)
+
+
+def test_layers_that_run_twice_are_refused(tmp_path, monkeypatch):
+    original = LlamaDecoderLayer.__call__
+    monkeypatch.setattr(
+        LlamaDecoderLayer,
+        "__call__",
+        lambda layer, hidden, *a, **k: original(layer, original(layer, hidden, *a, **k), *a, **k),
+    )
+    with pytest.raises(UsageError, match="runs its decoder layers in an order of its own, or some more than once"):
         backend_of(tiny_family("Llama"), tmp_path)
 
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from qeval.backends.stream.layer_runner import Relay
 from qeval.config import GridRule, Recipe, parse_method
 from qeval.errors import UsageError
 from qeval.jobs.conformance import CHECKS, Bench
@@ -215,18 +214,6 @@ def test_routers_that_hold_more_than_a_weight_are_routers(model_type):
     assert description.float_kinds[router] == "router"
     (entering,) = (group for group in description.groups if group.entry and group.layer == 1)
     assert router in entering.followers
-
-
-def test_layers_that_need_what_earlier_ones_left_are_not_streamed():
-    with quiet():
-        model = tiny_architecture("Gemma4")
-    relay = Relay(model, model.model.layers)
-    relay.every_layer(lambda _: None, lambda _: None)
-    with pytest.raises(
-        UsageError, match="attend to keys and values of earlier ones, so they can't be run one at a time"
-    ):
-        model.base_model(torch.tensor([[1, 2, 3]]), use_cache=False)
-    relay.close()
 
 
 def test_experts_that_lie_transposed_are_seen_as_others_are():
