@@ -1,6 +1,7 @@
 """Where the time of `qeval compare --methods awq,rtn,mixed` goes on a GPU, phase by phase, without a download.
 
     python benchmarks/gpu.py --shape llama-3.2-3b --windows 64 --questions 20
+    python benchmarks/gpu.py --shape llama-3.1-8b --device-map auto    # one model on all GPUs of the machine
 
 The model has the shape that is named and random weights; text and questions are made up, so every figure but time and
 memory means nothing. Beside each phase's seconds stands what share of the machine's own rate its matrix products
@@ -197,7 +198,9 @@ def settings_for(arguments: argparse.Namespace, folder: Path) -> Settings:
     (folder / "seen.txt").write_text(text[::-1], encoding="utf-8")
     window = min(1024, arguments.context)
     return Settings(
-        model=ModelChoice(str(model), device=arguments.device, compute=arguments.compute),
+        model=ModelChoice(
+            str(model), device=arguments.device, compute=arguments.compute, device_map=arguments.device_map
+        ),
         recipes=tuple(parse_methods(arguments.methods)),
         variants=(),
         tasks=("kl", "ppl", "mmlu"),
@@ -256,6 +259,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-3b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device-map", choices=("auto",), help="spread one model over all GPUs (--device cuda)")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), help="the checkpoint's bf16 on a GPU by default")
     parser.add_argument("--methods", default="awq,rtn,mixed")
     parser.add_argument("--windows", type=int, default=64, help="windows of 1024 tokens with stride 512")

@@ -53,10 +53,12 @@ class Point(NamedTuple):
 
 
 class Took(NamedTuple):
-    """Seconds of one comparison: of its jobs, and of all."""
+    """Seconds of one comparison: of its jobs, of all, and of processors."""
 
     jobs: float
     whole: float
+    cpu: float
+    """Of all its processes; on a loaded machine this is what can be compared."""
     shares: list[int]
     """Jobs by process."""
 
@@ -156,7 +158,11 @@ def _measured(folder: Path, points: Sequence[Point], arguments: argparse.Namespa
     for _ in range(arguments.repeats):
         for point in points:
             took = _compare(folder, point, windows=point.shards * _SHARD_WINDOWS)
-            print(f"{point}: jobs {took.jobs:.1f} s, whole {took.whole:.1f} s, {took.shares}", flush=True)
+            print(
+                f"{point}: jobs {took.jobs:.1f} s, whole {took.whole:.1f} s, processors {took.cpu:.1f} s, "
+                f"jobs by process {took.shares}, load {os.getloadavg()[0]:.1f}",
+                flush=True,
+            )
             best[point] = min(took, best.get(point, took))
     return best
 
@@ -180,16 +186,22 @@ def _compare(folder: Path, point: Point, windows: int) -> Took:
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     words += ["--stream"] if point.stream else []
     command = [sys.executable, "-c", "from qeval.cli.app import main; main()", "compare", *words, "--quiet"]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _cpu_of_children()
     environment = os.environ | {"QEVAL_HOME": str(folder / "home"), "OMP_NUM_THREADS": str(point.workers)}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    whole = time.perf_counter() - start
+    whole, cpu = time.perf_counter() - start, _cpu_of_children() - before
     with read_ledger(out) as ledger:
         tried = ledger.attempts()
     owners = [attempt.owner for attempt in tried]
     ends = [attempt.ended for attempt in tried if attempt.ended is not None]
     span = max(ends) - min(attempt.began for attempt in tried)
-    return Took(span, whole, [owners.count(owner) for owner in dict.fromkeys(owners)])
+    return Took(span, whole, cpu, [owners.count(owner) for owner in dict.fromkeys(owners)])
+
+
+def _cpu_of_children() -> float:
+    """Seconds of processors that ended commands and their workers took."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _line_told(axis: Axis, best: dict[Point, Took]) -> bool:

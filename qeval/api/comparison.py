@@ -43,6 +43,7 @@ def compare(
     compute: str | None = None,
     stream: bool = False,
     max_memory: str | int | None = None,
+    device_map: str | None = None,
     tasks: Names = DEFAULT_TASKS,
     corpus: Names | PathLike | None = None,
     protocol: str | None = None,
@@ -115,6 +116,7 @@ def compare(
         compute: fp32, bf16 or fp16; default: fp32 on the CPU, elsewhere the checkpoint's.
         stream: Read decoder layers one at a time.
         max_memory: With `stream`: bytes, or a text such as "2GiB".
+        device_map: "auto": spread the layers over all CUDA GPUs.
         tasks: kl, ppl, drift, reasoning, grammar, mmlu, any lm-eval task, or the path of a YAML file of one.
         corpus: wikitext2, c4, pydoc, code, chat (the baseline's own answers), or a text file, or several.
         protocol: A named protocol; excludes `window`, `stride`, `convention`.

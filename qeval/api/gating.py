@@ -30,6 +30,7 @@ def gate_model(
     compute: str | None = None,
     stream: bool = False,
     max_memory: str | int | None = None,
+    device_map: str | None = None,
     corpus: PathLike | None = None,
     protocol: str | None = None,
     window: int | None = None,

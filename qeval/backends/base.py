@@ -172,9 +172,9 @@ class Saved:
         """The scheme that is run: the variant's own unless another stands in its place."""
         return scheme_of(read_manifest(self.folder).scheme) if self.scheme is None else self.scheme
 
-    def variant(self, device: torch.device | None = None) -> Variant:
-        """Read the variant; its codes are unpacked on `device`."""
-        variant = load_variant(self.folder, device)
+    def variant(self, place: Callable[[str], torch.device] | None = None) -> Variant:
+        """Read the variant; `place` says on which device the codes of each weight are unpacked."""
+        variant = load_variant(self.folder, place)
         return variant if self.scheme is None else replace(variant.weights_alone, scheme=self.scheme)
 
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qeval.backends.memory import with_room_made
 from qeval.models.device import free_bytes, release_cached
+from qeval.models.device_map import bytes_by_device
 from qeval.models.structure.head import Head
 from qeval.models.structure.weight_views import modules_of, weights_of
 from qeval.quant.variant import Variant
@@ -36,10 +37,10 @@ def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head
         _replace(model, name, variant.floats[name])
     for name, core in variant.input_rotations.items():
         for module in modules_of(model, name):
-            turn_input(module, core, model.device)
+            turn_input(module, core, parameters[name].device)
     for name, scales in variant.input_scales.items():
         for module in modules_of(model, name):
-            _scale_input(module, scales.to(model.device))
+            _scale_input(module, scales.to(parameters[name].device))
     return own
 
 
@@ -49,8 +50,7 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
     parameters = weights_of(model)
     aside = _aside(model, variant, parameters)
     replaced = [parameters[name] for name in variant.weights if name in parameters]
-    place = with_room(model.device, sum(weight.numel() * weight.element_size() for weight in replaced))
-    originals = _Originals(parameters, place, keep_dtype)
+    originals = _Originals(parameters, without_room(bytes_by_device(replaced)), keep_dtype)
     with ExitStack() as stack, torch.inference_mode():
         try:
             _put(parameters, variant, {skip, *aside}, originals)
@@ -58,10 +58,10 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
                 stack.enter_context(_in_place_of(model, name, variant.floats[name]))
             for name, core in variant.input_rotations.items():  # before scales, which are those of turned inputs
                 for module in modules_of(model, name):
-                    stack.callback(turn_input(module, core, model.device).remove)
+                    stack.callback(turn_input(module, core, parameters[name].device).remove)
             for name, scales in variant.input_scales.items():
                 for module in modules_of(model, name):
-                    stack.enter_context(scaled_input(module, scales.to(model.device)))
+                    stack.enter_context(scaled_input(module, scales.to(parameters[name].device)))
             del variant
             yield
         finally:
@@ -71,9 +71,15 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
 class _Originals:
     """The weights that a variant replaces, kept to be put back: in host memory as soon as a GPU lacks room for them."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], place: torch.device, dtype: torch.dtype) -> None:
-        """Keep nothing yet; copies will lie on `place`, in `dtype` where that loses nothing."""
-        self._parameters, self._place, self._dtype = parameters, place, dtype
+    def __init__(self, parameters: Mapping[str, Tensor], crowded: Set[torch.device], dtype: torch.dtype) -> None:
+        """Keep nothing yet.
+
+        Args:
+            parameters: The model's.
+            crowded: The devices whose copies will lie in host memory; others' stay where the weights are.
+            dtype: What copies are kept in where that loses nothing.
+        """
+        self._parameters, self._crowded, self._dtype = parameters, crowded, dtype
         self._saved: dict[str, Tensor] = {}
 
     def keep(self, name: str) -> None:
@@ -83,8 +89,8 @@ class _Originals:
 
     def move_to_host(self) -> None:
         """Make room on the GPU: what is kept, and what will be, lies in host memory."""
-        self._place = torch.device("cpu")
-        self._saved = {name: value.to(self._place) for name, value in self._saved.items()}
+        self._crowded = {parameter.device for parameter in self._parameters.values()}
+        self._saved = {name: value.cpu() for name, value in self._saved.items()}
 
     def restore(self) -> None:
         """Put the originals back, bit for bit."""
@@ -92,7 +98,8 @@ class _Originals:
             self._parameters[name].copy_(value)
 
     def _copy_of(self, name: str) -> Tensor:
-        return _compact(self._parameters[name], self._dtype).to(self._place)
+        copy = _compact(self._parameters[name], self._dtype)
+        return copy.cpu() if self._parameters[name].device in self._crowded else copy
 
 
 def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], originals: _Originals | None) -> None:
@@ -135,10 +142,9 @@ def _in_place_of(model: Any, name: str, value: Tensor) -> Iterator[None]:
         model.get_submodule(place)._parameters[leaf] = own
 
 
-def with_room(device: torch.device, size_bytes: int) -> torch.device:
-    """Return a device, or the CPU where a CUDA GPU has not twice the room for so many bytes."""
-    lacks = device.type == "cuda" and free_bytes(device) <= 2 * size_bytes
-    return torch.device("cpu") if lacks else device
+def without_room(sizes: Mapping[torch.device, int]) -> Set[torch.device]:
+    """Return the CUDA GPUs, of those that bytes are to lie on, that have not twice the room for them."""
+    return {device for device, size in sizes.items() if device.type == "cuda" and free_bytes(device) <= 2 * size}
 
 
 def _compact(parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,9 +36,10 @@ def _kv_change(scheme: Scheme, key_range: Tensor | None, value_range: Tensor | N
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         # what is computed in half precision is rounded in fp32 and handed on in its own type
         if scheme.keys is not None:
-            keys = fake_quantize_heads(keys, scheme.keys, key_range, of_keys=True).to(keys.dtype)
+            keys = fake_quantize_heads(keys, scheme.keys, _near(key_range, keys), of_keys=True).to(keys.dtype)
         if scheme.values is not None:
-            values = fake_quantize_heads(values, scheme.values, value_range, of_keys=False).to(values.dtype)
+            near = _near(value_range, values)
+            values = fake_quantize_heads(values, scheme.values, near, of_keys=False).to(values.dtype)
         return keys, values
 
     return outside_autocast(change)
@@ -117,4 +118,9 @@ def _rounding(how: TensorFormat, amax: Tensor | None, device: torch.device) -> C
 
 
 def _rounded(inputs: Tensor, how: TensorFormat, amax: Tensor | None) -> Tensor:
-    return fake_quantize_rows(inputs, how, amax).to(inputs.dtype)
+    return fake_quantize_rows(inputs, how, _near(amax, inputs)).to(inputs.dtype)
+
+
+def _near(amax: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """Return a range where a tensor lies: the layers of a model may lie on several GPUs."""
+    return None if amax is None else amax.to(tensor.device)

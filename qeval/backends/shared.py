@@ -82,8 +82,8 @@ class PackedRow:
 _PACKED: ContextVar[PackedRow | None] = ContextVar("qeval_packed", default=None)
 """How the row that is being run is packed; transformers has no argument that reaches attention in every family."""
 
-_ROWS: ContextVar[dict[tuple[int, ...], RowLayout]] = ContextVar("qeval_rows")
-"""The row of the forward pass that is being run, by its sequences' lengths: its masks serve all layers."""
+_ROWS: ContextVar[dict[tuple[tuple[int, ...], torch.device], RowLayout]] = ContextVar("qeval_rows")
+"""The row of the forward pass that is being run, by its sequences' lengths and device: its masks serve all layers."""
 
 _AWAITED: ContextVar[Lent | None] = ContextVar("qeval_awaited", default=None)
 """The prefix that the cache lent last, until attention has seen it."""
@@ -178,11 +178,12 @@ def _attend_by_row(
     batch, _, tokens, _ = query.shape
     packed, rows = _PACKED.get(), _ROWS.get()
     lengths = (tokens,) * batch if packed is None else packed.lengths
-    if lengths not in rows:
-        rows[lengths] = RowLayout(lengths, query.device)
+    place = lengths, query.device
+    if place not in rows:
+        rows[place] = RowLayout(lengths, query.device)
     query, key, value = (part.transpose(0, 1).flatten(1, 2).unsqueeze(0) for part in (query, key, value))
     found = attend_row(
-        query, key, value, rows[lengths], lent,
+        query, key, value, rows[place], lent,
         scale=kwargs.get("scaling"), window=_window(module, kwargs), soft_cap=kwargs.get("softcap"),
     )  # fmt: skip
     return found.transpose(1, 2).reshape(batch, tokens, *found.shape[1::2])

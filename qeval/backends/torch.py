@@ -6,6 +6,7 @@ cannot see it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from qeval.backends.base import Prefix, Saved, SessionDefaults, Target
 from qeval.backends.decoding import Decoding, Greedy
 from qeval.backends.generation import Generation, IsDone
-from qeval.backends.install import installed, variant_head, with_room
+from qeval.backends.install import installed, variant_head, without_room
 from qeval.backends.memory import FittingBatches, batch_tokens
 from qeval.backends.prefix import continued_cache, prefix_cache
 from qeval.backends.schemes import kv_changes, rounded_inputs
@@ -28,6 +29,7 @@ from qeval.backends.sharing import Sharing, sharing_of
 from qeval.errors import QevalError
 from qeval.metrics.sweep import sweep_warning
 from qeval.metrics.tokens import block_rows
+from qeval.models.device_map import tightest_device
 from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head, head_of
@@ -96,7 +98,7 @@ class TorchSession(SessionDefaults):
     @property
     def block_rows(self) -> int:
         """The positions whose logits are made at a time."""
-        return self._batches.block_rows or block_rows(self.vocab_size, self._model.device)
+        return self._batches.block_rows or block_rows(self.vocab_size, self._head.weight.device)
 
     def halve_blocks(self) -> bool:
         """Make half as many positions' logits at a time from now on; False where it is one already."""
@@ -198,7 +200,7 @@ class TorchSession(SessionDefaults):
         with shared_attention(self._model) if prefix and self._shares else nullcontext():
             cache = continued_cache(prefix.cache, len(padded), grows=self.sharing.stepwise) if prefix else None
             hidden = self._continued(self._ids(padded), cache)
-        return [hidden[index, list(request.positions)].float().clone() for index, request in enumerate(requests)]
+        return [self._scored(hidden[index], request) for index, request in enumerate(requests)]
 
     def _run_packed(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
         """Return the same with one sequence behind the other, so that none is filled up."""
@@ -209,7 +211,11 @@ class TorchSession(SessionDefaults):
         with shared_attention(self._model, PackedRow(tuple(lengths), ids.device)):
             hidden = self._forward(ids, prefix.cache if prefix else None, position_ids=places)[0]
         parts = zip(requests, torch.split(hidden, lengths), strict=True)
-        return [part[list(request.positions)].float().clone() for request, part in parts]
+        return [self._scored(part, request) for request, part in parts]
+
+    def _scored(self, hidden: Tensor, request: Request) -> Tensor:
+        """Return a copy of the states [tokens, d_model] that a request asks for, fp32, on the head's device."""
+        return hidden[list(request.positions)].float().clone().to(self._head.weight.device)
 
     def _continued(self, ids: Tensor, cache: Any) -> Tensor:
         """Return the final states of a batch after what `cache` holds, a token at a time where the model needs that."""
@@ -284,7 +290,7 @@ class TorchBackend:
     @property
     def warnings(self) -> list[str]:
         """Sentences on the trials that failed: of shared prefixes, of packed batches, of the sweep's kernel."""
-        return [each for each in (self.sharing.warning, sweep_warning(self._model.device)) if each]
+        return [each for each in (self.sharing.warning, sweep_warning(self._head.weight.device)) if each]
 
     @property
     def shares_prefixes(self) -> bool:
@@ -295,7 +301,7 @@ class TorchBackend:
     def batch_tokens(self) -> int:
         """Tokens a batch that suit the device and its free memory."""
         itemsize = self._head.weight.element_size()
-        return batch_tokens(text_config(self._model), itemsize, self._model.device)
+        return batch_tokens(text_config(self._model), itemsize, tightest_device(self._model))
 
     @property
     def head(self) -> Head:
@@ -352,9 +358,17 @@ class TorchBackend:
         finally:
             self._is_lent = False
 
-    def _place_of_codes(self, folder: Path) -> torch.device:
-        """Return where a variant is unpacked, a byte a weight: on a CUDA GPU with room for it, else in host memory."""
-        device: torch.device = self._model.device
-        if device.type != "cuda":
-            return torch.device("cpu")
-        return with_room(device, sum(entry.rows * entry.columns for entry in read_manifest(folder).weights))
+    def _place_of_codes(self, folder: Path) -> Callable[[str], torch.device]:
+        """Return where each weight is unpacked, a byte a number: on its CUDA GPU with room for it, else on the host."""
+        host = torch.device("cpu")
+        places = {name: weight.device for name, weight in weights_of(self._model).items()}
+        sizes: Counter[torch.device] = Counter()
+        for entry in read_manifest(folder).weights:
+            sizes[places.get(entry.name, self._model.device)] += entry.rows * entry.columns
+        crowded = without_room(sizes)
+
+        def place(name: str) -> torch.device:
+            device: torch.device = places.get(name, self._model.device)
+            return device if device.type == "cuda" and device not in crowded else host
+
+        return place

@@ -8,6 +8,7 @@ from qeval.cli.printing import plan_table, print_json, stdout
 from qeval.compare.plan import Plan
 from qeval.compare.run import estimate
 from qeval.models.device import device_in_words
+from qeval.models.device_map import placement_in_words
 from qeval.report import Report, formatting, report_json, summary_table
 from qeval.store.run import RunRecord
 
@@ -24,7 +25,8 @@ def show_plan(plan: Plan, console: Console) -> None:
     for place in plan.places:
         if place.hub:
             table.add_row(place.name, f"from {place.hub}")
-    table.add_row("device", device_in_words(plan.settings.model.device))
+    spread = placement_in_words(plan.source.model, plan.source.description.layers)
+    table.add_row("device", spread or device_in_words(plan.settings.model.device))
     if plan.settings.worker_count > 1:
         on = ", one on each GPU" if plan.settings.model.device == "cuda" else ""
         table.add_row("workers", f"{plan.settings.worker_count}{on} (--workers)")
@@ -48,7 +50,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         table.add_row("calibration", f"{seen.source}: {seen.samples} x {seen.length} tokens")
     memory = f"{cost.peak_bytes / 2**30:.1f} GiB"
     if cost.gpu_bytes:
-        memory = f"{cost.gpu_bytes / 2**30:.1f} GiB of the GPU, {memory} of the host"
+        memory = f"{cost.gpu_bytes / 2**30:.1f} GiB of the GPU{'s' if spread else ''}, {memory} of the host"
     table.add_row("estimate", f"about {_duration(cost.seconds)} from nothing, {memory}")
     table.add_row("report", str(plan.settings.out))
     console.print(table)

@@ -11,6 +11,7 @@ from qeval.backends.base import Session, Target
 from qeval.compare.loading import loaded_model
 from qeval.compare.plan import Plan
 from qeval.models.device import free_bytes
+from qeval.models.device_map import devices_of
 from qeval.models.structure.precision import with_rounding, with_tf32
 from qeval.progress import Progress
 from qeval.quantize.build import quantizable
@@ -47,8 +48,9 @@ class ExactBackend:
         plan = self.plan
         choice, device = replace(plan.settings.model, compute=EXACT_DTYPE), plan.source.device
         needed = plan.shape.parameters * torch.float32.itemsize * 5 // 4
-        if device.type != "cpu" and needed > free_bytes(device):
-            choice = replace(choice, stream=True)
+        room = sum(map(free_bytes, devices_of(plan.source.model))) if choice.device_map else free_bytes(device)
+        if device.type != "cpu" and needed > room:
+            choice = replace(choice, stream=True, device_map=None)
         _, source, backend = loaded_model(choice, plan.memory)
         names = set(quantizable(source.description)) - {source.description.head}
 

@@ -48,7 +48,8 @@ def source_of_model(choice: ModelChoice, memory: MemoryModel | None = None) -> t
         UsageError: it can't be loaded, scored or quantized.
     """
     if memory is None:
-        loaded = load_model(resolve(choice.name, choice.revision), device=choice.device, dtype=choice.compute)
+        source, spread = resolve(choice.name, choice.revision), choice.device_map is not None
+        loaded = load_model(source, device=choice.device, dtype=choice.compute, spread=spread)
     else:
         loaded = memory.load(choice.compute)
     set_exact_sums()

@@ -7,6 +7,7 @@ import torch
 
 from qeval.compare.settings import AUTO, BackendChoice, ModelChoice, Settings
 from qeval.models.device import free_bytes, resolve_device
+from qeval.models.device_map import check_device_map
 from qeval.progress import Progress
 
 
@@ -25,11 +26,11 @@ def workers_here(settings: Settings) -> int:
     """Return how many processes score: what was asked for, else one on each GPU where no one GPU was named.
 
     GPUs are counted from the first until one has less than half of its memory: a small one (of a display, say) may not
-    hold the model. The demo and a cluster have one worker unless more are asked for.
+    hold the model. The demo, a model on several GPUs and a cluster have one worker unless more are asked for.
     """
     if settings.workers:
         return settings.workers
-    is_alone = settings.executor == "ray" or settings.model.name == "demo"
+    is_alone = settings.executor == "ray" or settings.model.name == "demo" or settings.model.device_map is not None
     if is_alone or settings.model.device != "cuda":
         return 1
     totals = [torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count())]
@@ -53,11 +54,13 @@ def model_here(choice: ModelChoice, progress: Progress) -> ModelChoice:
     """Return the choice of a model with the device that it means here; what is to be told of that is told.
 
     Raises:
-        UsageError: There is no such device.
+        UsageError: There is no such device, or a model is to be spread where it can't.
     """
     device = resolve_device(choice.device)
     if device.warning is not None:
         progress.warn(device.warning)
+    if choice.device_map is not None:
+        check_device_map(device.name)
     return replace(choice, device=device.name)
 
 

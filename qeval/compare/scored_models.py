@@ -312,7 +312,7 @@ def baseline_model(plan: Plan, progress: Progress, states: Path | None = None) -
 
 def _baseline_states(plan: Plan, folder: Path, progress: Progress) -> StateStore:
     """Return the store of the baseline's states, which may take a share of a GPU's free memory."""
-    device = plan.source.device
+    device = plan.source.head.weight.device if plan.settings.model.device_map else plan.source.device
     room = free_bytes(device) // _STATES_SHARE if device.type == "cuda" else 0
     return StateStore(folder, progress.warn, device, room)
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.generation_choice import DriftChoice, TraceChoice
+from qeval.compare.large_models import check_spread, check_stream
 from qeval.compare.options import Checked, Option
 from qeval.compare.task_choice import TaskChoice
 from qeval.config import Recipe, check_distinct
@@ -28,6 +28,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 Bos = Literal["auto", "always", "never"]
 Exporter = Literal["auto", "genai", "dynamo"]
 Executor = Literal["local", "ray"]
+DeviceMapKind = Literal["auto"]
 ExportForm = Literal["onnx", "hf", "gguf"]
 """The forms of `export`: an ONNX folder, a checkpoint in compressed-tensors' layouts, or a GGUF file."""
 ExternalParts = Literal["split", "all", "weights"]
@@ -84,13 +85,22 @@ class ModelChoice(Checked):
         ),
     ] = None
     """Bytes."""
+    device_map: Annotated[
+        DeviceMapKind | None,
+        Option("auto: spread the layers over all CUDA GPUs, for a model that no single one holds, in one process."),
+    ] = None
 
     def __post_init__(self) -> None:
-        """Refuse a limit that nothing keeps to.
+        """Refuse a limit that nothing keeps to, and two ways at once to run a model that a GPU does not hold.
 
         Raises:
-            UsageError: A limit without streaming.
+            UsageError: A limit without streaming, or streaming and a device map.
         """
+        if self.stream and self.device_map is not None:
+            raise UsageError(
+                "--stream holds one layer at a time and --device-map auto all layers, on several GPUs; leave one of "
+                "them out."
+            )
         if self.max_memory is not None and not self.stream:
             raise UsageError("--max-memory is the limit of a streamed model; add --stream.")
 
@@ -294,7 +304,10 @@ class Settings(Checked):
             )
         self.traces.check_tasks(self.tasks)
         if self.model.stream:
-            self._check_stream()
+            generating = [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]
+            check_stream(self.backends.names, self.recipes, answers=self.answers, generating=generating)
+        if self.model.device_map is not None:
+            check_spread(self.backends.names, self.executor, self.workers)
         if scheme := _SCHEME.match(str(self.out)):
             raise UsageError(
                 f"--out {self.out} is an address, and a run's ledger needs a folder whose file system locks files; "
@@ -306,25 +319,6 @@ class Settings(Checked):
             raise UsageError("--worker-gpus is for --executor ray.")
         if self.worker_gpus is not None and not 0 <= self.worker_gpus < math.inf:
             raise UsageError(f"--worker-gpus must not be below 0, nor endless, as {self.worker_gpus} is.")
-
-    def _check_stream(self) -> None:
-        """Refuse what needs the whole model in memory."""
-        if set(self.backends.names) - {"torch"}:
-            raise UsageError(
-                "--stream runs in torch; files for other backends are written of the whole model: leave out "
-                f"--backend {','.join(self.backends.names)}."
-            )
-        if self.answers:
-            raise UsageError(
-                "--corpus chat has the baseline answer one token after another, and --stream would read every layer "
-                "for each: leave one of them out."
-            )
-        if named := [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]:
-            raise UsageError(
-                f"--tasks {named[0]} generates one token after another, and --stream would read every layer for each: "
-                "leave one of them out."
-            )
-        check_streamed(self.recipes)
 
     @property
     def worker_count(self) -> int:
@@ -365,19 +359,3 @@ class Settings(Checked):
     def continues(self) -> bool:
         """Return whether the baseline's greedy continuations are run."""
         return DRIFT in self.tasks
-
-
-def check_streamed(recipes: Sequence[Recipe]) -> None:
-    """Refuse recipes that a streamed model can't be quantized by.
-
-    Raises:
-        UsageError: Another tool quantizes, inputs are turned (R4), or the model is smoothed first.
-    """
-    if turned := [recipe.name for recipe in recipes if recipe.rotations and recipe.rotations.online]:
-        raise UsageError(f"{', '.join(turned)}: qeval makes R4 of models that are in memory; leave r4 or --stream out.")
-    if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:
-        raise UsageError(f"{', '.join(smoothed)}: qeval smooths models that are in memory; leave it or --stream out.")
-    if tools := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "external"]:
-        raise UsageError(
-            f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
-        )

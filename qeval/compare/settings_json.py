@@ -61,8 +61,9 @@ def settings_of(record: RunRecord, out: Path | None = None) -> tuple[Path, Setti
 
 def identity_of(settings: Settings) -> str:
     """Return a digest of everything that processes which work on one run at once must agree on."""
-    # Each worker has a GPU and a limit on memory of its own, and neither changes a row.
-    model = replace(settings.model, device=settings.model.device.partition(":")[0], max_memory=None)
+    # Each worker has a GPU and a limit on memory of its own, layers may lie on several, and none of that changes a row.
+    device = settings.model.device.partition(":")[0]
+    model = replace(settings.model, device=device, max_memory=None, device_map=None)
     values = _plain(replace(settings, model=model))
     return digest({name: value for name, value in values.items() if name not in _CHANGES_NO_ROW})
 
@@ -70,6 +71,8 @@ def identity_of(settings: Settings) -> str:
 def _plain(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, without fields that are not used and older runs don't have."""
     values: dict[str, Any] = _SETTINGS.dump_python(settings, mode="json")
+    if values["model"]["device_map"] is None:
+        del values["model"]["device_map"]
     for name, default in _DEFAULTS.items():
         if values[name] == default:
             del values[name]

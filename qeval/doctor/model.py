@@ -1,7 +1,7 @@
 """The fit of a model on this machine, and a comparison's time: from its configuration alone, without a weight."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qeval.arithmetic import dtype_name
-from qeval.compare.cost import PROGRAM_BYTES, Shape, cost, flops_per_second
+from qeval.compare.cost import PROGRAM_BYTES, WORKING_BYTES, Shape, cost, flops_per_second
 from qeval.compare.defaults import CALIBRATION_LENGTH, CALIBRATION_SAMPLES, SHIPPED_SAMPLES, takes_shipped_texts
 from qeval.doctor.checks import CheckStatus, DoctorCheck
 from qeval.errors import QevalError, UsageError
@@ -150,19 +150,23 @@ def _download(size: int) -> Iterator[DoctorCheck]:
 
 def _fits(name: str, outline: Outline) -> Iterator[DoctorCheck]:
     """Yield whether it fits whole, on several GPUs, by layers; then the command that suits, and its time."""
-    roomy = []
+    roomy, together = [], 0
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free = free_bytes(torch.device("cuda", index))
         needed = cost(0.0, 1.0, outline.shape(outline.stored), on_gpu=True).gpu_bytes
         roomy += [index] if needed <= free else []
+        together += max(0, free - WORKING_BYTES)
         yield _check(f"whole on cuda:{index}", _verdict(needed, free))
 
     needed, free = cost(0.0, 1.0, outline.shape(torch.float32)).peak_bytes, free_bytes(torch.device("cpu"))
     whole_on_cpu = needed <= free
     yield _check("whole on the CPU", f"{_verdict(needed, free)}, computed in float32")
 
+    spreads = not roomy and outline.shape(outline.stored).model_bytes <= together
     if len(roomy) > 1:
         yield _check("on several GPUs", f"yes: --workers {len(roomy)}, a whole model on each")
+    elif spreads:
+        yield _check("on several GPUs", "yes: --device-map auto, one model on all of them")
     elif torch.cuda.is_available():
         yield _check("on several GPUs", "no: --workers puts a whole model on each GPU, and fewer than two hold it")
 
@@ -172,30 +176,26 @@ def _fits(name: str, outline: Outline) -> Iterator[DoctorCheck]:
     room = free_bytes(torch.device(device))
     streams = outline.streamed_bytes(compute) + PROGRAM_BYTES
     yield _check("by layers (--stream)", _verdict(streams, room))
-    yield from _command(name, outline, device, compute, roomy, whole_on_cpu=whole_on_cpu, streams=streams <= room)
+    way: str | None
+    if spreads:
+        way = " --device-map auto"
+    elif device == "cuda" and roomy:
+        way = f" --device cuda:{roomy[0]}" if roomy[0] else ""
+    elif device != "cuda" and whole_on_cpu:
+        way = ""
+    else:
+        way = " --stream" if streams <= room else None
+    yield from _command(name, outline, device, compute, way)
 
 
-def _command(
-    name: str,
-    outline: Outline,
-    device: str,
-    compute: torch.dtype,
-    roomy: Sequence[int],
-    *,
-    whole_on_cpu: bool,
-    streams: bool,
-) -> Iterator[DoctorCheck]:
-    command = f"qeval compare --model {name}"
-    if device == "cuda" and roomy and 0 not in roomy:
-        command += f" --device cuda:{roomy[0]}"
-    elif not (roomy if device == "cuda" else whole_on_cpu):
-        command += " --stream"
-        if not streams:
-            yield _check("what to run", "nothing fits", "wrong", "free memory, or take a machine with more of it")
-            return
+def _command(name: str, outline: Outline, device: str, compute: torch.dtype, way: str | None) -> Iterator[DoctorCheck]:
+    """Yield the command with the flags of the `way` in which the model fits (None: in none), and its time."""
+    if way is None:
+        yield _check("what to run", "nothing fits", "wrong", "free memory, or take a machine with more of it")
+        return
     texts = _SHIPPED if takes_shipped_texts(name, offline=False) else _PUBLISHED
     seconds = cost(_flops(outline, compute, texts), flops_per_second(device, compute), outline.shape(compute)).seconds
-    yield _check("what to run", command)
+    yield _check("what to run", f"qeval compare --model {name}{way}")
     yield _check("time", f"about {_duration(seconds)} for the baseline and three variants on {texts.title}")
 
 

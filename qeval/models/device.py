@@ -13,7 +13,7 @@ from qeval.models.checkpoint.weights import TensorEntry, weight_bytes
 from qeval.models.nvidia import has_nvidia_gpu, holders, read_driver
 
 _KINDS = ("cpu", "cuda", "mps")
-_WORKING_BYTES = 512 << 20
+LEAST_WORK_BYTES = 512 << 20
 """Memory of a GPU that a model needs beside its weights, at the least: kernels' workspaces and a small batch."""
 _HOLDERS_TOLD = 3
 
@@ -82,7 +82,7 @@ def device_in_words(name: str) -> str:
     if device.type == "mps":
         return "mps: Apple's GPU, which shares the machine's memory"
     if device.type == "cpu":
-        return f"cpu, {_gib(free_bytes(device))} free"
+        return f"cpu, {in_gib(free_bytes(device))} free"
     free, total = torch.cuda.mem_get_info(device)
     return f"{name}: {torch.cuda.get_device_name(device)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
@@ -101,7 +101,7 @@ def require_room(device: torch.device, entries: Sequence[TensorEntry], itemsize:
     if device.type != "cuda":
         return
 
-    needed = weight_bytes(entries, itemsize) + _WORKING_BYTES
+    needed = weight_bytes(entries, itemsize) + LEAST_WORK_BYTES
     if free_bytes(device) < needed:
         gc.collect()  # an earlier model of this process may wait for that, and its memory with torch
         release_cached()
@@ -112,8 +112,8 @@ def require_room(device: torch.device, entries: Sequence[TensorEntry], itemsize:
     # say how much lacks, who holds memory, and the ways out
     name = torch.cuda.get_device_name(device)
     sentence = (
-        f"--device {device}: the model's weights take {_gib(needed - _WORKING_BYTES)} and work beside them "
-        f"{_gib(_WORKING_BYTES)}, and {name} has {_gib(free)} of {_gib(total)} free"
+        f"--device {device}: the model's weights take {in_gib(needed - LEAST_WORK_BYTES)} and work beside them "
+        f"{in_gib(LEAST_WORK_BYTES)}, and {name} has {in_gib(free)} of {in_gib(total)} free"
     )
     others = holders(str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))) if needed <= total else ()
     users = ", ".join(_usage_of(each.name, each.process_id, each.memory_bytes) for each in others[:_HOLDERS_TOLD])
@@ -175,9 +175,10 @@ def _roomier_gpu(device: torch.device, needed: int) -> str | None:
 
 
 def _usage_of(name: str, process_id: int, memory_bytes: int | None) -> str:
-    amount = "some of it" if memory_bytes is None else _gib(memory_bytes)
+    amount = "some of it" if memory_bytes is None else in_gib(memory_bytes)
     return f"{name} (process {process_id}) holds {amount}"
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """Return bytes in words, such as `7.2 GiB`."""
     return f"{size / 2**30:.1f} GiB"

@@ -16,6 +16,7 @@ from qeval.models.checkpoint.fit import Fit, check_fit
 from qeval.models.checkpoint.meta_model import build_meta_model
 from qeval.models.demo import demo_folder
 from qeval.models.device import check_device, require_room
+from qeval.models.device_map import spread_model
 from qeval.models.gguf.convert import convert_gguf
 from qeval.models.hub.fetch import fetch
 from qeval.models.info import LoadedModel, ModelInfo, SourceKind
@@ -48,7 +49,12 @@ class Checkpoint:
 
 
 def load_model(
-    source: ModelSource, *, device: str = "cpu", dtype: str | None = None, weightless: bool = False
+    source: ModelSource,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    weightless: bool = False,
+    spread: bool = False,
 ) -> LoadedModel:
     """Load the model of `source` on `device`, in eval mode, without gradients.
 
@@ -60,6 +66,7 @@ def load_model(
         device: Where it is computed, by torch's name.
         dtype: What it is computed in; None: the checkpoint's own type, but float32 on the CPU.
         weightless: Whether no weights are read into memory: whoever runs the model reads them from the folder.
+        spread: Whether its layers are spread over all GPUs, as `check_device_map` allows it.
 
     Raises:
         UsageError: One sentence for whatever is wrong with the checkpoint, the device or the dtype.
@@ -72,7 +79,7 @@ def load_model(
     entries = weights.read_entries(files)
     own_dtype = weights.main_dtype(entries)
     compute = compute_dtype_of(own_dtype, where, dtype)
-    if not weightless:
+    if not (weightless or spread):
         require_room(where, entries, COMPUTE_DTYPES[compute].itemsize)
 
     tokenizer = read_tokenizer(checkpoint.folder)
@@ -80,7 +87,10 @@ def load_model(
         model, notes = build_meta_model(config, COMPUTE_DTYPES[compute], entries, str(checkpoint.folder))
     else:
         fit = check_fit(config, entries, str(checkpoint.folder))
-        model, notes = _read_model(checkpoint.folder, files, config, where, COMPUTE_DTYPES[compute], fit), fit.notes
+        places: Mapping[str, torch.device | int] = {"": where}
+        if spread:
+            places = spread_model(config, entries, COMPUTE_DTYPES[compute], str(checkpoint.folder))
+        model, notes = _read_model(checkpoint.folder, files, config, places, COMPUTE_DTYPES[compute], fit), fit.notes
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             check_finite(name, tensor, compute)
 
@@ -234,9 +244,14 @@ def compute_dtype_of(weight_dtype: str, device: torch.device, wanted: str | None
 
 
 def _read_model(
-    folder: Path, files: Sequence[Path], config: Any, device: torch.device, dtype: torch.dtype, fit: Fit
+    folder: Path,
+    files: Sequence[Path],
+    config: Any,
+    places: Mapping[str, torch.device | int],
+    dtype: torch.dtype,
+    fit: Fit,
 ) -> Any:
-    """Return the model of a configuration with the weights of these files alone.
+    """Return the model of a configuration with the weights of these files alone, each module in its place.
 
     transformers looks for weights, indexes and adapters by itself, and may find others than those that were checked
     and hashed: it is given a folder of links to these.
@@ -248,7 +263,7 @@ def _read_model(
             alone,
             config=config,
             dtype=dtype,
-            device_map={"": device},
+            device_map=dict(places),
             use_safetensors=True,
             output_loading_info=True,
             **_LOCAL,

@@ -145,7 +145,7 @@ def turned_weights(
     with weights.turned(plan.steps), ExitStack() as hooks:
         for name, rotation in plan.inputs.items():
             for module in modules_of(model, name):
-                hooks.callback(turn_input(module, rotation.core.float(), model.device).remove)
+                hooks.callback(turn_input(module, rotation.core.float(), module.get_parameter("weight").device).remove)
         moved = _moved(before, heads[1].logits(weights.states()))
         if not moved <= _TOLERANCES.get(matrix.dtype, _TOLERANCE):
             raise _changed_model(model, description, plan, moved)

@@ -314,7 +314,7 @@ class _Builder:
             if (
                 isinstance(output, Tensor)
                 and output.shape[1:] == states.shape
-                and torch.equal(output[0].float(), states)
+                and torch.equal(output[0].float().to(states.device), states)
             ):
                 return name, self._model.get_submodule(name)
         raise self._refused("R1", "no norm gives its final states")

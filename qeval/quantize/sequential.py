@@ -206,7 +206,7 @@ class Stream:
         Raises:
             QevalError: No token of the text reaches one of the others.
         """
-        sums = {group.names[0]: _Moments(group.columns, self._device) for group in groups}
+        sums = {group.names[0]: _Moments(group.columns) for group in groups}
         last = groups[-1] if groups and self._in_turn else None
         listeners = {
             group.seen_at: sums[group.names[0]].listener(stops=group is last and group.is_explicit) for group in groups
@@ -268,15 +268,18 @@ class Stream:
 class _Moments:
     """One input's second moments while the text streams through."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._total = torch.zeros(columns, columns, device=device)
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self._total: Tensor | None = None  # made where the first input lies
         self.tokens = 0
 
     def listener(self, *, stops: bool) -> Before:
         """Return what is called before a product; `stops`: nothing after it is needed."""
 
         def listen(inputs: Tensor) -> None:
-            rows = inputs.reshape(-1, len(self._total)).float()
+            rows = inputs.reshape(-1, self._columns).float()
+            if self._total is None:
+                self._total = torch.zeros(self._columns, self._columns, device=rows.device)
             add_moments(self._total, rows)
             self.tokens += len(rows)
             if stops:
@@ -286,7 +289,7 @@ class _Moments:
 
     def mean(self, name: str) -> InputMoments:
         """Return the mean over all tokens, both triangles."""
-        if not self.tokens:
+        if self._total is None or not self.tokens:
             raise QevalError(
                 f"{name}: no calibration token reaches it, so GPTQ can't round it; calibrate on more text."
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qeval.models.structure.forward import run_samples
 from qeval.models.structure.graph import Description, Group
-from qeval.models.structure.weight_views import Before, watch_products
+from qeval.models.structure.weight_views import Before, watch_products, weights_of
 from qeval.progress import Advance
 from qeval.quant.statistics import Accumulator, InputStatistics
 
@@ -37,8 +37,9 @@ def collect(
         advance: Called with the tokens of each pass.
         all_experts: Whether each expert sees every token, not those routed to it alone.
     """
+    weights = weights_of(model)
     accumulators = {
-        group.names[0]: Accumulator(group.columns, seed + index, model.device)
+        group.names[0]: Accumulator(group.columns, seed + index, weights[group.names[0]].device)
         for index, group in enumerate(description.groups)
     }
     with listening(model, description.groups, accumulators, all_experts=all_experts):

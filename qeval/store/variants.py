@@ -10,7 +10,7 @@ The folder appears whole or not at all, and reads back to the same variant.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,14 +268,21 @@ def verify_variant(folder: Path) -> Manifest:
     return manifest
 
 
-def load_variant(folder: Path, device: torch.device | None = None) -> Variant:
-    """Return the variant that was saved to `folder`, verified; its codes are unpacked on `device`, its ranges stay."""
+def load_variant(folder: Path, place: Callable[[str], torch.device] | None = None) -> Variant:
+    """Return the variant that was saved to `folder`, verified.
+
+    Args:
+        folder: Where it lies.
+        place: Returns the device that the codes of a weight are unpacked on, by its name; ranges stay in host memory.
+    """
     manifest = verify_variant(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
-        if device is not None and device.type != "cpu":
-            moved = {name: tensor.to(device) for name, tensor in tensors.items() if not name.endswith(".range")}
-            tensors |= moved
+        if place is not None:
+            floats = set(manifest.floats)
+            for name in tensors:
+                if not name.endswith(".range"):
+                    tensors[name] = tensors[name].to(place(name if name in floats else name.rpartition(".")[0]))
         return _variant(manifest, tensors)
     except torch.OutOfMemoryError:
         raise

@@ -67,6 +67,14 @@ def test_a_streamed_run_gives_the_same_figures(reports, tmp_path):
     assert kl(streamed, "rtn") == pytest.approx(kl(reports["fp32"][0], "rtn"), rel=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_one_model_on_several_gpus_gives_the_same_figures(reports, tmp_path):
+    flags = ("--device", "cuda", "--compute", "fp32", "--device-map", "auto")
+    spread, _ = compare(tmp_path / "spread", *flags, methods="rtn,awq")
+    for name in ("rtn", "awq"):
+        assert kl(spread, name) == pytest.approx(kl(reports["fp32"][0], name), rel=1e-4)
+
+
 def test_speed_is_told(reports, capsys):
     with capsys.disabled():
         for name, (report, seconds) in reports.items():

@@ -213,6 +213,8 @@ def test_a_models_size_is_told_from_its_configuration(size):
         ("8B", [T4, H100], ["no", "yes"], "no", " --device cuda:1"),
         ("8B", [H100, H100], ["yes", "yes"], "yes: --workers 2, a whole model on each", ""),
         ("70B", [H100], ["no"], "no", " --stream"),
+        ("70B", [H100, H100], ["no", "no"], "yes: --device-map auto, one model on all of them", " --device-map auto"),
+        ("70B", [H100, L4], ["no", "no"], "no", " --stream"),
         ("70B", [FakeGpu("NVIDIA T4", 1.0, 15.0)], ["no"], "no", None),
         ("3B", [], [], None, ""),
         ("70B", [], [], None, " --stream"),

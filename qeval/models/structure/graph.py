@@ -79,7 +79,7 @@ class Fold:
 
     def folded(self, tensor: Tensor, scales: Tensor) -> Tensor:
         """Return a producer tensor with its rows divided by `scales` [rows], in fp32 and back."""
-        divisors = self.divisors(scales.float(), len(tensor)).reshape(-1, *[1] * (tensor.dim() - 1))
+        divisors = self.divisors(scales.float().to(tensor.device), len(tensor)).reshape(-1, *[1] * (tensor.dim() - 1))
         whole = tensor.float()
         return ((whole + 1) / divisors - 1 if self.plus_one else whole / divisors).to(tensor.dtype)
 
@@ -384,7 +384,7 @@ def _keeps_output(model: Any, run: Probe, proposal: _Proposal, choice: int) -> b
             for name in fold.parameters:
                 weights[name].copy_(fold.folded(weights[name], scales))
             for name in (*member.names, *member.followers):
-                weights[name].mul_(fold.spread(scales).to(weights[name].dtype))
+                weights[name].mul_(fold.spread(scales).to(weights[name]))
         after = run()
     return bool((after - before).abs().max() <= _PROBE_TOLERANCE * before.abs().max())
 

@@ -66,6 +66,7 @@ def keep_sums_in_fp32(model: Any, device: torch.device) -> Callable[[], None]:
     norms = [module for module in model.modules() if _is_norm(module)]
     _set_type(norms, torch.float32)  # LayerNorm takes no fp32 input with bf16 gains
     wrapped = list({id(module): module for module in (model, body_of(model))}.values())
+    hooked = {id(module): vars(module)["forward"] for module in wrapped if "forward" in vars(module)}
     for module in wrapped:
         module.forward = _in_autocast(module.forward, device.type, dtype)
 
@@ -74,6 +75,8 @@ def keep_sums_in_fp32(model: Any, device: torch.device) -> Callable[[], None]:
         _set_type(norms, dtype)
         for module in wrapped:
             del module.forward
+            if id(module) in hooked:  # accelerate's, of a model on several GPUs
+                module.forward = hooked[id(module)]
 
     return undo
 

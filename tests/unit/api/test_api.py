@@ -49,7 +49,8 @@ SIGNATURES = {
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
     "exporter format precision "
-    "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
+    "device compute stream max_memory device_map tasks corpus protocol convention window stride max_windows bos "
+    "mmlu_dir subjects "
     "limit shots apply_chat_template fewshot_as_multiturn system_instruction drift_prompts drift_prompt_tokens "
     "drift_tokens prompts template chat_tokens chat_temperature "
     "reasoning_questions reasoning_tokens grammar_calls "
@@ -62,17 +63,18 @@ SIGNATURES = {
     "calibration_samples calibration_length calibrate_all_experts "
     "offline budget importance quantize_head threads seed out progress",
     "gate": "run policy *variants against junit markdown summary",
-    "gate_model": "model policy *method revision device compute stream max_memory corpus protocol window stride "
+    "gate_model": "model policy *method revision device compute stream max_memory device_map corpus protocol window "
+    "stride "
     "max_windows mmlu_dir limit shots calibration calibration_samples calibration_length calibrate_all_experts "
     "offline threads seed out "
     "junit markdown summary progress command",
     "import_rows": "files *out baseline task repeats higher_is_better command",
     "lm_eval_model": "model tokenizer *bos batch_tokens device compute",
     "load": "folder",
-    "quantize": "model *method revision device compute stream max_memory calibration calibration_samples "
+    "quantize": "model *method revision device compute stream max_memory device_map calibration calibration_samples "
     "calibration_length calibrate_all_experts offline budget importance quantize_head threads seed out progress",
     "selfcheck": "*rows table data mmlu_dir device threads progress",
-    "sensitivity": "model *method budgets formats revision device compute calibration calibration_samples "
+    "sensitivity": "model *method budgets formats revision device compute device_map calibration calibration_samples "
     "calibration_length calibrate_all_experts offline measured_samples threads seed out progress",
     "sweep": "models *out bits groups budgets models_at_once progress listener commands **options",
     "verify": "run *sample seed progress",

@@ -41,6 +41,7 @@ RUNTIME = {"--ep": "auto", "--exporter": "auto", "--format": "nbits", "--precisi
 COMPARE = SHARED | {
     "--stream": False,
     "--max-memory": None,
+    "--device-map": None,
     **RUNTIME,
     "--accuracy-level": "1",
     "--methods": None,
@@ -80,8 +81,8 @@ COMPARE = SHARED | {
     "--worker-gpus": None,
     "--split": False,
 }
-QUANTIZE = SHARED | {"--method": None, "--stream": False, "--max-memory": None}
-_TORCH_ONLY = ("--compute", "--stream", "--max-memory")
+QUANTIZE = SHARED | {"--method": None, "--stream": False, "--max-memory": None, "--device-map": None}
+_TORCH_ONLY = ("--compute", "--stream", "--max-memory", "--device-map")
 EXPORT = {name: value for name, value in QUANTIZE.items() if name not in _TORCH_ONLY} | {
     **RUNTIME,
     "--accuracy-level": 1,
@@ -161,6 +162,7 @@ SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXE
     "--budgets": None,
     "--formats": None,
     "--measured-samples": 10,
+    "--device-map": None,
 }
 SWEEP = {
     "--models": None,
