@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +11,13 @@ from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.options import Checked, Option
+from qeval.compare.streamable import check_streamed
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
 from qeval.recipe_parts import added_parts
 from qeval.tasks.corpus import CHAT, corpus_names
-from qeval.types import OnnxFormat, OnnxPrecision
+from qeval.types import OnnxFormat, OnnxPrecision, Sampler
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 """How an address begins once it was read as a path: `s3://bucket` is `s3:/bucket` then."""
@@ -268,6 +268,14 @@ class Settings(Checked):
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
     chat: ChatChoice = field(default_factory=ChatChoice)
+    sampling: Annotated[
+        Sampler | None,
+        Option(
+            "With kl: compare also as a sampler does, such as top_p=0.9,temperature=0.7.",
+            type=str | None,
+            parse=read.sampling,
+        ),
+    ] = None
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -312,6 +320,8 @@ class Settings(Checked):
                 "--prompts, --template, --chat-tokens and --chat-temperature are for --corpus chat; add it, or leave "
                 "them out."
             )
+        if self.sampling is not None and not self.scores_tokens:
+            raise UsageError("--sampling compares distributions over a corpus; add kl to --tasks, or leave it out.")
         if self.model.stream:
             self._check_stream()
         if scheme := _SCHEME.match(str(self.out)):
@@ -379,19 +389,3 @@ class Settings(Checked):
     def continues(self) -> bool:
         """Return whether the baseline's greedy continuations are run."""
         return DRIFT in self.tasks
-
-
-def check_streamed(recipes: Sequence[Recipe]) -> None:
-    """Refuse recipes that a streamed model can't be quantized by.
-
-    Raises:
-        UsageError: Another tool quantizes, inputs are turned (R4), or the model is smoothed first.
-    """
-    if turned := [recipe.name for recipe in recipes if recipe.rotations and recipe.rotations.online]:
-        raise UsageError(f"{', '.join(turned)}: qeval makes R4 of models that are in memory; leave r4 or --stream out.")
-    if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:
-        raise UsageError(f"{', '.join(smoothed)}: qeval smooths models that are in memory; leave it or --stream out.")
-    if tools := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "external"]:
-        raise UsageError(
-            f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
-        )

@@ -21,6 +21,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "external_parts": "split",
     "kv_types": [],
     "split": False,
+    "sampling": None,
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
 }
 """Settings that older runs don't have."""

@@ -8,7 +8,8 @@ import torch
 
 from qeval.compare.loading import loaded_model, tell_warnings
 from qeval.compare.plan import calibration_of
-from qeval.compare.settings import CalibrationChoice, ModelChoice, check_streamed
+from qeval.compare.settings import CalibrationChoice, ModelChoice
+from qeval.compare.streamable import check_streamed
 from qeval.compare.variants import check_recipes
 from qeval.config import Recipe
 from qeval.progress import Progress

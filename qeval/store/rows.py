@@ -21,10 +21,10 @@ from qeval.progress import Notify
 from qeval.store.schema import (
     DRIFT_SCHEMA,
     ITEMS_SCHEMA,
-    OLDER_TOKENS_SCHEMA,
     READ_ERRORS,
     SCORES_SCHEMA,
     TOKENS_SCHEMA,
+    TOKENS_SCHEMAS,
 )
 
 RowKind = Literal["tokens", "items", "drift", "scores"]
@@ -126,8 +126,9 @@ def concat(kind: RowKind, paths: Iterable[Path], columns: Sequence[str] | None =
 
 
 def has_known_columns(kind: RowKind, schema: pa.Schema) -> bool:
-    """Return whether a shard has the columns of its kind, as this version of qeval or the one before writes them."""
-    return bool(schema.equals(SCHEMAS[kind]) or (kind == "tokens" and schema.equals(OLDER_TOKENS_SCHEMA)))
+    """Return whether a shard has the columns of its kind, as this version of qeval or one before writes them."""
+    known = TOKENS_SCHEMAS if kind == "tokens" else (SCHEMAS[kind],)
+    return any(schema.equals(each) for each in known)
 
 
 def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.Table:

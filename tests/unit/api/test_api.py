@@ -49,8 +49,8 @@ SIGNATURES = {
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
     "exporter format precision "
-    "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
-    "limit shots drift_prompts drift_prompt_tokens drift_tokens prompts template chat_tokens chat_temperature "
+    "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos sampling mmlu_dir "
+    "subjects limit shots drift_prompts drift_prompt_tokens drift_tokens prompts template chat_tokens chat_temperature "
     "calibration calibration_samples calibration_length "
     "calibrate_all_experts "
     "offline budget importance quantize_head batch_tokens threads workers executor worker_gpus split seed out progress "
