@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from qeval.store.timings import BenchRecord
     from qeval.store.variants import Manifest
 
-_COMPARED = ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats")
+_COMPARED = (
+    "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "top5_agreement", "top10_agreement",
+    "sampling_kl_nats", "outside_nucleus", "delta_p", "kernel_kl_nats",
+)  # fmt: skip
 """Columns of token rows that are distances from the baseline already."""
 
 

@@ -1,7 +1,10 @@
 """The nouns that every layer shares."""
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
+
+from qeval.errors import UsageError
 
 Better = Literal["lower", "higher", "neither"]
 FloatType = Literal["fp32", "fp16", "bf16"]
@@ -28,6 +31,32 @@ class Estimate:
     better: Better
     n: int
     clusters: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler: tokens are drawn from the likeliest that hold `top_p`, after logits are divided by `temperature`."""
+
+    top_p: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler does.
+
+        Raises:
+            UsageError: A number is not finite or out of its range.
+        """
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--sampling top_p={self.top_p:g}: top_p is a share above 0, and at most 1.")
+        if not isfinite(self.temperature) or self.temperature <= 0:
+            raise UsageError(
+                f"--sampling temperature={self.temperature:g}: a temperature is finite and above 0; greedy choices are "
+                "compared by top1_agreement."
+            )
+
+    def __str__(self) -> str:
+        """Return it as `--sampling` takes it."""
+        return f"top_p={self.top_p:g},temperature={self.temperature:g}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compare variants of a model with its baseline."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,7 @@ def compare(
     stride: int | None = None,
     max_windows: int | None = None,
     bos: Literal["auto", "always", "never"] = "auto",
+    sampling: str | Mapping[str, float] | None = None,
     mmlu_dir: PathLike | None = None,
     subjects: Names | None = None,
     limit: int | None = None,
@@ -125,6 +126,7 @@ def compare(
         stride: Tokens between the starts of windows.
         max_windows: Only the first windows.
         bos: Whether windows begin with BOS: auto (as the tokenizer does), always, never.
+        sampling: With kl: the sampler to compare under too, "top_p=0.9,temperature=0.7" or a mapping of the same.
         mmlu_dir: Folder in MMLU's csv layout.
         subjects: MMLU subjects; default: all.
         limit: Questions a subject; prompts of grammar.

@@ -198,19 +198,26 @@ class FittingBatches:
             waiting = [half for each in (part, *waiting) for half in self._parts(each)]
         return results
 
-    def run_on(self, run: Callable[[_Part, Sequence[int]], _Part], state: _Part, tokens: Sequence[int]) -> _Part:
+    def run_on(
+        self,
+        run: Callable[[_Part, Sequence[int]], _Part],
+        state: _Part,
+        tokens: Sequence[int],
+        most: int | None = None,
+    ) -> _Part:
         """Return the state after all tokens of one sequence, in as many parts as memory makes necessary.
 
         Args:
             run: Makes of a state and some tokens the state after them; it leaves the one that it is given as it was.
             state: The state before the sequence.
             tokens: The sequence's ids.
+            most: The tokens of a part at most, where memory holds them.
 
         Raises:
             QevalError: Memory lacks for a single token.
         """
         while tokens:
-            part = tokens[: self.limit or len(tokens)]
+            part = tokens[: min(self.limit or len(tokens), most or len(tokens))]
             after = _tried(partial(run, state), part)
             if after is not None:
                 state, tokens = after, tokens[len(part) :]

@@ -22,6 +22,7 @@ from qeval.backends.decoding import Decoding, Greedy
 from qeval.backends.generation import Generation, IsDone
 from qeval.backends.install import installed, variant_head, without_room
 from qeval.backends.memory import FittingBatches, batch_tokens
+from qeval.backends.parts import part_tokens
 from qeval.backends.prefix import continued_cache, prefix_cache
 from qeval.backends.schemes import kv_changes, rounded_inputs
 from qeval.backends.shared import PackedRow, shared_attention
@@ -124,7 +125,8 @@ class TorchSession(SessionDefaults):
             return TorchPrefix(whole, self._longer_cache(None, whole))  # one long pass is faster than many of a token
         cache = before.cache if before else None
         if len(whole) <= self._rope_limit:
-            return TorchPrefix(whole, self._batches.run_on(self._longer_cache, cache, tokens))
+            most = self._part_tokens(len(whole), continues=cache is not None)
+            return TorchPrefix(whole, self._batches.run_on(self._longer_cache, cache, tokens, most))
         return TorchPrefix(whole, self._longer_cache(cache, tokens))  # in parts it would be turned otherwise
 
     @torch.inference_mode()
@@ -187,12 +189,36 @@ class TorchSession(SessionDefaults):
 
     def _longer_cache(self, cache: Any, tokens: Sequence[int]) -> Any:
         """Return what a prefix leaves that goes on from `cache`, or begins with None, by `tokens`."""
+        return self._extended(cache, tokens)[0]
+
+    def _extended(self, cache: Any, tokens: Sequence[int]) -> tuple[Any, Tensor]:
+        """Return the same, and the final states of the tokens, [tokens, d_model]."""
         longer = prefix_cache(self._model, cache, apart=self._shares, changes=self._kv_changes)
-        self._forward(self._ids([tokens]), longer)
-        return longer
+        return longer, self._forward(self._ids([tokens]), longer)[0]
+
+    def _part_tokens(self, total: int, *, continues: bool) -> int | None:
+        """Return how many tokens of a sequence one pass may hold, None for all of them."""
+        runs_in_parts = self.sharing.prefixes and not self.sharing.stepwise and total <= self._rope_limit
+        return part_tokens(self._model, total, self._model.device, continues=continues) if runs_in_parts else None
+
+    def _run_in_parts(self, request: Request, prefix: TorchPrefix | None, most: int) -> Tensor:
+        """Return the states of one request, run so many tokens at a time, each part after those before it."""
+        cache, found = prefix.cache if prefix else None, list[Tensor]()
+        for start in range(0, len(request.tokens), most):
+            part = request.tokens[start : start + most]
+            cache, hidden = self._extended(cache, part)
+            wanted = [place - start for place in request.positions if start <= place < start + len(part)]
+            found.append(hidden[wanted].float())
+        return torch.cat(found)
 
     def _run(self, requests: Sequence[Request], prefix: TorchPrefix | None) -> list[Tensor]:
-        """Return the states of requests that lie on one side of the rotary limit, as one batch."""
+        """Return the states of requests that lie on one side of the rotary limit, as one batch or each in parts."""
+        lengths = [len(request.tokens) for request in requests]
+        total = max(lengths) + (prefix.length if prefix else 0)
+        apart = self._shares and prefix is not None
+        most = None if apart else self._part_tokens(total, continues=prefix is not None)
+        if most is not None and most < max(lengths):
+            return [self._run_in_parts(request, prefix, most) for request in requests]
         if self.packs and len({len(request.tokens) for request in requests}) > 1:
             return self._run_packed(requests, prefix)
         longest = max(len(request.tokens) for request in requests)

@@ -13,6 +13,7 @@ from qeval.compare.options import check_least
 from qeval.config import parse_budget
 from qeval.errors import UsageError, unknown
 from qeval.escape import cut_text
+from qeval.types import Sampler
 
 Names = str | Iterable[str]
 """Several names: a comma-separated text, or one text each."""
@@ -24,6 +25,7 @@ _THREADS_A_CORE, _WORKERS_A_CORE = 16, 4
 _WORKERS_OF_A_CLUSTER = 4096
 _LARGEST_SIZE = 2.0**60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SAMPLING = ("top_p", "temperature")
 _COMPUTE = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _COMPUTE |= {"fp16": "float16", "float16": "float16"}
 
@@ -170,6 +172,31 @@ def size_bytes(value: str | int | None) -> int | None:
     if size < 1:
         raise UsageError(f"--max-memory {text} leaves nothing; give a size such as 2GiB.")
     return int(size)
+
+
+def sampling(value: str | Mapping[str, float] | Sampler | None) -> Sampler | None:
+    """Return the sampler of `top_p=0.9,temperature=0.7`, or of a mapping of the same.
+
+    Raises:
+        UsageError: A name or a number is none, or no sampler has it.
+
+    >>> sampling("top_p=0.9")
+    Sampler(top_p=0.9, temperature=1.0)
+    """
+    if value is None or isinstance(value, Sampler):
+        return value
+    parts = dict(value) if isinstance(value, Mapping) else dict(part.partition("=")[::2] for part in several(value))
+    if not parts:
+        raise UsageError("--sampling names nothing; say for example --sampling top_p=0.9,temperature=0.7.")
+    for name in parts:
+        if name not in _SAMPLING:
+            raise unknown("part of --sampling", name, _SAMPLING)
+    try:
+        return Sampler(**{name: float(number) for name, number in parts.items()})
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"--sampling takes numbers such as top_p=0.9,temperature=0.7, not '{cut_text(str(value), 60)}'."
+        ) from error
 
 
 def few_threads(threads: int | None) -> int | None:

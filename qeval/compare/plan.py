@@ -209,6 +209,8 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     suites, responses = suites_of(settings, loaded, tasks), responses_of(settings, loaded, tasks)
     chat = chat_work(settings, loaded, backend, progress or Silent()) if settings.answers else None
     protocol, shards = token_work(settings.corpus, loaded, chat) if settings.scores_tokens else (None, ())
+    if protocol and settings.sampling:
+        protocol = protocol.model_copy(update={"sampling": str(settings.sampling)})
     drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
     traces = trace_work(settings, loaded, backend, progress or Silent())
     scored = [*shards, *(part.shard for part in traces.parts)]

@@ -332,6 +332,7 @@ def work_of(
         rows=RowStore(plan.settings.out),
         ledger=ledger,
         baseline=baseline,
+        sampling=plan.settings.sampling,
         batch_tokens=plan.batch_tokens,
         device=plan.source.device,
         progress=progress,

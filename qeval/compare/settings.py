@@ -20,7 +20,7 @@ from qeval.paths import check_place
 from qeval.recipe_parts import added_parts
 from qeval.tasks.corpus import CHAT, corpus_names
 from qeval.tasks.names import TRACE_TASKS
-from qeval.types import OnnxFormat, OnnxPrecision
+from qeval.types import OnnxFormat, OnnxPrecision, Sampler
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/")
 """How an address begins once it was read as a path: `s3://bucket` is `s3:/bucket` then."""
@@ -258,6 +258,14 @@ class Settings(Checked):
     drift: DriftChoice = field(default_factory=DriftChoice)
     chat: ChatChoice = field(default_factory=ChatChoice)
     traces: TraceChoice = field(default_factory=TraceChoice)
+    sampling: Annotated[
+        Sampler | None,
+        Option(
+            "With kl: compare also as a sampler does, such as top_p=0.9,temperature=0.7.",
+            type=str | None,
+            parse=read.sampling,
+        ),
+    ] = None
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -303,6 +311,8 @@ class Settings(Checked):
                 "for --tasks reasoning, and all but the last for grammar too); add it, or leave them out."
             )
         self.traces.check_tasks(self.tasks)
+        if self.sampling is not None and not self.scores_tokens:
+            raise UsageError("--sampling compares distributions over a corpus; add kl to --tasks, or leave it out.")
         if self.model.stream:
             generating = [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]
             check_stream(self.backends.names, self.recipes, answers=self.answers, generating=generating)

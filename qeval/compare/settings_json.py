@@ -22,6 +22,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "external_parts": "split",
     "kv_types": [],
     "split": False,
+    "sampling": None,
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
     "traces": TypeAdapter(TraceChoice).dump_python(TraceChoice(), mode="json"),
 }

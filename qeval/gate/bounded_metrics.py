@@ -62,9 +62,7 @@ class Figures:
             raise QevalError(f"The run scored no row for {metric}.")
         clusters = "windows" if self._run.windows_are_apart else "stretches of text"
         clusters = "conversations" if name.startswith(ANSWERS) else clusters
-        return Figure(
-            bound.value, bound, "tokens", clusters, unchanged=float(name.endswith(("top1_agreement", "overlap")))
-        )
+        return Figure(bound.value, bound, "tokens", clusters, unchanged=float(name.endswith(("_agreement", "overlap"))))
 
     def _require_finite(self) -> None:
         """Refuse every metric of a variant whose KL is not finite: what is compared with numbers that are none is none.

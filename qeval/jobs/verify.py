@@ -38,7 +38,10 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 """The largest difference (nats, or of a probability) that other batches, threads or machines may make, by the type that
 the model is computed in; fp32's is what every session promises (`backends/base.py`)."""
 
-_TIES = {"top1_agreement", "pred", "acc", "acc_norm"}
+_TIES = {
+    "top1_agreement", "top5_agreement", "top10_agreement", "sampling_kl_nats", "outside_nucleus", "pred", "acc",
+    "acc_norm",
+}  # fmt: skip
 """Columns that rest on which of two values is larger, which a rounding may change where they are as good as equal."""
 
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from qeval.arithmetic import with_fp64
+from qeval.metrics.sampling import SAMPLING_COLUMNS, compare_sampling
 from qeval.metrics.sweep import COLUMNS, Swept, kl_of_rows, numbers, sweep_logits
+from qeval.metrics.topk import TOP_K, topk_agreement
+from qeval.types import Sampler
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -47,10 +50,15 @@ class Distance:
     kl_abs_modelopt: Tensor
     top1_agreement: Tensor
     overlap: Tensor
+    topk_agreement: dict[int, Tensor]
+    """The share of the base's k likeliest tokens that are among the variant's, by k."""
     numbers: ModelNumbers
     base_log_p: Tensor
     twin_kl_nats: Tensor | None
     """KL from the same weights on another backend; None without one."""
+    sampling_kl_nats: Tensor | None
+    outside_nucleus: Tensor | None
+    """As `metrics.sampling` defines them; None without a sampler."""
 
 
 def model_numbers(logits: Logits, states: Tensor, targets: Tensor, block: int) -> ModelNumbers:
@@ -80,6 +88,7 @@ def distance(
     targets: Tensor,
     block: int,
     twin: tuple[Logits, Tensor] | None = None,
+    sampling: Sampler | None = None,
 ) -> Distance:
     """Return the distances of a variant's distributions from the baseline's.
 
@@ -93,8 +102,10 @@ def distance(
         targets: The token id that follows each position, -1 where there is none, [n].
         block: How many positions go through the heads at a time.
         twin: The head and the states [n, width] of the same weights on another backend, compared in the same sweep.
+        sampling: The sampler under which the two are compared too.
     """
-    columns, near = _columns(COLUMNS, len(states)), _columns(1, len(states))
+    width = COLUMNS + len(TOP_K) + (SAMPLING_COLUMNS if sampling else 0)
+    columns, near = _columns(width, len(states)), _columns(1, len(states))
     base_states = on_one_device(base_states, states)  # in one copy, where only the variant's are on a GPU
     for rows in _blocks(states, block):
         variant_block = logits(states[rows])
@@ -109,18 +120,28 @@ def distance(
             here = _within(rows, part)
             if twin_block is not None:
                 near[0, here] = _near_kl(twin_block[part], variant_block[part])
-            columns[:, here] = sweep_logits(base_block[part], variant_block[part], targets[here])
-    swept = Swept(*columns.cpu())
+            columns[:, here] = _compare(base_block[part], variant_block[part], targets[here], sampling)
+    swept, more = Swept(*(columns := columns.cpu())[:COLUMNS]), columns[COLUMNS:]
     return Distance(
         swept.kl_nats,
         swept.reverse_kl_nats,
         swept.kl_abs_modelopt,
         swept.top1_agreement.bool(),
         swept.overlap,
+        dict(zip(TOP_K, more, strict=False)),
         ModelNumbers(swept.log_p, swept.entropy_nats),
         swept.base_log_p,
         None if twin is None else near[0].cpu(),
+        *(more[len(TOP_K) :] if sampling else (None, None)),
     )
+
+
+def _compare(base: Tensor, other: Tensor, targets: Tensor, sampling: Sampler | None) -> Tensor:
+    """Return every number that compares two models' logits, one column a row."""
+    parts = [sweep_logits(base, other, targets), topk_agreement(base, other)]
+    if sampling:
+        parts.append(compare_sampling(base, other, sampling))
+    return torch.cat(parts)
 
 
 def mean_kl(

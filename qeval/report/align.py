@@ -21,15 +21,14 @@ BASELINE_NAME = "baseline"
 Mask = NDArray[np.bool_]
 
 _FLOAT_COLUMNS = (
-    "nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats", "entropy_nats",
+    "nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "top5_agreement", "top10_agreement",
+    "sampling_kl_nats", "outside_nucleus", "delta_p", "kernel_kl_nats", "entropy_nats",
 )  # fmt: skip
+_OPTIONAL = ("overlap", "top5_agreement", "top10_agreement", "sampling_kl_nats", "outside_nucleus")
+"""Columns that a run has at all positions or at none: it is older, or they were not asked for."""
 TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
 """What of a token row a report needs."""
-FEW_TOKEN_COLUMNS = tuple(
-    name
-    for name in TOKEN_COLUMNS
-    if name not in ("reverse_kl_nats", "kl_abs_modelopt", "overlap", "delta_p", "kernel_kl_nats", "entropy_nats")
-)
+FEW_TOKEN_COLUMNS = tuple(name for name in TOKEN_COLUMNS if name not in _FLOAT_COLUMNS or name in ("nll", "kl_nats"))
 """What an explanation and a diff need: reading takes most of their time."""
 
 
@@ -227,8 +226,8 @@ def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
     scored = int(variant.scored["kl_nats"].sum())
     if scored != protocol.kl_positions:
         raise BrokenRecordError(f"'{who}' has {scored} KL values; the run scored {protocol.kl_positions}.")
-    has_overlap = "overlap" in variant.scored and variant.scored["overlap"].any()  # older runs have none
-    for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement", *(["overlap"] if has_overlap else [])):
+    optional = [name for name in _OPTIONAL if name in variant.scored and variant.scored[name].any()]
+    for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement", *optional):
         if column in variant.scored and (variant.scored[column] != variant.scored["kl_nats"]).any():
             raise BrokenRecordError(f"'{who}' has {column} at other positions than kl_nats.")
 

@@ -17,6 +17,10 @@ _KL_MEANS: dict[str, tuple[str, Better]] = {
     "kl_abs_modelopt": ("nats", "lower"),
     "top1_agreement": ("fraction", "higher"),
     "overlap": ("fraction", "higher"),
+    "top5_agreement": ("fraction", "higher"),
+    "top10_agreement": ("fraction", "higher"),
+    "sampling_kl_nats": ("nats", "lower"),
+    "outside_nucleus": ("fraction", "lower"),
 }
 _NLL_KINDS: dict[str, tuple[str, Better]] = {
     "ppl": ("ppl", "lower"),
@@ -39,7 +43,8 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
     if bad:
         tails: dict[str, tuple[str, Better]] = dict.fromkeys((*KL_LEVELS, "kl_nats_max"), ("nats", "lower"))
         tails |= {"kl_nats_p99_over_mean": ("ratio", "neither")}
-        return _broken(_KL_MEANS | tails, int(rows.scored["kl_nats"].sum()), bad)
+        means = {name: kind for name, kind in _KL_MEANS.items() if rows.scored[name].any()}
+        return _broken(means | tails, int(rows.scored["kl_nats"].sum()), bad)
 
     clusters, kl = rows.clusters("kl_nats"), rows.of("kl_nats")
     metrics = {

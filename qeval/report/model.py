@@ -26,6 +26,9 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `reverse_kl_nats` | mean of KL(variant, baseline) | nats |
 | `kl_abs_modelopt` | mean of the sum of p abs(log p - log q), Model Optimizer's 'KL' | nats |
 | `top1_agreement` | share of positions with the same most likely next token | fraction |
+| `top5_agreement`, `top10_agreement` | share of the baseline's k likeliest tokens among the variant's k | fraction |
+| `sampling_kl_nats` | with `--sampling`: mean KL of tempered distributions, cut to the baseline's nucleus | nats |
+| `outside_nucleus` | with `--sampling`: mean share of the variant's samples outside that nucleus | fraction |
 | `overlap` | mean of the sum of min(p, q), 1 minus total variation: what speculative decoding accepts | fraction |
 | `ppl` | exp of the mean NLL over tokens (convention `token-mean`) | ppl |
 | `ppl_hf_strided`, `ppl_gptq_2048`, `ppl_llamacpp_512_half` | by the run's convention, if it is that one | ppl |

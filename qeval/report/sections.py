@@ -116,6 +116,7 @@ def _kl(report: Report, drawn: dict[str, Plot]) -> Section:
         tables=(
             *part_tables.parts_table(report),
             tables.kl_table(report),
+            *tables.sampling_table(report),
             tables.kl_tail(report),
             *part_tables.positions_table(report),
             *confidence.by_entropy(report),

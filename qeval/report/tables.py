@@ -1,6 +1,6 @@
 """The report's tables, one function each. They lay out what the Report holds and compute nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from qeval.report import conventions, formatting
 from qeval.report.document import NOTHING, Table, TableCell, metric_cell
@@ -121,9 +121,9 @@ def perplexity_table(report: Report) -> Table:
 
 def kl_table(report: Report) -> Table:
     """Return KL-divergence from the baseline, and agreement; Model Optimizer's own quantity kept apart."""
-    names = {
-        "kl_nats": "KL mean, nats",
-        "top1_agreement": "Same top token",
+    names = {"kl_nats": "KL mean, nats", "top1_agreement": "Same top token"}
+    names |= _present(report, {"top5_agreement": "Of top 5", "top10_agreement": "Of top 10"})
+    names |= {
         "overlap": "Overlap",
         "reverse_kl_nats": "Reverse KL, nats",
         "kl_abs_modelopt": "kl_abs_modelopt, nats",
@@ -142,11 +142,27 @@ def kl_table(report: Report) -> Table:
     note = (
         "KL(baseline ‖ variant) over the whole vocabulary, every position. Overlap is the sum of min(p, q): of 100 "
         "sampled tokens so many stay the same under the best coupling, and speculative decoding accepts so many of the "
-        "variant's drafts. kl_abs_modelopt is the sum of "
+        "variant's drafts. Of top k: the share of the baseline's k likeliest tokens that are among the variant's k, in "
+        "any order. kl_abs_modelopt is the sum of "
         "p·|log p − log q| that Model Optimizer's benchmark page prints as 'KL-divergence': an upper bound, "
         "not a KL; compare it with that page and with nothing else."
     )
     return Table("KL-divergence from the baseline", columns, tuple(rows), note)
+
+
+def sampling_table(report: Report) -> Iterator[Table]:
+    """Yield the table of KL and escapes under a sampler, where one was asked for."""
+    names = {"sampling_kl_nats": "KL on the nucleus, nats", "outside_nucleus": "Samples outside it"}
+    if report.protocol is None or report.protocol.sampling is None:
+        return
+    rows = [(TableCell(v.name), *(metric_cell(v.metrics.get(name)) for name in names)) for v in report.variants]
+    note = (
+        "Both models' distributions after the temperature. KL: both cut to the baseline's nucleus (its likeliest "
+        "tokens that hold top_p) and made to sum to one. Samples outside: the share of tokens that the same sampler "
+        "would draw from the variant and could never draw from the baseline. Both are zero for the baseline itself."
+    )
+    caption = f"Under a sampler: {report.protocol.sampling}"
+    yield Table(caption, ("Variant", *names.values()), tuple(rows), note)
 
 
 def kl_tail(report: Report) -> Table:

@@ -18,9 +18,9 @@ from qeval.progress import Advance
 from qeval.score.schedule import windows_schedule
 from qeval.store.schema import TOKENS_SCHEMA, constant_column
 from qeval.tasks.windows import Window
-from qeval.types import Call, Request
+from qeval.types import Call, Request, Sampler
 
-METRICS_VERSION = 3
+METRICS_VERSION = 4
 """Part of every key: raise it when a metric's definition changes."""
 
 
@@ -90,14 +90,17 @@ def variant_columns(
     shard: Shard,
     names: dict[str, str],
     twin: tuple[Logits, Tensor] | None = None,
+    sampling: Sampler | None = None,
 ) -> dict[str, Any]:
     """Return a variant's token rows, compared with the baseline's distributions at the same positions.
 
     The states of both sides are [positions of all windows, width]; so are those of `twin`, the same weights on
-    another backend, whose distance goes to `kernel_kl_nats`.
+    another backend, whose distance goes to `kernel_kl_nats`. `sampling`: a sampler to compare under.
     """
     sides = (base_logits, base_states, session.logits, states)
-    compared = with_fitting_blocks(session, partial(distance, *sides, _targets(shard.windows), twin=twin))
+    compared = with_fitting_blocks(
+        session, partial(distance, *sides, _targets(shard.windows), twin=twin, sampling=sampling)
+    )
     values = {
         "log_p": compared.numbers.log_p,
         "entropy_nats": compared.numbers.entropy_nats,
@@ -107,9 +110,12 @@ def variant_columns(
         "kl_abs_modelopt": compared.kl_abs_modelopt,
         "top1_agreement": compared.top1_agreement,
         "overlap": compared.overlap,
+        **{f"top{k}_agreement": share for k, share in compared.topk_agreement.items()},
     }
     if compared.twin_kl_nats is not None:
         values["kernel_kl_nats"] = compared.twin_kl_nats
+    if compared.sampling_kl_nats is not None and compared.outside_nucleus is not None:
+        values |= {"sampling_kl_nats": compared.sampling_kl_nats, "outside_nucleus": compared.outside_nucleus}
     return _columns(shard, names, values)
 
 

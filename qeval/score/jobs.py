@@ -41,7 +41,7 @@ from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.tasks.harness import Question, Suite
 from qeval.tasks.responses import ResponseItem, ResponseSuite
-from qeval.types import Call, TokenIds
+from qeval.types import Call, Sampler, TokenIds
 
 
 class Scorable(Protocol):
@@ -102,6 +102,8 @@ class Work:
     rows: RowStore
     ledger: Ledger
     baseline: HasStates
+    sampling: Sampler | None
+    """The sampler under which models are compared too."""
     batch_tokens: int
     device: torch.device
     """Where torch computes."""
@@ -169,7 +171,8 @@ class CorpusJob(ScoringJob):
     def identity(self) -> dict[str, Any]:
         """Return the token ids, the positions, the metrics, and whom else the model is compared with."""
         twin = None if self.model.twin is None else dict(self.model.twin.key)
-        return {"twin": twin, "metrics": METRICS_VERSION, "corpus": self.work.corpus, **self.shard.key()}
+        sampling = {"sampling": str(self.work.sampling)} if self.work.sampling else {}
+        return {"twin": twin, "metrics": METRICS_VERSION, "corpus": self.work.corpus, **sampling, **self.shard.key()}
 
     def require_baseline(self) -> None:
         """Compute the baseline's states of the shard."""
@@ -194,7 +197,7 @@ class CorpusJob(ScoringJob):
             session = model.session()
             states = window_states(session, shard.windows, batch, advance)
             model.keep_states(shard, states)
-            columns = variant_columns(work.baseline.logits(), base, session, states, shard, names, twin)
+            columns = variant_columns(work.baseline.logits(), base, session, states, shard, names, twin, work.sampling)
 
         return work.rows.write(self.kind, self.id.key, columns)
 

@@ -22,10 +22,10 @@ from qeval.store.schema import (
     DRIFT_SCHEMA,
     ITEMS_SCHEMA,
     OLDER_SCORES_SCHEMA,
-    OLDER_TOKENS_SCHEMA,
     READ_ERRORS,
     SCORES_SCHEMA,
     TOKENS_SCHEMA,
+    TOKENS_SCHEMAS,
     TRACES_SCHEMA,
 )
 
@@ -37,7 +37,7 @@ SCHEMAS: dict[RowKind, pa.Schema] = {
     "traces": TRACES_SCHEMA,
     "scores": SCORES_SCHEMA,
 }
-_OLDER: dict[RowKind, pa.Schema] = {"tokens": OLDER_TOKENS_SCHEMA, "scores": OLDER_SCORES_SCHEMA}
+_OLDER: dict[RowKind, tuple[pa.Schema, ...]] = {"tokens": TOKENS_SCHEMAS[1:], "scores": (OLDER_SCORES_SCHEMA,)}
 ROW_KINDS: tuple[RowKind, ...] = tuple(SCHEMAS)
 _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
@@ -130,9 +130,8 @@ def concat(kind: RowKind, paths: Iterable[Path], columns: Sequence[str] | None =
 
 
 def has_known_columns(kind: RowKind, schema: pa.Schema) -> bool:
-    """Return whether a shard has the columns of its kind, as this version of qeval or the one before writes them."""
-    older = _OLDER.get(kind)
-    return bool(schema.equals(SCHEMAS[kind]) or (older is not None and schema.equals(older)))
+    """Return whether a shard has the columns of its kind, as this version of qeval or one before writes them."""
+    return any(schema.equals(each) for each in (SCHEMAS[kind], *_OLDER.get(kind, ())))
 
 
 def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.Table:

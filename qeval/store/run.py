@@ -105,6 +105,7 @@ class ProtocolRecord(_Record):
     bytes: int | None = None
     parts: list[CorpusPart] = []  # where several texts are scored; empty for one
     chat: ChatRecord | None = None  # where one of them is the baseline's answers to prompts
+    sampling: str | None = None  # "top_p=0.9,temperature=0.7": the sampler under which models are compared too
 
 
 class TaskRecord(_Record):

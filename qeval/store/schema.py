@@ -45,6 +45,10 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("kl_abs_modelopt", pa.float64()),  # sum of p_base * |log p_base - log p_variant|
         pa.field("top1_agreement", pa.bool_()),  # the same most likely next token
         pa.field("overlap", pa.float64()),  # sum of min(p_base, p_variant): 1 - total variation distance
+        pa.field("top5_agreement", pa.float64()),  # share of the baseline's 5 likeliest tokens among the variant's 5
+        pa.field("top10_agreement", pa.float64()),  # the same of 10
+        pa.field("sampling_kl_nats", pa.float64()),  # with --sampling: KL on the baseline's nucleus, both cut to it
+        pa.field("outside_nucleus", pa.float64()),  # with --sampling: what the variant would draw from outside of it
         pa.field("delta_p", pa.float64()),  # p_variant - p_base of the true token at `position` (as nll)
         pa.field("entropy_nats", pa.float64()),  # of this variant's own distribution after the position
         pa.field("kernel_kl_nats", pa.float64()),  # KL(the same weights in torch || this), where both were run
@@ -52,8 +56,18 @@ TOKENS_SCHEMA = pa.schema(
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )
 
-OLDER_TOKENS_SCHEMA = TOKENS_SCHEMA.remove(TOKENS_SCHEMA.get_field_index("overlap"))
-"""The columns of runs from before `overlap`: they are read, and that column is null."""
+NEWER_COLUMNS = (("overlap",), ("top5_agreement", "top10_agreement", "sampling_kl_nats", "outside_nucleus"))
+"""The columns that token rows got after their first version, those of one change together."""
+
+
+def older_tokens_schema(changes: int) -> pa.Schema:
+    """Return the columns of token rows after so many changes; such rows are read, and the others are null."""
+    missing = {name for names in NEWER_COLUMNS[changes:] for name in names}
+    return pa.schema([field for field in TOKENS_SCHEMA if field.name not in missing], metadata=TOKENS_SCHEMA.metadata)
+
+
+TOKENS_SCHEMAS = (TOKENS_SCHEMA, *(older_tokens_schema(changes) for changes in range(len(NEWER_COLUMNS))))
+"""All that are read, this version's first."""
 
 ITEMS_SCHEMA = pa.schema(
     [

@@ -103,7 +103,10 @@ def check_supported(config: Any, where: Path | str) -> None:
 
 
 def context_length(config: Any, where: Path | str) -> int:
-    """Return the tokens that a model's context holds.
+    """Return the tokens that a model's context holds: stretched by YaRN, where its configuration does so.
+
+    YaRN states the context that it starts from and a factor (Peng et al., arXiv 2309.00071), and a configuration may
+    leave `max_position_embeddings` as it was (Qwen2.5's); vLLM takes their product too.
 
     Args:
         config: The language model's own configuration.
@@ -115,10 +118,18 @@ def context_length(config: Any, where: Path | str) -> int:
     for name in _CONTEXT:
         length = getattr(config, name, None)
         if isinstance(length, int) and not isinstance(length, bool) and length > 0:
-            return length
+            return max(length, *_yarn_lengths(config))
     if all(getattr(config, name, -1) == -1 for name in _CONTEXT):  # XLNet's is -1
         return UNBOUNDED
     raise UsageError(f"'{where}' names no context length ({_CONTEXT[0]}).")
+
+
+def _yarn_lengths(config: Any) -> list[int]:
+    """Return the contexts that YaRN stretches a model's to, one a kind of layer; 0 stands before them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    stretched = [kind for kind in kinds if kind.get("rope_type") == "yarn" and kind.get("factor")]
+    return [0, *(int(kind["factor"] * (kind.get("original_max_position_embeddings") or 0)) for kind in stretched)]
 
 
 def layer_configs(config: Any) -> list[Any]:

@@ -22,6 +22,10 @@ _DATASETS = {"wikitext2": ("Salesforce/wikitext", "WikiText-2 raw"), "pydoc": ("
 _TOKENS = {
     "kl_nats": ("kl_divergence", "KL-divergence from the baseline (nats)"),
     "top1_agreement": ("top1_agreement", "Same most likely token as the baseline"),
+    "top5_agreement": ("top5_agreement", "Share of the baseline's 5 likeliest tokens among the variant's"),
+    "top10_agreement": ("top10_agreement", "Share of the baseline's 10 likeliest tokens among the variant's"),
+    "sampling_kl_nats": ("sampling_kl_divergence", "KL-divergence under the sampler (nats)"),
+    "outside_nucleus": ("outside_nucleus", "Samples outside the baseline's nucleus"),
 }
 _MMLU_ON_THE_HUB = "cais/mmlu"
 

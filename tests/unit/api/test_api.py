@@ -50,7 +50,7 @@ SIGNATURES = {
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
     "exporter format precision "
     "device compute stream max_memory device_map tasks corpus protocol convention window stride max_windows bos "
-    "mmlu_dir subjects "
+    "sampling mmlu_dir subjects "
     "limit shots apply_chat_template fewshot_as_multiturn system_instruction drift_prompts drift_prompt_tokens "
     "drift_tokens prompts template chat_tokens chat_temperature "
     "reasoning_questions reasoning_tokens grammar_calls "

@@ -58,6 +58,7 @@ COMPARE = SHARED | {
     "--stride": None,
     "--max-windows": None,
     "--bos": "auto",
+    "--sampling": None,
     "--mmlu-dir": None,
     "--subjects": None,
     "--limit": None,

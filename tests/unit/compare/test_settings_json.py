@@ -19,6 +19,7 @@ from qeval.compare.settings_json import identity_of, settings_json, settings_of
 from qeval.compare.task_choice import TaskChoice
 from qeval.config import GridRule, Recipe
 from qeval.store.run import read_run
+from qeval.types import Sampler
 from tests.fixtures.runs import make_run
 
 SETTINGS = Settings(
@@ -52,7 +53,7 @@ BOUND = {
     "corpus": CorpusChoice("chat"), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
-    "traces": TraceChoice(tokens=8),
+    "traces": TraceChoice(tokens=8), "sampling": Sampler(0.9, 0.7),
 }  # fmt: skip
 
 

@@ -66,6 +66,19 @@ def test_the_context_of_a_model_without_positions_has_no_end():
         context_length(SimpleNamespace(max_position_embeddings=None), "here")
 
 
+def test_yarn_stretches_the_context_and_no_other_scaling_does():
+    def context(stated, **rope):
+        return context_length(SimpleNamespace(max_position_embeddings=stated, rope_parameters=rope), "here")
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    assert context(32_768, **yarn) == 131_072  # Qwen2.5
+    assert context(131_072, **yarn) == 131_072
+    assert context(4096, full_attention=yarn, sliding_attention={"rope_type": "default"}) == 131_072
+    assert context(8192, rope_type="llama3", factor=8.0, original_max_position_embeddings=8192) == 8192
+    assert context(8192, rope_type="linear", factor=8.0) == 8192
+    assert context(8192) == 8192
+
+
 SAVED_LATER, SAVED_BEFORE = "99.1.0", "4.30.0"
 
 

@@ -54,7 +54,8 @@ def test_the_hubs_reader_finds_every_figure_in_the_metadata(written, report):
     name, results = model_index_to_eval_results(metadata_load(written.card)["model-index"])
     assert name == "demo"
     kinds = {
-        "perplexity": "ppl", "kl_divergence": "kl_nats", "top1_agreement": "top1_agreement", "accuracy": "mmlu_acc",
+        "perplexity": "ppl", "kl_divergence": "kl_nats", "top1_agreement": "top1_agreement",
+        "top5_agreement": "top5_agreement", "top10_agreement": "top10_agreement", "accuracy": "mmlu_acc",
         "accuracy_difference": "mmlu_acc_diff", "flips": "mmlu_flips",
     }  # fmt: skip
     assert len(results) == len(kinds) * len(report.variants)
@@ -64,7 +65,7 @@ def test_the_hubs_reader_finds_every_figure_in_the_metadata(written, report):
         assert result.metric_value == metric.value
         assert (result.metric_args["low"], result.metric_args["high"]) == (metric.low, metric.high)
         assert result.verified is False
-        on_tokens = metric.unit in ("ppl", "nats") or result.metric_type == "top1_agreement"
+        on_tokens = metric.unit in ("ppl", "nats") or result.metric_type.endswith("_agreement")
         assert result.dataset_config == ("wikitext2-32/32" if on_tokens else "5-shot")
         assert result.dataset_type == ("Salesforce/wikitext" if on_tokens else "mmlu_sample")  # never called MMLU
 
@@ -75,7 +76,7 @@ def test_a_card_about_one_variant_tells_that_one(tmp_path):
     assert card.data.base_model == "org/base"
     assert card.data.model_name == "demo-awq"
     assert {result.metric_args["variant"] for result in card.data.eval_results} == {"awq"}
-    assert len(card.data.eval_results) == 6
+    assert len(card.data.eval_results) == 8
 
 
 def test_mmlu_from_the_hub_is_named_as_the_hub_does(tmp_path):
@@ -182,7 +183,7 @@ def test_into_touches_nothing_but_the_section(run, tmp_path, newline, start):
     assert stat.S_IMODE(readme.stat().st_mode) == 0o640
     loaded = metadata_load(readme)
     assert (loaded["license"], loaded["tags"]) == ("mit", ["x"])
-    assert len(model_index_to_eval_results(loaded["model-index"])[1]) == 24
+    assert len(model_index_to_eval_results(loaded["model-index"])[1]) == 32
     assert (tmp_path / "qeval-card" / "quality-size-dark.svg").exists()
     written = readme.read_bytes()
     into(run, readme)
