@@ -1,5 +1,6 @@
 """Checks of a recipe's fields against each other: what its method can't take is refused when it is built."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from qeval.errors import UsageError
@@ -104,3 +105,19 @@ def _check_grids(recipe: "Recipe") -> None:
                 f"'{recipe.name}': {recipe.method} spans its range in a way of its own; leave {text} out, "
                 "or take rtn, awq, gptq or mixed."
             )
+
+
+def check_streamed(recipes: Sequence["Recipe"]) -> None:
+    """Refuse recipes that a streamed model can't be quantized by.
+
+    Raises:
+        UsageError: Another tool quantizes, inputs are turned (R4), or the model is smoothed first.
+    """
+    if turned := [recipe.name for recipe in recipes if recipe.rotations and recipe.rotations.online]:
+        raise UsageError(f"{', '.join(turned)}: qeval makes R4 of models that are in memory; leave r4 or --stream out.")
+    if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:
+        raise UsageError(f"{', '.join(smoothed)}: qeval smooths models that are in memory; leave it or --stream out.")
+    if tools := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "external"]:
+        raise UsageError(
+            f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
+        )

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Annotated, Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.endpoint_choice import EndpointChoice, check_endpoint_run, endpoint_urls, is_address
 from qeval.compare.options import Checked, Option
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
+from qeval.recipe_checks import check_streamed
 from qeval.recipe_parts import added_parts
 from qeval.tasks.corpus import CHAT, corpus_names
 from qeval.types import OnnxFormat, OnnxPrecision
@@ -179,8 +180,8 @@ class BackendChoice(Checked):
     names: Annotated[
         tuple[str, ...],
         Option(
-            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files); or "
-            "several, comma-separated.",
+            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files), or "
+            "http://HOST:PORT (the model that a server runs); or several, comma-separated.",
             keyword="backend",
             type=str,
             parse=read.names,
@@ -211,13 +212,23 @@ class BackendChoice(Checked):
             UsageError: An unknown backend, exporter, format or accuracy level.
         """
         for name in self.names or ("",):
-            if name not in BACKENDS:
+            if not is_address(name) and name not in BACKENDS:
                 raise unknown("backend", name, BACKENDS)
         super().__post_init__()
         if self.ep not in (AUTO, *PROVIDERS):
             raise unknown("execution provider", self.ep, (AUTO, *PROVIDERS))
         if not self.accuracy_levels or set(self.accuracy_levels) - {1, 4}:
             raise UsageError("--accuracy-level takes 1 (fp32 activations), 4 (int8 activations), or 1,4.")
+
+    @property
+    def runners(self) -> tuple[str, ...]:
+        """The backends that variants run on: all but endpoints, which run what they serve."""
+        return tuple(name for name in self.names if not is_address(name))
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The addresses of endpoints."""
+        return endpoint_urls(self.names)
 
 
 @dataclass(frozen=True)
@@ -268,6 +279,7 @@ class Settings(Checked):
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
     chat: ChatChoice = field(default_factory=ChatChoice)
+    endpoint: EndpointChoice = field(default_factory=EndpointChoice)
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -303,8 +315,13 @@ class Settings(Checked):
             UsageError: Nothing to compare or to score, two variants of one name, numbers below one, a file as --out.
         """
         check_distinct((*self.every_recipe, *(Recipe(name, "rtn") for name, _ in self.variants)))
-        if not self.recipes and not self.variants:
+        has_variants = bool(self.recipes or self.variants)
+        if not has_variants and not self.backends.endpoints:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
+        on_nothing = has_variants and not self.backends.runners
+        many = self.workers > 1 or self.executor == "ray"
+        flags = (("--tasks drift", self.continues), ("--workers", many), ("--methods or --variant", on_nothing))
+        check_endpoint_run(self.backends.names, flags, self.endpoint)
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
         if self.chat != ChatChoice() and not self.answers:
@@ -328,10 +345,10 @@ class Settings(Checked):
 
     def _check_stream(self) -> None:
         """Refuse what needs the whole model in memory."""
-        if set(self.backends.names) - {"torch"}:
+        if set(self.backends.runners) - {"torch"}:
             raise UsageError(
                 "--stream runs in torch; files for other backends are written of the whole model: leave out "
-                f"--backend {','.join(self.backends.names)}."
+                f"--backend {','.join(self.backends.runners)}."
             )
         if self.answers:
             raise UsageError(
@@ -379,19 +396,3 @@ class Settings(Checked):
     def continues(self) -> bool:
         """Return whether the baseline's greedy continuations are run."""
         return DRIFT in self.tasks
-
-
-def check_streamed(recipes: Sequence[Recipe]) -> None:
-    """Refuse recipes that a streamed model can't be quantized by.
-
-    Raises:
-        UsageError: Another tool quantizes, inputs are turned (R4), or the model is smoothed first.
-    """
-    if turned := [recipe.name for recipe in recipes if recipe.rotations and recipe.rotations.online]:
-        raise UsageError(f"{', '.join(turned)}: qeval makes R4 of models that are in memory; leave r4 or --stream out.")
-    if smoothed := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "smoothed"]:
-        raise UsageError(f"{', '.join(smoothed)}: qeval smooths models that are in memory; leave it or --stream out.")
-    if tools := [recipe.name for recipe in recipes if recipe.quant_method.rounding == "external"]:
-        raise UsageError(
-            f"{', '.join(tools)}: other tools quantize models that are in memory; leave them or --stream out."
-        )

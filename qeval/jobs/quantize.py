@@ -8,10 +8,11 @@ import torch
 
 from qeval.compare.loading import loaded_model, tell_warnings
 from qeval.compare.plan import calibration_of
-from qeval.compare.settings import CalibrationChoice, ModelChoice, check_streamed
+from qeval.compare.settings import CalibrationChoice, ModelChoice
 from qeval.compare.variants import check_recipes
 from qeval.config import Recipe
 from qeval.progress import Progress
+from qeval.recipe_checks import check_streamed
 from qeval.store.variants import Manifest, check_free, read_manifest
 
 

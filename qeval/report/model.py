@@ -26,6 +26,8 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `reverse_kl_nats` | mean of KL(variant, baseline) | nats |
 | `kl_abs_modelopt` | mean of the sum of p abs(log p - log q), Model Optimizer's 'KL' | nats |
 | `top1_agreement` | share of positions with the same most likely next token | fraction |
+| `kl_lower_bound_nats` | of an endpoint, no KL: what it is at least, by the tokens that are reported | nats |
+| `mass_outside` | of an endpoint: the baseline's mean probability of all tokens that are not reported | fraction |
 | `overlap` | mean of the sum of min(p, q), 1 minus total variation: what speculative decoding accepts | fraction |
 | `ppl` | exp of the mean NLL over tokens (convention `token-mean`) | ppl |
 | `ppl_hf_strided`, `ppl_gptq_2048`, `ppl_llamacpp_512_half` | by the run's convention, if it is that one | ppl |
