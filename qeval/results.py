@@ -21,6 +21,7 @@ from qeval.report.run_rows import PairedRun
 from qeval.report.summary import summary
 from qeval.report.tables import overview_table
 from qeval.store.run import RunRecord, TaskRecord
+from qeval.store.schema import LOWER_BOUND_COLUMNS
 from qeval.types import Estimate
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _COMPARED = (
     "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "top5_agreement", "top10_agreement",
-    "sampling_kl_nats", "outside_nucleus", "delta_p", "kernel_kl_nats",
+    "sampling_kl_nats", "outside_nucleus", "delta_p", "kernel_kl_nats", *LOWER_BOUND_COLUMNS,
 )  # fmt: skip
 """Columns of token rows that are distances from the baseline already."""
 

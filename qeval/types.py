@@ -1,5 +1,6 @@
 """The nouns that every layer shares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
@@ -13,6 +14,10 @@ OnnxFormat = Literal["nbits", "qdq"]
 OnnxPrecision = Literal["fp32", "fp16"]
 """The type that a graph computes in."""
 TokenIds = tuple[int, ...]
+Prediction = Mapping[int, float]
+"""Log-probabilities (nats) of the next token by id: of the likeliest, and of the token that follows where one does.
+
+An id below zero stands for a likely token that the engine names by a text that several tokens have."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from qeval.api.process import call_text, torch_settings_restored
 from qeval.compare import arguments as read
 from qeval.compare.arguments import Names, PathLike, Variants
 from qeval.compare.defaults import takes_shipped_texts
+from qeval.compare.endpoint_choice import is_address
 from qeval.compare.options import from_keywords
 from qeval.compare.recipe_choice import RecipeChoice
 from qeval.compare.settings import AUTO, Settings
@@ -34,6 +35,11 @@ def compare(
     external_parts: str = "split",
     kv_types: Names | None = None,
     backend: Names = "torch",
+    endpoint_model: str | None = None,
+    endpoint_top: int = 20,
+    endpoint_key_variable: str = "OPENAI_API_KEY",
+    endpoint_timeout: float = 120.0,
+    endpoint_requests: int = 8,
     accuracy_level: str | int | Iterable[int] = "1",
     ep: str = AUTO,
     exporter: str = "auto",
@@ -107,7 +113,12 @@ def compare(
         external_parts: Of a variant from elsewhere that rounds activations, keys or values too: all (it as a whole),
             weights (its weights alone), or split (both, as NAME and NAME@weights).
         kv_types: Keys and values of variants that are GGUF files: one of ggml's types (q8_0, q4_0, f16), or two.
-        backend: torch, ort, llama.cpp, or several.
+        backend: torch, ort, llama.cpp, the address of an OpenAI-compatible endpoint ("http://host:8000"), or several.
+        endpoint_model: Of an endpoint that serves several models: which.
+        endpoint_top: Of an endpoint: likeliest tokens to ask for at each position.
+        endpoint_key_variable: Of an endpoint: the environment variable that holds its key.
+        endpoint_timeout: Of an endpoint: seconds that an answer may take.
+        endpoint_requests: Of an endpoint: requests that are under way at once.
         accuracy_level: ONNX Runtime's: 1 (fp32 activations), 4 (int8 activations), or both.
         ep: ONNX Runtime's provider.
         exporter: Who makes the ONNX graph: auto, genai, dynamo.
@@ -178,7 +189,8 @@ def compare(
     if memory:
         values |= {"model": name, "device": str(memory.device)}
     made_before = read.variant_paths(variants)
-    recipes = from_keywords(RecipeChoice, values).recipes(has_variants=bool(made_before))
+    only_endpoints = all(is_address(name) for name in read.names(backend))
+    recipes = from_keywords(RecipeChoice, values).recipes(has_variants=bool(made_before) or only_endpoints)
     shipped = offline if memory else takes_shipped_texts(name, offline=offline)
     settings = run_settings(
         values,
@@ -203,7 +215,7 @@ def _run(
     from qeval.compare.hub_access import hub_access, needs_of  # noqa: PLC0415 - the client of the hub
 
     if memory is not None:
-        memory.check_fits(settings.backends.names, stream=settings.model.stream, processes=_processes(settings))
+        memory.check_fits(settings.backends.runners, stream=settings.model.stream, processes=_processes(settings))
     check_out(settings.out, "the report")  # before the hub is asked
     with hub_access(needs_of(settings), progress, is_offline=offline), torch_settings_restored():
         # torch, transformers and lm-eval take seconds to import, which a command that is refused need not wait for

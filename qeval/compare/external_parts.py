@@ -100,7 +100,7 @@ def parts_choice(settings: Settings, *, has_gguf: bool) -> PartsChoice:
     words = settings.kv_types
     if words and not has_gguf:
         raise UsageError("--kv-types is of GGUF files by --variant; recipes name their own, such as rtn+kv-q8_0.")
-    return PartsChoice(settings.external_parts, settings.backends.names, kv_scheme(words))
+    return PartsChoice(settings.external_parts, settings.backends.runners, kv_scheme(words))
 
 
 def kv_scheme(words: Sequence[str]) -> Scheme:

@@ -26,11 +26,13 @@ def workers_here(settings: Settings) -> int:
     """Return how many processes score: what was asked for, else one on each GPU where no one GPU was named.
 
     GPUs are counted from the first until one has less than half of its memory: a small one (of a display, say) may not
-    hold the model. The demo, a model on several GPUs and a cluster have one worker unless more are asked for.
+    hold the model. The demo, a model on several GPUs and a cluster have one worker unless more are asked for, and so
+    has a run with endpoints, which asks them several things at once anyway.
     """
     if settings.workers:
         return settings.workers
-    is_alone = settings.executor == "ray" or settings.model.name == "demo" or settings.model.device_map is not None
+    is_spread = settings.model.device_map is not None or bool(settings.backends.endpoints)
+    is_alone = settings.executor == "ray" or settings.model.name == "demo" or is_spread
     if is_alone or settings.model.device != "cuda":
         return 1
     totals = [torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count())]

@@ -14,6 +14,7 @@ from qeval.compare.backends import BackendInputs, backends_of, kinds_of
 from qeval.compare.chat import ChatWork, chat_work
 from qeval.compare.contamination import ScoredTexts, overlap_of, with_overlap
 from qeval.compare.cost import Shape
+from qeval.compare.endpoints import ServedVariant, find_endpoints
 from qeval.compare.external_checkpoints import TokenCheck
 from qeval.compare.external_parts import parts_choice
 from qeval.compare.external_paths import VariantPath, is_gguf, local_places
@@ -89,6 +90,8 @@ class Plan:
     places: tuple[VariantPath, ...]
     given: tuple[VariantEntry, ...]
     onnx_variants: "tuple[OnnxVariant, ...]"
+    served: tuple[ServedVariant, ...]
+    """Models behind endpoints."""
     calibration: Callable[[], Calibration]
     overlap: Callable[[], OverlapRecord]
     """What the calibration text shares with what is scored."""
@@ -180,7 +183,15 @@ class Plan:
     def models(self) -> int:
         """The number of scored models: the baseline, and every variant on every backend."""
         variants, parts = len(self.settings.recipes) + len(self.given), len(self.settings.parts)
-        return 1 + len(self.floors) + self.rounds + len(self.backends) * variants + parts + len(self.onnx_variants)
+        return (
+            1
+            + len(self.floors)
+            + self.rounds
+            + len(self.backends) * variants
+            + parts
+            + len(self.onnx_variants)
+            + len(self.served)
+        )
 
 
 def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: Progress | None = None) -> Plan:
@@ -229,6 +240,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     given = read_variants(places, loaded, source, backend, token_check, fits, choice)
     backend.reserve(positions, [*schemes, *(each.target.effective_scheme for each in given if each.folder)])
     onnx_variants = read_onnx_folders(places, settings.backends.ep, loaded, source, token_check)
+    served = find_endpoints(settings, loaded, int(source.head.weight.shape[0]), shards, suites)
     backends, floors = backends_of(BackendInputs(settings, loaded, source, backend, places))
     return Plan(
         settings=settings,
@@ -249,6 +261,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         places=places,
         given=tuple(with_overlap(each, texts) for each in given),
         onnx_variants=onnx_variants,
+        served=served,
         calibration=calibration,
         overlap=overlap,
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
@@ -287,7 +300,7 @@ def _check_machine(settings: Settings) -> None:
 def _check_schemes(settings: Settings, places: Sequence[VariantPath]) -> None:
     """Refuse rounded activations, keys and values where only weights are."""
     folders = {place.name: place.path for place in places}
-    names, ep = settings.backends.names, settings.backends.ep
+    names, ep = settings.backends.runners, settings.backends.ep
     refuse_schemes_off_torch(schemes_of(settings.recipes, folders), names, ep)
     refuse_schemes_off_torch(schemes_of(settings.parts, {}), names[:1], ep)  # parts are scored on the first alone
 

@@ -19,6 +19,7 @@ from qeval.compare.scored_models import (
     states_folder,
     work_of,
 )
+from qeval.compare.served_models import served_models
 from qeval.compare.settings import Settings
 from qeval.compare.settings_json import identity_of, settings_json
 from qeval.compare.variants import VariantEntry
@@ -94,7 +95,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     with helped(plan, ledger.command_id, progress) as helpers:
         entries = _make(plan, progress)
         helpers.tell(entries)
-        models = list(scored_models(plan, entries, baseline, progress))
+        models = [*scored_models(plan, entries, baseline, progress), *served_models(plan)]
         wait_for(helpers, work, [baseline, *models])
         baseline.score(work, wait=False)
         is_scored = not baseline.is_open

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.endpoint_choice import EndpointChoice, check_endpoint_run, endpoint_urls, is_address
 from qeval.compare.generation_choice import DriftChoice, TraceChoice
 from qeval.compare.large_models import check_spread, check_stream
 from qeval.compare.options import Checked, Option
@@ -164,8 +165,8 @@ class BackendChoice(Checked):
     names: Annotated[
         tuple[str, ...],
         Option(
-            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files); or "
-            "several, comma-separated.",
+            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files), or "
+            "http://HOST:PORT (the model that a server runs); or several, comma-separated.",
             keyword="backend",
             type=str,
             parse=read.names,
@@ -196,13 +197,23 @@ class BackendChoice(Checked):
             UsageError: An unknown backend, exporter, format or accuracy level.
         """
         for name in self.names or ("",):
-            if name not in BACKENDS:
+            if not is_address(name) and name not in BACKENDS:
                 raise unknown("backend", name, BACKENDS)
         super().__post_init__()
         if self.ep not in (AUTO, *PROVIDERS):
             raise unknown("execution provider", self.ep, (AUTO, *PROVIDERS))
         if not self.accuracy_levels or set(self.accuracy_levels) - {1, 4}:
             raise UsageError("--accuracy-level takes 1 (fp32 activations), 4 (int8 activations), or 1,4.")
+
+    @property
+    def runners(self) -> tuple[str, ...]:
+        """The backends that variants run on: all but endpoints, which run what they serve."""
+        return tuple(name for name in self.names if not is_address(name))
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The addresses of endpoints."""
+        return endpoint_urls(self.names)
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,7 @@ class Settings(Checked):
             parse=read.sampling,
         ),
     ] = None
+    endpoint: EndpointChoice = field(default_factory=EndpointChoice)
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -301,8 +313,15 @@ class Settings(Checked):
             UsageError: Nothing to compare or to score, two variants of one name, numbers below one, a file as --out.
         """
         check_distinct((*self.every_recipe, *(Recipe(name, "rtn") for name, _ in self.variants)))
-        if not self.recipes and not self.variants:
+        has_variants = bool(self.recipes or self.variants)
+        if not has_variants and not self.backends.endpoints:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
+        on_nothing = has_variants and not self.backends.runners
+        many = self.workers > 1 or self.executor == "ray"
+        generating = [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]
+        flags = [(f"--tasks {task}", True) for task in generating]
+        flags += [("--workers", many), ("--methods or --variant", on_nothing)]
+        check_endpoint_run(self.backends.names, flags, self.endpoint)
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
         if self.chat != ChatChoice() and not (self.answers or self.traced):
@@ -314,8 +333,7 @@ class Settings(Checked):
         if self.sampling is not None and not self.scores_tokens:
             raise UsageError("--sampling compares distributions over a corpus; add kl to --tasks, or leave it out.")
         if self.model.stream:
-            generating = [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]
-            check_stream(self.backends.names, self.recipes, answers=self.answers, generating=generating)
+            check_stream(self.backends.runners, self.recipes, answers=self.answers, generating=generating)
         if self.model.device_map is not None:
             check_spread(self.backends.names, self.executor, self.workers)
         if scheme := _SCHEME.match(str(self.out)):

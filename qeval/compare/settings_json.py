@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.endpoint_choice import EndpointChoice
 from qeval.compare.generation_choice import TraceChoice
 from qeval.compare.settings import Settings
 from qeval.config import PART_FIELDS
@@ -25,6 +26,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "sampling": None,
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
     "traces": TypeAdapter(TraceChoice).dump_python(TraceChoice(), mode="json"),
+    "endpoint": TypeAdapter(EndpointChoice).dump_python(EndpointChoice(), mode="json"),
 }
 """Settings that older runs don't have."""
 _DEFAULTS_OF_QUESTIONS = {"apply_chat_template": False, "fewshot_as_multiturn": "true", "system_instruction": None}

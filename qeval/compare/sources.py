@@ -119,7 +119,12 @@ def responses_of(settings: Settings, loaded: LoadedModel, tasks: Sequence[TaskDa
 
 
 def _check_generating(settings: Settings, data: TaskData) -> None:
-    """Refuse tasks that generate where a model can only be scored."""
+    """Refuse tasks without choices of models behind endpoints, and those that generate where one can only be scored."""
+    if settings.backends.endpoints:
+        raise UsageError(
+            f"Task '{data.name}' has no choices, and endpoints are asked for choices and text alone: leave it, or "
+            f"--backend {','.join(settings.backends.endpoints)}, out."
+        )
     if all(task.OUTPUT_TYPE != GENERATED for task in data.tasks.values()):
         return
     if settings.model.stream:

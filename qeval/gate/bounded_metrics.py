@@ -58,6 +58,11 @@ class Figures:
         if (source := kind_of(metric).source) in self._run.traced:
             return trace_figure(name, self._run.traces(source, self._variant), self._run.baseline_traces(source))
         bound = self._of_tokens(name)
+        if bound is None and self._tokens.is_bounded:
+            raise QevalError(
+                f"'{self._variant.name}' is a model behind an endpoint, of whose KL there is a lower bound alone, so "
+                f"no limit on {metric} can be met; limit top1_agreement, perplexity or accuracy."
+            )
         if bound is None:
             raise QevalError(f"The run scored no row for {metric}.")
         clusters = "windows" if self._run.windows_are_apart else "stretches of text"

@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 from qeval.errors import BrokenRecordError
 from qeval.stats.bootstrap import Clusters, Floats, Ints
 from qeval.store.run import DriftRecord, ProtocolRecord, TaskRecord
+from qeval.store.schema import LOWER_BOUND_COLUMNS
 
 BASELINE_NAME = "baseline"
 Mask = NDArray[np.bool_]
 
 _FLOAT_COLUMNS = (
     "nll", "kl_nats", "reverse_kl_nats", "kl_abs_modelopt", "overlap", "top5_agreement", "top10_agreement",
-    "sampling_kl_nats", "outside_nucleus", "delta_p", "kernel_kl_nats", "entropy_nats",
+    "sampling_kl_nats", "outside_nucleus", "delta_p", "kernel_kl_nats", "entropy_nats", *LOWER_BOUND_COLUMNS,
 )  # fmt: skip
 _OPTIONAL = ("overlap", "top5_agreement", "top10_agreement", "sampling_kl_nats", "outside_nucleus")
 """Columns that a run has at all positions or at none: it is older, or they were not asked for."""
 TOKEN_COLUMNS = ("variant", "backend", "corpus", "window", "position", "token", *_FLOAT_COLUMNS, "top1_agreement")
 """What of a token row a report needs."""
-FEW_TOKEN_COLUMNS = tuple(name for name in TOKEN_COLUMNS if name not in _FLOAT_COLUMNS or name in ("nll", "kl_nats"))
+FEW_TOKEN_COLUMNS = tuple(
+    name for name in TOKEN_COLUMNS if name not in _FLOAT_COLUMNS or name in ("nll", "kl_nats", "kl_lower_bound_nats")
+)
 """What an explanation and a diff need: reading takes most of their time."""
 
 
@@ -59,6 +62,11 @@ class TokenRows:
     def clusters(self, column: str) -> Clusters:
         """Return the independent clusters of a column's scored rows: windows, those that overlap or repeat as one."""
         return Clusters.of(self.clusters_of_rows[self.scored[column]])
+
+    @property
+    def is_bounded(self) -> bool:
+        """Return whether a lower bound of KL stands in the place of a KL: the rows are an endpoint's."""
+        return "kl_lower_bound_nats" in self.scored and bool(self.scored["kl_lower_bound_nats"].any())
 
     @property
     def clusters_of_rows(self) -> Ints:
@@ -223,6 +231,9 @@ def pair_tokens(variant: TokenRows, baseline: TokenRows, who: str) -> None:
 
 def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
     """Raise a BrokenRecordError unless the comparing columns are scored as often as the run says."""
+    if variant.is_bounded:
+        _check_lower_bound(variant, protocol, who)
+        return
     scored = int(variant.scored["kl_nats"].sum())
     if scored != protocol.kl_positions:
         raise BrokenRecordError(f"'{who}' has {scored} KL values; the run scored {protocol.kl_positions}.")
@@ -230,6 +241,14 @@ def check_kl(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
     for column in ("reverse_kl_nats", "kl_abs_modelopt", "top1_agreement", *optional):
         if column in variant.scored and (variant.scored[column] != variant.scored["kl_nats"]).any():
             raise BrokenRecordError(f"'{who}' has {column} at other positions than kl_nats.")
+
+
+def _check_lower_bound(variant: TokenRows, protocol: ProtocolRecord, who: str) -> None:
+    scored = int(variant.scored["kl_lower_bound_nats"].sum())
+    if scored != protocol.kl_positions or variant.scored["kl_nats"].any():
+        raise BrokenRecordError(
+            f"'{who}' has {scored} lower bounds of KL, the run scored {protocol.kl_positions}; or it has KL values too."
+        )
 
 
 def item_rows(table: pa.Table, task: TaskRecord, who: str, baseline: ItemRows | None = None) -> ItemRows:

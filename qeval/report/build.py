@@ -138,7 +138,12 @@ def build_paired(rows: PairedRun) -> Report:
 
 
 def quality(variant: VariantReport) -> float | None:
-    """Return the loss that ranks a variant: KL, else the perplexity ratio; None where it isn't ranked."""
+    """Return the loss that ranks a variant: KL, else the perplexity ratio; None where it isn't ranked.
+
+    A model behind an endpoint never is: its size is not known, and of its KL there is a lower bound alone.
+    """
+    if variant.size_bytes is None:
+        return None
     for name in ("kl_nats", "ppl_ratio"):
         if variant.status == "done" and variant.ranked and not variant.void and name in variant.metrics:
             return variant.metrics[name].value
@@ -185,7 +190,8 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
             curves[name] = measure_tokens.kl_curve(rows)
             by_entropy[name] = kl_by_entropy(rows, baseline, run.seed)
             by_position[name] = kl_by_position(rows, run.seed)
-            if variant.role != "floor" and variant.twin is None and not metrics[name]["kl_nats"].non_finite:
+            counts = variant.role != "floor" and variant.twin is None and not rows.is_bounded
+            if counts and not metrics[name]["kl_nats"].non_finite:
                 kl[name], windows = rows.of("kl_nats"), rows.clusters("kl_nats")
     return _Tokens(metrics, curves, by_entropy, by_corpus, chat, by_position, kl, windows)
 

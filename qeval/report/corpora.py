@@ -34,6 +34,8 @@ def by_corpus(rows: TokenRows, baseline: TokenRows, protocol: ProtocolRecord, ru
     metrics_of: dict[str, Metrics] = {name: {} for name in (*masks, MACRO)}
     for metric, (unit, better, transform) in _kinds(run).items():
         column = "nll" if metric == "ppl_ratio" else metric
+        if rows.is_bounded and metric == "kl_nats":
+            continue
         values, scored = _values(rows, baseline, metric), rows.scored[column]
         if not np.isfinite(values[scored]).all():
             return {}

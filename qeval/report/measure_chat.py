@@ -104,7 +104,7 @@ def _metrics(rows: TokenRows, baseline: TokenRows, group: _Group, run: RunRecord
     """Return the means over a group's tokens."""
     metrics: Metrics = {}
     if "kl" in run.metrics:
-        for name, (unit, better) in _MEANS.items():
+        for name, (unit, better) in _means(rows).items():
             values, clusters = _of(rows, rows.values[name], group.kl & rows.scored[name])
             if not np.isfinite(values).all():
                 return {}
@@ -118,6 +118,11 @@ def _metrics(rows: TokenRows, baseline: TokenRows, group: _Group, run: RunRecord
     return metrics
 
 
+def _means(rows: TokenRows) -> dict[str, tuple[str, Better]]:
+    """Return the metrics that are means of columns; of an endpoint's rows KL is none of them."""
+    return {name: kind for name, kind in _MEANS.items() if not (rows.is_bounded and name == "kl_nats")}
+
+
 def _of(rows: TokenRows, values: Floats, mask: Mask) -> tuple[Floats, Clusters]:
     return values[mask], Clusters.of(rows.clusters_of_rows[mask])
 
@@ -129,7 +134,7 @@ def _over_languages(rows: TokenRows, chat: ChatRecord, run: RunRecord) -> Metric
     metrics: Metrics = {}
     place = _places(rows, chat)
     languages = np.unique([answer.language for answer in chat.answers], return_inverse=True)[1].ravel()
-    for name, (unit, better) in _MEANS.items():
+    for name, (unit, better) in _means(rows).items():
         scored = (place >= 0) & rows.scored[name]
         values, clusters = rows.values[name][scored], Clusters.of(languages[place[scored]])
         if not np.isfinite(values).all():

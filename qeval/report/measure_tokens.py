@@ -22,6 +22,11 @@ _KL_MEANS: dict[str, tuple[str, Better]] = {
     "sampling_kl_nats": ("nats", "lower"),
     "outside_nucleus": ("fraction", "lower"),
 }
+_LOWER_BOUND: dict[str, tuple[str, Better]] = {
+    "kl_lower_bound_nats": ("nats", "lower"),
+    "mass_outside": ("fraction", "neither"),
+    "top1_agreement": ("fraction", "higher"),
+}
 _NLL_KINDS: dict[str, tuple[str, Better]] = {
     "ppl": ("ppl", "lower"),
     "ppl_ratio": ("ratio", "lower"),
@@ -38,7 +43,12 @@ _LARGEST_EXPONENT = 700.0  # exp of more than 709 is infinite in float64
 
 
 def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
-    """Return how far the variant's distributions lie from the baseline's; `top1_agreement` with them."""
+    """Return how far the variant's distributions lie from the baseline's; `top1_agreement` with them.
+
+    Of a model behind an endpoint it is a lower bound, under a name of its own.
+    """
+    if rows.is_bounded:
+        return _lower_bound_metrics(rows, seed)
     bad = _count_bad(rows, ("kl_nats", "reverse_kl_nats", "kl_abs_modelopt"))
     if bad:
         tails: dict[str, tuple[str, Better]] = dict.fromkeys((*KL_LEVELS, "kl_nats_max"), ("nats", "lower"))
@@ -61,6 +71,17 @@ def kl_metrics(rows: TokenRows, seed: int) -> Metrics:
         metrics["kl_nats_p99_over_mean"] = estimates.quantile_over_mean(kl, 0.99, clusters, better="neither", seed=seed)
     metrics["kl_nats_max"] = estimates.maximum(kl, clusters, unit="nats", better="lower")
     return as_metrics(metrics)
+
+
+def _lower_bound_metrics(rows: TokenRows, seed: int) -> Metrics:
+    if bad := _count_bad(rows, tuple(_LOWER_BOUND)):
+        return _broken(_LOWER_BOUND, int(rows.scored["kl_lower_bound_nats"].sum()), bad)
+    return as_metrics(
+        {
+            name: estimates.mean(rows.of(name), rows.clusters(name), unit=unit, better=better, seed=seed)
+            for name, (unit, better) in _LOWER_BOUND.items()
+        }
+    )
 
 
 def kernel_metrics(rows: TokenRows, seed: int) -> Metrics:

@@ -29,6 +29,8 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `top5_agreement`, `top10_agreement` | share of the baseline's k likeliest tokens among the variant's k | fraction |
 | `sampling_kl_nats` | with `--sampling`: mean KL of tempered distributions, cut to the baseline's nucleus | nats |
 | `outside_nucleus` | with `--sampling`: mean share of the variant's samples outside that nucleus | fraction |
+| `kl_lower_bound_nats` | of an endpoint, no KL: what it is at least, by the tokens that are reported | nats |
+| `mass_outside` | of an endpoint: the baseline's mean probability of all tokens that are not reported | fraction |
 | `overlap` | mean of the sum of min(p, q), 1 minus total variation: what speculative decoding accepts | fraction |
 | `ppl` | exp of the mean NLL over tokens (convention `token-mean`) | ppl |
 | `ppl_hf_strided`, `ppl_gptq_2048`, `ppl_llamacpp_512_half` | by the run's convention, if it is that one | ppl |

@@ -118,6 +118,7 @@ def _kl(report: Report, drawn: dict[str, Plot]) -> Section:
             tables.kl_table(report),
             *tables.sampling_table(report),
             tables.kl_tail(report),
+            *([bounds] if (bounds := tables.lower_bound_table(report)) else []),
             *part_tables.positions_table(report),
             *confidence.by_entropy(report),
             *compared,

@@ -94,7 +94,8 @@ def _is_baseline(run: PairedRun, variant: VariantRecord) -> bool:
     if run.protocol:
         rows, base = run.tokens(variant), run.baseline_tokens
         if "kl" in run.record.metrics:
-            same.append(bool((rows.of("kl_nats") == 0).all()))
+            kl = rows.of("kl_lower_bound_nats" if rows.is_bounded else "kl_nats")
+            same.append(bool((kl == 0).all()))
         same.append(bool((rows.of("nll") == base.of("nll")).all()))
     same += [
         bool(np.array_equal(run.items(task, variant).choices, run.baseline_items(task).choices))

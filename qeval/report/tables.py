@@ -15,6 +15,8 @@ _SCHEME = {
     "activations": "Activations", "keys": "Keys", "values": "Values", "bits per cached token": "Bits/cached token",
 }  # fmt: skip
 """The columns for what is rounded beside a variant's weights, by the names of its details."""
+LOWER_BOUND = "KL at least, nats"
+"""The heading of an endpoint's lower bound of KL, which is no KL."""
 VOID = "void: calibrated on what it was scored on"
 _SYMMETRY = {True: "symmetric", False: "asymmetric", None: "unknown"}
 _DTYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
@@ -33,7 +35,7 @@ def overview_table(report: Report) -> Table:
     tasks = [task.record for task in report.tasks]
     wanted = _present(
         report,
-        {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
+        {"kl_nats": "KL, nats", "kl_lower_bound_nats": LOWER_BOUND, "top1_agreement": "Same top token"}
         | perplexities(report)
         | {"drift_equal": "Same greedy token", "reasoning_acc": "Reasoning", "grammar_valid": "Valid calls"}
         | {f"{task.name}_acc": task.title for task in tasks}
@@ -137,6 +139,7 @@ def kl_table(report: Report) -> Table:
             TableCell(v.backend),
         )
         for v in report.variants
+        if "kl_lower_bound_nats" not in v.metrics
     ]
     columns = ("Variant", "Method", "Granularity", *names.values(), "Backend")
     note = (
@@ -165,13 +168,37 @@ def sampling_table(report: Report) -> Iterator[Table]:
     yield Table(caption, ("Variant", *names.values()), tuple(rows), note)
 
 
+def lower_bound_table(report: Report) -> Table | None:
+    """Return the lower bounds of KL of the models behind endpoints; None where there are none."""
+    names = {
+        "kl_lower_bound_nats": LOWER_BOUND,
+        "mass_outside": "Baseline's mass outside",
+        "top1_agreement": "Same top token",
+    }
+    rows = [
+        (TableCell(v.name), *(metric_cell(v.metrics.get(name)) for name in names), TableCell(v.backend))
+        for v in report.variants
+        if "kl_lower_bound_nats" in v.metrics
+    ]
+    note = (
+        "An endpoint reports the log-probabilities of its likeliest tokens. The KL of both distributions over these "
+        "and one cell for all other tokens is a lower bound of KL(baseline ‖ variant): the true one is no smaller, and "
+        "nothing says how much larger. Mass outside: what probability the baseline gives to that cell. It is laid "
+        "beside no KL and ranks nothing."
+    )
+    columns = ("Variant", *names.values(), "Backend")
+    return Table("Lower bounds of KL, of models behind endpoints", columns, tuple(rows), note) if rows else None
+
+
 def kl_tail(report: Report) -> Table:
     """Return the table of how KL is distributed over tokens."""
     names = {
         "p50": "Median", "p90": "p90", "p99": "p99", "p99_9": "p99.9", "max": "Max", "p99_over_mean": "p99 / mean",
     }  # fmt: skip
     rows = [
-        (TableCell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names)) for v in report.variants
+        (TableCell(v.name), *(metric_cell(v.metrics.get(f"kl_nats_{name}")) for name in names))
+        for v in report.variants
+        if "kl_lower_bound_nats" not in v.metrics
     ]
     note = "A maximum has no interval: no resample holds a larger one."
     return Table("KL over tokens, nats", ("Variant", *names.values()), tuple(rows), note)

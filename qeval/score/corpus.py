@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -78,8 +79,8 @@ def window_states(session: Session, windows: Sequence[Window], batch_tokens: int
 
 def baseline_columns(session: Session, shard: Shard, states: Tensor, names: dict[str, str]) -> dict[str, Any]:
     """Return the baseline's own token rows; `names` holds `variant`, `backend` and `corpus`."""
-    own = with_fitting_blocks(session, partial(model_numbers, session.logits, states, _targets(shard.windows)))
-    return _columns(shard, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
+    own = with_fitting_blocks(session, partial(model_numbers, session.logits, states, state_targets(shard.windows)))
+    return token_columns(shard, names, {"log_p": own.log_p, "entropy_nats": own.entropy_nats})
 
 
 def variant_columns(
@@ -99,7 +100,7 @@ def variant_columns(
     """
     sides = (base_logits, base_states, session.logits, states)
     compared = with_fitting_blocks(
-        session, partial(distance, *sides, _targets(shard.windows), twin=twin, sampling=sampling)
+        session, partial(distance, *sides, state_targets(shard.windows), twin=twin, sampling=sampling)
     )
     values = {
         "log_p": compared.numbers.log_p,
@@ -116,11 +117,11 @@ def variant_columns(
         values["kernel_kl_nats"] = compared.twin_kl_nats
     if compared.sampling_kl_nats is not None and compared.outside_nucleus is not None:
         values |= {"sampling_kl_nats": compared.sampling_kl_nats, "outside_nucleus": compared.outside_nucleus}
-    return _columns(shard, names, values)
+    return token_columns(shard, names, values)
 
 
-def _targets(windows: Sequence[Window]) -> Tensor:
-    """For every state the token it predicts, or -1 where that token is not scored."""
+def state_targets(windows: Sequence[Window]) -> Tensor:
+    """Return for every state the token it predicts, or -1 where that token is not scored."""
     targets: list[int] = []
     for window in windows:
         scored = set(window.nll_positions)
@@ -128,8 +129,14 @@ def _targets(windows: Sequence[Window]) -> Tensor:
     return torch.tensor(targets)
 
 
-def _columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> dict[str, Any]:
-    """Make rows from states: what a state predicts goes to the next token's row, what it is compared in to its own."""
+def token_columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> dict[str, Any]:
+    """Make rows from states: what a state predicts goes to the next token's row, what it is compared in to its own.
+
+    Args:
+        shard: The windows whose rows they are.
+        names: `variant`, `backend` and `corpus`.
+        values: Columns by state, `log_p` of the predicted token among them; those of the schema that lack are null.
+    """
     rows = _Layout(shard)
     arrays = {name: value.cpu().numpy() for name, value in values.items()}
     columns: dict[str, Any] = {name: constant_column(value, len(rows.position)) for name, value in names.items()}
@@ -138,6 +145,10 @@ def _columns(shard: Shard, names: dict[str, str], values: dict[str, Tensor]) -> 
     if "delta_p" in arrays:
         columns["delta_p"] = rows.predicted(arrays.pop("delta_p"))
     columns |= {name: rows.compared(value) for name, value in arrays.items()}
+    if "top1_agreement" in arrays and arrays["top1_agreement"].dtype.kind == "f":
+        # NaN where an endpoint's likeliest token is not known
+        agrees = columns["top1_agreement"]
+        columns["top1_agreement"] = pc.if_else(pc.is_nan(agrees), None, agrees).cast(pa.bool_())
     empty = {
         field.name: pa.nulls(len(rows.position), field.type) for field in TOKENS_SCHEMA if field.name not in columns
     }

@@ -20,7 +20,9 @@ from qeval.parsing import error_reason
 from qeval.progress import Notify
 from qeval.store.schema import (
     DRIFT_SCHEMA,
+    ENDPOINT_TOKENS_SCHEMA,
     ITEMS_SCHEMA,
+    LOWER_BOUND_COLUMNS,
     OLDER_SCORES_SCHEMA,
     READ_ERRORS,
     SCORES_SCHEMA,
@@ -37,8 +39,14 @@ SCHEMAS: dict[RowKind, pa.Schema] = {
     "traces": TRACES_SCHEMA,
     "scores": SCORES_SCHEMA,
 }
-_OLDER: dict[RowKind, tuple[pa.Schema, ...]] = {"tokens": TOKENS_SCHEMAS[1:], "scores": (OLDER_SCORES_SCHEMA,)}
+_OTHERS: dict[RowKind, tuple[pa.Schema, ...]] = {
+    "tokens": (*TOKENS_SCHEMAS[1:], ENDPOINT_TOKENS_SCHEMA),
+    "scores": (OLDER_SCORES_SCHEMA,),
+}
+"""The columns of rows from before, and of models behind endpoints."""
 ROW_KINDS: tuple[RowKind, ...] = tuple(SCHEMAS)
+_READABLE: dict[RowKind, pa.Schema] = {**SCHEMAS, "tokens": ENDPOINT_TOKENS_SCHEMA}
+"""Every column that a shard of a kind may have."""
 _SUFFIX = ".parquet"
 _INDEX = TypeAdapter(dict[str, list[str]])
 """Names of shards by kind."""
@@ -56,7 +64,9 @@ class RowStore:
 
     def write(self, kind: RowKind, key: str, columns: Mapping[str, Any]) -> Path:
         """Write one job's rows; the shard appears whole or not at all."""
-        table = pa.Table.from_pydict(dict(columns), schema=SCHEMAS[kind])
+        has_bound = kind == "tokens" and LOWER_BOUND_COLUMNS[0] in columns
+        schema = ENDPOINT_TOKENS_SCHEMA if has_bound else SCHEMAS[kind]
+        table = pa.Table.from_pydict(dict(columns), schema=schema)
         return write_record(
             self.root / kind, key, _SUFFIX, lambda path: pq.write_table(table, path, compression="zstd")
         )
@@ -124,14 +134,13 @@ def concat(kind: RowKind, paths: Iterable[Path], columns: Sequence[str] | None =
     with ThreadPoolExecutor(_READERS) as threads:
         tables = list(threads.map(lambda path: _read_shard(kind, path, columns), paths))
     if not tables:
-        empty = SCHEMAS[kind].empty_table()
-        return empty if columns is None else empty.select(columns)
+        return SCHEMAS[kind].empty_table() if columns is None else _READABLE[kind].empty_table().select(columns)
     return pa.concat_tables(tables).unify_dictionaries()
 
 
 def has_known_columns(kind: RowKind, schema: pa.Schema) -> bool:
-    """Return whether a shard has the columns of its kind, as this version of qeval or one before writes them."""
-    return any(schema.equals(each) for each in (SCHEMAS[kind], *_OLDER.get(kind, ())))
+    """Return whether a shard has columns of its kind: those of this qeval or of one before, or an endpoint's."""
+    return any(schema.equals(each) for each in (SCHEMAS[kind], *_OTHERS.get(kind, ())))
 
 
 def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.Table:
@@ -147,7 +156,7 @@ def _read_shard(kind: RowKind, path: Path, columns: Sequence[str] | None) -> pa.
         table.validate(full=True)
     except READ_ERRORS as error:
         raise BrokenRecordError(f"{path} can't be read as Parquet ({error_reason(error)}).") from error
-    return _with_columns(table, [SCHEMAS[kind].field(name) for name in wanted])
+    return _with_columns(table, [_READABLE[kind].field(name) for name in wanted])
 
 
 def _with_columns(table: pa.Table, fields: Sequence[pa.Field]) -> pa.Table:

@@ -5,6 +5,10 @@ Token rows: one a scored position of a window. `position` is the token's index i
 a window has no context). The other columns compare the distribution *after* the position (the prediction of the
 next token) with the baseline's, and are null in the baseline's own rows and where it is not scored.
 
+Token rows of a model behind an endpoint have two columns more, `kl_lower_bound_nats` (of KL(baseline || variant), from
+the tokens that the endpoint reports) and `mass_outside` (the baseline's probability of all others); their `kl_nats` is
+null, since no bound stands in the place of a KL.
+
 Item rows: one a question. `item` is the question's index in its file.
 
 Score rows: one an item's score by one metric under one filter, of a task without choices or of another program
@@ -68,6 +72,15 @@ def older_tokens_schema(changes: int) -> pa.Schema:
 
 TOKENS_SCHEMAS = (TOKENS_SCHEMA, *(older_tokens_schema(changes) for changes in range(len(NEWER_COLUMNS))))
 """All that are read, this version's first."""
+
+LOWER_BOUND_COLUMNS = ("kl_lower_bound_nats", "mass_outside")
+"""Columns of a model behind an endpoint, which reports the log-probabilities of a few tokens: what its KL is at least,
+and the baseline's probability of all other tokens. Its `kl_nats` is null: no bound stands in the place of a KL."""
+
+ENDPOINT_TOKENS_SCHEMA = pa.schema(
+    [*TOKENS_SCHEMA, *(pa.field(name, pa.float64()) for name in LOWER_BOUND_COLUMNS)], metadata=TOKENS_SCHEMA.metadata
+)
+"""The columns of such a model's token rows; no other rows have the last ones, which read as null there."""
 
 ITEMS_SCHEMA = pa.schema(
     [

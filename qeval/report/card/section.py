@@ -188,6 +188,8 @@ def _kl(report: Report) -> tuple[list[str], list[list[str]]]:
     ]  # fmt: skip
     rows = [[model_name(report), baseline_name(report), "-", "0", "0", report.baseline.backend or formatting.MISSING]]
     for v in report.variants:
+        if "kl_lower_bound_nats" in v.metrics:
+            continue
         method = f"{v.name} (noise floor: the baseline against itself)" if v.role == "floor" else v.name
         cells = [method, v.granularity or "-"]
         rows.append(

@@ -56,6 +56,7 @@ def build_diff(run_a: Path, run_b: Path, names: Sequence[tuple[str, str]] = ()) 
         notes=[
             *_notes(a, b, [task for task, _ in tasks], max(apart, default=None)),
             *_left_out(a, b, pairs, tasks),
+            *(_without_kl(a, b, pairs) if "kl_nats" in columns else []),
             *_of_runs(a, b),
         ],
     )
@@ -68,6 +69,8 @@ def _variant(
     tasks: Sequence[tuple[TaskRecord, TaskRecord]],
     scores: Sequence[tuple[ScoreRecord, ScoreRecord]],
 ) -> VariantDiff:
+    if "kl_nats" in columns and _bounded([(a.run, a.variant), (b.run, b.variant)]):
+        columns = [column for column in columns if column != "kl_nats"]
     differences: list[Difference] = token_differences(a, b, columns) if columns else []
     answers: list[AnswerChanges] = []
     for pair in tasks:
@@ -171,6 +174,18 @@ def _chance(run: PairedRun, task: TaskRecord) -> list[str]:
     accuracy = accuracies(task.name, baseline, run.record.seed)[f"{task.name}_acc"]
     guess = chance(baseline)
     return [chance_sentence(task.title, guess)] if at_chance(accuracy, guess) else []
+
+
+def _bounded(sides: Sequence[tuple[PairedRun, VariantRecord]]) -> list[str]:
+    """Return the names of variants of whose KL there is a lower bound alone."""
+    return [variant.name for run, variant in sides if run.tokens(variant).is_bounded]
+
+
+def _without_kl(a: PairedRun, b: PairedRun, pairs: Sequence[tuple[VariantRecord, VariantRecord]]) -> list[str]:
+    names = dict.fromkeys(name for mine, other in pairs for name in _bounded([(a, mine), (b, other)]))
+    return (
+        [f"KL is not compared, since an endpoint gives a lower bound of it alone: {', '.join(names)}."] if names else []
+    )
 
 
 def _left_out(

@@ -26,6 +26,7 @@ _NO_TEXTS = (
     "This run kept no texts of its tokens and questions, so their numbers stand for them; run the same command again, "
     "which scores nothing anew, to have them."
 )
+_BOUNDED = "An endpoint gives a lower bound of KL alone, so no token is told apart by its KL."
 _FLOOR = "This is the baseline itself in another type or on another backend: what it shows is the noise floor, no loss."
 
 
@@ -94,7 +95,7 @@ def _tokens(run: PairedRun, record: VariantRecord, texts: Texts | None, count: i
     if run.protocol is None or "kl" not in run.record.metrics:
         return None
     rows = run.tokens(record)
-    if not np.isfinite(rows.of("kl_nats")).all():
+    if rows.is_bounded or not np.isfinite(rows.of("kl_nats")).all():
         return None
     return tokens_loss(rows, run.baseline_tokens, texts, count)
 
@@ -117,6 +118,7 @@ def _notes(run: PairedRun, record: VariantRecord, tasks: list[TaskLoss], texts: 
     sentences = [_FLOOR] if record.role == "floor" else []
     sentences += [notes.chance_sentence(task.title, task.chance) for task in tasks if task.baseline_at_chance]
     sentences += [_NO_TEXTS] if texts is None else []
+    sentences += [_BOUNDED] if run.protocol and run.tokens(record).is_bounded else []
     sentences += [*filter(None, [run.missing_chain]), *run.repeat_notes]
     if record.role == "variant" and (reason := not_quantized(run, record)):
         sentences.append(reason)

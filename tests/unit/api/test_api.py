@@ -47,7 +47,8 @@ SIGNATURES = {
     "quality reference base seed out progress on_plan on_record command",
     "board": "runs *out accept",
     "card": "run variant *into",
-    "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
+    "compare": "model *tokenizer revision methods config variants external_parts kv_types backend "
+    "endpoint_model endpoint_top endpoint_key_variable endpoint_timeout endpoint_requests accuracy_level ep "
     "exporter format precision "
     "device compute stream max_memory device_map tasks corpus protocol convention window stride max_windows bos "
     "sampling mmlu_dir subjects "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.endpoint_choice import EndpointChoice
 from qeval.compare.generation_choice import DriftChoice, TraceChoice
 from qeval.compare.settings import (
     BackendChoice,
@@ -46,6 +47,9 @@ SETTINGS = Settings(
     executor="ray",
     command="qeval compare",
 )
+WITH_ENDPOINT = replace(
+    SETTINGS, backends=BackendChoice(("torch", "http://localhost:8000")), workers=1, executor="local"
+)
 FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,
         "executor": "local", "worker_gpus": 0.5}  # fmt: skip
 BOUND = {
@@ -53,7 +57,7 @@ BOUND = {
     "corpus": CorpusChoice("chat"), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
-    "traces": TraceChoice(tokens=8), "sampling": Sampler(0.9, 0.7),
+    "traces": TraceChoice(tokens=8), "sampling": Sampler(0.9, 0.7), "endpoint": EndpointChoice(top=7),
 }  # fmt: skip
 
 
@@ -75,7 +79,8 @@ def test_what_changes_no_row_keeps_a_runs_identity(name):
 
 @pytest.mark.parametrize("name", BOUND)
 def test_what_changes_rows_makes_another_run(name):
-    assert identity_of(replace(SETTINGS, **{name: BOUND[name]})) != identity_of(SETTINGS)
+    settings = WITH_ENDPOINT if name == "endpoint" else SETTINGS
+    assert identity_of(replace(settings, **{name: BOUND[name]})) != identity_of(settings)
 
 
 def test_workers_of_a_streamed_run_differ_in_their_limit_on_memory():
