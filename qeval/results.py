@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from qeval.jobs.export import ExportManifest
     from qeval.jobs.publish import PublishedManifest
+    from qeval.report.advice import Advice
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
     from qeval.store.variants import Manifest
@@ -203,6 +204,14 @@ class SensitivityMap(NamedTuple):
     folder: Path
     page: Path
     effects: "Sensitivities"
+
+
+class AdvisedRun(NamedTuple):
+    """The causes of a variant's loss and what treats them: the folder, the page, and the advice."""
+
+    folder: Path
+    page: Path
+    advice: "Advice"
 
 
 class BenchRun(NamedTuple):

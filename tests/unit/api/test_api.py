@@ -41,6 +41,7 @@ def run(place, tmp_path_factory):
 
 
 SIGNATURES = {
+    "advise": "run variant *corpus max_windows offline threads out progress",
     "bench": "model *revision methods variants engines batch prompt generate ep accuracy_level device calibration "
     "calibration_samples calibration_length calibrate_all_experts "
     "offline budget importance quantize_head corpus threads time_budget repeats "

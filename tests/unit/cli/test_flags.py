@@ -245,6 +245,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         "explain",
         "gate",
         "import",
+        "advise",
         "board",
         "verify",
         "selfcheck",
