@@ -100,9 +100,8 @@ def write_advice(advice: Advice, out: Path) -> Path:
         tables=tuple(advice_tables(advice)),
         notes=tuple(advice.notes),
     )
-    facts = (f"causes: {advice.positions:,} positions of {advice.calibration}",)
-    if advice.protocol:
-        facts += (f"gains: {advice.windows} held-out windows of {advice.protocol}",)
+    gains = (f"gains: {advice.windows} held-out windows of {advice.protocol}",) if advice.protocol else ()
+    facts = (f"causes: {advice.positions:,} positions of {advice.calibration}", *gains)
     heading = Heading(f"{advice.model}: what {advice.variant} loses by", facts)
     write_text(out / "advice.json", advice.model_dump_json(indent=2) + "\n")
     write_text(out / "advice.md", html_page("report.md.j2", heading, [section]))

@@ -16,6 +16,7 @@ from qeval.report.document import Plot, Section, Table, TableCell
 from qeval.report.measure_scores import scores_table
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
+from qeval.report.published_figures import published_table
 from qeval.report.ranking import ranking
 from qeval.report.recommendation import RULE, recommend
 from qeval.report.summary import summary
@@ -39,6 +40,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
         *([continuations] if (continuations := drift.drift_section(report)) else []),
         *(_task(report, task, drawn) for task in report.tasks),
         *([_scores(report)] if report.scores else []),
+        *([_published(table)] if (table := published_table(report)) else []),
         *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
         _provenance(report),
@@ -72,6 +74,10 @@ def _summary(report: Report, drawn: dict[str, Plot]) -> Section:
 
 def _scores(report: Report) -> Section:
     return Section(id="scores", title="Imported scores", tables=(scores_table(report, report.scores),))
+
+
+def _published(table: Table) -> Section:
+    return Section(id="published", title="Published figures", tables=(table,))
 
 
 def _variants(report: Report) -> Section:
