@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qeval.jobs.export import ExportManifest
     from qeval.jobs.publish import PublishedManifest
     from qeval.report.advice import Advice
+    from qeval.report.calibration_spread import CalibrationSpread
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
     from qeval.store.variants import Manifest
@@ -223,19 +224,27 @@ class BenchRun(NamedTuple):
 
 
 class ModelOutcome(NamedTuple):
-    """One model of a sweep: its run's folder, the exit code of its comparison, why it failed, or None."""
+    """One model of a sweep: its run's folder, the exit code of its comparison, why it failed, or None.
+
+    `case`: the draw of a calibration text, where the sweep is over these.
+    """
 
     name: str
     folder: Path
     code: int
     error: str | None
+    case: str = ""
 
 
 class Sweep(NamedTuple):
-    """A sweep's models in order, and the page of all."""
+    """A sweep's models in order, the page of all, and how far calibration moves each method where that was swept over.
+
+    There is no spread where a comparison failed.
+    """
 
     models: tuple[ModelOutcome, ...]
     page: Path
+    spread: "CalibrationSpread | None" = None
 
     @property
     def exit_code(self) -> int:

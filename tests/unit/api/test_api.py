@@ -73,7 +73,7 @@ SIGNATURES = {
     "selfcheck": "*rows table data mmlu_dir device threads progress",
     "sensitivity": "model *method budgets formats revision device compute calibration calibration_samples "
     "calibration_length calibrate_all_experts offline measured_samples threads seed out progress",
-    "sweep": "models *out bits groups budgets models_at_once progress listener commands **options",
+    "sweep": "models *out bits groups budgets calibration_seeds models_at_once progress listener commands **options",
     "verify": "run *sample seed progress",
 }
 CLASSES = {"BrokenRecordError", "QevalError", "Run", "UsageError", "__version__"}

@@ -159,6 +159,7 @@ SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXE
 SWEEP = {
     "--models": None,
     "--models-at-once": None,
+    "--calibration-seeds": 1,
     "--out": Path("reports/sweep"),
     "--bits": None,
     "--groups": None,
