@@ -46,7 +46,7 @@ SIGNATURES = {
     "calibration_samples calibration_length calibrate_all_experts "
     "offline budget importance quantize_head corpus threads time_budget repeats "
     "quality reference base seed out progress on_plan on_record command",
-    "board": "runs *out accept",
+    "board": "runs *out accept export",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend accuracy_level ep "
     "exporter format precision "

@@ -130,7 +130,7 @@ READERS = {
         "--quiet": False,
         "--debug": False,
     },
-    "board": {"runs": None, "--out": None, "--accept": False, "--debug": False},
+    "board": {"runs": None, "--out": None, "--accept": False, "--export": None, "--debug": False},
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs or rows: their arguments by name, then their flags."""
