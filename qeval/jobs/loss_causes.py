@@ -22,7 +22,7 @@ from qeval.models.structure.trace import text_config
 from qeval.progress import Advance
 from qeval.quant.grid import WeightGrid
 from qeval.quant.rtn import quantize_rtn
-from qeval.quant.scheme import Scheme, TensorFormat
+from qeval.quant.scheme import TensorFormat, scheme_of
 from qeval.quantize.ablation import Quantized, quantized_groups
 from qeval.quantize.build import assign_grids, quantizable
 from qeval.quantize.context import Source
@@ -126,7 +126,7 @@ class _View:
 
     def scheme_kl(self, part: str, how: TensorFormat) -> float:
         """Return the KL with one part of the recipe's scheme alone: activations, keys or values."""
-        source, scheme = self.source, Scheme(**{part: how})
+        source, scheme = self.source, scheme_of({part: str(how)})
         model, names = source.model, quantizable(source.description)
         ranges: Mapping[str, Tensor] = {}
         if scheme.is_static:
@@ -152,7 +152,7 @@ class _Weights:
 
     def __init__(self, view: _View, advance: Advance) -> None:
         source = view.source
-        self._view = view
+        self._view, self._groups = view, {group.names[0]: group for group in source.description.groups}
         grids = {name: grid for name, grid in view.grids.items() if name != source.description.head}
         self.quantized: Quantized = {}
         if grids:
@@ -203,18 +203,13 @@ class _Weights:
 
     def _salient(self, unit: Group, values: Mapping[str, Tensor]) -> float:
         """Return the share of a unit's output error that 1 % of its input channels (one at least) make."""
-        source, top, total = self._view.source, 0.0, 0.0
-        for group in source.description.groups:
-            inputs = source.search.statistics.get(group.names[0])
-            if group.names[0] not in unit.names or inputs is None:
-                continue
-            moments = inputs.sketch.double().square().sum(0)
-            errors = sum(
-                (values[name].double() - source.search.parameters[name].double()).square().sum(0) * moments
-                for name in group.names
-                if name in values
-            )
-            if isinstance(errors, Tensor):
+        search, top, total = self._view.source.search, 0.0, 0.0
+        for first in (name for name in unit.names if name in self._groups and name in search.statistics):
+            moments = search.statistics[first].sketch.float().square().sum(0)
+            changed = [name for name in self._groups[first].names if name in values]
+            lost = [(values[name].float() - search.parameters[name].float()).square().sum(0) for name in changed]
+            if lost:
+                errors = torch.stack(lost).sum(0) * moments
                 count = max(1, int(_SALIENT_CHANNELS * len(errors)))
                 top, total = top + float(errors.topk(count).values.sum()), total + float(errors.sum())
         return top / total if total else 0.0

@@ -97,7 +97,7 @@ def _for_values(source: Source, recipe: Recipe, group: Group | None) -> list[_Ch
 
 def _for_cache(recipe: Recipe, part: str) -> list[_Change]:
     """Give each channel a scale of its own where the format takes that, or rotate heads."""
-    how = recipe.scheme.formats[part]  # type: ignore[index]
+    how = recipe.scheme.formats[part]
     by_channel = str(replace(how, span="channel", size=0)) if how.kind.startswith(("int", "fp8")) else None
     formats = [by_channel, str(replace(how, hadamard=True))]
     return [_Change({part: each}) for each in formats if each is not None]
@@ -122,11 +122,11 @@ def _for_group(source: Source, recipe: Recipe, group: Group | None) -> list[_Cha
 def _budget(source: Source, recipe: Recipe, group: Group) -> float:
     """Return the bits per weight, in hundredths rounded up, of a recipe with one group at 8 bits."""
     parameters, grids = source.search.parameters, assign_grids(source, recipe)[0]
-    bits = {name: grid.size_bits(*parameters[name].shape) for name, grid in grids.items()}
-    for name in group.names:
-        low = grids[name]
-        bits[name] = bits[name] * max(8, low.bits) / low.bits
-    return ceil(100 * sum(bits.values()) / sum(parameters[name].numel() for name in grids)) / 100
+    bits = 0.0
+    for name, grid in grids.items():
+        widened = max(8, grid.bits) / grid.bits if name in group.names else 1.0
+        bits += grid.size_bits(*parameters[name].shape) * widened
+    return ceil(100 * bits / sum(parameters[name].numel() for name in grids)) / 100
 
 
 _TREATMENTS: Mapping[FindingKind, _Treat] = {

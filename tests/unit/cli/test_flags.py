@@ -130,13 +130,25 @@ READERS = {
         "--quiet": False,
         "--debug": False,
     },
+    "advise": {
+        "run": None,
+        "variant": None,
+        "--corpus": None,
+        "--max-windows": 16,
+        "--offline": False,
+        "--threads": None,
+        "--out": None,
+        "--json": False,
+        "--quiet": False,
+        "--debug": False,
+    },
     "board": {"runs": None, "--out": None, "--accept": False, "--export": None, "--debug": False},
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs or rows: their arguments by name, then their flags."""
 NEEDED = {"import": {"--out"}, "board": {"--out"}}
 """Flags of theirs that have no default."""
-OPTIONAL = {"board": {"runs"}}
+OPTIONAL = {"board": {"runs"}, "advise": {"variant"}}
 """Arguments of theirs that may be left out."""
 
 SELFCHECK = {
