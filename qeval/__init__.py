@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inspect import Signature
 
+    from qeval.api.advising import advise
     from qeval.api.benchmark import bench, selfcheck
     from qeval.api.comparison import compare
     from qeval.api.folders import card, diff, gate, load, verify
@@ -35,6 +36,7 @@ __all__ = [
     "Run",
     "UsageError",
     "__version__",
+    "advise",
     "bench",
     "board",
     "card",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "qeval.api.advising": ("advise",),
     "qeval.api.benchmark": ("bench", "selfcheck"),
     "qeval.api.comparison": ("compare",),
     "qeval.api.folders": ("card", "diff", "gate", "load", "verify"),

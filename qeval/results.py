@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from qeval.jobs.export import ExportManifest
     from qeval.jobs.publish import PublishedManifest
+    from qeval.report.advice import Advice
+    from qeval.report.calibration_spread import CalibrationSpread
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
     from qeval.store.variants import Manifest
@@ -209,6 +211,14 @@ class SensitivityMap(NamedTuple):
     effects: "Sensitivities"
 
 
+class AdvisedRun(NamedTuple):
+    """The causes of a variant's loss and what treats them: the folder, the page, and the advice."""
+
+    folder: Path
+    page: Path
+    advice: "Advice"
+
+
 class BenchRun(NamedTuple):
     """A benchmark's folder, its record, and its page; None where nothing could be timed."""
 
@@ -218,19 +228,27 @@ class BenchRun(NamedTuple):
 
 
 class ModelOutcome(NamedTuple):
-    """One model of a sweep: its run's folder, the exit code of its comparison, why it failed, or None."""
+    """One model of a sweep: its run's folder, the exit code of its comparison, why it failed, or None.
+
+    `case`: the draw of a calibration text, where the sweep is over these.
+    """
 
     name: str
     folder: Path
     code: int
     error: str | None
+    case: str = ""
 
 
 class Sweep(NamedTuple):
-    """A sweep's models in order, and the page of all."""
+    """A sweep's models in order, the page of all, and how far calibration moves each method where that was swept over.
+
+    There is no spread where a comparison failed.
+    """
 
     models: tuple[ModelOutcome, ...]
     page: Path
+    spread: "CalibrationSpread | None" = None
 
     @property
     def exit_code(self) -> int:

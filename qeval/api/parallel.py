@@ -33,6 +33,8 @@ class ComparisonProcess:
     code: int | None = None
     error: str | None = None
     seconds: float = 0.0
+    model: str | None = None
+    """What `compare` takes as the model; None: the name."""
     _process: "subprocess.Popen[bytes] | None" = None
     _events: IO[bytes] = field(default_factory=TemporaryFile)
     _stderr: IO[bytes] = field(default_factory=TemporaryFile)
@@ -46,7 +48,7 @@ class ComparisonProcess:
     def start(self, environment: Mapping[str, str]) -> None:
         """Start its process."""
         self._began = time.monotonic()
-        job = json.dumps({"model": self.name, "options": {**self.options, "out": str(self.folder)}})
+        job = json.dumps({"model": self.model or self.name, "options": {**self.options, "out": str(self.folder)}})
         command = [sys.executable, *_WORKER, job]
         self._process = subprocess.Popen(command, stdout=self._events, stderr=self._stderr, env=dict(environment))
 

@@ -49,10 +49,11 @@ def read_series(board: Path) -> list[Series]:
 
 
 class WrittenBoard(NamedTuple):
-    """The page of a board, and the series on it."""
+    """The page of a board, the series on it, and how many runs a tracker was given; None: none was asked for."""
 
     page: Path
     series: list[Series]
+    exported: int | None = None
 
 
 def write_board(board: Path) -> WrittenBoard:

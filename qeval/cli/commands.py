@@ -37,6 +37,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType({
         "Quantize a model one way and write it as an ONNX folder, a checkpoint for vLLM or a GGUF file."
     ),
     "explain": Command("Show which rows make a variant's loss, from a finished run's folder alone."),
+    "advise": Command(
+        "Find what a variant loses by, propose at most three treatments, and measure each on held-out windows."
+    ),
     "import": Command(
         "Make a run of rows that other programs measured, which gate, diff and card read as any other.",
         "import_rows",

@@ -10,6 +10,7 @@ from qeval.compare.run import estimate
 from qeval.models.device import device_in_words
 from qeval.models.device_map import placement_in_words
 from qeval.report import Report, formatting, report_json, summary_table
+from qeval.report.published_figures import published_warnings
 from qeval.store.run import RunRecord
 
 
@@ -62,6 +63,8 @@ def show_result(record: RunRecord, report: Report, page: Path, console: Console,
         print_json(report_json(report))
         return
     stdout().print(summary_table(report))
+    for warning in published_warnings(report):
+        console.print(f"warning: {warning}", soft_wrap=True)
     took = f"took {_duration(record.seconds)}, peak memory {record.peak_rss_bytes / 2**30:.2f} GiB"
     if gpu := record.environment.peak_gpu_bytes:
         took += f", of the GPU {gpu / 2**30:.2f} GiB"

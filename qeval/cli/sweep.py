@@ -45,6 +45,14 @@ def sweep(
     budgets: Annotated[
         str | None, typer.Option("--budgets", help="Sizes of mixed variants, such as 4.5,4.8,5.5bpw.")
     ] = None,
+    calibration_seeds: Annotated[
+        int,
+        typer.Option(
+            "--calibration-seeds",
+            min=1,
+            help="Draws of each text of --calibration (several with commas): how far they move each method.",
+        ),
+    ] = 1,
     models_at_once: Annotated[
         int | None,
         typer.Option(
@@ -71,16 +79,21 @@ def sweep(
         bits=bits,
         groups=groups,
         budgets=budgets,
+        calibration_seeds=calibration_seeds,
         models_at_once=models_at_once,
         progress=functools.partial(ConsoleProgress, console, quiet=quiet),
         listener=_Shown(console, quiet=quiet, debug=debug),
         commands={name: _command(name, out, words) for name in names(models)},
         **shared,
     )
+    from qeval.report.calibration_spread import spread_tables  # noqa: PLC0415 - the statistics, as below
     from qeval.report.console import terminal_table  # noqa: PLC0415 - matplotlib, which `--help` need not wait for
     from qeval.report.sweep import Ended, sweep_table  # noqa: PLC0415
 
-    stdout().print(terminal_table(sweep_table([Ended(each.name, each.folder, each.error) for each in result.models])))
+    ended = [Ended(each.name, each.folder, each.error, case=each.case) for each in result.models]
+    stdout().print(terminal_table(sweep_table(ended)))
+    for table in spread_tables(result.spread) if result.spread else ():
+        stdout().print(terminal_table(table, table.note))
     console.print(f"report of all models: {result.page}", soft_wrap=True)
     return result.exit_code
 

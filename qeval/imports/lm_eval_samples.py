@@ -7,7 +7,8 @@ negative log-likelihood a word or byte. Metrics that exist for a whole corpus al
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,18 @@ def read_lm_eval(path: Path, model: str, declarations: Declarations) -> list[For
             f"{path} has no metric with a value for each item ({', '.join(skipped) or 'none at all'}), so nothing "
             "in it can be paired."
         )
-    return parts
+    return [replace(part, notes=(*part.notes, *_skipped_notes(task, skipped))) for part in parts]
+
+
+def _skipped_notes(task: str, metrics: Sequence[str]) -> list[str]:
+    """Return a sentence on metrics of a task that were left out beside others; none where all were taken."""
+    if not metrics:
+        return []
+    names = ", ".join(dict.fromkeys(metrics))
+    return [
+        f"{task}: {names} left out, since lm-eval has no value of it for each item (a figure of the whole corpus, or "
+        "one kept in another form); no rule can rest on it."
+    ]
 
 
 def _scores(samples: Samples, metric: str) -> Floats | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 
 from qeval import __version__
 from qeval.identity import digest
@@ -105,7 +106,7 @@ def _columns(kind: RowKind, name: str, side: ModelScores, prompts: Prompts) -> d
         "item": [int(item) for _, item in side.items],
         "gold": np.concatenate([each.gold for each in answers]),
         "pred": np.concatenate([each.pred for each in answers]),
-        "choice_loglikelihoods": [part.tolist() for part in np.split(values, ends[:-1])],
+        "choice_loglikelihoods": pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), values),
         "acc": scores,
         "acc_norm": np.concatenate(norms) if len(norms) == len(answers) else [None] * rows,
         "shots": np.full(rows, _UNKNOWN_COUNT, np.int32),

@@ -11,90 +11,27 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from qeval.compare.hub_access import hub_access, needs_of
 from qeval.compare.plan import make_plan
 from qeval.compare.run import membership, run_comparison
-from qeval.compare.settings import Bos, CalibrationChoice, CorpusChoice, ModelChoice, Settings
+from qeval.compare.settings import CalibrationChoice, CorpusChoice, ModelChoice, Settings
 from qeval.compare.task_choice import TaskChoice
 from qeval.config import BASELINE, parse_method
 from qeval.errors import QevalError, UsageError
 from qeval.identity import digest
 from qeval.models.device import check_device
-from qeval.parsing import load_yaml
-from qeval.paths import home, shipped
+from qeval.paths import home
 from qeval.progress import Progress
 from qeval.report import build_paired
 from qeval.report.model import Report
+from qeval.report.published_figures import CheckRun, FigureRow, Text, read_check_runs
 from qeval.report.run_rows import PairedRun
 
 _BESIDE = "rtn:int8-channel"
 RowStatus = Literal["within", "out", "not reached"]
 Reached = tuple[float | None, str | None]
 """A row's measured value, or why there is none."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Text(_Part):
-    """A text: a file of the data folder, or a corpus of the hub by qeval's name for it."""
-
-    file: str | None = None
-    hub: str | None = None
-
-    @model_validator(mode="after")
-    def _is_one(self) -> "Text":
-        if (self.file is None) == (self.hub is None):
-            raise ValueError("give either file or hub")
-        return self
-
-
-class FigureRow(_Part):
-    """One published figure, of the baseline or of a method, and how far off it may be."""
-
-    id: str
-    of: str
-    metric: str
-    value: float
-    absolute: float | None = None
-    relative: float | None = None
-
-    @model_validator(mode="after")
-    def _has_one_tolerance(self) -> "FigureRow":
-        if (self.absolute is None) == (self.relative is None):
-            raise ValueError("give either absolute or relative")
-        return self
-
-    @property
-    def tolerance(self) -> float:
-        """The largest deviation, in the metric's own unit."""
-        return abs(self.value) * self.relative if self.relative is not None else self.absolute or 0.0
-
-
-class CheckRun(_Part):
-    """One comparison and the rows that are read off it."""
-
-    model: str
-    source: str
-    trust: Literal["A", "B", "C"]
-    rows: list[FigureRow]
-    needs_gpu: bool = False
-    tasks: str = "kl,ppl"
-    corpus: Text | None = None
-    calibration: Text | None = None
-    convention: str | None = None
-    window: int | None = None
-    stride: int | None = None
-    max_windows: int | None = None
-    bos: Bos = "auto"
-    shots: int = 5
-
-
-class _Table(_Part):
-    runs: list[CheckRun]
 
 
 @dataclass(frozen=True)
@@ -136,17 +73,11 @@ def read_runs(path: Path | None = None, rows: Sequence[str] = ()) -> list[CheckR
     Raises:
         UsageError: the table can't be read, or no row matches.
     """
-    where = path or shipped("configs/selfcheck.yaml")
-    try:
-        table = _Table.model_validate(load_yaml(where))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole file"
-        raise UsageError(f"{where} is no table of published figures ({place}: {first['msg']}).") from error
-    found = [run.model_copy(update={"rows": _matching(run.rows, rows)}) for run in table.runs]
+    table = read_check_runs(path)
+    found = [run.model_copy(update={"rows": _matching(run.rows, rows)}) for run in table]
     found = [run for run in found if run.rows]
     if not found:
-        every = ", ".join(row.id for run in table.runs for row in run.rows)
+        every = ", ".join(row.id for run in table for row in run.rows)
         raise UsageError(f"--rows {','.join(rows)} matches none of {every}.")
     return found
 
@@ -203,7 +134,7 @@ def _report(run: CheckRun, where: Where, progress: Progress) -> Report:
 def _settings(run: CheckRun, where: Where) -> Settings:
     """Return a comparison of the rows' methods; a baseline alone is compared with one that fits any model."""
     methods = sorted({row.of for row in run.rows} - {BASELINE}) or [_BESIDE]
-    name = digest({"run": run.model_dump(exclude={"rows", "source", "trust"}), "methods": methods})
+    name = digest({"run": run.model_dump(exclude={"rows", "source", "trust", "date"}), "methods": methods})
     calibration = CalibrationChoice() if run.calibration is None else CalibrationChoice(_text(run.calibration, where))
     return Settings(
         model=ModelChoice(run.model, device=where.device, compute=None if run.needs_gpu else "float32"),

@@ -41,6 +41,7 @@ from qeval.report.model import (
 )
 from qeval.report.notes import notes
 from qeval.report.privacy import run_short_names, strip_model, strip_record
+from qeval.report.published_figures import published_warnings
 from qeval.report.run_rows import PairedRun
 from qeval.report.soundness import impossible_baseline, remarks
 from qeval.stats import bootstrap
@@ -134,6 +135,7 @@ def build_paired(rows: PairedRun) -> Report:
         ],
         provenance=_provenance(run),
     )
+    report = report.model_copy(update={"warnings": [*published_warnings(report), *report.warnings]})
     return strip_record(report, run_short_names(run))
 
 

@@ -16,6 +16,7 @@ from qeval.report.document import Plot, Section, Table, TableCell
 from qeval.report.measure_scores import any_flips, response_sentences, score_flips_table, scores_table
 from qeval.report.model import Report, Task, VariantReport
 from qeval.report.plots import file_slug
+from qeval.report.published_figures import published_table
 from qeval.report.ranking import ranking
 from qeval.report.recommendation import RULE, recommend
 from qeval.report.summary import summary
@@ -41,6 +42,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
         *trace_sections(report),
         *(_task(report, task, drawn) for task in report.tasks),
         *([_scores(report)] if report.scores else []),
+        *([_published(table)] if (table := published_table(report)) else []),
         *([rows] if rows else []),
         *([_layers(report, drawn)] if any(v.mix for v in report.variants) else []),
         _provenance(report),
@@ -81,6 +83,10 @@ def _scores(report: Report) -> Section:
         sentences=tuple(response_sentences(report)),
         tables=(scores_table(report, report.scores), *flips),
     )
+
+
+def _published(table: Table) -> Section:
+    return Section(id="published", title="Published figures", tables=(table,))
 
 
 def _variants(report: Report) -> Section:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.atomic import write_text
 from qeval.report import formatting, style
+from qeval.report.calibration_spread import CalibrationSpread, spread_json, spread_tables
 from qeval.report.conventions import RATIO
 from qeval.report.document import NOTHING, Heading, Section, Table, TableCell, metric_cell
 from qeval.report.frontier import by_method, frontier, frontiers, model_frontiers
@@ -36,20 +37,23 @@ class Ended:
     """One model of a sweep: its run's folder, and why it failed, or None.
 
     `needs_digest`: another model of the sweep has the same name, so that the name alone does not say which it is.
+    `case`: what tells one comparison of a model from its others, in brackets.
     """
 
     model: str
     folder: Path
     error: str | None = None
     needs_digest: bool = False
+    case: str = ""
 
     @cached_property
     def report(self) -> Report | None:
         """Its report; None where it failed."""
         report = None if self.error is not None else read_report(self.folder)
-        if report is None or not self.needs_digest:
+        if report is None or not (self.needs_digest or self.case):
             return report
-        name = f"{report.model.name} ({report.model.weights_sha256[:8]})"
+        digest = f"({report.model.weights_sha256[:8]})" if self.needs_digest else ""
+        name = " ".join(filter(None, (report.model.name, digest, self.case)))
         return report.model_copy(update={"model": report.model.model_copy(update={"name": name})})
 
 
@@ -70,8 +74,14 @@ def read_report(folder: Path) -> Report:
         ) from error
 
 
-def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
-    """Write sweep.md, sweep.html, sweep.json and the plot from the runs' own reports; where the page is."""
+def write_sweep(runs: Sequence[Ended], out: Path, spread: CalibrationSpread | None = None) -> Path:
+    """Write sweep.md, sweep.html, sweep.json and the plot from the runs' own reports; where the page is.
+
+    Args:
+        runs: The comparisons.
+        out: The page's folder.
+        spread: How far calibration moves each method, where it was swept over.
+    """
     runs = _with_distinct_names(runs)
     reports = _reports(runs)
     with style.styled():
@@ -84,7 +94,7 @@ def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
         title="Every model and variant",
         sentences=_sentences(reports),
         plots=tuple(plots),
-        tables=(sweep_table(runs),),
+        tables=(*(spread_tables(spread) if spread else ()), sweep_table(runs)),
         warnings=tuple(f"{run.model} failed: {run.error}" for run in runs if run.error is not None),
     )
     whose = runs[0].model if len(runs) == 1 else f"{len(runs)} models"
@@ -92,7 +102,7 @@ def write_sweep(runs: Sequence[Ended], out: Path) -> Path:
 
     write_text(out / "sweep.md", html_page("report.md.j2", heading, [section]))
     write_text(out / "sweep.html", html_page("report.html.j2", heading, [section]))
-    write_text(out / "sweep.json", json.dumps(_as_json(runs), indent=2, allow_nan=False) + "\n")
+    write_text(out / "sweep.json", json.dumps(_as_json(runs, spread), indent=2, allow_nan=False) + "\n")
     return out / "sweep.html"
 
 
@@ -167,7 +177,7 @@ def _facts(reports: Sequence[Report]) -> tuple[str, ...]:
     return tuple(sorted({f"qeval {report.provenance.environment.qeval}" for report in reports}))
 
 
-def _as_json(runs: Sequence[Ended]) -> dict[str, Any]:
+def _as_json(runs: Sequence[Ended], spread: CalibrationSpread | None) -> dict[str, Any]:
     models = [
         {
             "model": run.model,
@@ -177,7 +187,7 @@ def _as_json(runs: Sequence[Ended]) -> dict[str, Any]:
         }
         for run in runs
     ]
-    return {"schema_version": 1, "models": models}
+    return {"schema_version": 1, "models": models} | ({"calibration": spread_json(spread)} if spread else {})
 
 
 def _reports(runs: Sequence[Ended]) -> list[Report]:

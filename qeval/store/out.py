@@ -1,8 +1,8 @@
 """The folder that `--out` names: new, empty, or one of qeval's own, so that nothing of anybody else's is replaced.
 
 A folder is qeval's own where a record says so that qeval alone writes: run.json, bench.json, sweep.json, the figures of
-a sensitivity map, or a ledger with qeval's tables; or, where a process was killed before the first of these, files that
-are named as records are, by key and checksum. Temporary files of killed processes don't count either way.
+a sensitivity map, advice, or a ledger with qeval's tables; or, where a process was killed before the first of these,
+files that are named as records are, by key and checksum. Temporary files of killed processes don't count either way.
 """
 
 import os
@@ -27,6 +27,7 @@ _JSON = {
     "sweep.json": "schema_version",
     "measured.json": "key",
     "sensitivity.json": "schema_version",
+    "advice.json": "advice_version",
 }
 """Records, and the key that each begins with, by which a torn one is known too."""
 _START_BYTES = 64

@@ -14,8 +14,10 @@ from qeval.report.card.markers import BEGIN, END
 from qeval.report.card.plots import FOLDER, Pair
 from qeval.report.card.results import model_name
 from qeval.report.chat import answer_metrics
+from qeval.report.document import TableCell
 from qeval.report.measure_items import at_chance as is_at_chance
 from qeval.report.model import Metric, Task, VariantReport
+from qeval.report.published_figures import published_table
 from qeval.report.sections import intervals_sentence, provenance
 from qeval.report.summary import summary
 from qeval.report.tables import baseline_name, perplexities
@@ -90,6 +92,10 @@ def _blocks(report: Report, plots: Sequence[Pair]) -> Iterator[str]:
         yield "### Reasoning and calls of functions"
         rows = [[v.name, *(_text(v.metrics.get(name)) for name in traced)] for v in _shown(report)]
         yield _table(("Variant", *traced.values()), rows)
+
+    if published := published_table(report):
+        yield f"### {published.caption}"
+        yield _table(published.columns, [[_cell_text(cell) for cell in row] for row in published.rows])
 
     yield escape.escape_markdown(intervals_sentence(report))
     yield "### How to measure it again"
@@ -196,6 +202,10 @@ def _kl(report: Report) -> tuple[list[str], list[list[str]]]:
             [model_name(report), *cells, *(_text(v.metrics.get(m)) for m in ("kl_nats", "kl_abs_modelopt")), v.backend]
         )
     return columns, rows
+
+
+def _cell_text(cell: TableCell) -> str:
+    return " ".join(filter(None, (cell.text, cell.interval)))
 
 
 def _text(metric: Metric | None, *, signed: bool = False) -> str:

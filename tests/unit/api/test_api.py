@@ -41,11 +41,12 @@ def run(place, tmp_path_factory):
 
 
 SIGNATURES = {
+    "advise": "run variant *corpus max_windows offline threads out progress",
     "bench": "model *revision methods variants engines batch prompt generate ep accuracy_level device calibration "
     "calibration_samples calibration_length calibrate_all_experts "
     "offline budget importance quantize_head corpus threads time_budget repeats "
     "quality reference base seed out progress on_plan on_record command",
-    "board": "runs *out accept",
+    "board": "runs *out accept export",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend "
     "endpoint_model endpoint_top endpoint_key_variable endpoint_timeout endpoint_requests accuracy_level ep "
@@ -77,7 +78,7 @@ SIGNATURES = {
     "selfcheck": "*rows table data mmlu_dir device threads progress",
     "sensitivity": "model *method budgets formats revision device compute device_map calibration calibration_samples "
     "calibration_length calibrate_all_experts offline measured_samples threads seed out progress",
-    "sweep": "models *out bits groups budgets models_at_once progress listener commands **options",
+    "sweep": "models *out bits groups budgets calibration_seeds models_at_once progress listener commands **options",
     "verify": "run *sample seed progress",
 }
 CLASSES = {"BrokenRecordError", "QevalError", "Run", "UsageError", "__version__"}

@@ -143,13 +143,25 @@ READERS = {
         "--quiet": False,
         "--debug": False,
     },
-    "board": {"runs": None, "--out": None, "--accept": False, "--debug": False},
+    "advise": {
+        "run": None,
+        "variant": None,
+        "--corpus": None,
+        "--max-windows": 16,
+        "--offline": False,
+        "--threads": None,
+        "--out": None,
+        "--json": False,
+        "--quiet": False,
+        "--debug": False,
+    },
+    "board": {"runs": None, "--out": None, "--accept": False, "--export": None, "--debug": False},
     "diff": {"run_a": None, "run_b": None, "--variant": None, "--json": False, "--debug": False},
 }
 """Commands that read finished runs or rows: their arguments by name, then their flags."""
 NEEDED = {"import": {"--out"}, "board": {"--out"}}
 """Flags of theirs that have no default."""
-OPTIONAL = {"board": {"runs"}}
+OPTIONAL = {"board": {"runs"}, "advise": {"variant"}}
 """Arguments of theirs that may be left out."""
 
 SELFCHECK = {
@@ -173,6 +185,7 @@ SENSITIVITY = {name: value for name, value in SHARED.items() if name not in MIXE
 SWEEP = {
     "--models": None,
     "--models-at-once": None,
+    "--calibration-seeds": 1,
     "--out": Path("reports/sweep"),
     "--bits": None,
     "--groups": None,
@@ -260,6 +273,7 @@ def test_every_command_and_flag_says_what_it_is_for():
         "explain",
         "gate",
         "import",
+        "advise",
         "board",
         "verify",
         "selfcheck",

@@ -270,3 +270,20 @@ def test_torn_files_and_others_are_refused(tmp_path, folders):
     (tmp_path / "samples_a.jsonl").write_text("")
     with pytest.raises(UsageError, match="holds no sample"):
         qeval.import_rows([good, tmp_path / "samples_a.jsonl"], out=tmp_path / "run")
+
+
+def test_metrics_of_a_whole_corpus_beside_others_are_named(folders, tmp_path):
+    files = []
+    for name in ("baseline", "near"):
+        (path,) = folders[name].glob("samples_ends_*.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:  # as lm-eval keeps BLEU's: what it is made of at the end
+            line |= {"metrics": [*line["metrics"], "bleu"], "bleu": [["a reference"], "an answer"]}
+        files.append(tmp_path / f"{name}" / "samples_ends.jsonl")
+        files[-1].parent.mkdir()
+        files[-1].write_text("\n".join(map(json.dumps, lines)))
+    run = qeval.import_rows(files, out=tmp_path / "run")
+    (note,) = [each for each in run.report.warnings if "left out" in each]
+    assert note.startswith("ends: bleu left out, since lm-eval has no value of it for each item")
+    plain = qeval.import_rows([folders["baseline"], folders["near"]], out=tmp_path / "plain")
+    assert not [each for each in plain.report.warnings if "left out" in each]
