@@ -118,14 +118,14 @@ def key_of(tensor: Any) -> TensorKey | None:
     return (tensor.data_ptr(), tensor.numel()) if isinstance(tensor, Tensor) else None
 
 
-class Trace(NamedTuple):
+class LayerTrace(NamedTuple):
     """A trace of a few tokens: for each layer what ran in it, and in which order the layers ran, by their places."""
 
     calls: list[list[TracedCall]]
     order: list[int]
 
 
-def trace(model: Any, layers: Mapping[str, nn.Module]) -> Trace:
+def trace(model: Any, layers: Mapping[str, nn.Module]) -> LayerTrace:
     """Return what ran in each decoder layer, in that order.
 
     What runs in a block that several layers share is of the first layer that holds it.
@@ -164,7 +164,7 @@ def trace(model: Any, layers: Mapping[str, nn.Module]) -> Trace:
             )
         _run_few(model, probe)
 
-    return Trace([list(_of_layer(calls, prefix)) for prefix in prefixes], order)
+    return LayerTrace([list(_of_layer(calls, prefix)) for prefix in prefixes], order)
 
 
 def _own_name(module: nn.Module, name: str, owners: Mapping[int, str]) -> str:
