@@ -100,6 +100,11 @@ class Relay:
                 f"{type(self._base).__name__} computes between its decoder layers, or hands more than states on, so "
                 "they can't be run one at a time; leave --stream out."
             )
+        if len(hidden) != 1:  # of the few tokens that are tried
+            raise UsageError(
+                f"{type(self._base).__name__} lays its states as [tokens, batch, width], so its layers can't be run one at "
+                "a time; leave --stream out."
+            )
         before, after = self._turn
         before(index)
         output = self._forwards[index](hidden, *args, **kwargs)
