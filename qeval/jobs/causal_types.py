@@ -69,7 +69,8 @@ def check_type(model_type: str) -> TypeRow:
     except QevalError as error:
         return TypeRow(model_type, "refused" if _is_built(model_type) else "not buildable", str(error))
     except Exception as error:  # noqa: BLE001 - its own default configuration can't be made
-        return TypeRow(model_type, "not buildable", f"{type(error).__name__}: {first_line(error)}")
+        reason = f"its own configuration can't be made ({type(error).__name__}: {first_line(error)})"
+        return TypeRow(model_type, "not buildable", reason)
     try:
         model = tiny_model(tiny_config(model_type))
     except QevalError as error:
@@ -118,7 +119,14 @@ def lines_of(rows: Sequence[TypeRow]) -> list[str]:
     """Return the rows as the lines of a table, and a last line of how many came to what."""
     head = ("model type", "outcome", "prefix", *USES, "largest difference, or why", "quantizing")
     cells = [
-        (row.model_type, row.outcome, row.prefix, *(_mark(row.uses.get(use)) for use in USES), row.line, row.quantizing)
+        (
+            row.model_type,
+            row.outcome,
+            row.prefix,
+            *(use_mark(row.uses.get(use)) for use in USES),
+            row.line,
+            row.quantizing,
+        )
         for row in rows
     ]
     widths = [max(map(len, column)) for column in list(zip(head, *cells, strict=True))[:-2]]
@@ -130,20 +138,16 @@ def lines_of(rows: Sequence[TypeRow]) -> list[str]:
 
 
 def use_reasons(rows: Iterable[TypeRow]) -> dict[str, list[str]]:
-    """Return the sentences on uses that don't work, each with the types (and uses) that it is said of."""
+    """Return the sentences on uses that don't work, each with the types and uses that it is said of."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for use, line in row.uses.items():
             if line not in (WORKS, ON_EXPORT):
-                # a model's class, and the weights of an example, differ between types of one reason
-                sentence = re.sub(r"^\w+?(?:For\w+|HeadModel|Model)\b", "a model that", line)
-                found.setdefault(sentence, {}).setdefault(row.model_type, []).append(use)
-    return {
-        line: [f"{name} ({'/'.join(uses)})" for name, uses in types.items()] for line, types in found.items()
-    }
+                found.setdefault(line, {}).setdefault(row.model_type, []).append(use)
+    return {line: [f"{name} ({'/'.join(uses)})" for name, uses in types.items()] for line, types in found.items()}
 
 
-def _mark(line: str | None) -> str:
+def use_mark(line: str | None) -> str:
     """Return what a table shows of a use."""
     if line is None:
         return ""

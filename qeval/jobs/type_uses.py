@@ -4,6 +4,7 @@ A use works, or has a sentence that says why not. Whether an ONNX graph agrees w
 which takes too long for every type: here it is only told what is refused before that.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -24,6 +25,7 @@ from qeval.models.families import byte_tokenizer
 from qeval.models.info import LoadedModel
 from qeval.models.load import model_info
 from qeval.models.silence_transformers import quiet
+from qeval.models.structure.forward import body_of
 from qeval.models.structure.supported import support_notes
 from qeval.quantize.build import quantizable
 from qeval.types import Request
@@ -45,11 +47,22 @@ _APART = 1e-4
 
 
 def try_uses(model: Any) -> dict[str, str]:
-    """Return for each of `USES` that it works, or why not.
+    """Return for each of `USES` that it works, or why not, in sentences that don't name the model's class.
 
     Args:
         model: The tiny model, with weights in fp32.
     """
+    return {use: _unnamed(line, model) for use, line in _tried(model).items()}
+
+
+def _unnamed(line: str, model: Any) -> str:
+    """Return a sentence for any model's class, so that types of one reason share it."""
+    for part in (model, body_of(model)):
+        line = re.sub(rf"\b{type(part).__name__}\b", "this model", line)
+    return line[0].upper() + line[1:] if line.startswith("this ") else line
+
+
+def _tried(model: Any) -> dict[str, str]:
     try:
         bench = _bench_of(model)
     except QevalError as error:
@@ -131,6 +144,6 @@ def _loaded(model: Any) -> LoadedModel:
     """Return a model as if it were read; its weights have no identity."""
     kind, dtype = model.config.model_type, "float32"
     info = model_info(
-        model, where=kind, name=kind, source="local", weights_sha256="", weight_dtype=dtype, compute_dtype=dtype
+        model, where=kind, name=kind, source="memory", weights_sha256="", weight_dtype=dtype, compute_dtype=dtype
     )
     return LoadedModel(model, byte_tokenizer(), info, None)

@@ -102,8 +102,8 @@ class Relay:
             )
         if len(hidden) != 1:  # of the few tokens that are tried
             raise UsageError(
-                f"{type(self._base).__name__} lays its states as [tokens, batch, width], so its layers can't be run one at "
-                "a time; leave --stream out."
+                f"{type(self._base).__name__} lays its states as [tokens, batch, width], so its layers can't be run "
+                "one at a time; leave --stream out."
             )
         before, after = self._turn
         before(index)

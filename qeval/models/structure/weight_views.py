@@ -79,7 +79,7 @@ def modules_of(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that hold a matrix an expert, by name: three dimensions above 1, of no convolution or head."""
+    """Return the parameters that hold a matrix an expert, by name: in three dimensions, no convolution's or head's."""
     return {
         f"{name}.{key}".removeprefix("."): parameter
         for name, module in model.named_modules()
