@@ -117,6 +117,11 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
             f"{type(model).__name__}'s layers share weights ({shared}), so they can't be read one at a time; leave "
             "--stream out."
         )
+    if len({name.rpartition(".")[0] for name in layers}) > 1:
+        raise UsageError(
+            f"{type(model).__name__} has several stacks of layers that read each other's states, so they can't be read "
+            "one at a time; leave --stream out."
+        )
     inside = tuple(f"{name}." for name in layers)
     checkpoint = map_weights(model, entries, str(entries[0].path.parent)).stored
     names = {id(module): module_name for module_name, module in model.named_modules()}

@@ -144,6 +144,11 @@ class Relay:
                 f"{type(self._model).__name__} runs its decoder layers in an order of its own, or some more than once, "
                 "so they can't be run one at a time; leave --stream out."
             )
+        if len(hidden) != 1:  # of the few tokens that are tried
+            raise UsageError(
+                f"{type(self._base).__name__} lays its states as [tokens, batch, width], so its layers can't be run "
+                "one at a time; leave --stream out."
+            )
         before, after = self._turn
         self._record.enter(args, keywords)
         before(index)
