@@ -83,7 +83,7 @@ class Generation:
         unfinished, fed = set(prompts), ids
         for step in range(count):
             logits = self.logits(self._forward(fed, ids.shape[1], lacking, cache)[:, -1])
-            chosen = decoding.pick(logits, tuple(prompts), step)
+            chosen = decoding.pick(logits, tuple(prompts), step).to(self._device)  # the head may lie on another GPU
             for row, token in zip(prompts, chosen.tolist(), strict=True):
                 if row in unfinished:
                     said[row].append(token)
