@@ -221,8 +221,11 @@ def _workers_told(axis: Axis, best: dict[Point, Took], needed: float) -> bool:
     if one is None:
         return True
     for count, took in by_count.items():
-        whole = one.whole / took.whole
-        print(f"{count} {axis.unit}: {one.jobs / took.jobs:.2f} times one (whole command {whole:.2f})")
+        whole, share = one.whole / took.whole, took.cpu / count / one.cpu
+        print(
+            f"{count} {axis.unit}: {one.jobs / took.jobs:.2f} times one (whole command {whole:.2f}); processor time a "
+            f"worker {share:.2f} of one's, which is the share of its time that {count} free cores would take"
+        )
     return 2 not in by_count or one.jobs / by_count[2].jobs >= needed
 
 

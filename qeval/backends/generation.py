@@ -100,7 +100,7 @@ class Generation:
         rows, ended, fed = list(prompts), set[int](), ids[:, skip:]
         for step in range(count):
             logits = self.logits(self._forward(fed, ids.shape[1], lacking, cache)[:, -1])
-            chosen = decoding.pick(logits, rows, step)
+            chosen = decoding.pick(logits, rows, step).to(self._device)  # the head may lie on another GPU
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 if row in ended:
                     continue  # it stays where the cache can't let it go

@@ -95,11 +95,26 @@ class _Originals:
     def restore(self) -> None:
         """Put the originals back, bit for bit."""
         for name, value in self._saved.items():
-            self._parameters[name].copy_(value)
+            parameter = self._parameters[name]
+            parameter.copy_(value, non_blocking=parameter.device.type == "cuda")
 
     def _copy_of(self, name: str) -> Tensor:
         copy = _compact(self._parameters[name], self._dtype)
-        return copy.cpu() if self._parameters[name].device in self._crowded else copy
+        return _on_host(copy) if self._parameters[name].device in self._crowded else copy
+
+
+def _on_host(value: Tensor) -> Tensor:
+    """Return a tensor in host memory; what comes from a CUDA GPU in pinned memory, where the host has it.
+
+    Copies from there and back don't go through a second buffer, nor does the host wait for them.
+    """
+    if value.device.type != "cuda":
+        return value.cpu()
+    try:
+        pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    except RuntimeError:  # the system locks no more of its memory
+        return value.cpu()
+    return pinned.copy_(value, non_blocking=True)
 
 
 def _put(parameters: Mapping[str, Tensor], variant: Variant, skip: Set[str], originals: _Originals | None) -> None:

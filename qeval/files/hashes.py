@@ -13,12 +13,14 @@ from pathlib import Path
 from qeval import paths
 from qeval.errors import BrokenRecordError
 from qeval.files.atomic import write_text
-from qeval.identity import digest
+from qeval.identity import digest, digest_file
 
 _VERSION = 2
 """Part of every key: raised when a stamp says something else."""
 _SAMPLES, _SAMPLE_BYTES = 128, 1 << 13
 """A MiB of a file is looked at: all of a small one."""
+_IN_PROCESS: dict[str, str] = {}
+"""The hashes that this process computed, by what the files were."""
 
 
 def cached_hash(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
@@ -43,6 +45,17 @@ def cached_hash(kind: str, files: Sequence[Path], compute: Callable[[], str]) ->
     if _key(kind, files) == key:
         write_text(record, json.dumps({"sha256": value, "check": _check(key, value)}) + "\n")
     return value
+
+
+def process_hash(path: Path) -> str:
+    """Return a file's sha256, read once in this process for what the file is now."""
+    key = _key("process", [path])
+    if key not in _IN_PROCESS:
+        value = digest_file(path)
+        if _key("process", [path]) != key:
+            return value
+        _IN_PROCESS[key] = value
+    return _IN_PROCESS[key]
 
 
 def _key(kind: str, files: Sequence[Path]) -> str:

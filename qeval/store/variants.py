@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.atomic import atomic_folder, is_temporary
+from qeval.files.hashes import process_hash
 from qeval.files.tensors import save_tensors
 from qeval.identity import digest_file
 from qeval.parsing import error_reason, first_fault, load_json
@@ -263,7 +264,7 @@ def verify_variant(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     path = folder / WEIGHTS
-    if not path.exists() or digest_file(path) != manifest.weights_sha256:
+    if not path.exists() or process_hash(path) != manifest.weights_sha256:
         raise BrokenRecordError(f"{path} is missing, torn or was changed: its checksum is not the manifest's.")
     return manifest
 

@@ -22,6 +22,7 @@ from tests.fixtures.tiny import save_tiny
 from tests.unit.compare.test_settings_json import SETTINGS
 
 SPREAD = ("--device", "cuda", "--device-map", "auto", "--compute", "fp32", "--quiet")
+DRIFT = {"drift_prompts": "2", "drift_prompt_tokens": "8", "drift_tokens": "4"}
 WIDTH, LAYERS, HEAD_SIZE = 64, 4, 16
 
 
@@ -45,10 +46,10 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "methods",
-    ["awq:g32,rtn:g32-head", "gptq:g32,mixed-rtn:g32-fisher", "rtn:int4-channel+r1r2,fp16+kv-int8,mixed-rtn:g32"],
+    ["rtn:g32-head", "awq:g32,gptq:g32,mixed-rtn:g32-fisher", "rtn:int4-channel+r1r2,fp16+kv-int8,mixed-rtn:g32"],
 )
 def test_compare_gives_one_devices_figures(bench, tmp_path, methods):
-    more = {"calibration_samples": "6", "tasks": "kl,mmlu" if "awq" in methods else "kl"}
+    more = {"calibration_samples": "6", "tasks": "kl,mmlu,drift" if "head" in methods else "kl", **DRIFT}
     assert bench.compare("--quiet", methods=methods, out=str(tmp_path / "cpu"), **more) == 0
     with pretend_gpu(gpus=2) as log:
         assert bench.compare(*SPREAD, methods=methods, out=str(tmp_path / "gpu"), **more) == 0

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from qeval.backends.torch import TorchSession
+from qeval.models.load import load_model
+from qeval.models.source import resolve
 from qeval.quant.awq import choose_clip, choose_scales
 from qeval.quant.gptq import factorize
 from qeval.quant.gptq import quantize_gptq as quantize_in_order
@@ -14,6 +17,7 @@ from qeval.quant.statistics import InputStatistics
 from qeval.score.schedule import schedule
 from qeval.types import Request
 from tests.fixtures.pretend_gpu import pretend_gpu
+from tests.fixtures.tiny import save_tiny
 
 SHRINK = 8
 LLAMA_3B_LAYER = {"qkv": ([3072, 1024, 1024], 3072), "o": ([3072], 3072), "gate/up": ([8192, 8192], 3072),
@@ -47,6 +51,19 @@ def test_mmlu_takes_at_most_140_forward_passes_on_a_gpu():
     assert 1_400_000 < tokens < 1_600_000
     assert len(batches) <= 140
     assert len({batch.call.path for batch in batches}) == len(MMLU)  # and as many short passes over the examples
+
+
+def test_windows_cost_one_read_a_forward_pass_and_no_copy_to_the_host(tmp_path):
+    """The read is transformers' own, which looks whether a batch is packed; final states stay where they are."""
+    save_tiny(tmp_path / "m", max_position_embeddings=128)
+    windows = [Request(tuple(range(3 + row, 67 + row)), tuple(range(64))) for row in range(4)]
+    with pretend_gpu() as log:
+        session = TorchSession(load_model(resolve(str(tmp_path / "m")), device="cuda:0").model)
+        log.reads.clear()
+        log.moved.clear()
+        session.states(windows)
+        assert sum(log.reads.values()) <= 1
+        assert log.bytes_to_host() == 0
 
 
 @pytest.fixture

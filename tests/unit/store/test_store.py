@@ -14,6 +14,7 @@ from qeval.errors import BrokenRecordError, QevalError, UsageError
 from qeval.files.atomic import atomic_path, write_bytes, write_text
 from qeval.files.records import find_record, verify_record, write_record
 from qeval.files.tensors import save_tensors
+from qeval.identity import digest_file
 from qeval.quant.grid import FLOAT_GRIDS, Grid, PerBlock, PerChannel, PerTensor, parse
 from qeval.quant.rtn import quantize_rtn
 from qeval.quant.variant import Choice, FloatWeight, Variant
@@ -218,6 +219,22 @@ def test_a_broken_variant_is_named(tmp_path):
     (folder / MANIFEST).unlink()
     with pytest.raises(UsageError, match=rf"'{folder}' holds no variant: there is no manifest.json in it"):
         read_manifest(folder)
+
+
+def test_a_variants_weights_are_hashed_once_a_process_and_again_when_they_change(tmp_path, monkeypatch):
+    folder, hashed = tmp_path / "v", []
+    save_variant(variant(Grid(4, PerChannel())), folder, ORIGIN)
+    monkeypatch.setattr("qeval.files.hashes.digest_file", lambda path: (hashed.append(path), digest_file(path))[1])
+    for _ in range(3):
+        load_variant(folder)
+    assert hashed == [folder / WEIGHTS]
+
+    whole, times = (folder / WEIGHTS).read_bytes(), (folder / WEIGHTS).stat()
+    (folder / WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(folder / WEIGHTS, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(BrokenRecordError, match="is missing, torn or was changed"):
+        verify_variant(folder)
+    assert len(hashed) == 2
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
