@@ -9,5 +9,6 @@ TASKS = {
     "ppl": "perplexity over the same windows (the same pass gives both)",
     "drift": "greedy continuations of the baseline: where each variant would leave them, and what that tells",
     "mmlu": "MMLU, lm-evaluation-harness's task and prompts: from the hub, --mmlu-dir FOLDER, or a sample (--offline)",
-    "any other": "a multiple-choice task of lm-evaluation-harness, such as hellaswag or arc_easy (from the hub)",
+    "any other": "a task of lm-evaluation-harness, such as hellaswag, gsm8k or lambada_openai (from the hub)",
+    "FILE.yaml": "a task in lm-evaluation-harness's form that runs no code",
 }
