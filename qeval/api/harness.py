@@ -22,7 +22,9 @@ def lm_eval_model(
     device: str = AUTO,
     compute: str | None = None,
 ) -> "QevalLM":
-    """Return a model for `lm_eval.simple_evaluate(model=...)`, scored by qeval with prefixes shared.
+    """Return a model for `lm_eval.simple_evaluate(model=...)`, run by qeval with prefixes shared.
+
+    It scores continuations and whole texts, and gives greedy answers in batches.
 
     Args:
         model: A session of a backend, a transformers causal language model that is loaded already, or a name, hub id,
@@ -41,15 +43,18 @@ def lm_eval_model(
     from qeval.compare.loading import source_of_model  # noqa: PLC0415
     from qeval.compare.machine import model_here  # noqa: PLC0415
     from qeval.models.in_memory import memory_model  # noqa: PLC0415
+    from qeval.models.vocabulary import end_tokens  # noqa: PLC0415
     from qeval.score.lm import QevalLM  # noqa: PLC0415
 
     if isinstance(model, Session):
         if tokenizer is None:
             raise UsageError("A session knows no texts: give the tokenizer of its model.")
-        return QevalLM(model, tokenizer, bos=bos, batch_tokens=batch_tokens)
+        return QevalLM(model, tokenizer, bos=bos, batch_tokens=batch_tokens)  # it ends answers at the tokenizer's EOS
     is_named = isinstance(model, str | Path) and tokenizer is None
     memory = None if is_named else memory_model(model, tokenizer, device=device)
     place = device if memory is None else str(memory.device)
     choice = ModelChoice(memory.name if memory else str(model), None, place, compute_type(compute))
     loaded, source = source_of_model(model_here(choice, Logged()), memory)
-    return QevalLM(TorchSession(loaded.model, source.head), loaded.tokenizer, bos=bos, batch_tokens=batch_tokens)
+    stops = end_tokens(loaded.model, loaded.tokenizer)
+    session = TorchSession(loaded.model, source.head)
+    return QevalLM(session, loaded.tokenizer, bos=bos, batch_tokens=batch_tokens, stops=stops)

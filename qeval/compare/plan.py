@@ -111,6 +111,12 @@ class Plan:
         warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
         warnings += [*(warning for suite in self.responses for warning in _response_warnings(suite))]
+        penalty = getattr(getattr(self.loaded.model, "generation_config", None), "repetition_penalty", None)
+        if self.generated_tokens and penalty not in (None, 1.0):
+            warnings.append(
+                f"The model's generation config has a repetition_penalty of {penalty:g}, which lm-eval's `hf` model "
+                "applies; answers here are plainly greedy, on every side."
+            )
         if self.drift and self.drift.prompts < self.settings.drift.prompts:
             why = "--corpus chat has no more" if self.drift.corpus == CHAT else "the corpus repeats itself"
             warnings.append(

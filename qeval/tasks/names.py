@@ -14,5 +14,6 @@ TASKS = {
     "reasoning": "the baseline's chains of thought, forced: KL, the right answer behind them, stopping and doubt",
     "grammar": "calls of functions that the baseline samples: the probability that a model leaves the tools' schemas",
     "mmlu": "MMLU, lm-evaluation-harness's task and prompts: from the hub, --mmlu-dir FOLDER, or a sample (--offline)",
-    "any other": "a multiple-choice task of lm-evaluation-harness, such as hellaswag or arc_easy (from the hub)",
+    "any other": "a task of lm-evaluation-harness, such as hellaswag, gsm8k or lambada_openai (from the hub)",
+    "FILE.yaml": "a task in lm-evaluation-harness's form that runs no code",
 }
