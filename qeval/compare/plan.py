@@ -25,7 +25,7 @@ from qeval.compare.schemes import (
     schemes_of,
 )
 from qeval.compare.settings import CalibrationChoice, Settings
-from qeval.compare.sources import drift_of, load_tasks, suites_of
+from qeval.compare.sources import drift_of, load_tasks, needles_of, suites_of
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.variants import (
     BaselineModel,
@@ -42,14 +42,23 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress, Silent
 from qeval.quantize.build import quantizable
-from qeval.score.choices import question_tokens, shared_tokens
+from qeval.score.choices import count_pair_tokens, question_tokens, shared_pair_tokens, shared_tokens
 from qeval.score.corpus import Shard
 from qeval.score.drift import DriftPart
 from qeval.score.token_hash import witness_of
 from qeval.store.out import check_out
-from qeval.store.run import CalibrationRecord, DriftRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
+from qeval.store.run import (
+    CalibrationRecord,
+    DriftRecord,
+    ModelRecord,
+    NeedleRecord,
+    OverlapRecord,
+    ProtocolRecord,
+    TaskRecord,
+)
 from qeval.tasks.corpus import CHAT, encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, TaskData
+from qeval.tasks.needle import Haystack
 from qeval.tasks.windows import tokens_sha256
 
 if TYPE_CHECKING:
@@ -80,6 +89,8 @@ class Plan:
     tasks: tuple[TaskRecord, ...]
     drift: DriftRecord | None
     parts: tuple[DriftPart, ...]
+    needle: NeedleRecord | None
+    haystacks: tuple[Haystack, ...]
     places: tuple[VariantPath, ...]
     given: tuple[VariantEntry, ...]
     onnx_variants: "tuple[OnnxVariant, ...]"
@@ -150,16 +161,19 @@ class Plan:
 
     @property
     def asked_tokens(self) -> int:
-        """Tokens that one model runs for the questions."""
+        """Tokens that one model runs for questions and needles."""
         run = shared_tokens if self.backend.shares_prefixes else question_tokens
-        return sum(run(part) for suite in self.suites for part in suite.parts())
+        of_pairs = shared_pair_tokens if self.backend.shares_prefixes else count_pair_tokens
+        needles = sum(of_pairs(haystack.pairs) for haystack in self.haystacks)
+        return needles + sum(run(part) for suite in self.suites for part in suite.parts())
 
     @property
     def _cost_of_whole_questions(self) -> list[str]:
         """A sentence on what it costs that prefixes are not shared, where they aren't."""
-        if self.backend.shares_prefixes or not self.suites:
+        if self.backend.shares_prefixes or not (self.suites or self.haystacks):
             return []
         shared = sum(shared_tokens(part) for suite in self.suites for part in suite.parts())
+        shared += sum(shared_pair_tokens(haystack.pairs) for haystack in self.haystacks)
         return [
             f"Questions run whole: {self.asked_tokens / shared:.1f} times the tokens of a model whose questions share "
             "their examples."
@@ -201,9 +215,11 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     if protocol and settings.sampling:
         protocol = protocol.model_copy(update={"sampling": str(settings.sampling)})
     drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
+    needle, haystacks = needles_of(settings, loaded)
     positions, schemes = max((shard.tokens for shard in shards), default=0), [r.scheme for r in settings.every_recipe]
     backend.reserve(positions, schemes)
-    token_check = _token_check(settings, loaded, witness_of(shards, suites, protocol, drift), suites, tasks, chat)
+    token_hash = witness_of(shards, suites, protocol, drift, needle)
+    token_check = _token_check(settings, loaded, token_hash, suites, tasks, chat)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, shards, suites))
     if any(recipe.calibrated for recipe in settings.every_recipe):
@@ -229,6 +245,8 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
         drift=drift,
         parts=parts,
+        needle=needle,
+        haystacks=haystacks,
         places=places,
         given=tuple(with_overlap(each, shards, suites) for each in given),
         onnx_variants=onnx_variants,
@@ -301,7 +319,7 @@ def _token_check(
         side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
         protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
         drift = drift_of(settings, side, asked)[0] if settings.continues else None
-        return witness_of(shards, suites_of(settings, side, tasks), protocol, drift)
+        return witness_of(shards, suites_of(settings, side, tasks), protocol, drift, needles_of(settings, side)[0])
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 

@@ -102,7 +102,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     if not is_scored:  # another process finished it meanwhile
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift)
+    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift, plan.needle)
     alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
     variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(
@@ -126,6 +126,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         metrics=list(plan.settings.tasks),
         warnings=list(progress.warnings),
         drift=plan.drift,
+        needle=plan.needle,
         settings=None if plan.is_drawn or plan.memory else settings_json(plan.settings),
         witness=witness,
     )

@@ -34,12 +34,13 @@ from qeval.progress import Advance, Progress
 from qeval.score.corpus import Shard, window_states
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, part_states
 from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ScoringJob, Work, ignore
+from qeval.score.needle import NeedleJob
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.store.run import RuntimeRecord, VariantRecord
 from qeval.store.states import StateStore
 
-_LABELS: dict[RowKind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations"}
+_LABELS: dict[RowKind, str] = {"tokens": "corpus", "items": "questions", "drift": "continuations", "needle": "needles"}
 _STATES_SHARE = 8
 """The part of a GPU's free memory that the baseline's states may take: an eighth."""
 
@@ -177,6 +178,7 @@ class ScoredModel:
             "tokens": [CorpusJob(self, work, shard) for shard in work.shards],
             "items": [QuestionJob(self, work, suite, part) for suite in work.suites for part in suite.parts()],
             "drift": [DriftJob(self, work, part) for part in work.parts],
+            "needle": [NeedleJob(self, work, haystack) for haystack in work.haystacks],
         }
         self._jobs = [job for each in jobs.values() for job in each]
         return jobs
@@ -318,6 +320,7 @@ def work_of(
         suites=plan.suites,
         parts=plan.parts,
         continued=plan.drift.corpus if plan.drift else "",
+        haystacks=plan.haystacks,
         rows=RowStore(plan.settings.out),
         ledger=ledger,
         baseline=baseline,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from qeval.backends.onnx.providers import PROVIDERS
 from qeval.compare import arguments as read
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.options import Checked, Option
 from qeval.compare.streamable import check_streamed
 from qeval.config import Recipe, check_distinct
@@ -33,8 +34,8 @@ AUTO = "auto"
 BACKENDS = ("torch", "ort", "llama.cpp")
 TOKEN_METRICS = ("kl", "ppl")
 """What one pass over a corpus gives."""
-DRIFT = "drift"
-"""Greedy continuations; everything else in `tasks` is a task of questions."""
+DRIFT, NEEDLE = "drift", "needle"
+"""Greedy continuations, and needles in haystacks; everything else in `tasks` is a task of questions."""
 
 EP = Option(
     "ONNX Runtime's provider: auto, cpu, cuda, tensorrt, trt-rtx, dml, openvino, qnn, webgpu; auto: cuda where "
@@ -259,7 +260,9 @@ class Settings(Checked):
     ]
     tasks: Annotated[
         tuple[str, ...],
-        Option("Comma-separated: kl, ppl, drift, mmlu, or any lm-eval task of choices.", type=str, parse=read.names),
+        Option(
+            "Comma-separated: kl, ppl, drift, needle, mmlu, or any lm-eval task of choices.", type=str, parse=read.names
+        ),
     ]
     corpus: CorpusChoice
     questions: TaskChoice
@@ -267,6 +270,7 @@ class Settings(Checked):
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = DriftChoice()
+    needle: NeedleChoice = field(default_factory=NeedleChoice)
     chat: ChatChoice = field(default_factory=ChatChoice)
     sampling: Annotated[
         Sampler | None,
@@ -322,6 +326,8 @@ class Settings(Checked):
             )
         if self.sampling is not None and not self.scores_tokens:
             raise UsageError("--sampling compares distributions over a corpus; add kl to --tasks, or leave it out.")
+        if self.needle != NeedleChoice() and NEEDLE not in self.tasks:
+            raise UsageError("--needle-lengths and its kin are for --tasks needle; add it, or leave them out.")
         if self.model.stream:
             self._check_stream()
         if scheme := _SCHEME.match(str(self.out)):
@@ -378,7 +384,7 @@ class Settings(Checked):
     @property
     def question_tasks(self) -> tuple[str, ...]:
         """Return the tasks of questions, in their order."""
-        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT))
+        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT, NEEDLE))
 
     @property
     def answers(self) -> bool:

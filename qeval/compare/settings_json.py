@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.settings import Settings
 from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
@@ -22,6 +23,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "kv_types": [],
     "split": False,
     "sampling": None,
+    "needle": TypeAdapter(NeedleChoice).dump_python(NeedleChoice(), mode="json"),
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
 }
 """Settings that older runs don't have."""

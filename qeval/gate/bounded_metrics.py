@@ -54,6 +54,8 @@ class Figures:
         self._require(kind_of(metric).source)
         if kind_of(metric).source == "drift":
             return self._of_continuations(name)
+        if kind_of(metric).source == "needle":
+            return self._of_needles(name)
         bound = self._of_tokens(name)
         if bound is None:
             raise QevalError(f"The run scored no row for {metric}.")
@@ -114,6 +116,16 @@ class Figures:
         share = bounds.share_of(values, clusters)
         rested = "tokens" if name == "drift_equal" else "prompts"
         return Figure(share.value, share, rested, "prompts", unchanged=float(name == "drift_equal"))
+
+    def _of_needles(self, name: str) -> Figure:
+        rows, baseline = self._run.needles(self._variant), self._run.baseline_needles
+        if bad := int(np.count_nonzero(~np.isfinite(rows.log_p))):
+            raise NonFiniteError(bad, rows.log_p.size)
+        if name == "needle_recall_drop":
+            drop = bounds.drop_of(baseline.recall, rows.recall, rows.clusters)
+            return Figure(drop.value, drop, "needles", "haystacks", both_ways(baseline.recall, rows.recall))
+        loss = bounds.mean_of(baseline.log_p - rows.log_p, rows.clusters)
+        return Figure(loss.value, loss, "needles", "haystacks")
 
     def _of_task(self, task: str, name: str) -> Figure:
         for score in self._run.record.scores:

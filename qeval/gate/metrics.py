@@ -12,7 +12,7 @@ from qeval.errors import UsageError, unknown
 
 Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens", "units"]
 Limit = Literal["at_most", "at_least"]
-MetricSource = Literal["kl", "ppl", "drift", "task", "size"]
+MetricSource = Literal["kl", "ppl", "drift", "needle", "task", "size"]
 
 SCALE: dict[Unit, float] = {
     "points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0, "units": 1.0,
@@ -54,6 +54,8 @@ METRICS: dict[str, MetricKind] = {
     "drift_equal": MetricKind("tokens equal along continuations", "%", "at_least", "drift"),
     "drift_diverged": MetricKind("prompts whose continuation leaves the baseline's", "%", "at_most", "drift"),
     "drift_first_tokens": MetricKind("continuation before leaving the baseline's", "tokens", "at_least", "drift"),
+    "needle_recall_drop": MetricKind("drop of recall of needles", "points", "at_most", "needle", signed=True),
+    "needle_loss_nats": MetricKind("loss of log p of needles", "nats", "at_most", "needle", signed=True),
     "size_ratio": MetricKind("size, times smaller", "times", "at_least", "size"),
     "size_bytes": MetricKind("size", "MB", "at_most", "size"),
     "bits_per_weight": MetricKind("bits per weight", "bits", "at_most", "size"),

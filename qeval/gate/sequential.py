@@ -75,7 +75,7 @@ def _looked(
     confidence = policy.confidence_of(rule)
     try:
         figure = figures.of(rule.metric)
-        if figure.bounded is None or rule.kind.source == "drift":
+        if figure.bounded is None or rule.kind.source in ("drift", "needle"):
             return _at_once(rule, figure, confidence, policy)
         decision = _decision(rule, run, variant, drawn, 1 - confidence)
     except QevalError as error:

@@ -104,6 +104,7 @@ class DrawnPart:
         """Return what was drawn, in a sentence."""
         counts = [f"{self.windows:,} of {len(pool.windows):,} windows"] if pool.windows else []
         counts += [f"all {pool.plan.drift.prompts:,} prompts to continue"] if pool.plan.drift else []
+        counts += [f"all {len(pool.plan.haystacks):,} haystacks"] if pool.plan.haystacks else []
         for suite in pool.plan.suites:
             ends = self.questions.get(suite.info.name, ())
             total = len(pool.questions[suite.info.name])
@@ -232,7 +233,7 @@ class Pool:
 def _undecided(rules: Sequence[RuleVerdict]) -> set[str]:
     """Return the tasks that rules are still open on, and that more can be drawn of."""
     tasks = {split(rule.metric)[0] or kind_of(rule.metric).source for rule in rules if rule.outcome == "inconclusive"}
-    return tasks - {"drift"}
+    return tasks - {"drift", "needle"}
 
 
 def _suite(whole: Suite, questions: Sequence[Question]) -> Suite:

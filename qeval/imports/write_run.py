@@ -54,7 +54,7 @@ def write_imported(out: Path, sides: PairedSides, started: datetime, command: st
     store = RowStore(out)
     files = list(dict.fromkeys(file for each in sides.values() for side in each for file in side.files))
     digests = dict(zip(files, digests_of(files), strict=True))
-    shards: dict[RowKind, list[Path]] = {"tokens": [], "items": [], "drift": [], "scores": []}
+    shards: dict[RowKind, list[Path]] = {"tokens": [], "items": [], "drift": [], "needle": [], "scores": []}
     prompts = {name: _prompts(each[0]) for name, each in sides.items()}
     with attempt(out, command):
         for score, each in sides.items():

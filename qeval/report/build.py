@@ -10,6 +10,7 @@ from qeval.report import corpora, measure_chat, measure_drift, measure_items, me
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
+from qeval.report.measure_needle import needle_cells, needle_metrics
 from qeval.report.measure_parts import sum_over_joint
 from qeval.report.measure_positions import kl_by_position
 from qeval.report.model import (
@@ -82,9 +83,20 @@ def build_paired(rows: PairedRun) -> Report:
     tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
     metrics, results = _merged(
-        tokens, items, [_drift(rows), *_scores(rows)], [BASELINE_NAME, *(variant.name for variant in rows.done)]
+        tokens,
+        items,
+        [_drift(rows), _needles(rows), *_scores(rows)],
+        [BASELINE_NAME, *(variant.name for variant in rows.done)],
     )
     variants = [_variant(each, run, metrics, results, tokens) for each in run.variants]
+    if run.needle:
+        done = {each.name: rows.needles(each) for each in rows.done}
+        variants = [
+            each.model_copy(update={"needle": needle_cells(done[each.name], run.seed, rows.baseline_needles)})
+            if each.name in done
+            else each
+            for each in variants
+        ]
     tasks = [each.task for each in items]
 
     report = Report(
@@ -97,12 +109,14 @@ def build_paired(rows: PairedRun) -> Report:
             size_bytes=run.baseline_size_bytes,
             metrics=metrics[BASELINE_NAME],
             tasks=results[BASELINE_NAME],
+            needle=needle_cells(rows.baseline_needles, run.seed) if run.needle else [],
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),
         comparisons=_comparisons(tokens, [each.name for each in run.variants if each.role == "variant"], run.seed),
         protocol=run.protocol,
         drift=run.drift,
+        needle=run.needle,
         tasks=tasks,
         scores=run.scores,
         metrics_asked=run.metrics,
@@ -186,6 +200,15 @@ def _drift(paired: PairedRun) -> dict[str, Metrics]:
         return {}
     seed = paired.record.seed
     return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
+
+
+def _needles(paired: PairedRun) -> dict[str, Metrics]:
+    """Return every model's answers to needles, by name; nothing where none was asked for."""
+    if paired.record.needle is None:
+        return {}
+    seed, baseline = paired.record.seed, paired.baseline_needles
+    own = {BASELINE_NAME: needle_metrics(baseline, seed)}
+    return own | {each.name: needle_metrics(paired.needles(each), seed, baseline) for each in paired.done}
 
 
 def _scores(paired: PairedRun) -> list[dict[str, Metrics]]:

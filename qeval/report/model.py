@@ -43,6 +43,10 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `drift_first_tokens` | mean number of tokens before it does (all of them where it doesn't) | tokens |
 | `drift_kl_nats`, `drift_margin_nats` | mean KL and margin of the baseline's choice, where it does | nats |
 | `drift_rejoined` | share of these that go on with the baseline once its token is forced there | fraction |
+| `needle_recall` | share of needles whose answer would be said greedily | fraction |
+| `needle_log_p_nats` | mean log-probability of the answer | nats |
+| `needle_rank` | geometric mean of the rank of the answer's least likely token | rank |
+| `needle_recall_drop`, `needle_loss_nats` | the baseline's recall and log-probability minus the variant's, paired | |
 | `TASK_acc`, `TASK_acc_macro` | accuracy weighted by questions, and by subject | fraction |
 | `TASK_acc_norm` | length-normalized accuracy, where the task has it | fraction |
 | `TASK_acc_diff` | accuracy minus the baseline's, question by question | fraction |
@@ -67,6 +71,7 @@ from qeval.store.run import (
     EnvironmentRecord,
     GroupRecord,
     ModelRecord,
+    NeedleRecord,
     ProtocolRecord,
     RuntimeRecord,
     ScoreRecord,
@@ -204,6 +209,14 @@ class AnswerGroup(_Part):
     metrics: Metrics
 
 
+class NeedleCell(_Part):
+    """The answers to the needles at one depth of haystacks of one length."""
+
+    length: int
+    depth: float
+    metrics: Metrics
+
+
 class VariantReport(_Part):
     """One variant: how it was made, how big it is, what it lost."""
 
@@ -230,6 +243,7 @@ class VariantReport(_Part):
     chat: list[AnswerGroup] = []  # groups of the baseline's answers; empty where no prompt was answered
     kl_by_entropy: list[EntropyBucket] = []  # the surest fifth first; empty where KL was not asked for or is not finite
     kl_by_position: list[PositionBucket] = []  # empty where windows are short, or as `kl_by_entropy`
+    needle: list[NeedleCell] = []  # by length and depth; empty where no needle was asked for, or as `kl_by_entropy`
     parts_over_joint: Metric | None = None  # the sum of the KLs of `parts` over its own; None where it was not split
     mix: Mix | None
     kept: list[Kept]
@@ -265,6 +279,7 @@ class BaselineReport(_Part):
     size_bytes: int | None
     metrics: Metrics
     tasks: dict[str, TaskResult]
+    needle: list[NeedleCell] = []  # by length and depth
     seconds: float | None
 
 
@@ -320,6 +335,7 @@ class Report(_Part):
     comparisons: list[ComparisonReport]
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
+    needle: NeedleRecord | None = None
     tasks: list[Task]
     scores: list[ScoreRecord] = []  # given by another program, of an imported run
     metrics_asked: list[str]

@@ -35,7 +35,7 @@ def overview_table(report: Report) -> Table:
         report,
         {"kl_nats": "KL, nats", "top1_agreement": "Same top token"}
         | perplexities(report)
-        | {"drift_equal": "Same greedy token"}
+        | {"drift_equal": "Same greedy token", "needle_recall": "Needles recalled"}
         | {f"{task.name}_acc": task.title for task in tasks}
         | {f"{score.name}_score": score.title for score in report.scores},
     )

@@ -36,6 +36,7 @@ from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, drift_colu
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.tasks.harness import Question, Suite
+from qeval.tasks.needle import Haystack
 from qeval.types import Call, Sampler
 
 
@@ -92,6 +93,7 @@ class Work:
     parts: tuple[DriftPart, ...]
     continued: str
     """The corpus that the prompts of `parts` are of."""
+    haystacks: tuple[Haystack, ...]
     rows: RowStore
     ledger: Ledger
     baseline: HasStates

@@ -15,7 +15,7 @@ import numpy as np
 
 from qeval.score.choices import prompt_sha256
 from qeval.score.corpus import Shard
-from qeval.store.run import DriftRecord, ProtocolRecord
+from qeval.store.run import DriftRecord, NeedleRecord, ProtocolRecord
 from qeval.tasks.corpus import BosPolicy, bos_token, encode
 from qeval.tasks.harness import Suite
 
@@ -34,6 +34,7 @@ def witness_of(
     suites: Iterable[Suite],
     protocol: ProtocolRecord | None,
     drift: DriftRecord | None = None,
+    needle: NeedleRecord | None = None,
 ) -> str:
     """Return the hash of what a run scores: windows with positions, questions, and whether BOS stands in the windows.
 
@@ -43,6 +44,7 @@ def witness_of(
     bos = protocol.bos if protocol else None
     sha = hashlib.sha256(f"witness {WITNESS_VERSION} bos {bos}".encode())
     prompts = [b"continued " + drift.tokens_sha256.encode()] if drift else []
+    prompts += [b"needles " + needle.tokens_sha256.encode()] if needle else []
     prompts += [b"template " + protocol.chat.template_sha256.encode()] if protocol and protocol.chat else []
     for part in chain(_parts(shards, suites), prompts):
         sha.update(len(part).to_bytes(8, "little") + part)

@@ -1,4 +1,4 @@
-"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, scores), one a finished job.
+"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, needle, scores), one a finished job.
 
 `OUT/rows/index.json` says which shards belong to the run as last asked for; the others stay for the next time.
 """
@@ -21,17 +21,19 @@ from qeval.progress import Notify
 from qeval.store.schema import (
     DRIFT_SCHEMA,
     ITEMS_SCHEMA,
+    NEEDLE_SCHEMA,
     READ_ERRORS,
     SCORES_SCHEMA,
     TOKENS_SCHEMA,
     TOKENS_SCHEMAS,
 )
 
-RowKind = Literal["tokens", "items", "drift", "scores"]
+RowKind = Literal["tokens", "items", "drift", "needle", "scores"]
 SCHEMAS: dict[RowKind, pa.Schema] = {
     "tokens": TOKENS_SCHEMA,
     "items": ITEMS_SCHEMA,
     "drift": DRIFT_SCHEMA,
+    "needle": NEEDLE_SCHEMA,
     "scores": SCORES_SCHEMA,
 }
 ROW_KINDS: tuple[RowKind, ...] = tuple(SCHEMAS)

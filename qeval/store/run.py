@@ -135,6 +135,16 @@ class DriftRecord(_Record):
     bos: bool
 
 
+class NeedleRecord(_Record):
+    """The settings of the needles' rows."""
+
+    lengths: list[int]  # tokens, as asked for
+    depths: list[float]  # 0: the start of a haystack, 1: its end
+    haystacks: int  # of each length; each holds a needle at every depth
+    tokens_sha256: str  # of all prompts and answers
+    bos: bool
+
+
 class ScoreRecord(_Record):
     """The settings of one score's rows, which another program gave (`qeval import`)."""
 
@@ -308,6 +318,7 @@ class RunRecord(_Record):
     metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ..., and the names of scores
     warnings: list[str]
     drift: DriftRecord | None = None
+    needle: NeedleRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again
     witness: str | None = None  # the hash of token ids, positions and BOS of all that was scored; None in older records
     scores: list[ScoreRecord] = []

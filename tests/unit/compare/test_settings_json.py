@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.settings import (
     BackendChoice,
     CalibrationChoice,
@@ -30,7 +31,7 @@ SETTINGS = Settings(
         Recipe("c", "rtn", keys="int8-token"),
     ),
     variants=(("v", Path("some/folder")),),
-    tasks=("kl", "mmlu"),
+    tasks=("kl", "mmlu", "needle"),
     corpus=CorpusChoice("chat,file.txt", None, 64, 32, 3, "always"),
     questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2),
     drift=DriftChoice(4, 5, 6),
@@ -52,6 +53,7 @@ BOUND = {
     "corpus": CorpusChoice("chat"), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7), "sampling": Sampler(0.9, 0.7),
+    "needle": NeedleChoice((512,), 3, 2),
 }  # fmt: skip
 
 
