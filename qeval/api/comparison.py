@@ -69,6 +69,9 @@ def compare(
     drift_prompts: int = 32,
     drift_prompt_tokens: int = 64,
     drift_tokens: int = 64,
+    needle_lengths: str | int | Iterable[int] = "1024,4096",
+    needle_depths: int = 5,
+    needle_haystacks: int = 8,
     prompts: PathLike | None = None,
     template: PathLike | None = None,
     chat_tokens: int = 256,
@@ -129,7 +132,7 @@ def compare(
         stream: Read decoder layers one at a time.
         max_memory: With `stream`: bytes, or a text such as "2GiB".
         device_map: "auto": spread the layers over all CUDA GPUs.
-        tasks: kl, ppl, drift, reasoning, grammar, mmlu, any lm-eval task, or the path of a YAML file of one.
+        tasks: kl, ppl, drift, needle, reasoning, grammar, mmlu, any lm-eval task, or the path of a YAML file of one.
         corpus: wikitext2, c4, pydoc, code, chat (the baseline's own answers), or a text file, or several.
         protocol: A named protocol; excludes `window`, `stride`, `convention`.
         convention: How perplexity is counted, and its windows.
@@ -148,6 +151,9 @@ def compare(
         drift_prompts: With drift: prompts to continue.
         drift_prompt_tokens: With drift: tokens of each prompt.
         drift_tokens: With drift: tokens that each is continued by.
+        needle_lengths: With needle: tokens of the haystacks.
+        needle_depths: With needle: depths, from the start to the end of a haystack.
+        needle_haystacks: With needle: haystacks of each length.
         prompts: With the corpus "chat": a file of JSON lines, a hub data set, or "parallel"; default: shipped ones.
         template: With the corpus "chat": a chat template in place of the model's own.
         chat_tokens: With the corpus "chat": the most tokens of an answer.

@@ -46,6 +46,11 @@ def show_plan(plan: Plan, console: Console) -> None:
         table.add_row("convention", f"{p.convention}; {formatting.bos(p)}")
     for task in plan.tasks:
         table.add_row("questions", f"{task.title}: {task.items} in {len(task.subjects)} subjects")
+    if plan.needle:
+        lengths = ", ".join(f"{length:,}" for length in plan.needle.lengths)
+        table.add_row(
+            "needles", f"at {len(plan.needle.depths)} depths of {len(plan.haystacks)} haystacks of {lengths} tokens"
+        )
     if any(recipe.calibrated for recipe in plan.settings.every_recipe):
         seen = plan.settings.calibration
         table.add_row("calibration", f"{seen.source}: {seen.samples} x {seen.length} tokens")

@@ -199,6 +199,21 @@ def sampling(value: str | Mapping[str, float] | Sampler | None) -> Sampler | Non
         ) from error
 
 
+def lengths(value: str | int | Iterable[int]) -> tuple[int, ...]:
+    """Return the numbers of tokens of `1024,4096`, a number or several, each once, the smallest first.
+
+    Raises:
+        UsageError: A word is no whole number.
+
+    >>> lengths("4096, 1024"), lengths(512)
+    ((1024, 4096), (512,))
+    """
+    words = names(str(value) if isinstance(value, int) else joined(cast(Names, value)))
+    if wrong := [word for word in words if not re.fullmatch(r"[0-9]{1,9}", word)]:
+        raise UsageError(f"--needle-lengths takes numbers of tokens such as 1024,4096, not '{cut_text(wrong[0], 40)}'.")
+    return tuple(sorted({int(word) for word in words}))
+
+
 def few_threads(threads: int | None) -> int | None:
     """Return a number of threads; OpenMP ends the program where it can't start them.
 

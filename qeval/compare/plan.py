@@ -26,7 +26,7 @@ from qeval.compare.schemes import (
     schemes_of,
 )
 from qeval.compare.settings import CalibrationChoice, Settings
-from qeval.compare.sources import drift_of, load_tasks, responses_of, suites_of
+from qeval.compare.sources import drift_of, load_tasks, needles_of, responses_of, suites_of
 from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
 from qeval.compare.traces import TraceWork, trace_work
 from qeval.compare.variants import (
@@ -44,15 +44,24 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress, Silent
 from qeval.quantize.build import quantizable
-from qeval.score.choices import question_tokens, shared_tokens
+from qeval.score.choices import count_pair_tokens, question_tokens, shared_pair_tokens, shared_tokens
 from qeval.score.corpus import Shard
 from qeval.score.drift import DriftPart
 from qeval.score.responses import response_tokens
-from qeval.score.token_hash import witness_of
+from qeval.score.token_hash import other_hashes, witness_of
 from qeval.store.out import check_out
-from qeval.store.run import CalibrationRecord, DriftRecord, ModelRecord, OverlapRecord, ProtocolRecord, TaskRecord
+from qeval.store.run import (
+    CalibrationRecord,
+    DriftRecord,
+    ModelRecord,
+    NeedleRecord,
+    OverlapRecord,
+    ProtocolRecord,
+    TaskRecord,
+)
 from qeval.tasks.corpus import CHAT, encode, load_calibration, load_corpus
 from qeval.tasks.harness import Suite, TaskData
+from qeval.tasks.needle import Haystack
 from qeval.tasks.responses import ResponseSuite
 from qeval.tasks.windows import tokens_sha256
 
@@ -87,6 +96,8 @@ class Plan:
     drift: DriftRecord | None
     parts: tuple[DriftPart, ...]
     traces: TraceWork
+    needle: NeedleRecord | None
+    haystacks: tuple[Haystack, ...]
     places: tuple[VariantPath, ...]
     given: tuple[VariantEntry, ...]
     onnx_variants: "tuple[OnnxVariant, ...]"
@@ -166,9 +177,11 @@ class Plan:
 
     @property
     def asked_tokens(self) -> int:
-        """Tokens that one model runs for the questions."""
+        """Tokens that one model runs for questions and needles."""
         run = shared_tokens if self.backend.shares_prefixes else question_tokens
         others = sum(response_tokens(suite.items) for suite in self.responses)
+        of_pairs = shared_pair_tokens if self.backend.shares_prefixes else count_pair_tokens
+        others += sum(of_pairs(haystack.pairs) for haystack in self.haystacks)
         return others + sum(run(part) for suite in self.suites for part in suite.parts())
 
     @property
@@ -179,10 +192,11 @@ class Plan:
     @property
     def _cost_of_whole_questions(self) -> list[str]:
         """A sentence on what it costs that prefixes are not shared, where they aren't."""
-        if self.backend.shares_prefixes or not self.suites:
+        if self.backend.shares_prefixes or not (self.suites or self.haystacks):
             return []
-        parts = [part for suite in self.suites for part in suite.parts()]
-        times = sum(map(question_tokens, parts)) / sum(map(shared_tokens, parts))
+        parts, pairs = [part for suite in self.suites for part in suite.parts()], [h.pairs for h in self.haystacks]
+        whole = sum(map(question_tokens, parts)) + sum(map(count_pair_tokens, pairs))
+        times = whole / (sum(map(shared_tokens, parts)) + sum(map(shared_pair_tokens, pairs)))
         return [f"Questions run whole: {times:.1f} times the tokens of a model whose questions share their examples."]
 
     @property
@@ -229,13 +243,15 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     if protocol and settings.sampling:
         protocol = protocol.model_copy(update={"sampling": str(settings.sampling)})
     drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
+    needle, haystacks = needles_of(settings, loaded)
     traces = trace_work(settings, loaded, backend, progress or Silent())
     scored = [*shards, *(part.shard for part in traces.parts)]
     positions, schemes = max((shard.tokens for shard in scored), default=0), [r.scheme for r in settings.every_recipe]
     backend.reserve(positions, schemes)
-    witness = witness_of(shards, suites, protocol, drift, responses, traces.token_hashes())
+    others = other_hashes(traces.token_hashes(), needle)
+    token_hash = witness_of(shards, suites, protocol, drift, responses, others)
     texts = ScoredTexts(shards, suites, responses)
-    token_check = _token_check(settings, loaded, witness, texts, tasks, (chat, traces))
+    token_check = _token_check(settings, loaded, token_hash, texts, tasks, (chat, traces))
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
     overlap = cache(lambda: overlap_of(calibration().samples, texts))
     if any(recipe.calibrated for recipe in settings.every_recipe):
@@ -264,6 +280,8 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         drift=drift,
         parts=parts,
         traces=traces,
+        needle=needle,
+        haystacks=haystacks,
         places=places,
         given=tuple(with_overlap(each, texts) for each in given),
         onnx_variants=onnx_variants,
@@ -356,7 +374,8 @@ def _token_check(
         protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
         drift = drift_of(settings, side, asked)[0] if settings.continues else None
         suites, responses = suites_of(settings, side, tasks), responses_of(settings, side, tasks)
-        return witness_of(shards, suites, protocol, drift, responses, traces.token_hashes(tokenizer))
+        others = other_hashes(traces.token_hashes(tokenizer), needles_of(settings, side)[0])
+        return witness_of(shards, suites, protocol, drift, responses, others)
 
     return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 

@@ -37,7 +37,7 @@ from qeval.report.soundness import NO_BASELINE, impossible_answers, impossible_t
 from qeval.score.jobs import Work
 from qeval.score.responses import score_records
 from qeval.score.texts import keep_texts
-from qeval.score.token_hash import witness_of
+from qeval.score.token_hash import other_hashes, witness_of
 from qeval.store.attempts import attempt, begin, finish, withdraw
 from qeval.store.chain import chain_of, copy_manifests
 from qeval.store.ledger import Ledger, join_ledger
@@ -105,9 +105,8 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     if not is_scored:  # another process finished it meanwhile
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
-    witness = witness_of(
-        plan.shards, plan.suites, plan.protocol, plan.drift, plan.responses, plan.traces.token_hashes()
-    )
+    others = other_hashes(plan.traces.token_hashes(), plan.needle)
+    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift, plan.responses, others)
     alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
     variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(
@@ -134,6 +133,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
         drift=plan.drift,
         reasoning=plan.traces.reasoning,
         grammar=plan.traces.grammar,
+        needle=plan.needle,
         settings=None if plan.is_drawn or plan.memory else settings_json(plan.settings),
         witness=witness,
     )

@@ -35,6 +35,7 @@ from qeval.progress import Advance, Progress
 from qeval.score.corpus import Shard, window_states
 from qeval.score.drift import DRIFT_VERSION, Continuation, DriftPart, part_states
 from qeval.score.jobs import CorpusJob, DriftJob, QuestionJob, ResponseJob, ScoringJob, TraceJob, Work, ignore
+from qeval.score.needle import NeedleJob
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.store.run import RuntimeRecord, VariantRecord
@@ -44,6 +45,7 @@ _LABELS: dict[RowKind, str] = {
     "tokens": "corpus",
     "items": "questions",
     "drift": "continuations",
+    "needle": "needles",
     "scores": "tasks",
     "traces": "traces",
 }
@@ -184,6 +186,7 @@ class ScoredModel:
             "tokens": [CorpusJob(self, work, shard) for shard in work.shards],
             "items": [QuestionJob(self, work, suite, part) for suite in work.suites for part in suite.parts()],
             "drift": [DriftJob(self, work, part) for part in work.parts],
+            "needle": [NeedleJob(self, work, haystack) for haystack in work.haystacks],
             "scores": [ResponseJob(self, work, suite, part) for suite in work.responses for part in suite.parts()],
             "traces": [TraceJob(self, work, part) for part in work.traces],
         }
@@ -329,6 +332,7 @@ def work_of(
         parts=plan.parts,
         continued=plan.drift.corpus if plan.drift else "",
         traces=plan.traces.parts,
+        haystacks=plan.haystacks,
         rows=RowStore(plan.settings.out),
         ledger=ledger,
         baseline=baseline,

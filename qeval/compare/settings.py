@@ -13,6 +13,7 @@ from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.endpoint_choice import EndpointChoice, check_endpoint_run, endpoint_urls, is_address
 from qeval.compare.generation_choice import DriftChoice, TraceChoice
 from qeval.compare.large_models import check_spread, check_stream
+from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.options import Checked, Option
 from qeval.compare.task_choice import TaskChoice
 from qeval.config import Recipe, check_distinct
@@ -38,8 +39,8 @@ AUTO = "auto"
 BACKENDS = ("torch", "ort", "llama.cpp")
 TOKEN_METRICS = ("kl", "ppl")
 """What one pass over a corpus gives."""
-DRIFT = "drift"
-"""Greedy continuations; everything else in `tasks` is a task of questions."""
+DRIFT, NEEDLE = "drift", "needle"
+"""Greedy continuations, and needles in haystacks; everything else in `tasks` is a task of questions."""
 
 EP = Option(
     "ONNX Runtime's provider: auto, cpu, cuda, tensorrt, trt-rtx, dml, openvino, qnn, webgpu; auto: cuda where "
@@ -256,7 +257,7 @@ class Settings(Checked):
     tasks: Annotated[
         tuple[str, ...],
         Option(
-            "Comma-separated: kl, ppl, drift, reasoning, grammar, mmlu, an lm-eval task, or its YAML file.",
+            "Comma-separated: kl, ppl, drift, needle, reasoning, grammar, mmlu, an lm-eval task, or its YAML file.",
             type=str,
             parse=read.names,
         ),
@@ -267,6 +268,7 @@ class Settings(Checked):
     out: Annotated[Path, OUT]
     backends: BackendChoice = BackendChoice()
     drift: DriftChoice = field(default_factory=DriftChoice)
+    needle: NeedleChoice = field(default_factory=NeedleChoice)
     chat: ChatChoice = field(default_factory=ChatChoice)
     traces: TraceChoice = field(default_factory=TraceChoice)
     sampling: Annotated[
@@ -319,7 +321,7 @@ class Settings(Checked):
         on_nothing = has_variants and not self.backends.runners
         many = self.workers > 1 or self.executor == "ray"
         generating = [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]
-        flags = [(f"--tasks {task}", True) for task in generating]
+        flags = [(f"--tasks {task}", True) for task in self.tasks if task in (*generating, NEEDLE)]
         flags += [("--workers", many), ("--methods or --variant", on_nothing)]
         check_endpoint_run(self.backends.names, flags, self.endpoint)
         if not self.tasks:
@@ -332,6 +334,8 @@ class Settings(Checked):
         self.traces.check_tasks(self.tasks)
         if self.sampling is not None and not self.scores_tokens:
             raise UsageError("--sampling compares distributions over a corpus; add kl to --tasks, or leave it out.")
+        if self.needle != NeedleChoice() and NEEDLE not in self.tasks:
+            raise UsageError("--needle-lengths and its kin are for --tasks needle; add it, or leave them out.")
         if self.model.stream:
             check_stream(self.backends.runners, self.recipes, answers=self.answers, generating=generating)
         if self.model.device_map is not None:
@@ -371,7 +375,7 @@ class Settings(Checked):
     @property
     def question_tasks(self) -> tuple[str, ...]:
         """Return the tasks of questions, in their order."""
-        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT, *TRACE_TASKS))
+        return tuple(task for task in self.tasks if task not in (*TOKEN_METRICS, DRIFT, NEEDLE, *TRACE_TASKS))
 
     @property
     def answers(self) -> bool:

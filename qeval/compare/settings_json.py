@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.endpoint_choice import EndpointChoice
 from qeval.compare.generation_choice import TraceChoice
+from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.settings import Settings
 from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
@@ -24,6 +25,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "kv_types": [],
     "split": False,
     "sampling": None,
+    "needle": TypeAdapter(NeedleChoice).dump_python(NeedleChoice(), mode="json"),
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
     "traces": TypeAdapter(TraceChoice).dump_python(TraceChoice(), mode="json"),
     "endpoint": TypeAdapter(EndpointChoice).dump_python(EndpointChoice(), mode="json"),

@@ -5,18 +5,20 @@ from collections.abc import Sequence
 from qeval.compare.chat import ChatWork
 from qeval.compare.generation_choice import DriftChoice
 from qeval.compare.hub_access import needs_of
-from qeval.compare.settings import Settings
+from qeval.compare.settings import NEEDLE, Settings
 from qeval.compare.tokens import each_corpus, protocol_of
 from qeval.errors import UsageError
+from qeval.identity import digest
 from qeval.models.info import LoadedModel
 from qeval.models.vocabulary import check_ids
 from qeval.score.drift import DriftPart, parts_of
-from qeval.store.run import DriftRecord
+from qeval.store.run import DriftRecord, NeedleRecord
 from qeval.tasks.corpus import CHAT, bos_token, encode, load_corpus
 from qeval.tasks.drift import prompts_of
 from qeval.tasks.harness import Suite, TaskData, encode_task, load_task
 from qeval.tasks.harness_tasks import has_choices
 from qeval.tasks.harness_text import HarnessText
+from qeval.tasks.needle import Haystack, depths_of, write_haystack
 from qeval.tasks.responses import GENERATED, ResponseSuite, encode_responses
 from qeval.tasks.windows import tokens_sha256
 
@@ -82,6 +84,38 @@ def _drift_of_chat(
         bos=chat.record.bos,
     )
     return record, parts_of(prompts, choice.tokens)
+
+
+def needles_of(settings: Settings, loaded: LoadedModel) -> tuple[NeedleRecord | None, tuple[Haystack, ...]]:
+    """Return the haystacks of a run in a model's tokens, and the record of them; none where none was asked for.
+
+    Raises:
+        UsageError: A length is beyond the model's context, or too short for its needles.
+    """
+    if NEEDLE not in settings.tasks:
+        return None, ()
+    choice, bos = settings.needle, settings.corpus.bos
+    if (longest := max(choice.lengths)) > loaded.info.context_length:
+        raise UsageError(
+            f"--needle-lengths {longest} is longer than the model's context of {loaded.info.context_length}; give "
+            "smaller ones."
+        )
+    depths = depths_of(choice.depths)
+    haystacks = tuple(
+        write_haystack(loaded.tokenizer, bos, length, number, depths, settings.seed)
+        for length in choice.lengths
+        for number in range(choice.haystacks)
+    )
+    used = (token for haystack in haystacks for pair in haystack.pairs for ids in pair for token in ids)
+    check_ids(used, loaded.info.vocab_size, loaded.tokenizer, "A haystack of --tasks needle")
+    record = NeedleRecord(
+        lengths=list(choice.lengths),
+        depths=list(depths),
+        haystacks=choice.haystacks,
+        tokens_sha256=digest({"haystacks": [haystack.pairs for haystack in haystacks]}),
+        bos=bos_token(loaded.tokenizer, bos) is not None,
+    )
+    return record, haystacks
 
 
 def load_tasks(settings: Settings) -> list[TaskData]:

@@ -55,6 +55,8 @@ class Figures:
         self._require(kind_of(metric).source)
         if kind_of(metric).source == "drift":
             return self._of_continuations(name)
+        if kind_of(metric).source == "needle":
+            return self._of_needles(name)
         if (source := kind_of(metric).source) in self._run.traced:
             return trace_figure(name, self._run.traces(source, self._variant), self._run.baseline_traces(source))
         bound = self._of_tokens(name)
@@ -122,6 +124,16 @@ class Figures:
         share = bounds.share_of(values, clusters)
         rested = "tokens" if name == "drift_equal" else "prompts"
         return Figure(share.value, share, rested, "prompts", unchanged=float(name == "drift_equal"))
+
+    def _of_needles(self, name: str) -> Figure:
+        rows, baseline = self._run.needles(self._variant), self._run.baseline_needles
+        if bad := int(np.count_nonzero(~np.isfinite(rows.log_p))):
+            raise NonFiniteError(bad, rows.log_p.size)
+        if name == "needle_recall_drop":
+            drop = bounds.drop_of(baseline.recall, rows.recall, rows.clusters)
+            return Figure(drop.value, drop, "needles", "haystacks", both_ways(baseline.recall, rows.recall))
+        loss = bounds.mean_of(baseline.log_p - rows.log_p, rows.clusters)
+        return Figure(loss.value, loss, "needles", "haystacks")
 
     def _of_task(self, task: str, name: str) -> Figure:
         for score in self._run.record.scores:

@@ -12,7 +12,7 @@ from qeval.errors import UsageError, unknown
 
 Unit = Literal["points", "%", "nats", "times", "bits", "MB", "tokens", "units"]
 Limit = Literal["at_most", "at_least"]
-MetricSource = Literal["kl", "ppl", "drift", "reasoning", "grammar", "task", "size"]
+MetricSource = Literal["kl", "ppl", "drift", "needle", "reasoning", "grammar", "task", "size"]
 
 SCALE: dict[Unit, float] = {
     "points": 0.01, "%": 0.01, "nats": 1.0, "times": 1.0, "bits": 1.0, "MB": 1e6, "tokens": 1.0, "units": 1.0,
@@ -54,6 +54,8 @@ METRICS: dict[str, MetricKind] = {
     "drift_equal": MetricKind("tokens equal along continuations", "%", "at_least", "drift"),
     "drift_diverged": MetricKind("prompts whose continuation leaves the baseline's", "%", "at_most", "drift"),
     "drift_first_tokens": MetricKind("continuation before leaving the baseline's", "tokens", "at_least", "drift"),
+    "needle_recall_drop": MetricKind("drop of recall of needles", "points", "at_most", "needle", signed=True),
+    "needle_loss_nats": MetricKind("loss of log p of needles", "nats", "at_most", "needle", signed=True),
     "reasoning_kl_nats": MetricKind("mean KL along chains of thought", "nats", "at_most", "reasoning"),
     "reasoning_answer_nll_diff": MetricKind(
         "increase of the answer's NLL", "nats", "at_most", "reasoning", signed=True
@@ -66,7 +68,7 @@ METRICS: dict[str, MetricKind] = {
     "size_bytes": MetricKind("size", "MB", "at_most", "size"),
     "bits_per_weight": MetricKind("bits per weight", "bits", "at_most", "size"),
 }
-RUN_AT_ONCE = ("drift", "reasoning", "grammar")
+RUN_AT_ONCE = ("drift", "needle", "reasoning", "grammar")
 """Sources of rows that are scored whole, whatever is drawn of others."""
 ANSWERS = "chat_"
 """Before the names of metrics of the baseline's answers alone (`--corpus chat`)."""

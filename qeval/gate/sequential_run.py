@@ -110,6 +110,7 @@ class DrawnPart:
         counts = [f"{self.windows:,} of {len(pool.windows):,} windows"] if pool.windows else []
         counts += [f"all {pool.plan.drift.prompts:,} prompts to continue"] if pool.plan.drift else []
         counts += [f"all {len(each.traces):,} traces of {each.task}" for each in pool.plan.traces.sets]
+        counts += [f"all {len(pool.plan.haystacks):,} haystacks"] if pool.plan.haystacks else []
         for suite in pool.plan.suites:
             ends = self.questions.get(suite.info.name, ())
             total = len(pool.questions[suite.info.name])

@@ -18,7 +18,7 @@ from qeval.imports.foreign_rows import HASHES
 from qeval.report.align import BASELINE_NAME
 from qeval.store.attempts import attempt
 from qeval.store.chain import chain_of, digests_of
-from qeval.store.rows import RowKind, RowStore
+from qeval.store.rows import ROW_KINDS, RowKind, RowStore
 from qeval.store.run import (
     RUN_VERSION,
     EnvironmentRecord,
@@ -56,7 +56,7 @@ def write_imported(out: Path, sides: PairedSides, started: datetime, command: st
     store = RowStore(out)
     files = list(dict.fromkeys(file for each in sides.values() for side in each for file in side.files))
     digests = dict(zip(files, digests_of(files), strict=True))
-    shards: dict[RowKind, list[Path]] = {"tokens": [], "items": [], "drift": [], "traces": [], "scores": []}
+    shards: dict[RowKind, list[Path]] = {kind: [] for kind in ROW_KINDS}
     prompts = {name: _prompts(each[0]) for name, each in sides.items()}
     with attempt(out, command):
         for score, each in sides.items():

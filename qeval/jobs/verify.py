@@ -39,7 +39,7 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
 the model is computed in; fp32's is what every session promises (`backends/base.py`)."""
 
 _TIES = {
-    "top1_agreement", "top5_agreement", "top10_agreement", "sampling_kl_nats", "outside_nucleus", "pred", "acc",
+    "top1_agreement", "top5_agreement", "top10_agreement", "sampling_kl_nats", "outside_nucleus", "rank", "pred", "acc",
     "acc_norm",
 }  # fmt: skip
 """Columns that rest on which of two values is larger, which a rounding may change where they are as good as equal."""
@@ -211,6 +211,10 @@ def _check_same(plan: Plan, record: RunRecord) -> None:
             plan.drift and plan.drift.tokens_sha256,
             record.drift and record.drift.tokens_sha256,
         ),
+        "the needles' tokens": (
+            plan.needle and plan.needle.tokens_sha256,
+            record.needle and record.needle.tokens_sha256,
+        ),
         "the chains of thought": (
             plan.traces.reasoning and plan.traces.reasoning.tokens_sha256,
             record.reasoning and record.reasoning.tokens_sha256,
@@ -264,6 +268,7 @@ def _check_facts(plan: Plan, record: RunRecord) -> None:
         "protocol": (record.protocol, plan.protocol),
         "tasks": ([_questions_of(task) for task in record.tasks], [_questions_of(task) for task in plan.tasks]),
         "drift": (record.drift, plan.drift),
+        "needles": (record.needle, plan.needle),
         "reasoning": (record.reasoning, plan.traces.reasoning),
         "grammar": (record.grammar, plan.traces.grammar),
         "baseline's size": (record.baseline_size_bytes, plan.baseline_size_bytes),

@@ -19,6 +19,7 @@ from qeval.report import (
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
+from qeval.report.measure_needle import needle_cells, needle_metrics
 from qeval.report.measure_parts import sum_over_joint
 from qeval.report.measure_positions import kl_by_position
 from qeval.report.model import (
@@ -31,6 +32,7 @@ from qeval.report.model import (
     Kept,
     Metrics,
     Mix,
+    NeedleCell,
     PositionBucket,
     Provenance,
     Report,
@@ -95,12 +97,14 @@ def build_paired(rows: PairedRun) -> Report:
     metrics, results = _merged(
         tokens,
         items,
-        [_drift(rows), *_traces(rows), *_scores(rows)],
+        [_drift(rows), _needles(rows), *_traces(rows), *_scores(rows)],
         [BASELINE_NAME, *(variant.name for variant in rows.done)],
     )
-    flips = _score_flips(rows)
+    flips, needles = _score_flips(rows), _needle_cells(rows)
     variants = [
-        _variant(each, run, metrics, results, tokens).model_copy(update={"score_flips": flips[each.name]})
+        _variant(each, run, metrics, results, tokens).model_copy(
+            update={"score_flips": flips[each.name], "needle": needles.get(each.name, [])}
+        )
         for each in run.variants
     ]
     tasks = [each.task for each in items]
@@ -115,12 +119,14 @@ def build_paired(rows: PairedRun) -> Report:
             size_bytes=run.baseline_size_bytes,
             metrics=metrics[BASELINE_NAME],
             tasks=results[BASELINE_NAME],
+            needle=needle_cells(rows.baseline_needles, run.seed) if run.needle else [],
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),
         comparisons=_comparisons(tokens, [each.name for each in run.variants if each.role == "variant"], run.seed),
         protocol=run.protocol,
         drift=run.drift,
+        needle=run.needle,
         reasoning=run.reasoning,
         grammar=run.grammar,
         tasks=tasks,
@@ -215,6 +221,15 @@ def _drift(paired: PairedRun) -> dict[str, Metrics]:
     return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
 
 
+def _needles(paired: PairedRun) -> dict[str, Metrics]:
+    """Return every model's answers to needles, by name; nothing where none was asked for."""
+    if paired.record.needle is None:
+        return {}
+    seed, baseline = paired.record.seed, paired.baseline_needles
+    own = {BASELINE_NAME: needle_metrics(baseline, seed)}
+    return own | {each.name: needle_metrics(paired.needles(each), seed, baseline) for each in paired.done}
+
+
 def _traces(paired: PairedRun) -> list[dict[str, Metrics]]:
     """Return every model's metrics along chains of thought and calls, by name, a task each."""
     seed, kinds = paired.record.seed, []
@@ -229,6 +244,14 @@ def _traces(paired: PairedRun) -> list[dict[str, Metrics]]:
         metrics |= {each.name: against(paired.traces(task, each), baseline, seed) for each in paired.done}
         kinds.append(metrics)
     return kinds
+
+
+def _needle_cells(paired: PairedRun) -> dict[str, list[NeedleCell]]:
+    """Return every variant's answers to needles by length and depth, by its name."""
+    if paired.record.needle is None:
+        return {}
+    seed, baseline = paired.record.seed, paired.baseline_needles
+    return {each.name: needle_cells(paired.needles(each), seed, baseline) for each in paired.done}
 
 
 def _scores(paired: PairedRun) -> list[dict[str, Metrics]]:

@@ -45,6 +45,10 @@ Names of metrics, all of them paired with the baseline (same tokens, same questi
 | `drift_first_tokens` | mean number of tokens before it does (all of them where it doesn't) | tokens |
 | `drift_kl_nats`, `drift_margin_nats` | mean KL and margin of the baseline's choice, where it does | nats |
 | `drift_rejoined` | share of these that go on with the baseline once its token is forced there | fraction |
+| `needle_recall` | share of needles whose answer would be said greedily | fraction |
+| `needle_log_p_nats` | mean log-probability of the answer | nats |
+| `needle_rank` | geometric mean of the rank of the answer's least likely token | rank |
+| `needle_recall_drop`, `needle_loss_nats` | the baseline's recall and log-probability minus the variant's, paired | |
 | `reasoning_kl_nats` | mean KL at the tokens of the baseline's chains of thought | nats |
 | `reasoning_answer_nll`, `..._diff` | minus log p of the right answer behind the chain; minus the baseline's | nats |
 | `reasoning_acc`, `..._diff` | share of right answers that are the likeliest; minus the baseline's | fraction |
@@ -82,6 +86,7 @@ from qeval.store.run import (
     GrammarRecord,
     GroupRecord,
     ModelRecord,
+    NeedleRecord,
     ProtocolRecord,
     ReasoningRecord,
     RuntimeRecord,
@@ -231,6 +236,14 @@ class AnswerGroup(_Part):
     metrics: Metrics
 
 
+class NeedleCell(_Part):
+    """The answers to the needles at one depth of haystacks of one length."""
+
+    length: int
+    depth: float
+    metrics: Metrics
+
+
 class VariantReport(_Part):
     """One variant: how it was made, how big it is, what it lost."""
 
@@ -258,6 +271,7 @@ class VariantReport(_Part):
     chat: list[AnswerGroup] = []  # groups of the baseline's answers; empty where no prompt was answered
     kl_by_entropy: list[EntropyBucket] = []  # the surest fifth first; empty where KL was not asked for or is not finite
     kl_by_position: list[PositionBucket] = []  # empty where windows are short, or as `kl_by_entropy`
+    needle: list[NeedleCell] = []  # by length and depth; empty where no needle was asked for, or as `kl_by_entropy`
     parts_over_joint: Metric | None = None  # the sum of the KLs of `parts` over its own; None where it was not split
     mix: Mix | None
     kept: list[Kept]
@@ -293,6 +307,7 @@ class BaselineReport(_Part):
     size_bytes: int | None
     metrics: Metrics
     tasks: dict[str, TaskResult]
+    needle: list[NeedleCell] = []  # by length and depth
     seconds: float | None
 
 
@@ -348,6 +363,7 @@ class Report(_Part):
     comparisons: list[ComparisonReport]
     protocol: ProtocolRecord | None
     drift: DriftRecord | None = None
+    needle: NeedleRecord | None = None
     reasoning: ReasoningRecord | None = None
     grammar: GrammarRecord | None = None
     tasks: list[Task]

@@ -12,6 +12,7 @@ from qeval.errors import BrokenRecordError, unknown
 from qeval.report import align
 from qeval.report.align import BASELINE_NAME, DriftRows, ItemRows, TokenRows
 from qeval.report.independent import is_first_text, question_notes, window_clusters, window_notes
+from qeval.report.needle_rows import NeedleRows, needle_rows, pair_needles
 from qeval.report.score_rows import ScoreRows, pair_scores, score_rows
 from qeval.report.trace_rows import TraceRows, pair_traces, trace_rows
 from qeval.store.attempts import check_finished
@@ -95,6 +96,8 @@ class PairedRun:
             table = self._token_table
         elif self.record.drift:
             table = self._drift_table
+        elif self.record.needle:
+            table = self._needle_table
         elif self.traced:
             table = self._trace_table
         elif self.record.scores:
@@ -203,6 +206,20 @@ class PairedRun:
         align.pair_drift(paired, baseline, variant.name)
         return paired
 
+    @cached_property
+    def baseline_needles(self) -> NeedleRows:
+        """The baseline's answers to needles."""
+        assert self.record.needle is not None
+        return needle_rows(align.select(self._needle_table, BASELINE_NAME, None), self.record.needle, BASELINE_NAME)
+
+    def needles(self, variant: VariantRecord) -> NeedleRows:
+        """Return a variant's answers to the baseline's needles."""
+        assert self.record.needle is not None
+        rows = align.select(self._needle_table, variant.name, variant.backend)
+        paired = needle_rows(rows, self.record.needle, variant.name)
+        pair_needles(paired, self.baseline_needles, variant.name)
+        return paired
+
     def baseline_traces(self, task: str) -> TraceRows:
         """Return the baseline's rows along its own traces of a task."""
         if task not in self._traces:
@@ -238,6 +255,10 @@ class PairedRun:
     @cached_property
     def _score_table(self) -> pa.Table:
         return self._store.read("scores")
+
+    @cached_property
+    def _needle_table(self) -> pa.Table:
+        return self._store.read("needle")
 
     @cached_property
     def _drift_table(self) -> pa.Table:

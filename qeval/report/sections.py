@@ -9,6 +9,7 @@ from qeval.report import (
     formatting,
     loss_breakdown,
     mix_tables,
+    needle,
     part_tables,
     tables,
 )
@@ -39,6 +40,7 @@ def report_sections(report: Report, plots: list[Plot], rows: Section | None = No
         ),
         *([answers] if (answers := chat.chat_section(report)) else []),
         *([continuations] if (continuations := drift.drift_section(report)) else []),
+        *([needles] if (needles := needle.needle_section(report)) else []),
         *trace_sections(report),
         *(_task(report, task, drawn) for task in report.tasks),
         *([_scores(report)] if report.scores else []),

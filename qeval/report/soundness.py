@@ -27,6 +27,8 @@ def impossible_baseline(run: PairedRun) -> str | None:
     reasons += [impossible_answers(task, run.baseline_items(task)) for task in run.record.tasks if task.items]
     if run.record.drift:
         reasons.append(impossible_continuations(run.baseline_drift))
+    if run.record.needle and (bad := _not_finite(run.baseline_needles.log_p)):
+        reasons.append(f"Answers to needles that are not finite: {bad} of {run.baseline_needles.log_p.size}.")
     return next((f"{NO_BASELINE} {reason}" for reason in reasons if reason), None)
 
 
@@ -104,6 +106,8 @@ def _is_baseline(run: PairedRun, variant: VariantRecord) -> bool:
     ]
     if run.record.drift:
         same.append(bool((run.drift(variant).kl_nats == 0).all()))
+    if run.record.needle:
+        same.append(bool(np.array_equal(run.needles(variant).log_p, run.baseline_needles.log_p)))
     same += [bool((run.traces(task, variant).values["kl_nats"] == 0).all()) for task in run.traced]
     if not same:
         return _scores_alike(run, variant)
@@ -143,9 +147,13 @@ def _rows_sha256(run: PairedRun, variant: VariantRecord) -> str | None:
             sha.update(run.items(task, variant).choices.tobytes())
     if run.record.drift:
         sha.update(run.drift(variant).kl_nats.tobytes())
+    if run.record.needle:
+        sha.update(run.needles(variant).log_p.tobytes())
     for traced in run.traced:
         sha.update(run.traces(traced, variant).values["kl_nats"].tobytes())
-    return sha.hexdigest() if run.protocol or run.record.tasks or run.record.drift or run.traced else None
+    record = run.record
+    has_rows = run.protocol or record.tasks or record.drift or record.needle or run.traced
+    return sha.hexdigest() if has_rows else None
 
 
 def _not_finite(values: Floats) -> int:

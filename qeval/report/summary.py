@@ -49,6 +49,10 @@ def _scope(report: Report) -> str:
     on = [f"{p.windows} of {p.windows_available} windows of {p.corpus} ({p.name})"] if p else []
     on += [f"{task.record.items} questions of {task.record.title}" for task in report.tasks]
     on += [f"{report.drift.prompts} greedy continuations of {report.drift.generated} tokens"] if report.drift else []
+    if report.needle:
+        on.append(
+            f"needles at {len(report.needle.depths)} depths of haystacks of {max(report.needle.lengths):,} tokens"
+        )
     on += [f"{report.reasoning.questions} chains of thought"] if report.reasoning else []
     on += [f"{len(report.grammar.traces)} calls of functions"] if report.grammar else []
     on += [f"{score.items} items of {score.title}" for score in report.scores]

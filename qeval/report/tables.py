@@ -37,7 +37,8 @@ def overview_table(report: Report) -> Table:
         report,
         {"kl_nats": "KL, nats", "kl_lower_bound_nats": LOWER_BOUND, "top1_agreement": "Same top token"}
         | perplexities(report)
-        | {"drift_equal": "Same greedy token", "reasoning_acc": "Reasoning", "grammar_valid": "Valid calls"}
+        | {"drift_equal": "Same greedy token", "needle_recall": "Needles recalled"}
+        | {"reasoning_acc": "Reasoning", "grammar_valid": "Valid calls"}
         | {f"{task.name}_acc": task.title for task in tasks}
         | {f"{score.name}_score": score.title for score in report.scores},
     )

@@ -2,10 +2,10 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,16 @@ from qeval.types import Call, Request, TokenIds
 QUESTIONS_VERSION = 1
 """Part of every key: raise it when a question's score changes its meaning."""
 
+_Pair = tuple[TokenIds, TokenIds]
 Score = tuple[float, bool]
 """The summed log-likelihood (nats) of a continuation, and whether it is what the model would say greedily."""
+
+
+class RankedAnswer(NamedTuple):
+    """The summed log-likelihood (nats) of a continuation, and the largest rank of its tokens (1: the likeliest)."""
+
+    log_p: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,12 @@ def count_pair_tokens(pairs: Sequence[tuple[TokenIds, TokenIds]]) -> int:
 
 def shared_tokens(questions: Sequence[Question]) -> int:
     """Return the tokens that are run for some questions when their prefixes are shared."""
-    sequences = _sequences([pair for question in questions for pair in question.pairs])
+    return shared_pair_tokens([pair for question in questions for pair in question.pairs])
+
+
+def shared_pair_tokens(pairs: Sequence[_Pair]) -> int:
+    """Return the tokens that are run for some (context, continuation) pairs when their prefixes are shared."""
+    sequences = _sequences(pairs)
     tree = prefix_tree([s.tokens for s in sequences], [s.positions[0] for s in sequences])
     return tokens_run(tree, [len(sequence.tokens) for sequence in sequences])
 
@@ -63,32 +76,69 @@ def question_calls(questions: Sequence[Question], batch_tokens: int, *, packs: b
     return pair_calls([pair for question in questions for pair in question.pairs], batch_tokens, packs=packs)
 
 
-def pair_calls(pairs: Sequence[tuple[TokenIds, TokenIds]], batch_tokens: int, *, packs: bool) -> list[Call]:
+def pair_calls(pairs: Sequence[_Pair], batch_tokens: int, *, packs: bool) -> list[Call]:
     """Return what `score_pairs` will ask a session for, in order; `packs`: the session's."""
     sequences = _sequences(pairs)
     return [batch.call for batch in schedule([s.request for s in sequences], batch_tokens, packs=packs)]
 
 
-def score_pairs(
-    session: Session, pairs: Sequence[tuple[TokenIds, TokenIds]], batch_tokens: int, advance: Advance
-) -> list[Score]:
-    """Return the score of every continuation after its context, in order.
+_Look = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Returns a whole number [n] of log-probabilities [rows, vocabulary], for places of rows [n] and tokens in them [n]."""
+_Made = TypeVar("_Made")
 
-    `advance` is told the tokens that are done, `count_pair_tokens(pairs)` in all. Scores do not depend on
-    `batch_tokens` (within 1e-4 nats in fp32).
+
+def _read_pairs(
+    session: Session,
+    pairs: Sequence[_Pair],
+    batch_tokens: int,
+    advance: Advance,
+    *,
+    look: _Look,
+    make: Callable[[Tensor, Tensor], _Made],
+) -> list[_Made]:
+    """Return what `make` makes of every continuation after its context, in order.
+
+    It is given the log-probability (fp64) of each token of the continuation, and what `look` says of it. `advance` is
+    told the tokens that are done, `count_pair_tokens(pairs)` in all. Log-probabilities do not depend on `batch_tokens`
+    (within 1e-4 nats in fp32).
 
     Raises:
         QevalError: the model's logits are not finite.
     """
-    scores: list[Score | None] = [None] * len(pairs)
+    found: list[tuple[Tensor, Tensor] | None] = [None] * len(pairs)
     sequences = _sequences(pairs)
     prefixes = Prefixes(session)
     for batch in schedule([s.request for s in sequences], batch_tokens, packs=session.packs):
         batch_sequences = [sequences[member] for member in batch.members]
         states = session.states(batch.call.requests, prefixes.at(batch.call.path))
-        _score_batch(session, batch_sequences, torch.cat(states), scores)
+        _read_batch(session, batch_sequences, torch.cat(states), found, look)
         advance(sum(len(sequence.tokens) for sequence in batch_sequences))
-    return [score for score in scores if score is not None]
+    return [make(*each) for each in found if each is not None]
+
+
+def _is_largest(log_probs: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    return log_probs.argmax(-1)[rows] == tokens
+
+
+def _score(log_p: Tensor, largest: Tensor) -> Score:
+    return float(log_p.sum()), bool(largest.all())
+
+
+def _ranks(log_probs: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Return 1 for the likeliest token, 2 for the next; of equals the first counts as likelier, as argmax has it."""
+    of_rows, tokens = log_probs[rows], tokens.unsqueeze(-1)
+    own, places = of_rows.gather(-1, tokens), torch.arange(of_rows.shape[-1], device=tokens.device)
+    return 1 + ((of_rows > own) | ((of_rows == own) & (places < tokens))).sum(-1)
+
+
+def _ranked_answer(log_p: Tensor, ranks: Tensor) -> RankedAnswer:
+    return RankedAnswer(float(log_p.sum()), int(ranks.max()))
+
+
+score_pairs = partial(_read_pairs, look=_is_largest, make=_score)
+"""Scores of continuations: their log-likelihood, and whether each is said greedily."""
+rank_pairs = partial(_read_pairs, look=_ranks, make=_ranked_answer)
+"""Answers with their rank: the log-likelihood of continuations, and the largest rank of their tokens."""
 
 
 def score_questions(
@@ -149,8 +199,14 @@ def _sequences(pairs: Sequence[tuple[TokenIds, TokenIds]]) -> list[_Sequence]:
     return [_Sequence(tokens, tuple(entries)) for tokens, entries in continuations.items()]
 
 
-def _score_batch(session: Session, batch: Sequence[_Sequence], states: Tensor, scores: list[Score | None]) -> None:
-    """Score with one head product for the batch, not one a sequence: `states` [positions of all sequences, width]."""
+def _read_batch(
+    session: Session,
+    batch: Sequence[_Sequence],
+    states: Tensor,
+    found: list[tuple[Tensor, Tensor] | None],
+    look: _Look,
+) -> None:
+    """Read with one head product for the batch, not one a sequence: `states` [positions of all sequences, width]."""
     wanted: list[tuple[int, int]] = []
     parts: list[tuple[int, slice]] = []
     first = 0
@@ -160,23 +216,25 @@ def _score_batch(session: Session, batch: Sequence[_Sequence], states: Tensor, s
         for start, ids, index in sequence.continuations:
             parts.append((index, slice(len(wanted), len(wanted) + len(ids))))
             wanted += [(rows[start + i], token) for i, token in enumerate(ids)]
-    log_p, greedy = with_fitting_blocks(session, partial(_read, session, states, wanted))
+    log_p, seen = with_fitting_blocks(session, partial(_read, session, states, wanted, look))
     for index, part in parts:
-        scores[index] = (float(log_p[part].sum()), bool(greedy[part].all()))
+        found[index] = (log_p[part], seen[part])
 
 
-def _read(session: Session, states: Tensor, wanted: Sequence[tuple[int, int]], block: int) -> tuple[Tensor, Tensor]:
-    """fp64 log-probabilities of the wanted (row of states, token), and whether each is its row's largest."""
+def _read(
+    session: Session, states: Tensor, wanted: Sequence[tuple[int, int]], look: _Look, block: int
+) -> tuple[Tensor, Tensor]:
+    """fp64 log-probabilities of the wanted (row of states, token), and what `look` says of each."""
     rows, tokens = (torch.tensor(list(part)) for part in zip(*wanted, strict=True))
     log_p = torch.empty(len(wanted), dtype=torch.float64)
-    greedy = torch.empty(len(wanted), dtype=torch.bool)
+    seen = torch.empty(len(wanted), dtype=torch.int64)
     for start in range(0, len(states), block):
         log_probs = torch.log_softmax(session.logits(states[start : start + block]), dim=-1, dtype=torch.float32)
         here = (rows >= start) & (rows < start + block)
         # Picked on the device: a row of logits is as wide as the vocabulary, and two numbers of it are wanted.
         row, token = (rows[here] - start).to(log_probs.device), tokens[here].to(log_probs.device)
         log_p[here] = log_probs[row, token].cpu().double()
-        greedy[here] = (log_probs.argmax(-1)[row] == token).cpu()
+        seen[here] = look(log_probs, row, token).cpu().long()
     if not bool(torch.isfinite(log_p).all()):
         raise QevalError("The model's logits are not finite; its weights are broken or its compute type overflows.")
-    return log_p, greedy
+    return log_p, seen

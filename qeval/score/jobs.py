@@ -40,6 +40,7 @@ from qeval.score.traces import TRACES_VERSION, TracePart, trace_columns
 from qeval.store.ledger import JobId, Ledger
 from qeval.store.rows import RowKind, RowStore
 from qeval.tasks.harness import Question, Suite
+from qeval.tasks.needle import Haystack
 from qeval.tasks.responses import ResponseItem, ResponseSuite
 from qeval.types import Call, Sampler, TokenIds
 
@@ -98,6 +99,7 @@ class Work:
     parts: tuple[DriftPart, ...]
     continued: str
     """The corpus that the prompts of `parts` are of."""
+    haystacks: tuple[Haystack, ...]
     traces: tuple[TracePart, ...]
     rows: RowStore
     ledger: Ledger

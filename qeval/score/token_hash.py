@@ -15,7 +15,7 @@ import numpy as np
 
 from qeval.score.choices import prompt_sha256
 from qeval.score.corpus import Shard
-from qeval.store.run import DriftRecord, ProtocolRecord
+from qeval.store.run import DriftRecord, NeedleRecord, ProtocolRecord
 from qeval.tasks.corpus import BosPolicy, bos_token, encode
 from qeval.tasks.harness import Suite
 from qeval.tasks.responses import ResponseSuite
@@ -30,13 +30,24 @@ PROBES = (
 """Texts that tokenizers disagree on: spaces, digits, other scripts, joined characters, names of special tokens."""
 
 
+def other_hashes(traces: Sequence[str], needle: NeedleRecord | None) -> tuple[str, ...]:
+    """Return the kinds and hashes of texts that are forced on every model, for `witness_of`.
+
+    Args:
+        traces: The hashes of the baseline's chains of thought and calls.
+        needle: The record of haystacks.
+    """
+    hidden = [f"needles {needle.tokens_sha256}"] if needle else []
+    return (*(f"traces {each}" for each in traces), *hidden)
+
+
 def witness_of(
     shards: Iterable[Shard],
     suites: Iterable[Suite],
     protocol: ProtocolRecord | None,
     drift: DriftRecord | None = None,
     responses: Iterable[ResponseSuite] = (),
-    traces: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> str:
     """Return the hash of what a run scores: windows with positions, questions, and whether BOS stands in the windows.
 
@@ -46,7 +57,7 @@ def witness_of(
     bos = protocol.bos if protocol else None
     sha = hashlib.sha256(f"witness {WITNESS_VERSION} bos {bos}".encode())
     prompts = [b"continued " + drift.tokens_sha256.encode()] if drift else []
-    prompts += [b"traces " + each.encode() for each in traces]
+    prompts += [each.encode() for each in others]
     prompts += [b"template " + protocol.chat.template_sha256.encode()] if protocol and protocol.chat else []
     for part in chain(_parts(shards, suites), prompts, _asked(responses)):
         sha.update(len(part).to_bytes(8, "little") + part)

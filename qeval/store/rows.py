@@ -1,4 +1,4 @@
-"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, traces, scores), one a finished job.
+"""Rows on disk: Parquet shards under OUT/rows/KIND (tokens, items, drift, ...), one a finished job.
 
 `OUT/rows/index.json` says which shards belong to the run as last asked for; the others stay for the next time.
 """
@@ -23,6 +23,7 @@ from qeval.store.schema import (
     ENDPOINT_TOKENS_SCHEMA,
     ITEMS_SCHEMA,
     LOWER_BOUND_COLUMNS,
+    NEEDLE_SCHEMA,
     OLDER_SCORES_SCHEMA,
     READ_ERRORS,
     SCORES_SCHEMA,
@@ -31,11 +32,12 @@ from qeval.store.schema import (
     TRACES_SCHEMA,
 )
 
-RowKind = Literal["tokens", "items", "drift", "traces", "scores"]
+RowKind = Literal["tokens", "items", "drift", "needle", "traces", "scores"]
 SCHEMAS: dict[RowKind, pa.Schema] = {
     "tokens": TOKENS_SCHEMA,
     "items": ITEMS_SCHEMA,
     "drift": DRIFT_SCHEMA,
+    "needle": NEEDLE_SCHEMA,
     "traces": TRACES_SCHEMA,
     "scores": SCORES_SCHEMA,
 }

@@ -135,6 +135,16 @@ class DriftRecord(_Record):
     bos: bool
 
 
+class NeedleRecord(_Record):
+    """The settings of the needles' rows."""
+
+    lengths: list[int]  # tokens, as asked for
+    depths: list[float]  # 0: the start of a haystack, 1: its end
+    haystacks: int  # of each length; each holds a needle at every depth
+    tokens_sha256: str  # of all prompts and answers
+    bos: bool
+
+
 class ResponseRecord(_Record):
     """The settings of a task without choices that this run asked."""
 
@@ -365,6 +375,7 @@ class RunRecord(_Record):
     metrics: list[str]  # what was asked for: "kl", "ppl", "mmlu", ..., and the names of scores
     warnings: list[str]
     drift: DriftRecord | None = None
+    needle: NeedleRecord | None = None
     reasoning: ReasoningRecord | None = None
     grammar: GrammarRecord | None = None
     settings: dict[str, Any] | None = None  # what was asked for, so that `verify` can make it again

@@ -15,6 +15,8 @@ Score rows: one an item's score by one metric under one filter, of a task withou
 (`qeval import`), several where it was asked again. `response` and `answer` are texts of tasks that generate; they and
 what follows are null where nothing was generated or it isn't known.
 
+Needle rows: one a needle of a haystack, whose answer was forced after the question.
+
 Drift rows: one a token of the baseline's greedy continuation of a prompt. `position` counts generated tokens, `token`
 is what the baseline said there, `pred` what this variant says after the baseline's own tokens (the baseline too:
 rounding may tell two equally likely tokens apart otherwise when all positions are run at once). The rest compares the
@@ -114,6 +116,22 @@ DRIFT_SCHEMA = pa.schema(
         pa.field("pred", pa.int32(), nullable=False),
         pa.field("kl_nats", pa.float64()),  # KL(baseline || variant)
         pa.field("margin_nats", pa.float64()),  # baseline's log p(token) - log p(pred): 0 where they are the same
+    ],
+    metadata={b"rows_version": str(ROWS_VERSION).encode()},
+)
+
+NEEDLE_SCHEMA = pa.schema(
+    [
+        pa.field("variant", _name, nullable=False),
+        pa.field("backend", _name, nullable=False),
+        pa.field("length", pa.int32(), nullable=False),  # the tokens that were asked for
+        pa.field("haystack", pa.int32(), nullable=False),  # its number among those of the length
+        pa.field("depth", pa.float64(), nullable=False),  # of the needle: 0 at the start, 1 at the end
+        pa.field("log_p", pa.float64()),  # nats, of the whole answer
+        pa.field("rank", pa.int32(), nullable=False),  # the largest of the answer's tokens; 1: said greedily
+        pa.field("answer_tokens", pa.int32(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("prompt_sha256", pa.string(), nullable=False),  # of prompt and answer: equal on both sides of a pair
     ],
     metadata={b"rows_version": str(ROWS_VERSION).encode()},
 )

@@ -11,6 +11,7 @@ TASKS = {
     "kl": "KL-divergence of every next-token distribution from the baseline's, with top-1 agreement, over a corpus",
     "ppl": "perplexity over the same windows (the same pass gives both)",
     "drift": "greedy continuations of the baseline: where each variant would leave them, and what that tells",
+    "needle": "codes hidden in long texts: the forced answer's log-probability and rank, by depth and length",
     "reasoning": "the baseline's chains of thought, forced: KL, the right answer behind them, stopping and doubt",
     "grammar": "calls of functions that the baseline samples: the probability that a model leaves the tools' schemas",
     "mmlu": "MMLU, lm-evaluation-harness's task and prompts: from the hub, --mmlu-dir FOLDER, or a sample (--offline)",

@@ -144,9 +144,9 @@ class Relay:
                 f"{type(self._model).__name__} runs its decoder layers in an order of its own, or some more than once, "
                 "so they can't be run one at a time; leave --stream out."
             )
-        if len(hidden) != 1:  # of the few tokens that are tried
+        if len(next(tensors_in((args, keywords)))) != len(self._record.ids):
             raise UsageError(
-                f"{type(self._base).__name__} lays its states as [tokens, batch, width], so its layers can't be run "
+                f"{type(self._model).__name__} lays its states as [tokens, batch, width], so its layers can't be run "
                 "one at a time; leave --stream out."
             )
         before, after = self._turn

@@ -27,6 +27,11 @@ _TOKENS = {
     "sampling_kl_nats": ("sampling_kl_divergence", "KL-divergence under the sampler (nats)"),
     "outside_nucleus": ("outside_nucleus", "Samples outside the baseline's nucleus"),
 }
+NEEDLE_METRICS = {
+    "needle_recall": "Needles in haystacks recalled",
+    "needle_recall_drop": "Recall of needles, the baseline's minus the variant's, paired",
+    "needle_loss_nats": "Log-probability of needles' answers that is lost, paired (nats)",
+}
 _MMLU_ON_THE_HUB = "cais/mmlu"
 
 
@@ -86,6 +91,9 @@ def _results(report: Report, variant: VariantReport) -> Iterator[EvalResult]:
         if name in variant.metrics:
             kind = name.removeprefix("chat_").replace("kl_nats", "kl_divergence")
             yield _result(variant, variant.metrics[name], (kind, f"{title}, on the baseline's answers"), _chat(report))
+    for name, title in NEEDLE_METRICS.items():
+        if name in variant.metrics:
+            yield _result(variant, variant.metrics[name], (name, title), _needles(report))
     for name, title in trace_metrics(report).items():
         if name in variant.metrics:
             yield _result(variant, variant.metrics[name], (name, title), _traces(report, name))
@@ -164,6 +172,21 @@ def _chat(report: Report) -> dict[str, Any]:
         "dataset_config": f"chat-{chat.longest_answer}",
         "dataset_args": {"temperature": chat.temperature, "template_sha256": chat.template_sha256},
     }
+
+
+def _needles(report: Report) -> dict[str, Any]:
+    record = report.needle
+    if record is None:
+        raise ValueError("Metrics of needles without haystacks.")
+    return {
+        "dataset_type": "needle",
+        "dataset_name": f"{record.haystacks} haystacks of each length, a needle at {len(record.depths)} depths",
+        "dataset_config": f"needle-{max(record.lengths)}",
+        "dataset_args": {
+            "lengths": record.lengths, "depths": record.depths, "haystacks": record.haystacks, "bos": record.bos,
+            "tokens_sha256": record.tokens_sha256,
+        },
+    }  # fmt: skip
 
 
 def _traces(report: Report, metric: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ SIGNATURES = {
     "device compute stream max_memory device_map tasks corpus protocol convention window stride max_windows bos "
     "sampling mmlu_dir subjects "
     "limit shots apply_chat_template fewshot_as_multiturn system_instruction drift_prompts drift_prompt_tokens "
-    "drift_tokens prompts template chat_tokens chat_temperature "
+    "drift_tokens needle_lengths needle_depths needle_haystacks prompts template chat_tokens chat_temperature "
     "reasoning_questions reasoning_tokens grammar_calls "
     "calibration calibration_samples calibration_length "
     "calibrate_all_experts "

@@ -9,6 +9,7 @@ import pytest
 from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.endpoint_choice import EndpointChoice
 from qeval.compare.generation_choice import DriftChoice, TraceChoice
+from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.settings import (
     BackendChoice,
     CalibrationChoice,
@@ -31,7 +32,7 @@ SETTINGS = Settings(
         Recipe("c", "rtn", keys="int8-token"),
     ),
     variants=(("v", Path("some/folder")),),
-    tasks=("kl", "mmlu", "reasoning"),
+    tasks=("kl", "mmlu", "needle", "reasoning"),
     corpus=CorpusChoice("chat,file.txt", None, 64, 32, 3, "always"),
     questions=TaskChoice(Path("mmlu"), ("anatomy",), 5, 2, True, "false", "Be brief."),
     drift=DriftChoice(4, 5, 6),
@@ -58,6 +59,7 @@ BOUND = {
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
     "traces": TraceChoice(tokens=8), "sampling": Sampler(0.9, 0.7), "endpoint": EndpointChoice(top=7),
+    "needle": NeedleChoice((512,), 3, 2),
 }  # fmt: skip
 
 
