@@ -216,7 +216,12 @@ def _type(spec: Mapping[str, Any]) -> str:
 def rows_page() -> str:
     """Return the page of stored rows: the columns of each kind of row file."""
     lines = [*_head("Rows"), *inspect.cleandoc(schema.__doc__ or "").splitlines(), ""]
-    for title, kind in (("Token rows", "tokens"), ("Question rows", "items"), ("Drift rows", "drift")):
+    for title, kind in (
+        ("Token rows", "tokens"),
+        ("Question rows", "items"),
+        ("Drift rows", "drift"),
+        ("Trace rows", "traces"),
+    ):
         name, files = f"{kind.upper()}_SCHEMA", f"`OUT/rows/{kind}/*.parquet`"
         lines += [f"## {title}", "", files, "", *_columns_table(getattr(schema, name), _comments(name))]
     lines += [

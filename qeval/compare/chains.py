@@ -1,7 +1,7 @@
 """The baseline's chains of thought on questions: greedy, under its chat template, each before the right answer.
 
-A chain is the answer's thinking, where the template names markers of it, else the answer up to the words that announce
-the result. A chain that reached the limit of length is closed there.
+A chain is the answer's thinking, where the template names markers of it, else the answer up to where it first says that
+'The answer is'. A chain that reached the limit of length is closed there.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ def _chain(tokenizer: Any, template: ChatTemplate, prompt: str, said: TokenIds, 
 
     # without thinking the chain goes up to the words that announce the result
     whole = "".join(texts)
-    place = whole.lower().rfind(CUE.lower())
+    place = whole.find(CUE)
     count = len(said) if place < 0 else _tokens_before(texts, place)
     before = "".join(texts[:count])
     return _Chain(said[:count], ended and count == len(said), CUE if not before or before[-1].isspace() else f"\n{CUE}")
