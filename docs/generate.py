@@ -231,6 +231,7 @@ def rows_page() -> str:
         ("Question rows", "items"),
         ("Drift rows", "drift"),
         ("Needle rows", "needle"),
+        ("Trace rows", "traces"),
     ):
         name, files = f"{kind.upper()}_SCHEMA", f"`OUT/rows/{kind}/*.parquet`"
         lines += [f"## {title}", "", files, "", *_columns_table(getattr(schema, name), _comments(name))]

@@ -16,7 +16,7 @@ from qeval.compare.trace_set import TraceSet, traces_sha256
 from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.progress import Progress
-from qeval.store.run import GrammarRecord, TraceRecord
+from qeval.store.trace_records import GrammarRecord, TraceRecord
 from qeval.tasks.chat_prompts import CALLS, ChatPrompt, load_prompts
 from qeval.tasks.chat_template import template_of
 from qeval.tasks.corpus import encode

@@ -1,7 +1,8 @@
 """The baseline's chains of thought on questions: greedy, under its chat template, each before the right answer.
 
-A chain is the answer's thinking, where the template names markers of it, else the answer up to the words that announce
-the result. A chain that reached the limit of length is closed there.
+A chain is the answer's thinking, where the template names markers of it, else the answer up to where it first says that
+'The answer is'. A chain that reached the limit of length is closed there. The right answer stands behind the answer's
+own words where the baseline gives it, else behind 'The answer is'.
 """
 
 from collections.abc import Sequence
@@ -16,20 +17,21 @@ from qeval.errors import UsageError
 from qeval.models.info import LoadedModel
 from qeval.progress import Progress
 from qeval.score.texts import decoder, token_texts
-from qeval.store.run import ReasoningRecord, TraceRecord
+from qeval.store.trace_records import ReasoningRecord, TraceRecord
 from qeval.tasks.chat_template import ChatTemplate, template_of
 from qeval.tasks.corpus import encode
 from qeval.tasks.names import REASONING
-from qeval.tasks.reasoning import CUE, DOUBT, ReasoningQuestion, load_questions
+from qeval.tasks.reasoning import CUE, DOUBT, ReasoningQuestion, find_answer, load_questions
 from qeval.tasks.traces import reasoning_trace
 from qeval.types import TokenIds
 
 
 class _Chain(NamedTuple):
-    """A chain's tokens, whether the baseline ended it itself, and the words that follow it."""
+    """A chain, whether the baseline ended it itself, the rest of its answer, and words that ask for the result."""
 
     tokens: TokenIds
     ended: bool
+    final: TokenIds
     cue: str
 
 
@@ -60,11 +62,13 @@ def chain_traces(
 
     answerer = answerer_of(settings, loaded, backend, template)
     answerer = replace(answerer, choice=replace(settings.chat, tokens=limit, temperature=0.0))
-    traces, records = [], []
+    traces, records, in_own_words = [], [], 0
     said = answerer.answers(asked, progress)
     for item, (question, text, ids, answer) in enumerate(zip(questions, texts, asked, said, strict=True)):
         chain = _chain(tokenizer, template, text, answer, answerer.stops)
-        cue, right = _split(tokenizer, chain.cue, question.answer)
+        own = _own_words(tokenizer, chain.final, question.answer)
+        cue, right = own or _split(tokenizer, chain.cue, question.answer)
+        in_own_words += own is not None
         traces.append(reasoning_trace(item, ids, chain.tokens, cue, right))
         records.append(TraceRecord(item=item, draw=0, tokens=len(chain.tokens), ended=chain.ended))
 
@@ -81,6 +85,7 @@ def chain_traces(
         longest_chain=limit,
         thinks=template.markers is not None,
         cue=CUE,
+        in_own_words=in_own_words,
         doubt=list(dict.fromkeys(text.strip() for text in doubt)),
         traces=records,
     )
@@ -95,14 +100,16 @@ def _chain(tokenizer: Any, template: ChatTemplate, prompt: str, said: TokenIds, 
     (texts,) = token_texts(decoder(tokenizer), [said])
     if template.markers is not None and thinking:
         closed = template.markers.end in "".join(texts[:thinking])
-        return _Chain(said[:thinking], closed, f"\n\n{CUE}" if closed else f"\n{template.markers.end}\n\n{CUE}")
+        cue = f"\n\n{CUE}" if closed else f"\n{template.markers.end}\n\n{CUE}"
+        return _Chain(said[:thinking], closed, said[thinking:], cue)
 
     # without thinking the chain goes up to the words that announce the result
     whole = "".join(texts)
-    place = whole.lower().rfind(CUE.lower())
+    place = whole.find(CUE)
     count = len(said) if place < 0 else _tokens_before(texts, place)
     before = "".join(texts[:count])
-    return _Chain(said[:count], ended and count == len(said), CUE if not before or before[-1].isspace() else f"\n{CUE}")
+    cue = CUE if not before or before[-1].isspace() else f"\n{CUE}"
+    return _Chain(said[:count], ended and count == len(said), said[count:], cue)
 
 
 def _tokens_before(texts: Sequence[str], place: int) -> int:
@@ -113,6 +120,13 @@ def _tokens_before(texts: Sequence[str], place: int) -> int:
         if length > place:
             return count
     return len(texts)
+
+
+def _own_words(tokenizer: Any, final: TokenIds, answer: str) -> tuple[TokenIds, TokenIds] | None:
+    """Return the tokens before the right answer and those of it, as the baseline said them; None where it didn't."""
+    (texts,) = token_texts(decoder(tokenizer), [final])
+    place = find_answer(texts, answer)
+    return None if place is None else (final[: place[0]], final[slice(*place)])
 
 
 def _split(tokenizer: Any, cue: str, answer: str) -> tuple[TokenIds, TokenIds]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qeval.identity import digest
-from qeval.store.run import GrammarRecord, ReasoningRecord
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 from qeval.tasks.corpus import encode
 from qeval.tasks.traces import Trace
 from qeval.tasks.windows import tokens_sha256

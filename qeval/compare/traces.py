@@ -12,7 +12,7 @@ from qeval.models.info import LoadedModel
 from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress
 from qeval.score.traces import TracePart, trace_parts
-from qeval.store.run import GrammarRecord, ReasoningRecord
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 from qeval.tasks.names import REASONING
 
 

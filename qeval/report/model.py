@@ -83,16 +83,15 @@ from qeval.store.run import (
     CalibrationRecord,
     DriftRecord,
     EnvironmentRecord,
-    GrammarRecord,
     GroupRecord,
     ModelRecord,
     NeedleRecord,
     ProtocolRecord,
-    ReasoningRecord,
     RuntimeRecord,
     ScoreRecord,
     TaskRecord,
 )
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 from qeval.types import Better, Estimate
 
 

@@ -15,6 +15,11 @@ def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
     if run.protocol and run.protocol.chat:
         sentences += chat_notes(run.protocol.chat)
     sentences += trace_notes(run)
+    if (right := baseline.get("reasoning_acc")) and right.value == 0:
+        sentences.append(
+            f"Reasoning: the baseline has none of {right.n} answers right, so none can be lost; the KL and the NLL of "
+            "answers still say what changed."
+        )
     for task in tasks:
         sentences += _task_notes(task, baseline)
     return sentences

@@ -18,16 +18,8 @@ from qeval.report.trace_rows import TraceRows, pair_traces, trace_rows
 from qeval.store.attempts import check_finished
 from qeval.store.chain import UNCHAINED, check_chain
 from qeval.store.rows import RowStore
-from qeval.store.run import (
-    GrammarRecord,
-    ProtocolRecord,
-    ReasoningRecord,
-    RunRecord,
-    ScoreRecord,
-    TaskRecord,
-    VariantRecord,
-    read_run,
-)
+from qeval.store.run import ProtocolRecord, RunRecord, ScoreRecord, TaskRecord, VariantRecord, read_run
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 
 _CACHED_ROWS = 2_000_000
 """Token rows of variants that are kept at most: some 60 bytes each."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qeval.errors import BrokenRecordError
 from qeval.report.align import Mask, first_difference
 from qeval.stats.bootstrap import Floats, Ints
-from qeval.store.run import GrammarRecord, ReasoningRecord
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 
 _ORDER = {"chain": 0, "call": 0, "answer": 1, "after": 2}
 _NUMBERS = ("log_p", "kl_nats", "stop_p", "doubt_p", "leak_p")

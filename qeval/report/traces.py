@@ -6,7 +6,8 @@ from qeval.report import formatting
 from qeval.report.document import NOTHING, Section, Table, TableCell, metric_cell
 from qeval.report.model import Metrics, Report
 from qeval.report.tables import baseline_name
-from qeval.store.run import GrammarRecord, ReasoningRecord, RunRecord
+from qeval.store.run import RunRecord
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 
 _REASONING = {
     "reasoning_kl_nats": "KL along chains, nats",
@@ -26,7 +27,7 @@ _GRAMMAR = {
 }
 _SIGNED = ("reasoning_answer_nll_diff", "grammar_valid_diff")
 _REASONING_NOTE = (
-    "Right: behind the chain and the words 'The answer is', each token of the right answer is the likeliest, and no "
+    "Right: behind the chain and the words before the answer, each token of the right answer is the likeliest, and no "
     "word or number would go on. Flips: answers that became right or wrong. Length ratio: how long a sampled chain "
     "would be, up to the length of the baseline's, over the baseline's. Thinks on: the probability of not having "
     "stopped where the baseline ended its chain. Doubt: the mean probability of {doubt} at a token. Intervals resample "
@@ -87,7 +88,8 @@ def _chains(record: ReasoningRecord) -> str:
     kind = "thought" if record.thinks else "answered (its chat template has no markers of thinking)"
     return (
         f"The baseline {kind} about {record.questions} {source}, greedily, with up to {record.longest_chain} tokens; "
-        f"its chain was forced on every model, then '{record.cue}' and the right answer."
+        f"its chain was forced on every model, then the right answer behind its own words, where it gives it "
+        f"({record.in_own_words}), else behind '{record.cue}'."
     )
 
 

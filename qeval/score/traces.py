@@ -4,6 +4,7 @@ One pass over a trace tells what a model would do at each of its tokens: how lik
 doubt there, and how much it would leave a grammar by. So variants generate nothing.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +52,7 @@ class TracePart:
         """Return what of it changes rows."""
         named = [[trace.item, trace.draw, trace.parts] for trace in self.traces]
         sets = {name: list(ids) for name, ids in self.sets.items()}
-        masks = digest({"masks": [trace.masks.hex() if trace.masks else None for trace in self.traces]})
+        masks = [hashlib.sha256(trace.masks or b"").hexdigest() for trace in self.traces]
         word = digest({"word": list(self.word)})
         return {
             "task": self.task, "traces": named, "sets": sets, "word": word, "masks": masks, **self.shard.key(),

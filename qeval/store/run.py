@@ -15,6 +15,7 @@ from qeval.errors import BrokenRecordError, UsageError
 from qeval.files.atomic import write_text
 from qeval.parsing import first_fault
 from qeval.store.seal import has_valid_seal, parse_object, seal
+from qeval.store.trace_records import GrammarRecord, ReasoningRecord
 
 RUN_VERSION: Literal[2] = 2
 RECORD = "run.json"
@@ -159,46 +160,6 @@ class ResponseRecord(_Record):
     multiturn: bool  # whether each example is a turn of its own
     system: str | None
     harness: str  # "lm-eval 0.4.13"
-
-
-class TraceRecord(_Record):
-    """One trace: the baseline's chain of thought on a question, or its call of a function."""
-
-    item: int
-    draw: int
-    tokens: int
-    ended: bool  # False: it reached the limit, and is cut there
-
-
-class ReasoningRecord(_Record):
-    """The questions that the baseline reasoned about, and its chains of thought, one a question."""
-
-    source: str  # "shipped", a file's name, a hub id
-    sha256: str  # of the questions' text
-    tokens_sha256: str  # of the traces' token ids
-    template_sha256: str
-    questions: int
-    longest_chain: int  # tokens
-    thinks: bool  # whether the template names markers of thinking; else the chain is the answer itself
-    cue: str  # the words before the answer
-    doubt: list[str]  # markers of doubt that are one token each
-    traces: list[TraceRecord]
-
-
-class GrammarRecord(_Record):
-    """The prompts with functions that the baseline called, and its calls, several a prompt."""
-
-    source: str  # "calls", a file's name, a hub id
-    sha256: str  # of the prompts' text
-    tokens_sha256: str  # of the traces' token ids
-    template_sha256: str
-    prompts: int
-    prompts_left_out: int  # since they have no tools, or no message of the user last
-    calls: int  # a prompt
-    longest_call: int  # tokens
-    opening: str  # the text that opens a call, which is forced
-    engine: str  # "llguidance 1.9.1": what the masks are from
-    traces: list[TraceRecord]
 
 
 class ScoreRecord(_Record):

@@ -6,6 +6,9 @@ behind `####` is the answer; commas within numbers are left out.
 
 import hashlib
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +75,29 @@ def load_questions(source: str | None) -> QuestionSet:
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     questions = tuple(_question(line, f"{name}, line {number}") for number, line in lines)
     return QuestionSet(name, questions, hashlib.sha256(text.encode()).hexdigest())
+
+
+def find_answer(texts: Sequence[str], answer: str) -> tuple[int, int] | None:
+    """Return which tokens of a text are its last mention of an answer: the first, and the first behind it.
+
+    None where it is not mentioned, is a part of a longer number or word, or begins or ends inside of a token.
+
+    Args:
+        texts: The text of each token.
+        answer: The answer.
+
+    >>> find_answer(["is", " **", "7", "2", "**"], "72"), find_answer(["17", "2"], "72")
+    ((2, 4), None)
+    """
+    ends = list(accumulate(map(len, texts)))
+    starts = [end - len(text) for end, text in zip(ends, texts, strict=True)]
+    matches = list(re.finditer(rf"(?<![\w.-]){re.escape(answer)}(?!\w|[.,]\d)", "".join(texts)))
+    if not matches or matches[-1].end() not in ends:
+        return None
+    # white space in front of the answer may be a part of its first token
+    start, end = matches[-1].span()
+    begun = bisect_right(starts, start) - 1
+    return (begun, ends.index(end) + 1) if not texts[begun][: start - starts[begun]].strip() else None
 
 
 def hub_questions(source: str | None) -> HubText | None:

@@ -16,7 +16,7 @@ from qeval.report.model import Metric, Task, VariantReport
 from qeval.report.privacy import local_name
 from qeval.report.tables import perplexities
 from qeval.report.traces import trace_metrics
-from qeval.store.run import GrammarRecord
+from qeval.store.trace_records import GrammarRecord
 
 _DATASETS = {"wikitext2": ("Salesforce/wikitext", "WikiText-2 raw"), "pydoc": ("pydoc", "CPython reference")}
 _TOKENS = {

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qeval.cli.app import run_program
+from qeval.compare.answers import Answerer
 from qeval.errors import BrokenRecordError
 from qeval.gate.bounded_metrics import Figures
 from qeval.report import build_report
@@ -127,6 +128,29 @@ def test_the_report_the_gate_and_the_card_have_the_chains(thoughts):
     assert "Wait and Hmm at a token" in page
     assert "### Reasoning and calls of functions" in card_section(report, [])
     assert "reasoning_flips" in json.dumps(metadata(report, list(report.variants)).to_dict())
+
+
+def test_the_right_answer_stands_behind_the_baselines_own_words_where_it_gives_it(thoughts, monkeypatch):
+    """Of two answers "hm</think> It is 12." the second is right; the first question's is asked for."""
+    tokenizer = AutoTokenizer.from_pretrained(thoughts.model)
+    chain, final = (tokenizer.encode(text, add_special_tokens=False) for text in ("hm</think>", " It is 12."))
+    said = (*chain, *final, tokenizer.eos_token_id)
+    monkeypatch.setattr(Answerer, "answers", lambda self, prompts, progress: [said for _ in prompts])
+    more = ("--reasoning-questions", str(thoughts.questions), "--reasoning-tokens", "50", "--limit", "2")
+    assert thoughts.compare("reasoning", *more, out="own") == 0
+
+    record = read_run(thoughts.folder / "own").reasoning
+    assert record.in_own_words == 1
+    assert [(trace.tokens, trace.ended) for trace in record.traces] == [(len(chain), True)] * 2
+    model = AutoModelForCausalLM.from_pretrained(thoughts.model, dtype=torch.float32).requires_grad_(False)
+    before = {0: (*chain, *tokenizer.encode("\n\nThe answer is", add_special_tokens=False)), 1: (*chain, *final[:7])}
+    for item, answer in ((0, " 7"), (1, "12")):
+        rows = [row for row in thoughts.rows("own", "baseline") if (row["item"], row["part"]) == (item, "answer")]
+        assert tokenizer.decode([row["token"] for row in rows]) == answer
+        asked = f"<user>{QUESTIONS[item]['question']}\n\nReason step by step, and end with: The answer is ...;<think>"
+        ids = [*tokenizer.encode(asked, add_special_tokens=False), *before[item]]
+        log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1)
+        assert rows[0]["log_p"] == pytest.approx(float(log_p[rows[0]["token"]]), abs=1e-4)
 
 
 def test_without_markers_the_chain_is_the_answer(thoughts):

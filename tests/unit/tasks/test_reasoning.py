@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qeval.errors import UsageError
-from qeval.tasks.reasoning import hub_questions, load_questions
+from qeval.tasks.reasoning import find_answer, hub_questions, load_questions
 
 
 def write(path, *rows):
@@ -63,3 +63,24 @@ def test_a_file_that_is_missing_or_empty_is_refused(tmp_path):
 def test_a_data_set_of_the_hub_is_named_with_configuration_and_split(source, config, split):
     where = hub_questions(source)
     assert (where.hub_id, where.config, where.split) == (source.partition(":")[0], config, split)
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "place"),
+    [
+        (["is", " 72", "."], "72", (1, 2)),  # the space belongs to its token
+        (["72", " or", " 72", "."], "72", (2, 3)),  # the last mention
+        (["$\\boxed{", "7", "2", "}$"], "72", (1, 3)),
+        (["is", " 172"], "72", None),
+        (["is", " 72.", "5"], "72", None),
+        (["is", " 72", ".", "5"], "72", None),
+        (["is -", "72"], "72", None),
+        (["is", " 72."], "72", None),  # it ends inside of a token
+        (["($", "72", "0"], "72", None),
+        ([], "72", None),
+        (["the", " red", " fox"], "red fox", (1, 3)),
+        (["=", "7.5"], "7.5", (1, 2)),
+    ],
+)
+def test_the_baselines_own_mention_of_an_answer_is_whole_tokens(texts, answer, place):
+    assert find_answer(texts, answer) == place
