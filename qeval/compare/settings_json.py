@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from qeval.compare.chat_choice import ChatChoice
 from qeval.compare.endpoint_choice import EndpointChoice
 from qeval.compare.settings import Settings
+from qeval.compare.vllm_choice import VllmChoice
 from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
 from qeval.identity import digest
@@ -24,6 +25,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "split": False,
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
     "endpoint": TypeAdapter(EndpointChoice).dump_python(EndpointChoice(), mode="json"),
+    "vllm": TypeAdapter(VllmChoice).dump_python(VllmChoice(), mode="json"),
 }
 """Settings that older runs don't have."""
 

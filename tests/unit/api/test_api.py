@@ -48,7 +48,8 @@ SIGNATURES = {
     "board": "runs *out accept",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend "
-    "endpoint_model endpoint_top endpoint_key_variable endpoint_timeout endpoint_requests accuracy_level ep "
+    "endpoint_model endpoint_top endpoint_key_variable endpoint_timeout endpoint_requests "
+    "vllm_python vllm_dtype vllm_tensor_parallel vllm_kv_cache accuracy_level ep "
     "exporter format precision "
     "device compute stream max_memory tasks corpus protocol convention window stride max_windows bos mmlu_dir subjects "
     "limit shots drift_prompts drift_prompt_tokens drift_tokens prompts template chat_tokens chat_temperature "

@@ -18,6 +18,7 @@ from qeval.compare.settings import (
     TaskChoice,
 )
 from qeval.compare.settings_json import identity_of, settings_json, settings_of
+from qeval.compare.vllm_choice import VllmChoice
 from qeval.config import GridRule, Recipe
 from qeval.store.run import read_run
 from tests.fixtures.runs import make_run
@@ -45,9 +46,10 @@ SETTINGS = Settings(
     executor="ray",
     command="qeval compare",
 )
-WITH_ENDPOINT = replace(
-    SETTINGS, backends=BackendChoice(("torch", "http://localhost:8000")), workers=1, executor="local"
+ENGINES = replace(
+    SETTINGS, backends=BackendChoice(("torch", "vllm", "http://localhost:8000")), workers=1, executor="local"
 )
+"""Settings that the options of engines are for."""
 FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,
         "executor": "local", "worker_gpus": 0.5}  # fmt: skip
 BOUND = {
@@ -55,7 +57,7 @@ BOUND = {
     "corpus": CorpusChoice("chat"), "questions": TaskChoice(), "calibration": CalibrationChoice(),
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
-    "endpoint": EndpointChoice(top=7),
+    "endpoint": EndpointChoice(top=7), "vllm": VllmChoice(kv_cache="fp8"),
 }  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def test_what_changes_no_row_keeps_a_runs_identity(name):
 
 @pytest.mark.parametrize("name", BOUND)
 def test_what_changes_rows_makes_another_run(name):
-    settings = WITH_ENDPOINT if name == "endpoint" else SETTINGS
+    settings = ENGINES if name in ("endpoint", "vllm") else SETTINGS
     assert identity_of(replace(settings, **{name: BOUND[name]})) != identity_of(settings)
 
 
