@@ -40,6 +40,10 @@ def compare(
     endpoint_key_variable: str = "OPENAI_API_KEY",
     endpoint_timeout: float = 120.0,
     endpoint_requests: int = 8,
+    vllm_python: PathLike | None = None,
+    vllm_dtype: str = "auto",
+    vllm_tensor_parallel: int = 1,
+    vllm_kv_cache: str = "auto",
     accuracy_level: str | int | Iterable[int] = "1",
     ep: str = AUTO,
     exporter: str = "auto",
@@ -116,12 +120,16 @@ def compare(
         external_parts: Of a variant from elsewhere that rounds activations, keys or values too: all (it as a whole),
             weights (its weights alone), or split (both, as NAME and NAME@weights).
         kv_types: Keys and values of variants that are GGUF files: one of ggml's types (q8_0, q4_0, f16), or two.
-        backend: torch, ort, llama.cpp, the address of an OpenAI-compatible endpoint ("http://host:8000"), or several.
+        backend: torch, ort, llama.cpp, vllm, an OpenAI-compatible endpoint's address ("http://host:8000"), or several.
         endpoint_model: Of an endpoint that serves several models: which.
         endpoint_top: Of an endpoint: likeliest tokens to ask for at each position.
         endpoint_key_variable: Of an endpoint: the environment variable that holds its key.
         endpoint_timeout: Of an endpoint: seconds that an answer may take.
         endpoint_requests: Of an endpoint: requests that are under way at once.
+        vllm_python: With vllm: the interpreter that has it; default: this one.
+        vllm_dtype: With vllm: the type that it computes in.
+        vllm_tensor_parallel: With vllm: GPUs that each layer is split over.
+        vllm_kv_cache: With vllm: the type of keys and values.
         accuracy_level: ONNX Runtime's: 1 (fp32 activations), 4 (int8 activations), or both.
         ep: ONNX Runtime's provider.
         exporter: Who makes the ONNX graph: auto, genai, dynamo.

@@ -159,13 +159,14 @@ class SessionDefaults:
 class Saved:
     """A model on disk: a variant's folder, or an ONNX folder that another tool made.
 
-    `gguf` is the GGUF file that the variant was read from, where it was. `scheme` is what is rounded beside its
-    weights where that is not what the variant itself says.
+    `gguf` is the GGUF file that the variant was read from, where it was, and `checkpoint` the folder of a checkpoint.
+    `scheme` is what is rounded beside its weights where that is not what the variant itself says.
     """
 
     folder: Path
     gguf: Path | None = None
     scheme: Scheme | None = None
+    checkpoint: Path | None = None
 
     @property
     def effective_scheme(self) -> Scheme:

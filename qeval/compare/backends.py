@@ -12,6 +12,8 @@ from qeval.backends.llamacpp.gguf_writer import check_family
 from qeval.backends.llamacpp.library import LLAMACPP as LLAMA_CPP
 from qeval.backends.onnx.nbits import check_kernel
 from qeval.backends.onnx.packages import require_onnx
+from qeval.backends.vllm.backend import VLLM, VllmBackend, VllmOptions
+from qeval.backends.vllm.process import default_python, vllm_version
 from qeval.compare.external_paths import VariantPath, is_gguf
 from qeval.compare.settings import Settings
 from qeval.compare.variants import BaselineModel, FitsKernel
@@ -107,8 +109,24 @@ def _llama_cpp(inputs: BackendInputs) -> RunBackends:
     return RunBackends((backend,), () if unwritten else (backend,))
 
 
+def _vllm(inputs: BackendInputs) -> RunBackends:
+    settings, choice = inputs.settings, inputs.settings.vllm
+    options = VllmOptions(str(choice.python or default_python()), choice.dtype, choice.tensor_parallel, choice.kv_cache)
+    vllm_version(options.python)
+    if settings.recipes:
+        raise UsageError(
+            f"--backend {VLLM} runs checkpoints, and {', '.join(each.name for each in settings.recipes)} is none: "
+            "write it by `qeval export --to hf --out FOLDER`, and give --variant NAME=FOLDER."
+        )
+    backend = VllmBackend(
+        inputs.loaded, ids=int(inputs.source.head.weight.shape[0]), device=settings.model.device, options=options
+    )
+    return RunBackends((backend,), (backend,))
+
+
 BACKEND_CLASSES: Mapping[str, BackendKind] = {
     "torch": BackendKind(_torch),
     "ort": BackendKind(_onnxruntime, check_grid=check_kernel),
     LLAMA_CPP: BackendKind(_llama_cpp, require=require_llama_cpp),
+    VLLM: BackendKind(_vllm),
 }

@@ -235,7 +235,12 @@ def import_checkpoint(
             check(weight.name, parse(weight.grid), weight.columns)
     gguf = checkpoint.place.path if is_gguf(checkpoint.place.path) else None
     return VariantEntry(
-        checkpoint.place.name, checkpoint.method, folder, notes={"from": checkpoint.place.origin, **notes}, gguf=gguf
+        checkpoint.place.name,
+        checkpoint.method,
+        folder,
+        notes={"from": checkpoint.place.origin, **notes},
+        gguf=gguf,
+        checkpoint=None if gguf else checkpoint.folder,
     )
 
 

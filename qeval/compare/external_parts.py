@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from qeval.backends.llamacpp.cache_types import cache_types
 from qeval.backends.llamacpp.library import LLAMACPP
+from qeval.backends.vllm.backend import VLLM
 from qeval.compare.schemes import check_scheme, scheme_details
 from qeval.compare.settings import ExternalParts, Settings
 from qeval.compare.variants import BaselineModel, VariantEntry
@@ -70,7 +71,8 @@ class PartsChoice:
             notes={**entry.notes, "scored": f"its weights alone; {entry.name} is all of it"},
         )  # fmt: skip
         whole = replace(whole, notes={**whole.notes, "scored": f"as a whole: weights and {rounded}"})
-        return [whole, alone] if self.parts == "split" and has_weights else [whole]
+        splits = self.parts == "split" and has_weights and VLLM not in self.backends  # which runs checkpoints whole
+        return [whole, alone] if splits else [whole]
 
     def _with_caches(self, entry: VariantEntry, flag: str, source: BaselineModel) -> VariantEntry:
         """Return a GGUF file's variant with the keys and values of --kv-types."""
@@ -83,7 +85,8 @@ class PartsChoice:
 
     def _weights_alone_by(self, scheme: Scheme) -> str:
         """Return what of the run takes weights alone, as a sentence's beginning; empty where nothing does."""
-        others = [name for name in self.backends if name != "torch" and not (name == LLAMACPP and _is_ggmls(scheme))]
+        as_a_whole = ("torch", VLLM, *([LLAMACPP] if _is_ggmls(scheme) else []))
+        others = [name for name in self.backends if name not in as_a_whole]
         return f"--backend {','.join(others)} runs" if others else ""
 
 

@@ -16,6 +16,7 @@ from qeval.compare.large_models import check_spread, check_stream
 from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.options import Checked, Option
 from qeval.compare.task_choice import TaskChoice
+from qeval.compare.vllm_choice import VllmChoice, check_vllm
 from qeval.config import Recipe, check_distinct
 from qeval.errors import UsageError, unknown
 from qeval.paths import check_place
@@ -36,7 +37,7 @@ ExportForm = Literal["onnx", "hf", "gguf"]
 ExternalParts = Literal["split", "all", "weights"]
 AUTO = "auto"
 """Of a device or a provider: whatever serves this machine; `compare.machine` says which."""
-BACKENDS = ("torch", "ort", "llama.cpp")
+BACKENDS = ("torch", "ort", "llama.cpp", "vllm")
 TOKEN_METRICS = ("kl", "ppl")
 """What one pass over a corpus gives."""
 DRIFT, NEEDLE = "drift", "needle"
@@ -166,8 +167,8 @@ class BackendChoice(Checked):
     names: Annotated[
         tuple[str, ...],
         Option(
-            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files), or "
-            "http://HOST:PORT (the model that a server runs); or several, comma-separated.",
+            "torch (fake-quantized weights), ort (ONNX Runtime's kernels), llama.cpp (its own, on GGUF files), vllm "
+            "(its own, on checkpoints), http://HOST:PORT (the model that a server runs); or several, comma-separated.",
             keyword="backend",
             type=str,
             parse=read.names,
@@ -280,6 +281,7 @@ class Settings(Checked):
         ),
     ] = None
     endpoint: EndpointChoice = field(default_factory=EndpointChoice)
+    vllm: VllmChoice = field(default_factory=VllmChoice)
     external_parts: Annotated[
         ExternalParts,
         Option(
@@ -318,12 +320,12 @@ class Settings(Checked):
         has_variants = bool(self.recipes or self.variants)
         if not has_variants and not self.backends.endpoints:
             raise UsageError("Nothing to compare: give --methods, --config or --variant.")
-        on_nothing = has_variants and not self.backends.runners
-        many = self.workers > 1 or self.executor == "ray"
+        many, on_nothing = self.workers > 1 or self.executor == "ray", has_variants and not self.backends.runners
         generating = [task for task in self.tasks if task in (DRIFT, *TRACE_TASKS)]
         flags = [(f"--tasks {task}", True) for task in self.tasks if task in (*generating, NEEDLE)]
         flags += [("--workers", many), ("--methods or --variant", on_nothing)]
         check_endpoint_run(self.backends.names, flags, self.endpoint)
+        check_vllm(self.backends.names, self.vllm)
         if not self.tasks:
             raise UsageError("Nothing to score: give --tasks, for example --tasks kl,ppl,mmlu.")
         if self.chat != ChatChoice() and not (self.answers or self.traced):

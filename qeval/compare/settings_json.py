@@ -12,6 +12,7 @@ from qeval.compare.endpoint_choice import EndpointChoice
 from qeval.compare.generation_choice import TraceChoice
 from qeval.compare.needle_choice import NeedleChoice
 from qeval.compare.settings import Settings
+from qeval.compare.vllm_choice import VllmChoice
 from qeval.config import PART_FIELDS
 from qeval.errors import QevalError
 from qeval.identity import digest
@@ -29,6 +30,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "chat": TypeAdapter(ChatChoice).dump_python(ChatChoice(), mode="json"),
     "traces": TypeAdapter(TraceChoice).dump_python(TraceChoice(), mode="json"),
     "endpoint": TypeAdapter(EndpointChoice).dump_python(EndpointChoice(), mode="json"),
+    "vllm": TypeAdapter(VllmChoice).dump_python(VllmChoice(), mode="json"),
 }
 """Settings that older runs don't have."""
 _DEFAULTS_OF_QUESTIONS = {"apply_chat_template": False, "fewshot_as_multiturn": "true", "system_instruction": None}

@@ -125,13 +125,14 @@ class VariantEntry:
     gguf: Path | None = None  # the file that it was read from
     scheme: Scheme | None = None
     """The formats of what is rounded beside its weights, where its manifest says others."""
+    checkpoint: Path | None = None  # the folder that another tool wrote, which it was read from
     part_of: str | None = None  # the variant whose weights alone this is, where both are scored
 
     @property
     def target(self) -> Saved:
         """The target that a backend opens."""
         assert self.folder is not None
-        return Saved(self.folder, self.gguf, self.scheme)
+        return Saved(self.folder, self.gguf, self.scheme, self.checkpoint)
 
     @property
     def identity(self) -> dict[str, str]:

@@ -25,7 +25,7 @@ class LowerBound(NamedTuple):
 
 
 def kl_lower_bound(base_log_probs: Tensor, log_probs: Tensor, *, is_whole: Tensor) -> LowerBound:
-    """Return lower bounds of KL(baseline || endpoint) in nats.
+    """Return lower bounds of KL(baseline || endpoint) in nats, none below 0, which no KL is.
 
     Args:
         base_log_probs: The baseline's log-probabilities of the reported tokens, [n, reported]; -inf fills a row up.
@@ -42,4 +42,4 @@ def kl_lower_bound(base_log_probs: Tensor, log_probs: Tensor, *, is_whole: Tenso
     p_outside = (1 - p.sum(-1)).clamp(min=0).masked_fill(is_whole, 0.0)
     q_outside = (1 - other.exp().masked_fill(filled, 0.0).sum(-1)).clamp(min=0) + ROUNDING
     outside = torch.xlogy(p_outside, p_outside) - p_outside * q_outside.log()
-    return LowerBound(inside + outside, p_outside)
+    return LowerBound((inside + outside).clamp(min=0), p_outside)

@@ -193,10 +193,10 @@ def bos(protocol: ProtocolRecord) -> str:
 def runtime(version: str) -> str:
     """Return the name of what ran a model, by what a record says.
 
-    >>> runtime("llama-cpp-python 0.3.36"), runtime("onnxruntime-gpu 1.31.1")
-    ('llama.cpp', 'ONNX Runtime')
+    >>> runtime("llama-cpp-python 0.3.36"), runtime("vllm 0.32.0"), runtime("onnxruntime-gpu 1.31.1")
+    ('llama.cpp', 'vLLM', 'ONNX Runtime')
     """
-    return "llama.cpp" if version.startswith("llama-cpp-python") else "ONNX Runtime"
+    return {"llama-cpp-python": "llama.cpp", "vllm": "vLLM"}.get(version.partition(" ")[0], "ONNX Runtime")
 
 
 def listed(names: list[str]) -> str:

@@ -119,6 +119,7 @@ _KERNELS = {
     ("ONNX Runtime", 1): "At accuracy level 1 (fp32 activations) the kernel adds",
     ("ONNX Runtime", 4): "At accuracy level 4 (activations rounded to int8 by the kernel) the kernel adds",
     ("llama.cpp", None): "llama.cpp's kernels, which round activations to 8 bits, add",
+    ("vLLM", None): "vLLM's kernels, in the type that it computes in, add",
 }
 
 

@@ -49,7 +49,8 @@ SIGNATURES = {
     "board": "runs *out accept export",
     "card": "run variant *into",
     "compare": "model *tokenizer revision methods config variants external_parts kv_types backend "
-    "endpoint_model endpoint_top endpoint_key_variable endpoint_timeout endpoint_requests accuracy_level ep "
+    "endpoint_model endpoint_top endpoint_key_variable endpoint_timeout endpoint_requests "
+    "vllm_python vllm_dtype vllm_tensor_parallel vllm_kv_cache accuracy_level ep "
     "exporter format precision "
     "device compute stream max_memory device_map tasks corpus protocol convention window stride max_windows bos "
     "sampling mmlu_dir subjects "

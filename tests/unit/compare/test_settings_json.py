@@ -19,6 +19,7 @@ from qeval.compare.settings import (
 )
 from qeval.compare.settings_json import identity_of, settings_json, settings_of
 from qeval.compare.task_choice import TaskChoice
+from qeval.compare.vllm_choice import VllmChoice
 from qeval.config import GridRule, Recipe
 from qeval.store.run import read_run
 from qeval.types import Sampler
@@ -48,9 +49,10 @@ SETTINGS = Settings(
     executor="ray",
     command="qeval compare",
 )
-WITH_ENDPOINT = replace(
-    SETTINGS, backends=BackendChoice(("torch", "http://localhost:8000")), workers=1, executor="local"
+ENGINES = replace(
+    SETTINGS, backends=BackendChoice(("torch", "vllm", "http://localhost:8000")), workers=1, executor="local"
 )
+"""Settings that the options of engines are for."""
 FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,
         "executor": "local", "worker_gpus": 0.5}  # fmt: skip
 BOUND = {
@@ -59,7 +61,7 @@ BOUND = {
     "backends": BackendChoice(), "seed": 0, "drift": DriftChoice(), "external_parts": "weights",
     "kv_types": ("q8_0",), "split": True, "chat": ChatChoice(tokens=7),
     "traces": TraceChoice(tokens=8), "sampling": Sampler(0.9, 0.7), "endpoint": EndpointChoice(top=7),
-    "needle": NeedleChoice((512,), 3, 2),
+    "needle": NeedleChoice((512,), 3, 2), "vllm": VllmChoice(kv_cache="fp8"),
 }  # fmt: skip
 
 
@@ -81,7 +83,7 @@ def test_what_changes_no_row_keeps_a_runs_identity(name):
 
 @pytest.mark.parametrize("name", BOUND)
 def test_what_changes_rows_makes_another_run(name):
-    settings = WITH_ENDPOINT if name == "endpoint" else SETTINGS
+    settings = ENGINES if name in ("endpoint", "vllm") else SETTINGS
     assert identity_of(replace(settings, **{name: BOUND[name]})) != identity_of(settings)
 
 
