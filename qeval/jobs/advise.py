@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from qeval.compare.hub_access import hub_access, needs_of
+from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.hub_access import hub_access, needs_of, needs_of_text
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of, make_plan
 from qeval.compare.run import membership, run_comparison
@@ -80,7 +81,7 @@ def advise_on(run: Path, choice: AdviceChoice, progress: Progress) -> Advice:
     folder, settings = _settings(rows.record, run)
     recipe = _recipe(settings, _variant(rows, settings, choice.variant))
     out = choice.out.absolute()
-    settings = replace(settings, threads=choice.threads or settings.threads, workers=1, executor="local")
+    settings = replace(settings, threads=choice.threads or settings.threads)
     if not folder.is_dir():
         raise QevalError(f"The run was started in {folder}, which is gone; its paths may start there.")
     with chdir(folder):
@@ -90,10 +91,8 @@ def advise_on(run: Path, choice: AdviceChoice, progress: Progress) -> Advice:
         held_out = replace(
             settings,
             recipes=(recipe, *(treated for _, treated in proposals)),
-            variants=(),
-            tasks=("kl", "ppl"),
             corpus=text,
-            split=False,
+            chat=ChatChoice(),
             out=out / HELD_OUT,
             command=f"qeval advise {run} {recipe.name}",
         )
@@ -104,13 +103,29 @@ def advise_on(run: Path, choice: AdviceChoice, progress: Progress) -> Advice:
 
 
 def _settings(record: RunRecord, run: Path) -> tuple[Path, Settings]:
-    """Return the folder that a run started in, and its settings, if its weights can be made again in memory."""
+    """Return the folder that a run started in, and what of its settings is left: its model, recipes and texts.
+
+    Raises:
+        UsageError: Its weights can't be made again in memory.
+    """
     if record.imported:
         raise UsageError(f"The run in '{run}' was imported, so there is no model to look into.")
     folder, settings = settings_of(record)
+    if not settings.recipes:
+        raise UsageError(f"All variants of the run in '{run}' were made elsewhere; qeval advises on those of recipes.")
     if settings.model.stream:
         raise UsageError("The run was streamed, and causes are measured in memory; compare on a machine that holds it.")
-    return folder, replace(settings, backends=replace(settings.backends, names=("torch",)))
+    return folder, replace(
+        settings,
+        variants=(),
+        kv_types=(),
+        tasks=("kl", "ppl"),
+        backends=replace(settings.backends, names=("torch",)),
+        split=False,
+        workers=1,
+        executor="local",
+        worker_gpus=None,
+    )
 
 
 def _variant(rows: PairedRun, settings: Settings, name: str | None) -> str:
@@ -143,7 +158,8 @@ def _look(
     """Return the findings of a recipe, the treatments, and the held-out text; the model is let go of."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    with hub_access(needs_of(settings), progress, is_offline=choice.is_offline):
+    needs = [*needs_of(settings), *needs_of_text(choice.corpus or "")]
+    with hub_access(needs, progress, is_offline=choice.is_offline):
         loaded, model = source_of_model(settings.model)
         tell_warnings(loaded, progress)
         corpus, text = _held_out(settings.corpus, choice, loaded, out)  # refused before the long measurement
