@@ -31,6 +31,7 @@ from qeval.jobs.treatments import propose, recipe_fields
 from qeval.models.device import release_cached
 from qeval.models.info import LoadedModel
 from qeval.progress import Progress
+from qeval.quantize.sensitivity import trial_passes
 from qeval.report import write_report
 from qeval.report.advice import Advice, FindingKind, TreatmentResult, write_advice
 from qeval.report.build import build_paired
@@ -167,7 +168,9 @@ def _look(
         workshop = Workshop(model, lambda: calibration, settings.seed, progress)
         rounds_weights = recipe.quant_method.rounding != "none"
         source = workshop.calibrated_source(parse_method("awq") if rounds_weights else recipe)  # with its statistics
-        units = len(source.description.units)
+        if recipe.quant_method.mixed:  # what a mix measures of each group is this very thing
+            source = workshop.remembering(source, replace(recipe.weights_alone, method=recipe.quant_method.mixed))
+        units = trial_passes(source.description) if rounds_weights else 1
         with progress.phase(f"causes of {recipe.name}'s loss", units) as advance:
             causes = find_causes(source, recipe, advance)
         proposals = propose(source, recipe, causes, lambda each: check_recipes([each], model, len(source.samples)))

@@ -206,6 +206,14 @@ def test_a_run_leaves_findings_and_paired_gains_on_windows_that_it_did_not_score
     assert "KL of each part alone" in (out / "advice.html").read_text()
 
 
+def test_groups_are_not_tried_again_where_a_mix_has_tried_them(bench, monkeypatch, tmp_path):
+    tried = []
+    monkeypatch.setattr("qeval.quantize.sensitivity.measure", lambda *_: tried.append(1))
+    monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "home"))  # where the run made mixed-rtn:int4-g32
+    qeval.advise(bench.out, "rtn:int4-g32", max_windows=4, out=tmp_path / "out")
+    assert not tried
+
+
 def test_treatments_are_read_back_from_their_file(tmp_path):
     for plant, method, *_ in FAULTS[-4:-2]:
         for _, recipe in Place(plant).look(method)[1]:
