@@ -52,9 +52,10 @@ def advise(
     check_least("--max-windows", max_windows, _LEAST_WINDOWS)
     folder = folder_of(run)
     place = read.path(out) if out else Path(folder) / "advice"
-    choice = AdviceChoice(
-        variant, read.corpus_text(corpus), max_windows, place, read.few_threads(threads), is_offline=offline
-    )
+    text = read.text_or_none(corpus)
+    if text is not None and Path(text).is_file():
+        text = str(Path(text).absolute())  # other paths of the run start where it was started
+    choice = AdviceChoice(variant, text, max_windows, place, read.few_threads(threads), is_offline=offline)
     with torch_settings_restored():
         advice = advise_on(folder, choice, progress or Logged())
     return AdvisedRun(place, place / "advice.html", advice)

@@ -39,5 +39,5 @@ def board(
     for sentence in change_sentences(series):
         console.print(sentence)
     if exported is not None:
-        stderr().print(f"{export}: {exported} runs written, one a variant; those that were there are left alone")
+        stderr().print(f"{export}: {exported} runs written, one a variant")
     stderr().print(f"page: {page}", soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from qeval.compare.arguments import slug
 from qeval.compare.settings import CalibrationChoice
+from qeval.errors import UsageError
 from qeval.files.atomic import write_text
 from qeval.identity import digest
 from qeval.paths import home
@@ -34,11 +35,13 @@ def draw_calibrations(choices: Sequence[CalibrationChoice], seeds: int) -> list[
         seeds: Draws of each.
 
     Raises:
-        UsageError: A text is not there.
+        UsageError: A text is not there, or two have one name.
     """
     draws = []
-    for choice in choices:
-        name = Path(choice.source).name if Path(choice.source).is_file() else choice.source
+    names = [Path(choice.source).name if Path(choice.source).is_file() else choice.source for choice in choices]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"Two of the calibration texts are called {twice}; rename one.")
+    for choice, name in zip(choices, names, strict=True):
         draws.append(CalibrationDraw(name, 0, choice.source))
         for seed in range(1, seeds):
             drawn = shuffle_parts(load_calibration(choice.source).text, seed)

@@ -304,12 +304,15 @@ class Workshop:
     def outline(self, source: Source, recipe: Recipe) -> tuple[dict[str, WeightGrid], Variant]:
         """Plan a variant; where groups are tried for it, that is a phase of its own, and what they came to is kept."""
         units = trial_units(self._loaded.description, recipe)
-        if units:
-            path = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None, formats=()))}.json"
-            passes = trial_passes(self._loaded.description)
-            source = replace(source, trials=Remembered(source.trials, path, passes, self._progress.warn))
+        source = self.remembering(source, recipe) if units else source
         with self._progress.phase(f"try groups for {recipe.name}", units) if units else nullcontext(_ignore) as advance:
             return plan_variant(source, recipe, self.key(recipe), advance)
+
+    def remembering(self, source: Source, recipe: Recipe) -> Source:
+        """Return the source with trials that know what the groups of a mix came to, or else keep it."""
+        path = home() / "trials" / f"{self.key(replace(recipe, budget=None, high=None, formats=()))}.json"
+        passes = trial_passes(self._loaded.description)
+        return replace(source, trials=Remembered(source.trials, path, passes, self._progress.warn))
 
     def _quantizing(self, recipe: Recipe, plan: Variant) -> AbstractContextManager[Advance]:
         return self._progress.phase(f"quantize {recipe.name}", rounding_units(recipe, plan))

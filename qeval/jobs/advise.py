@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from qeval.compare.hub_access import hub_access, needs_of
+from qeval.compare.chat_choice import ChatChoice
+from qeval.compare.hub_access import hub_access, needs_of, needs_of_text
 from qeval.compare.loading import source_of_model, tell_warnings
 from qeval.compare.plan import calibration_of, make_plan
 from qeval.compare.run import membership, run_comparison
@@ -30,6 +31,7 @@ from qeval.jobs.treatments import propose, recipe_fields
 from qeval.models.device import release_cached
 from qeval.models.info import LoadedModel
 from qeval.progress import Progress
+from qeval.quantize.sensitivity import trial_passes
 from qeval.report import write_report
 from qeval.report.advice import Advice, FindingKind, TreatmentResult, write_advice
 from qeval.report.build import build_paired
@@ -80,7 +82,7 @@ def advise_on(run: Path, choice: AdviceChoice, progress: Progress) -> Advice:
     folder, settings = _settings(rows.record, run)
     recipe = _recipe(settings, _variant(rows, settings, choice.variant))
     out = choice.out.absolute()
-    settings = replace(settings, threads=choice.threads or settings.threads, workers=1, executor="local")
+    settings = replace(settings, threads=choice.threads or settings.threads)
     if not folder.is_dir():
         raise QevalError(f"The run was started in {folder}, which is gone; its paths may start there.")
     with chdir(folder):
@@ -90,10 +92,8 @@ def advise_on(run: Path, choice: AdviceChoice, progress: Progress) -> Advice:
         held_out = replace(
             settings,
             recipes=(recipe, *(treated for _, treated in proposals)),
-            variants=(),
-            tasks=("kl", "ppl"),
             corpus=text,
-            split=False,
+            chat=ChatChoice(),
             out=out / HELD_OUT,
             command=f"qeval advise {run} {recipe.name}",
         )
@@ -104,13 +104,29 @@ def advise_on(run: Path, choice: AdviceChoice, progress: Progress) -> Advice:
 
 
 def _settings(record: RunRecord, run: Path) -> tuple[Path, Settings]:
-    """Return the folder that a run started in, and its settings, if its weights can be made again in memory."""
+    """Return the folder that a run started in, and what of its settings is left: its model, recipes and texts.
+
+    Raises:
+        UsageError: Its weights can't be made again in memory.
+    """
     if record.imported:
         raise UsageError(f"The run in '{run}' was imported, so there is no model to look into.")
     folder, settings = settings_of(record)
+    if not settings.recipes:
+        raise UsageError(f"All variants of the run in '{run}' were made elsewhere; qeval advises on those of recipes.")
     if settings.model.stream:
         raise UsageError("The run was streamed, and causes are measured in memory; compare on a machine that holds it.")
-    return folder, replace(settings, backends=replace(settings.backends, names=("torch",)))
+    return folder, replace(
+        settings,
+        variants=(),
+        kv_types=(),
+        tasks=("kl", "ppl"),
+        backends=replace(settings.backends, names=("torch",)),
+        split=False,
+        workers=1,
+        executor="local",
+        worker_gpus=None,
+    )
 
 
 def _variant(rows: PairedRun, settings: Settings, name: str | None) -> str:
@@ -143,7 +159,8 @@ def _look(
     """Return the findings of a recipe, the treatments, and the held-out text; the model is let go of."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    with hub_access(needs_of(settings), progress, is_offline=choice.is_offline):
+    needs = [*needs_of(settings), *needs_of_text(choice.corpus or "")]
+    with hub_access(needs, progress, is_offline=choice.is_offline):
         loaded, model = source_of_model(settings.model)
         tell_warnings(loaded, progress)
         corpus, text = _held_out(settings.corpus, choice, loaded, out)  # refused before the long measurement
@@ -151,7 +168,9 @@ def _look(
         workshop = Workshop(model, lambda: calibration, settings.seed, progress)
         rounds_weights = recipe.quant_method.rounding != "none"
         source = workshop.calibrated_source(parse_method("awq") if rounds_weights else recipe)  # with its statistics
-        units = len(source.description.units)
+        if recipe.quant_method.mixed:  # what a mix measures of each group is this very thing
+            source = workshop.remembering(source, replace(recipe.weights_alone, method=recipe.quant_method.mixed))
+        units = trial_passes(source.description) if rounds_weights else 1
         with progress.phase(f"causes of {recipe.name}'s loss", units) as advance:
             causes = find_causes(source, recipe, advance)
         proposals = propose(source, recipe, causes, lambda each: check_recipes([each], model, len(source.samples)))

@@ -34,7 +34,8 @@ from qeval.quantize.smoothing import largest_inputs
 from qeval.report.advice import Finding
 
 CAUSE_SAMPLES = 4
-"""Calibration sequences that parts are measured on, the first 256 tokens of each."""
+"""Calibration sequences that parts are measured on, the first 256 tokens of each; groups alone are tried as mixes try
+them, on fewer."""
 LEAST_SHARE = 0.1
 """The share of the loss that a cause must bear on."""
 ACTIVATION_RATIO = 10.0
@@ -70,7 +71,7 @@ def find_causes(source: Source, recipe: Recipe, advance: Advance) -> LossCauses:
         source: The model, its calibration text, and the statistics of all layer inputs.
         recipe: What is made of it; its weights are rounded as `effective_of` does, to nearest where the method goes
             column after column.
-        advance: Called with 1 after each group.
+        advance: Called with `trial_passes` in all, for the groups that are tried alone.
 
     Raises:
         QevalError: A KL is not finite.
@@ -155,11 +156,12 @@ class _Weights:
         self._view, self._groups = view, {group.names[0]: group for group in source.description.groups}
         grids = {name: grid for name, grid in view.grids.items() if name != source.description.head}
         self.quantized: Quantized = {}
+        self._alone: dict[Group, float] = {}
         if grids:
-            self.quantized = quantized_groups(source.description, effective_of(source, view.recipe, grids), advance)
-        self._alone = {
-            group: max(view.kl(view.passed.states_with(group, values)), 0.0) for group, values in self.quantized.items()
-        }
+            effective = effective_of(source, view.recipe, grids)
+            alone = finite_kls(view.recipe.name, source.trials.measure(effective, advance))
+            self.quantized = quantized_groups(source.description, effective, lambda _: None)
+            self._alone = {group: max(alone[group.names[0]], 0.0) for group in self.quantized}
 
     @cached_property
     def joint(self) -> float:

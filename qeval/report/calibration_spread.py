@@ -71,7 +71,7 @@ class CalibrationSpread:
     methods: tuple[MethodSpread, ...]
     decisions: tuple[RankDecision, ...]
     unmoved: tuple[str, ...]
-    """Variants whose KL is the same in all cells: nothing of them is calibrated."""
+    """Variants whose KL is the same in all cells: nothing of them is calibrated, or all draws show the same."""
 
 
 def measure_spread(cells: Sequence[CalibrationCell]) -> CalibrationSpread:
@@ -156,7 +156,10 @@ def _variance_table(spread: CalibrationSpread) -> Table:
         for each in spread.methods
     )
     columns = ("Model", "Variant", "Mean KL, nats", "Lowest to highest", "SD, text", "SD, seed", "SD, residual")
-    unmoved = f" The same in all cells, as nothing of them is calibrated: {', '.join(spread.unmoved)}."
+    unmoved = (
+        f" The same in all cells, as nothing of them is calibrated or all draws show the same: "
+        f"{', '.join(spread.unmoved)}."
+    )
     note = (
         f"{len(spread.texts)} texts ({', '.join(spread.texts)}) by {spread.seeds} seeds; a seed draws which parts of "
         "the text are calibrated on. Each SD is the root of a variance component of one cell's KL: of texts, of seeds "

@@ -70,3 +70,11 @@ def test_a_sweep_over_calibration_without_kl_is_refused(place, tmp_path, capfd):
     assert run_program(["sweep", "--models", str(place.model), *flags, "--calibration-seeds", "2"]) == 2
     assert "about the spread of KL; add kl to --tasks" in capfd.readouterr().err
     assert run_program(["sweep", "--models", str(place.model), *flags, "--calibration-seeds", "0"]) == 2
+
+
+def test_two_texts_of_one_name_are_refused(place, tmp_path, capfd):
+    (tmp_path / "seen.txt").write_text("another one")
+    texts = f"{place.seen},{tmp_path / 'seen.txt'}"
+    flags = place.arguments(methods=METHODS[0], model=None, tasks="kl", calibration=texts, out=str(tmp_path / "out"))
+    assert run_program(["sweep", "--models", str(place.model), *flags]) == 2
+    assert "Two of the calibration texts are called seen.txt; rename one." in capfd.readouterr().err

@@ -206,6 +206,14 @@ def test_a_run_leaves_findings_and_paired_gains_on_windows_that_it_did_not_score
     assert "KL of each part alone" in (out / "advice.html").read_text()
 
 
+def test_groups_are_not_tried_again_where_a_mix_has_tried_them(bench, monkeypatch, tmp_path):
+    tried = []
+    monkeypatch.setattr("qeval.quantize.sensitivity.measure", lambda *_: tried.append(1))
+    monkeypatch.setenv("QEVAL_HOME", str(bench.folder / "home"))  # where the run made mixed-rtn:int4-g32
+    qeval.advise(bench.out, "rtn:int4-g32", max_windows=4, out=tmp_path / "out")
+    assert not tried
+
+
 def test_treatments_are_read_back_from_their_file(tmp_path):
     for plant, method, *_ in FAULTS[-4:-2]:
         for _, recipe in Place(plant).look(method)[1]:
@@ -229,13 +237,22 @@ def test_what_can_not_be_looked_into_is_refused(bench, capfd, tmp_path, flags, s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_scored_all_of_its_text_needs_another_one(bench, capfd, tmp_path):
+def test_a_run_that_scored_all_of_its_text_needs_another_one(bench, capfd, tmp_path, monkeypatch):
     out = str(tmp_path / "run")
     assert bench.compare("--quiet", methods="rtn:int4-g32", tasks="kl", max_windows=None, out=out) == 0
     assert run_program(["advise", out, "--quiet"]) == 2
     assert "The run scored its text but for 0 windows" in capfd.readouterr().err
     (tmp_path / "more.txt").write_text("".join(f"{i} geese, {i * i} foxes and {i % 7} hens.\n" for i in range(30)))
-    assert run_program(["advise", out, "--quiet", "--corpus", str(tmp_path / "more.txt")]) == 0
+    monkeypatch.chdir(tmp_path)  # the text's path starts here, those of the run where it was started
+    assert run_program(["advise", out, "--quiet", "--corpus", "more.txt"]) == 0
+
+
+def test_a_run_of_variants_from_elsewhere_is_refused(bench, capfd, tmp_path):
+    assert bench.quantize("rtn:int4-g32", tmp_path / "made") == 0
+    out, variant = tmp_path / "run", f"theirs={tmp_path / 'made'}"
+    assert bench.compare("--quiet", "--variant", variant, methods=None, tasks="kl", out=str(out)) == 0
+    assert run_program(["advise", str(out)]) == 2
+    assert "were made elsewhere; qeval advises on those of recipes" in capfd.readouterr().err
 
 
 def test_an_imported_run_is_refused(capfd, tmp_path):
