@@ -30,7 +30,7 @@ from qeval.models.structure.supported import support_notes
 from qeval.quantize.build import quantizable
 from qeval.types import Request
 
-METHODS: Mapping[str, str] = {
+TRIED_METHODS: Mapping[str, str] = {
     "rtn": "rtn:int4-channel",
     "awq": "awq:int4-channel",
     "gptq": "gptq:int4-channel",
@@ -39,7 +39,7 @@ METHODS: Mapping[str, str] = {
 """The recipe that each method is tried with: per channel, since the tiny models' rows are shorter than most blocks."""
 WORKS, ON_EXPORT, FAULT = "yes", "on export", "fault: "
 """A use that was tried; one that only an export shows; the beginning of what should not have happened."""
-USES = (*METHODS, "stream", "onnx", "gguf")
+USES = (*TRIED_METHODS, "stream", "onnx", "gguf")
 _SAMPLES, _LENGTH = 4, 24
 _STREAM_BYTES = 1 << 30
 _APART = 1e-4
@@ -66,9 +66,9 @@ def _tried(model: Any) -> dict[str, str]:
     try:
         bench = _bench_of(model)
     except QevalError as error:
-        uses = dict.fromkeys(METHODS, str(error))
+        uses = dict.fromkeys(TRIED_METHODS, str(error))
     else:
-        uses = {name: _outcome(partial(_quantize, bench, recipe)) for name, recipe in METHODS.items()}
+        uses = {name: _outcome(partial(_quantize, bench, recipe)) for name, recipe in TRIED_METHODS.items()}
     return {
         **uses,
         "stream": _outcome(partial(_stream, model)),

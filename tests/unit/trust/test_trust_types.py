@@ -7,7 +7,7 @@ import pytest
 from qeval.cli.app import run_program
 from qeval.jobs import causal_types, type_uses
 from qeval.jobs.causal_types import TypeRow, any_fault, check_type, lines_of, use_reasons
-from qeval.jobs.type_uses import METHODS, USES, WORKS
+from qeval.jobs.type_uses import TRIED_METHODS, USES, WORKS
 from qeval.models.tiny import CAUSAL_TYPES
 
 
@@ -21,7 +21,9 @@ def test_every_causal_type_agrees_or_says_why_not(capsys):
     assert all(len(row.line) > 3 for row in rows)
     agreeing = [row for row in rows if row.outcome == "agrees"]
     assert all([*row.uses] == [*USES] for row in agreeing)
-    assert sum(row.uses[use] == WORKS for row in agreeing for use in METHODS) > 0.95 * len(agreeing) * len(METHODS)
+    assert sum(row.uses[use] == WORKS for row in agreeing for use in TRIED_METHODS) > 0.95 * len(agreeing) * len(
+        TRIED_METHODS
+    )
 
 
 PREFIX_USES = {
@@ -65,7 +67,7 @@ def test_a_type_of_which_transformers_makes_no_causal_model_is_no_refusal_of_our
 def test_the_uses_of_a_type_are_tried_or_have_a_sentence(monkeypatch):
     uses = check_type("dory").uses
     assert [*uses] == [*USES]
-    assert {uses[method] for method in METHODS} == {WORKS}
+    assert {uses[method] for method in TRIED_METHODS} == {WORKS}
     assert uses["stream"].startswith("This model computes between its decoder layers")
     assert "not of this model" in uses["gguf"]
 
@@ -73,7 +75,7 @@ def test_the_uses_of_a_type_are_tried_or_have_a_sentence(monkeypatch):
         raise KeyError("a matrix")
 
     monkeypatch.setattr(type_uses, "build_meta_model", fail)
-    monkeypatch.setattr(type_uses, "METHODS", {"rtn": "rtn:g512"})
+    monkeypatch.setattr(type_uses, "TRIED_METHODS", {"rtn": "rtn:g512"})
     row = check_type("llama")
     assert row.uses["rtn"].startswith("Blocks of 512 are larger than a row of")
     assert row.uses["stream"] == "fault: KeyError: 'a matrix'"
