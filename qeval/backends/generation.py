@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qeval.backends.decoding import Decoding
-from qeval.backends.prefix import can_select, can_spread, empty_cache, spread_cache
+from qeval.backends.prefix import can_select, can_spread, growing_cache, spread_cache
 from qeval.backends.sharing import differs
 from qeval.models.structure.forward import FinalStates
 from qeval.types import TokenIds
@@ -128,7 +128,7 @@ class Generation:
         is run with the row's own tokens. Layers that keep more than keys and values begin empty, and so does a batch
         that crosses a rotary limit.
         """
-        cache = empty_cache(self.model) if self.keeps else None
+        cache = growing_cache(self.model) if self.keeps else None
         shared = _shared_tokens(prompts)
         is_short = max(map(len, prompts)) + count <= self.rope_limit
         if cache is None or len(prompts) < 2 or shared < _SHORTEST_PREFIX or not (is_short and can_spread(cache)):
@@ -161,7 +161,7 @@ class Generation:
         whole = torch.tensor([[*prompt, prompt[-1]]], device=self._device)
         expected = self._forward(whole, whole.shape[1], None, None)[0, -2:]
 
-        cache = empty_cache(self.model) if self.keeps else None
+        cache = growing_cache(self.model) if self.keeps else None
         first = self._forward(padded, length, lacking, cache)[0, -1:]
         longer = torch.cat([padded, padded[:, -1:]], dim=1)
         fed = longer if cache is None else longer[:, -1:]

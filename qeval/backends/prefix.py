@@ -24,6 +24,9 @@ from qeval.backends.shared import Lent, tagged
 from qeval.models.structure.kv_cache import KvChange
 from qeval.models.structure.trace import language_config
 
+_MORE_TOKENS = 64
+"""Tokens that a layer makes room for at a time."""
+
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values of a prefix, lent to any number of continuations and never grown by them.
@@ -102,6 +105,40 @@ class GrowingLayer(PrefixLayer):
         return self.keys, self.values
 
 
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values with room for more, so that a step writes its own and copies none of those before."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return all keys and values, the new ones behind those before, [rows, heads, tokens, head size]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        room = self._room or (None, None)
+        keys, values = _appended(room[0], self.keys, key_states), _appended(room[1], self.values, value_states)
+        self._room = (keys[0], values[0])
+        self.keys, self.values = keys[1], values[1]
+        return self.keys, self.values
+
+
+def _appended(room: Tensor | None, kept: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the room that holds kept and new tokens, and what of it is filled; other rows were picked: new room."""
+    before = kept.shape[-2] if kept.dim() == new.dim() else 0
+    total = before + new.shape[-2]
+    if room is None or kept.data_ptr() != room.data_ptr() or len(room) != len(new) or room.shape[-2] < total:
+        room = new.new_empty(*new.shape[:-2], total + _MORE_TOKENS, new.shape[-1])
+        if before:
+            room[..., :before, :] = kept
+    room[..., before:total, :] = new
+    return room, room[..., :total, :]
+
+
 def cache_of(layers: Sequence[Any]) -> Any:
     """Return the cache of a model with these layers."""
     return Cache(layers=list(layers))
@@ -119,14 +156,22 @@ def empty_cache(model: Any) -> Any:
     )  # MiniMax's keeps its running states by itself
 
 
+def growing_cache(model: Any) -> Any:
+    """Return an empty cache for a generation: as the model would make itself, with room in its plain layers."""
+    cache = empty_cache(model)
+    if type(cache) is DynamicCache:
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def can_select(cache: Any) -> bool:
     """Return whether some rows of a cache can be kept alone: its layers hold nothing but keys and values."""
-    return type(cache) is DynamicCache and all(type(layer) in _LENT for layer in cache.layers)
+    return type(cache) is DynamicCache and all(type(layer) in (*_LENT, RoomyLayer) for layer in cache.layers)
 
 
 def can_spread(cache: Any) -> bool:
     """Return whether what one row left in a cache can stand for many: it holds the keys and values of all tokens."""
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return type(cache) is DynamicCache and all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
 def spread_cache(cache: Any, padding: Tensor) -> None:
