@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +11,9 @@ import torch
 from qeval.backends.base import Backend, BaselineBackend
 from qeval.backends.memory import require_bf16
 from qeval.compare.backends import BackendInputs, backends_of, kinds_of
-from qeval.compare.chat import ChatWork, chat_work
-from qeval.compare.contamination import ScoredTexts, overlap_of, with_overlap
+from qeval.compare.contamination import overlap_of, with_overlap
 from qeval.compare.cost import Shape
 from qeval.compare.endpoints import ServedVariant, find_endpoints
-from qeval.compare.external_checkpoints import TokenCheck
 from qeval.compare.external_parts import parts_choice
 from qeval.compare.external_paths import VariantPath, is_gguf, local_places
 from qeval.compare.external_variants import read_onnx_folders, read_variants
@@ -25,10 +23,10 @@ from qeval.compare.schemes import (
     refuse_schemes_off_torch,
     schemes_of,
 )
+from qeval.compare.scored_data import ScoredData, scored_data
 from qeval.compare.settings import CalibrationChoice, Settings
-from qeval.compare.sources import drift_of, load_tasks, needles_of, responses_of, suites_of
-from qeval.compare.tokens import bos_warnings, each_corpus, protocol_of, token_work
-from qeval.compare.traces import TraceWork, trace_work
+from qeval.compare.sources import load_tasks
+from qeval.compare.tokens import bos_warnings
 from qeval.compare.variants import (
     BaselineModel,
     Calibration,
@@ -44,25 +42,14 @@ from qeval.models.structure.weight_views import weights_of
 from qeval.models.vocabulary import check_ids
 from qeval.progress import Progress, Silent
 from qeval.quantize.build import quantizable
-from qeval.score.choices import count_pair_tokens, question_tokens, shared_pair_tokens, shared_tokens
-from qeval.score.corpus import Shard
-from qeval.score.drift import DriftPart
-from qeval.score.responses import response_tokens
-from qeval.score.token_hash import other_hashes, witness_of
 from qeval.store.out import check_out
 from qeval.store.run import (
     CalibrationRecord,
-    DriftRecord,
     ModelRecord,
-    NeedleRecord,
     OverlapRecord,
-    ProtocolRecord,
     TaskRecord,
 )
-from qeval.tasks.corpus import CHAT, encode, load_calibration, load_corpus
-from qeval.tasks.harness import Suite, TaskData
-from qeval.tasks.needle import Haystack
-from qeval.tasks.responses import ResponseSuite
+from qeval.tasks.corpus import CHAT, encode, load_calibration
 from qeval.tasks.windows import tokens_sha256
 
 if TYPE_CHECKING:
@@ -74,7 +61,7 @@ _CORES = torch.get_num_threads()
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(ScoredData):
     """A run that can start: everything that was asked for is there and fits."""
 
     settings: Settings
@@ -87,17 +74,7 @@ class Plan:
     floors: tuple[Backend[Any], ...]
     """What the baseline is scored on too: the least difference that the run can see."""
     model: ModelRecord
-    protocol: ProtocolRecord | None
-    shards: tuple[Shard, ...]
-    suites: tuple[Suite, ...]
     tasks: tuple[TaskRecord, ...]
-    responses: tuple[ResponseSuite, ...]
-    """Tasks without choices."""
-    drift: DriftRecord | None
-    parts: tuple[DriftPart, ...]
-    traces: TraceWork
-    needle: NeedleRecord | None
-    haystacks: tuple[Haystack, ...]
     places: tuple[VariantPath, ...]
     given: tuple[VariantEntry, ...]
     onnx_variants: "tuple[OnnxVariant, ...]"
@@ -121,7 +98,7 @@ class Plan:
         warnings += [*(warning for place in self.places for warning in place.warnings)]
         warnings += [*(warning for entry in self.given for warning in entry.warnings)]
         warnings += [*(warning for each in self.backends if each is not self.backend for warning in each.warnings)]
-        warnings += [*(warning for suite in self.responses for warning in _response_warnings(suite))]
+        warnings += self.response_warnings
         penalty = getattr(getattr(self.loaded.model, "generation_config", None), "repetition_penalty", None)
         if self.generated_tokens and penalty not in (None, 1.0):
             warnings.append(
@@ -171,32 +148,16 @@ class Plan:
         return closing(self.source.workshop(self.calibration, self.settings.seed, progress))
 
     @property
-    def corpus_tokens(self) -> int:
-        """Tokens that one model runs for the corpus."""
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
     def asked_tokens(self) -> int:
         """Tokens that one model runs for questions and needles."""
-        run = shared_tokens if self.backend.shares_prefixes else question_tokens
-        others = sum(response_tokens(suite.items) for suite in self.responses)
-        of_pairs = shared_pair_tokens if self.backend.shares_prefixes else count_pair_tokens
-        others += sum(of_pairs(haystack.pairs) for haystack in self.haystacks)
-        return others + sum(run(part) for suite in self.suites for part in suite.parts())
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens that one model generates at most for tasks' answers."""
-        return sum(item.ending.tokens for suite in self.responses for item in suite.items if item.ending)
+        return self.question_tokens(shared=self.backend.shares_prefixes)
 
     @property
     def _cost_of_whole_questions(self) -> list[str]:
         """A sentence on what it costs that prefixes are not shared, where they aren't."""
         if self.backend.shares_prefixes or not (self.suites or self.haystacks):
             return []
-        parts, pairs = [part for suite in self.suites for part in suite.parts()], [h.pairs for h in self.haystacks]
-        whole = sum(map(question_tokens, parts)) + sum(map(count_pair_tokens, pairs))
-        times = whole / (sum(map(shared_tokens, parts)) + sum(map(shared_pair_tokens, pairs)))
+        times = self.question_tokens(shared=False) / self.question_tokens(shared=True)
         return [f"Questions run whole: {times:.1f} times the tokens of a model whose questions share their examples."]
 
     @property
@@ -237,34 +198,23 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     loaded, source, backend = loaded_model(with_limit(settings), memory, folds=folds)
     fits = [kind.check_grid for kind in kinds_of(settings.backends.names) if kind.check_grid]
     check_recipes(settings.every_recipe, source, settings.calibration.samples, *fits)
-    suites, responses = suites_of(settings, loaded, tasks), responses_of(settings, loaded, tasks)
-    chat = chat_work(settings, loaded, backend, progress or Silent()) if settings.answers else None
-    protocol, shards = token_work(settings.corpus, loaded, chat) if settings.scores_tokens else (None, ())
-    if protocol and settings.sampling:
-        protocol = protocol.model_copy(update={"sampling": str(settings.sampling)})
-    drift, parts = drift_of(settings, loaded, chat) if settings.continues else (None, ())
-    needle, haystacks = needles_of(settings, loaded)
-    traces = trace_work(settings, loaded, backend, progress or Silent())
-    scored = [*shards, *(part.shard for part in traces.parts)]
-    positions, schemes = max((shard.tokens for shard in scored), default=0), [r.scheme for r in settings.every_recipe]
-    backend.reserve(positions, schemes)
-    others = other_hashes(traces.token_hashes(), needle)
-    token_hash = witness_of(shards, suites, protocol, drift, responses, others)
-    texts = ScoredTexts(shards, suites, responses)
-    token_check = _token_check(settings, loaded, token_hash, texts, tasks, (chat, traces))
+    data, token_check = scored_data(settings, loaded, backend, tasks, progress or Silent())
+    schemes = [recipe.scheme for recipe in settings.every_recipe]
+    backend.reserve(data.most_positions, schemes)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
-    overlap = cache(lambda: overlap_of(calibration().samples, texts))
+    overlap = cache(lambda: overlap_of(calibration().samples, data.texts))
     if any(recipe.calibrated for recipe in settings.every_recipe):
         calibration()
     for recipe in settings.every_recipe:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
     given = read_variants(places, loaded, source, backend, token_check, fits, choice)
-    backend.reserve(positions, [*schemes, *(each.target.effective_scheme for each in given if each.folder)])
+    backend.reserve(data.most_positions, [*schemes, *(each.target.effective_scheme for each in given if each.folder)])
     onnx_variants = read_onnx_folders(places, settings.backends.ep, loaded, source, token_check)
-    served = find_endpoints(settings, loaded, int(source.head.weight.shape[0]), shards, suites)
+    served = find_endpoints(settings, loaded, int(source.head.weight.shape[0]), data.shards, data.suites)
     backends, floors = backends_of(BackendInputs(settings, loaded, source, backend, places))
     return Plan(
+        **vars(data),
         settings=settings,
         loaded=loaded,
         source=source,
@@ -272,18 +222,9 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         backends=backends,
         floors=floors,
         model=ModelRecord(**asdict(loaded.info)),
-        protocol=protocol,
-        shards=shards,
-        suites=suites,
-        tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in suites),
-        responses=responses,
-        drift=drift,
-        parts=parts,
-        traces=traces,
-        needle=needle,
-        haystacks=haystacks,
+        tasks=tuple(TaskRecord(**asdict(suite.info)) for suite in data.suites),
         places=places,
-        given=tuple(with_overlap(each, texts) for each in given),
+        given=tuple(with_overlap(each, data.texts) for each in given),
         onnx_variants=onnx_variants,
         served=served,
         calibration=calibration,
@@ -292,21 +233,6 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         shape=_shape(loaded, quantizable(source.description)),
         memory=memory,
     )
-
-
-def _response_warnings(suite: ResponseSuite) -> list[str]:
-    """Return sentences on what of a task is cut or left out."""
-    info, warnings = suite.info, []
-    if info.cut_prompts:
-        warnings.append(
-            f"{info.cut_prompts} of {info.items} prompts of {info.name} are longer than the context leaves room for, "
-            "and are cut on the left, as lm-eval does."
-        )
-    if suite.skipped:
-        warnings.append(
-            f"{info.name}: {', '.join(suite.skipped)} has no value or no direction for each item, so it is left out."
-        )
-    return warnings
 
 
 def _check_machine(settings: Settings) -> None:
@@ -349,35 +275,6 @@ def share_of_threads(settings: Settings) -> int:
 def default_threads(settings: Settings) -> int:
     """Return the threads of a whole run: what was asked for, else all cores."""
     return settings.threads or _CORES
-
-
-def _token_check(
-    settings: Settings,
-    loaded: LoadedModel,
-    token_hash: str,
-    scored: ScoredTexts,
-    tasks: Sequence[TaskData],
-    written: tuple[ChatWork | None, TraceWork],
-) -> TokenCheck:
-    """Return what every side of the run is asked, and what a tokenizer makes of it; the baseline wrote a part of it."""
-    chat, traces = written
-    texts = [loaded.tokenizer.decode(part[0].prompt) for suite in scored.suites for part in suite.parts()]
-    texts += [loaded.tokenizer.decode(part[0].prompt) for suite in scored.responses for part in suite.parts()]
-    if settings.scores_tokens or settings.continues:
-        named = [each for each in each_corpus(settings.corpus) if chat is None or each.corpus != CHAT]
-        texts += [load_corpus(protocol_of(each, loaded).corpus).text for each in named]
-    texts += [answer.text for answer in chat.answers] if chat else []
-    texts += traces.texts
-
-    def token_hash_of(tokenizer: Any) -> str:
-        side, asked = replace(loaded, tokenizer=tokenizer), chat and chat.asked_by(tokenizer)
-        protocol, shards = token_work(settings.corpus, side, asked) if settings.scores_tokens else (None, ())
-        drift = drift_of(settings, side, asked)[0] if settings.continues else None
-        suites, responses = suites_of(settings, side, tasks), responses_of(settings, side, tasks)
-        others = other_hashes(traces.token_hashes(tokenizer), needles_of(settings, side)[0])
-        return witness_of(shards, suites, protocol, drift, responses, others)
-
-    return TokenCheck(texts, settings.corpus.bos, token_hash, token_hash_of)
 
 
 def _shape(loaded: LoadedModel, names: list[str]) -> Shape:

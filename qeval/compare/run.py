@@ -37,7 +37,6 @@ from qeval.report.soundness import NO_BASELINE, impossible_answers, impossible_t
 from qeval.score.jobs import Work
 from qeval.score.responses import score_records
 from qeval.score.texts import keep_texts
-from qeval.score.token_hash import other_hashes, witness_of
 from qeval.store.attempts import attempt, begin, finish, withdraw
 from qeval.store.chain import chain_of, copy_manifests
 from qeval.store.ledger import Ledger, join_ledger
@@ -105,8 +104,7 @@ def run_comparison(plan: Plan, progress: Progress, ledger: Ledger) -> RunRecord:
     if not is_scored:  # another process finished it meanwhile
         _check_baseline(plan, baseline)
     _check_unchanged(plan)
-    others = other_hashes(plan.traces.token_hashes(), plan.needle)
-    witness = witness_of(plan.shards, plan.suites, plan.protocol, plan.drift, plan.responses, others)
+    witness = plan.token_hash
     alone = {entry.part_of: entry.name for entry in entries if entry.part_of}
     variants = [_with_parts(model.record(), plan.settings, alone, witness) for model in models]
     record = RunRecord(

@@ -9,17 +9,22 @@ from qeval.errors import QevalError
 from qeval.report import (
     corpora,
     measure_chat,
-    measure_drift,
-    measure_grammar,
     measure_items,
-    measure_reasoning,
-    measure_scores,
     measure_tokens,
 )
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.contamination import unchecked, void
 from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
-from qeval.report.measure_needle import needle_cells, needle_metrics
+from qeval.report.measure_models import (
+    broken_metrics,
+    drift_by_model,
+    needle_cells_by_model,
+    needles_by_model,
+    require_finite,
+    score_flips_by_model,
+    scores_by_model,
+    traces_by_model,
+)
 from qeval.report.measure_parts import sum_over_joint
 from qeval.report.measure_positions import kl_by_position
 from qeval.report.model import (
@@ -32,11 +37,9 @@ from qeval.report.model import (
     Kept,
     Metrics,
     Mix,
-    NeedleCell,
     PositionBucket,
     Provenance,
     Report,
-    ScoreFlips,
     Task,
     TaskResult,
     VariantReport,
@@ -97,10 +100,10 @@ def build_paired(rows: PairedRun) -> Report:
     metrics, results = _merged(
         tokens,
         items,
-        [_drift(rows), _needles(rows), *_traces(rows), *_scores(rows)],
+        [drift_by_model(rows), needles_by_model(rows), *traces_by_model(rows), *scores_by_model(rows)],
         [BASELINE_NAME, *(variant.name for variant in rows.done)],
     )
-    flips, needles = _score_flips(rows), _needle_cells(rows)
+    flips, needles = score_flips_by_model(rows), needle_cells_by_model(rows)
     variants = [
         _variant(each, run, metrics, results, tokens).model_copy(
             update={"score_flips": flips[each.name], "needle": needles.get(each.name, [])}
@@ -119,7 +122,7 @@ def build_paired(rows: PairedRun) -> Report:
             size_bytes=run.baseline_size_bytes,
             metrics=metrics[BASELINE_NAME],
             tasks=results[BASELINE_NAME],
-            needle=needle_cells(rows.baseline_needles, run.seed) if run.needle else [],
+            needle=needles.get(BASELINE_NAME, []),
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),
@@ -178,7 +181,7 @@ def _tokens(paired: PairedRun, protocol: ProtocolRecord) -> _Tokens:
     wants_ppl = "ppl" in run.metrics
     base_metrics = measure_tokens.baseline_perplexity(baseline, protocol, run.seed) if wants_ppl else {}
     metrics = {BASELINE_NAME: base_metrics}
-    _require_finite(metrics[BASELINE_NAME])
+    require_finite(metrics[BASELINE_NAME])
 
     curves: dict[str, Curve | None] = {}
     by_entropy: dict[str, list[EntropyBucket]] = {}
@@ -213,84 +216,11 @@ def _token_metrics(rows: TokenRows, baseline: TokenRows, run: RunRecord, protoco
     return metrics | measure_tokens.delta_metrics(rows, run.seed)
 
 
-def _drift(paired: PairedRun) -> dict[str, Metrics]:
-    """Return how each variant follows the baseline's continuations, by name; nothing where none were run."""
-    if paired.record.drift is None:
-        return {}
-    seed = paired.record.seed
-    return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
-
-
-def _needles(paired: PairedRun) -> dict[str, Metrics]:
-    """Return every model's answers to needles, by name; nothing where none was asked for."""
-    if paired.record.needle is None:
-        return {}
-    seed, baseline = paired.record.seed, paired.baseline_needles
-    own = {BASELINE_NAME: needle_metrics(baseline, seed)}
-    return own | {each.name: needle_metrics(paired.needles(each), seed, baseline) for each in paired.done}
-
-
-def _traces(paired: PairedRun) -> list[dict[str, Metrics]]:
-    """Return every model's metrics along chains of thought and calls, by name, a task each."""
-    seed, kinds = paired.record.seed, []
-    measures = {
-        "reasoning": (measure_reasoning.baseline_reasoning, measure_reasoning.reasoning_metrics),
-        "grammar": (measure_grammar.baseline_grammar, measure_grammar.grammar_metrics),
-    }
-    for task in paired.traced:
-        own, against = measures[task]
-        baseline = paired.baseline_traces(task)
-        metrics = {BASELINE_NAME: own(baseline, seed)}
-        metrics |= {each.name: against(paired.traces(task, each), baseline, seed) for each in paired.done}
-        kinds.append(metrics)
-    return kinds
-
-
-def _needle_cells(paired: PairedRun) -> dict[str, list[NeedleCell]]:
-    """Return every variant's answers to needles by length and depth, by its name."""
-    if paired.record.needle is None:
-        return {}
-    seed, baseline = paired.record.seed, paired.baseline_needles
-    return {each.name: needle_cells(paired.needles(each), seed, baseline) for each in paired.done}
-
-
-def _scores(paired: PairedRun) -> list[dict[str, Metrics]]:
-    """Return every model's means of each score, and their differences from the baseline's, by name."""
-    kinds = []
-    for record in paired.record.scores:
-        baseline = paired.baseline_scores(record)
-        seed = paired.record.seed
-        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline, seed)}
-        _require_finite(metrics[BASELINE_NAME])
-        for variant in paired.done:
-            rows = paired.scores(record, variant)
-            own = measure_scores.score_metrics(record, rows, seed)
-            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline, seed)
-        kinds.append(metrics)
-    return kinds
-
-
-def _score_flips(paired: PairedRun) -> dict[str, dict[str, ScoreFlips]]:
-    """Return each variant's flips by score, of scores that are right or wrong."""
-    found: dict[str, dict[str, ScoreFlips]] = {variant.name: {} for variant in paired.record.variants}
-    family = [variant.name for variant in paired.done if variant.role == "variant"]
-    for record in paired.record.scores:
-        baseline = paired.baseline_scores(record)
-        flips = {
-            variant.name: measure_scores.count_score_flips(rows, baseline)
-            for variant in paired.done
-            if measure_scores.are_answers(record, rows := paired.scores(record, variant), baseline)
-        }
-        for name, each in measure_scores.adjusted_flips(flips, family).items():
-            found[name][record.name] = each
-    return found
-
-
 def _items(paired: PairedRun, record: TaskRecord) -> _Items:
     task, seed, baseline = record.name, paired.record.seed, paired.baseline_items(record)
     models = {BASELINE_NAME: baseline}
     metrics = {BASELINE_NAME: measure_items.accuracies(task, baseline, seed)}
-    _require_finite(metrics[BASELINE_NAME])
+    require_finite(metrics[BASELINE_NAME])
     for variant in paired.done:
         rows = models[variant.name] = paired.items(record, variant)
         metrics[variant.name] = measure_items.accuracies(task, rows, seed)
@@ -328,17 +258,6 @@ def _merged(
     return metrics, results
 
 
-def _require_finite(baseline: Metrics) -> None:
-    if broken := _broken(baseline):
-        raise QevalError(f"Nothing can be compared with this baseline. {broken}")
-
-
-def _broken(metrics: Metrics) -> str | None:
-    """Return which numbers are not finite, in a sentence; None where all are."""
-    bad = [f"{name} ({metric.non_finite} of {metric.n})" for name, metric in metrics.items() if metric.non_finite]
-    return f"Values that are not finite: {', '.join(bad)}." if bad else None
-
-
 def _variant(
     record: VariantRecord,
     run: RunRecord,
@@ -348,7 +267,7 @@ def _variant(
 ) -> VariantReport:
     own_metrics = metrics.get(record.name, {})
     size, whole = record.size_bytes, run.baseline_size_bytes
-    broken = _broken(own_metrics)
+    broken = broken_metrics(own_metrics)
     status = "broken" if broken else record.status
 
     mix = None

@@ -1,0 +1,98 @@
+"""The metrics of every model of a run, by its name: along continuations, of needles, along traces, of scores."""
+
+from qeval.errors import QevalError
+from qeval.report import measure_drift, measure_grammar, measure_reasoning, measure_scores
+from qeval.report.align import BASELINE_NAME
+from qeval.report.measure_needle import needle_cells, needle_metrics
+from qeval.report.model import Metrics, NeedleCell, ScoreFlips
+from qeval.report.run_rows import PairedRun
+
+
+def drift_by_model(paired: PairedRun) -> dict[str, Metrics]:
+    """Return how each variant follows the baseline's continuations, by name; nothing where none were run."""
+    if paired.record.drift is None:
+        return {}
+    seed = paired.record.seed
+    return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
+
+
+def needles_by_model(paired: PairedRun) -> dict[str, Metrics]:
+    """Return every model's answers to needles, by name; nothing where none was asked for."""
+    if paired.record.needle is None:
+        return {}
+    seed, baseline = paired.record.seed, paired.baseline_needles
+    own = {BASELINE_NAME: needle_metrics(baseline, seed)}
+    return own | {each.name: needle_metrics(paired.needles(each), seed, baseline) for each in paired.done}
+
+
+def traces_by_model(paired: PairedRun) -> list[dict[str, Metrics]]:
+    """Return every model's metrics along chains of thought and calls, by name, a task each."""
+    seed, kinds = paired.record.seed, []
+    measures = {
+        "reasoning": (measure_reasoning.baseline_reasoning, measure_reasoning.reasoning_metrics),
+        "grammar": (measure_grammar.baseline_grammar, measure_grammar.grammar_metrics),
+    }
+    for task in paired.traced:
+        own, against = measures[task]
+        baseline = paired.baseline_traces(task)
+        metrics = {BASELINE_NAME: own(baseline, seed)}
+        metrics |= {each.name: against(paired.traces(task, each), baseline, seed) for each in paired.done}
+        kinds.append(metrics)
+    return kinds
+
+
+def needle_cells_by_model(paired: PairedRun) -> dict[str, list[NeedleCell]]:
+    """Return every model's answers to needles by length and depth, by its name; nothing where none was asked for."""
+    if paired.record.needle is None:
+        return {}
+    seed, baseline = paired.record.seed, paired.baseline_needles
+    own = {BASELINE_NAME: needle_cells(baseline, seed)}
+    return own | {each.name: needle_cells(paired.needles(each), seed, baseline) for each in paired.done}
+
+
+def scores_by_model(paired: PairedRun) -> list[dict[str, Metrics]]:
+    """Return every model's means of each score, and their differences from the baseline's, by name."""
+    kinds = []
+    for record in paired.record.scores:
+        baseline = paired.baseline_scores(record)
+        seed = paired.record.seed
+        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline, seed)}
+        require_finite(metrics[BASELINE_NAME])
+        for variant in paired.done:
+            rows = paired.scores(record, variant)
+            own = measure_scores.score_metrics(record, rows, seed)
+            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline, seed)
+        kinds.append(metrics)
+    return kinds
+
+
+def score_flips_by_model(paired: PairedRun) -> dict[str, dict[str, ScoreFlips]]:
+    """Return each variant's flips by score, of scores that are right or wrong."""
+    found: dict[str, dict[str, ScoreFlips]] = {variant.name: {} for variant in paired.record.variants}
+    family = [variant.name for variant in paired.done if variant.role == "variant"]
+    for record in paired.record.scores:
+        baseline = paired.baseline_scores(record)
+        flips = {
+            variant.name: measure_scores.count_score_flips(rows, baseline)
+            for variant in paired.done
+            if measure_scores.are_answers(record, rows := paired.scores(record, variant), baseline)
+        }
+        for name, each in measure_scores.adjusted_flips(flips, family).items():
+            found[name][record.name] = each
+    return found
+
+
+def require_finite(baseline: Metrics) -> None:
+    """Refuse a baseline that has numbers which are not finite.
+
+    Raises:
+        QevalError: It names them.
+    """
+    if broken := broken_metrics(baseline):
+        raise QevalError(f"Nothing can be compared with this baseline. {broken}")
+
+
+def broken_metrics(metrics: Metrics) -> str | None:
+    """Return which numbers are not finite, in a sentence; None where all are."""
+    bad = [f"{name} ({metric.non_finite} of {metric.n})" for name, metric in metrics.items() if metric.non_finite]
+    return f"Values that are not finite: {', '.join(bad)}." if bad else None
