@@ -21,6 +21,8 @@ from qeval.models.structure.trace import text_config
 
 _Forward = Callable[..., Any]
 Turn = Callable[[int], None]
+_DIMENSIONS = 3
+"""Of one stream of states, [batch, tokens, width]; some models have several (DeepSeek-V4, Gemma 3n)."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -144,7 +146,8 @@ class Relay:
                 f"{type(self._model).__name__} runs its decoder layers in an order of its own, or some more than once, "
                 "so they can't be run one at a time; leave --stream out."
             )
-        if len(next(tensors_in((args, keywords)))) != len(self._record.ids):
+        hidden = next(tensors_in((args, keywords)))
+        if hidden.dim() == _DIMENSIONS and len(hidden) != 1:  # of the one text that is tried
             raise UsageError(
                 f"{type(self._model).__name__} lays its states as [tokens, batch, width], so its layers can't be run "
                 "one at a time; leave --stream out."
