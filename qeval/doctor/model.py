@@ -175,14 +175,15 @@ def _fits(name: str, outline: Outline) -> Iterator[DoctorCheck]:
     room = free_bytes(torch.device(device))
     streams = outline.streamed_bytes(compute) + PROGRAM_BYTES
     yield _check("by layers (--stream)", _verdict(streams, room))
+    way: str | None = None
     if spreads:
         way = " --device-map auto"
     elif device == "cuda" and roomy:
         way = f" --device cuda:{roomy[0]}" if roomy[0] else ""
     elif device != "cuda" and whole_on_cpu:
         way = ""
-    else:
-        way = " --stream" if streams <= room else None
+    elif streams <= room:
+        way = " --stream"
     yield from _command(name, outline, device, compute, way)
 
 

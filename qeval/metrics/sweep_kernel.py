@@ -85,7 +85,8 @@ def kernel_sweep(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
     positions, vocabulary = other.shape
     out = torch.empty(COLUMNS, positions, dtype=torch.float64, device=other.device)
     if positions:
-        with torch.cuda.device_of(other):  # Triton launches on the current device, whatever its tensors are on
+        # Triton launches on the current device, whatever its tensors are on.
+        with torch.cuda.device_of(other):  # type: ignore[no-untyped-call]
             _sweep_kernel[(positions,)](
                 base, other, targets, out, base.stride(0), other.stride(0), vocabulary, positions, tile=TILE,
                 num_warps=8,
