@@ -112,7 +112,7 @@ def placement_in_words(model: torch.nn.Module, layers: Sequence[str]) -> str | N
     parts = []
     for device in sorted(devices, key=str):
         held = [number for number, each in enumerate(on) if each == device]
-        what = f"layers {_spans(held)} of {len(on)}" if held else "no layer"
+        what = f"layer{'s' if len(held) > 1 else ''} {_spans(held)} of {len(on)}" if held else "no layer"
         parts.append(f"{device}: {what}, {in_gib(free_bytes(device))} free")
     return "; ".join(parts)
 
