@@ -183,8 +183,8 @@ def _fits(name: str, outline: Outline) -> Iterator[DoctorCheck]:
         way = f" --device cuda:{roomy[0]}" if roomy[0] else ""
     elif device != "cuda" and whole_on_cpu:
         way = ""
-    else:
-        way = " --stream" if streams <= room else None
+    elif streams <= room:
+        way = " --stream"
     yield from _command(name, outline, device, compute, way)
 
 

@@ -67,13 +67,20 @@ def spread_model(config: Any, entries: Sequence[TensorEntry], dtype: torch.dtype
     for most in (get_balanced_memory(model, dict(room), together), room):  # even shares may leave no room for one layer
         found = infer_auto_device_map(model, dict(most), together, offload_buffers=True)  # without it, it warns
         if all(isinstance(place, int) for place in found.values()):
-            return {name: int(place) for name, place in found.items()}
+            return _with_angles_first(model, {name: int(place) for name, place in found.items()})
     needed = sum(each.numel() * each.element_size() for each in model.parameters())
     raise UsageError(
         f"--device-map auto: the model's weights take {in_gib(needed)}, work beside them {in_gib(LEAST_WORK_BYTES)} "
         f"and a layer's room on each GPU, and there are {_list_free(free)}: free memory, or read the model by layers "
         "(--stream)."
     )
+
+
+def _with_angles_first(model: torch.nn.Module, places: DeviceMap) -> DeviceMap:
+    """Return the places with positions' angles (buffers alone) where the embedding is, whose output they take."""
+    start = next(iter(places.values()))
+    angles = {name for name, each in model.named_modules() if list(each.buffers()) and not list(each.parameters())}
+    return {name: start if name in angles else place for name, place in places.items()}
 
 
 def _list_free(free: Mapping[int, int]) -> str:
@@ -112,7 +119,7 @@ def placement_in_words(model: torch.nn.Module, layers: Sequence[str]) -> str | N
     parts = []
     for device in sorted(devices, key=str):
         held = [number for number, each in enumerate(on) if each == device]
-        what = f"layers {_spans(held)} of {len(on)}" if held else "no layer"
+        what = f"layer{'s' if len(held) > 1 else ''} {_spans(held)} of {len(on)}" if held else "no layer"
         parts.append(f"{device}: {what}, {in_gib(free_bytes(device))} free")
     return "; ".join(parts)
 

@@ -62,9 +62,9 @@ def test_states_are_one_gpus_and_cross_once(folder):
     tokens = tuple(range(3, 40))
     requests = [Request(tokens, (0, 5, 36)), Request(tokens, (36,))]
     with pretend_gpu():
-        alone = TorchSession(load_model(resolve(str(folder)), device="cuda").model).states(requests)
+        alone = TorchSession(load_model(resolve(str(folder)), device="cuda", dtype="float32").model).states(requests)
     with pretend_gpu(gpus=2) as log:
-        model = load_model(resolve(str(folder)), device="cuda", spread=True).model
+        model = load_model(resolve(str(folder)), device="cuda", dtype="float32", spread=True).model
         session = TorchSession(model)
         log.moved.clear()
         states = session.states(requests)
@@ -72,12 +72,12 @@ def test_states_are_one_gpus_and_cross_once(folder):
         assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(states, alone, strict=True))
         assert session.logits(states[0]).shape == (3, session.vocab_size)
 
-        # the hidden states once, and the positions' angles for each layer that lies on another GPU than they
+        # the hidden states once, and the positions and their angles for each layer of the second GPU
         places = [next(layer.parameters()).device.index for layer in model.model.layers]
-        angles = model.model.rotary_emb.inv_freq.device.index
-    assert set(places) == {0, 1}
-    each = WIDTH * 4 + sum(place != angles for place in places) * 2 * HEAD_SIZE * 4
-    assert 2 * len(tokens) * WIDTH * 4 <= between <= 2 * len(tokens) * (each + 16) + 4 * WIDTH * 4
+        assert model.model.rotary_emb.inv_freq.device.index == 0
+    assert places == [0, 0, 1, 1]
+    hidden, angles, scored = 2 * len(tokens) * WIDTH * 4, 2 * len(tokens) * HEAD_SIZE * 4, 4 * WIDTH * 4
+    assert hidden <= between <= hidden + 2 * (angles + len(tokens) * 8) + scored
     assert to_host == 0
 
 
