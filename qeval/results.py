@@ -18,9 +18,10 @@ from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.model import Metrics, VariantReport
 from qeval.report.run_plots import RunPlots
 from qeval.report.run_rows import PairedRun
+from qeval.report.score_rows import ScoreRows
 from qeval.report.summary import summary
 from qeval.report.tables import overview_table
-from qeval.store.run import RunRecord, TaskRecord
+from qeval.store.run import RunRecord, ScoreRecord, TaskRecord
 from qeval.store.schema import LOWER_BOUND_COLUMNS
 from qeval.types import Estimate
 
@@ -145,6 +146,29 @@ class Run:
         parts = [
             _answers(task, self._rows.items(task, record), self._rows.baseline_items(task))
             for task in self._rows.record.tasks
+        ]
+        return _frame({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+    def scores(self, variant: str) -> "pd.DataFrame":
+        """Return a variant's scores with the baseline's, one an item and score; of tasks without choices.
+
+        Args:
+            variant: A variant's name.
+
+        Returns:
+            Columns score (its name), subject, item, value, answer and response, the last three of the baseline too
+            (baseline_value and so on). Texts are missing where nothing was generated.
+
+        Raises:
+            UsageError: The run has no such variant, or no scores.
+            BrokenRecordError: The variant failed, or its rows are not the baseline's.
+        """
+        record = self._rows.variant(variant)
+        if not self._rows.record.scores:
+            raise UsageError(f"The run in '{self.folder}' has no scores; compare with --tasks gsm8k, for one.")
+        parts = [
+            _scored(score, self._rows.scores(score, record), self._rows.baseline_scores(score))
+            for score in self._rows.record.scores
         ]
         return _frame({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -277,6 +301,19 @@ def _answers(task: TaskRecord, rows: ItemRows, base: ItemRows) -> Mapping[str, A
     for name in ("pred", "acc", "acc_norm"):
         columns |= {name: _present(getattr(rows, name), rows), f"baseline_{name}": _present(getattr(base, name), base)}
     return columns | {"loglikelihoods": _by_question(rows), "baseline_loglikelihoods": _by_question(base)}
+
+
+def _scored(score: ScoreRecord, rows: ScoreRows, base: ScoreRows) -> Mapping[str, Any]:
+    """Return the columns [scores] of one score, a variant's with the baseline's."""
+    columns: dict[str, Any] = {
+        "score": np.full(len(rows.values), score.name, np.object_),
+        "subject": rows.subjects[rows.places],
+        "item": rows.items[rows.places],
+    }
+    for prefix, side in (("", rows), ("baseline_", base)):
+        texts = {"answer": side.answers, "response": side.responses}
+        columns |= {f"{prefix}{name}": values for name, values in {"value": side.values, **texts}.items()}
+    return columns
 
 
 def _present(values: Any, rows: ItemRows) -> Any:

@@ -24,7 +24,7 @@ class Backwards:
         assert target is None
         yield self
 
-    def generate(self, prompts, count, decoding, stops):
+    def generate(self, prompts, count, decoding, stops, is_done=None):
         self.asked.append((list(prompts), decoding))
         if len(prompts) > self.room:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")

@@ -16,6 +16,7 @@ from qeval.report import build_report
 from qeval.report.card.results import metadata
 from qeval.report.card.section import card_section
 from qeval.report.explain import build_explanation
+from qeval.results import load_run
 from qeval.stats.flips import mcnemar
 from qeval.store.rows import RowStore
 from qeval.store.run import read_run
@@ -108,6 +109,16 @@ def test_the_report_pairs_scores_and_counts_flips(bench):
     assert "Tasks by score" in page
 
 
+def test_scores_are_a_table_with_both_sides_texts(bench):
+    table = load_run(bench.out).scores(VARIANT)
+    own = table[table["score"] == FLEXIBLE].set_index("item")
+    for row in scores_of(bench.out, FLEXIBLE, VARIANT):
+        found = own.loc[row["item"]]
+        assert (found["value"], found["answer"], found["response"]) == (row["score"], row["answer"], row["response"])
+    for row in scores_of(bench.out, FLEXIBLE):
+        assert own.loc[row["item"]]["baseline_response"] == row["response"]
+
+
 def test_gates_bound_the_loss_of_a_score(bench):
     def verdict(**rule):
         return judge(bench.out, policy_from({"name": "p", "rules": [rule]}, "p"))
@@ -141,7 +152,7 @@ def test_the_card_holds_scores_and_flips(bench):
     section = card_section(report, {})
     assert "### tiny" in section
     assert "answers that flipped" in section
-    kinds = [entry["metrics"][0]["type"] for entry in metadata(report)["model-index"][0]["results"]]
+    kinds = [each.metric_type for each in metadata(report, report.variants).eval_results or []]
     assert kinds.count("flips") == 3
 
 
