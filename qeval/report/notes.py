@@ -2,7 +2,7 @@
 
 from qeval.report.chat import chat_notes
 from qeval.report.model import Metrics, Task
-from qeval.report.traces import trace_notes
+from qeval.report.traces import trace_notes, weak_baseline_notes
 from qeval.stats.bootstrap import FEW_CLUSTERS
 from qeval.store.run import RunRecord
 
@@ -14,12 +14,7 @@ def notes(run: RunRecord, tasks: list[Task], baseline: Metrics) -> list[str]:
         sentences.append(_few("Token metrics", run.protocol.windows, "windows"))
     if run.protocol and run.protocol.chat:
         sentences += chat_notes(run.protocol.chat)
-    sentences += trace_notes(run)
-    if (right := baseline.get("reasoning_acc")) and right.value == 0:
-        sentences.append(
-            f"Reasoning: the baseline has none of {right.n} answers right, so none can be lost; the KL and the NLL of "
-            "answers still say what changed."
-        )
+    sentences += trace_notes(run) + weak_baseline_notes(baseline)
     for task in tasks:
         sentences += _task_notes(task, baseline)
     return sentences

@@ -25,6 +25,8 @@ _GRAMMAR = {
     "grammar_valid_diff": "Minus the baseline's",
     "grammar_valid_own": "Valid, of its own",
 }
+_RARE = 0.05
+"""A probability of a valid call below which its mean over calls is too skewed to be trusted."""
 _SIGNED = ("reasoning_answer_nll_diff", "grammar_valid_diff")
 _REASONING_NOTE = (
     "Right: behind the chain and the words before the answer, each token of the right answer is the likeliest, and no "
@@ -79,6 +81,22 @@ def trace_notes(run: RunRecord) -> list[str]:
         sentences.append(
             f"Grammar: {run.grammar.prompts_left_out} prompts are left out: they have no tools, more than one answer, "
             "no message of the user last, or lie behind the limit."
+        )
+    return sentences
+
+
+def weak_baseline_notes(baseline: Metrics) -> list[str]:
+    """Return sentences on a baseline that answers or calls too badly for a loss to be seen."""
+    sentences = []
+    if (right := baseline.get("reasoning_acc")) and right.value == 0:
+        sentences.append(
+            f"Reasoning: the baseline has none of {right.n} answers right, so none can be lost; the KL and the NLL of "
+            "answers still say what changed."
+        )
+    if (valid := baseline.get("grammar_valid")) and valid.value is not None and valid.value < _RARE:
+        sentences.append(
+            f"Grammar: the baseline's calls are seldom valid ({formatting.metric_text(valid)}). Few of them carry most "
+            "of such a mean, so it and its interval may be too low; the leak a token still says what changed."
         )
     return sentences
 

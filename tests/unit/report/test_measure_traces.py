@@ -9,6 +9,7 @@ from qeval.gate.trace_figures import trace_figure
 from qeval.report.measure_grammar import baseline_grammar, grammar_metrics
 from qeval.report.measure_reasoning import baseline_reasoning, reasoning_items, reasoning_metrics
 from qeval.report.trace_rows import TraceRows
+from qeval.report.traces import weak_baseline_notes
 
 NAN = float("nan")
 
@@ -168,6 +169,18 @@ def test_a_call_that_is_cut_is_not_valid():
     whole = rows_of([(item, call_rows((0, 1), first, second)) for item in range(4)])
     half, full = (baseline_grammar(rows, 0)["grammar_valid"].value for rows in (cut, whole))
     assert half == pytest.approx(full / 2)
+
+
+def test_a_baseline_that_is_seldom_right_is_told():
+    first, second = tables(1)
+    good = rows_of([(item, call_rows((0, 1), first, second)) for item in range(4)])
+    cut = rows_of([(item, call_rows((0, 1), first, second)) for item in range(4)], [False] * 4)
+    assert weak_baseline_notes(baseline_grammar(good, 0)) == []
+    (note,) = weak_baseline_notes(baseline_grammar(cut, 0))
+    assert "the baseline's calls are seldom valid (0" in note
+    wrong = rows_of([(item, chain_rows([0.1], right=False)) for item in range(3)])
+    (note,) = weak_baseline_notes(baseline_reasoning(wrong, 0))
+    assert "the baseline has none of 3 answers right" in note
 
 
 def test_calls_of_one_prompt_are_one_cluster():
