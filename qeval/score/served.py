@@ -29,7 +29,13 @@ LOWER_BOUND_VERSION = 1
 class Predicts(Protocol):
     """An endpoint: what it reports of the next token after positions."""
 
-    def predictions(self, requests: Sequence[Request], advance: Advance) -> Sequence[Sequence[Prediction]]:
+    def next_predictions(self, prompts: Sequence[TokenIds]) -> Sequence[Prediction]:
+        """Return the likeliest next tokens after each prompt, in order; empty where `predictions` alone has them."""
+        ...
+
+    def predictions(
+        self, requests: Sequence[Request], advance: Advance, *, top: int | None = None
+    ) -> Sequence[Sequence[Prediction]]:
         """Return log-probabilities (nats) by id after each position of each request, in order."""
         ...
 
@@ -84,7 +90,7 @@ class ServedQuestionJob(QuestionJob):
     def run(self, advance: Advance) -> Path:
         """Score every choice of every question."""
         pairs = [pair for question in self.questions for pair in question.pairs]
-        scores = by_question(_pair_scores(self.model.endpoint, pairs, advance), self.questions)
+        scores = by_question(served_scores(self.model.endpoint, pairs, advance), self.questions)
         columns = item_columns(self.suite, self.questions, scores, self.model.name, self.model.backend_name)
         return self.work.rows.write(self.kind, self.id.key, columns)
 
@@ -141,15 +147,28 @@ def _picked(log_probs: Tensor, ids: Tensor) -> Tensor:
     return log_probs.gather(1, ids.to(log_probs.device)).cpu().double()
 
 
-def _pair_scores(endpoint: Predicts, pairs: Sequence[tuple[TokenIds, TokenIds]], advance: Advance) -> list[Score]:
-    """Return the score of every continuation after its context, in order; equal pairs are asked once."""
+def served_scores(endpoint: Predicts, pairs: Sequence[tuple[TokenIds, TokenIds]], advance: Advance) -> list[Score]:
+    """Return the score of every continuation after its context, in order; equal pairs are asked once.
+
+    Continuations of one token (letters) are read off the next token's distribution where they are among its likeliest:
+    one short request for all choices of a question. All others are sent whole.
+    """
     distinct = list(dict.fromkeys(pairs))
+    contexts = list(dict.fromkeys(context for context, rest in distinct if len(rest) == 1))
+    following = dict(zip(contexts, endpoint.next_predictions(contexts), strict=True))
+    scores: dict[tuple[TokenIds, TokenIds], Score] = {}
+    for context, rest in distinct:
+        if len(rest) == 1 and rest[0] in (found := following[context]):
+            scores[context, rest] = _score([found], rest)
+            advance(len(context) + 1)
+
+    left = [pair for pair in distinct if pair not in scores]
     requests = [
         Request((*context, *rest), tuple(range(len(context) - 1, len(context) + len(rest) - 1)))
-        for context, rest in distinct
+        for context, rest in left
     ]
-    found = endpoint.predictions(requests, advance)
-    scores = {pair: _score(each, pair[1]) for pair, each in zip(distinct, found, strict=True)}
+    for pair, found_after in zip(left, endpoint.predictions(requests, advance, top=1), strict=True):
+        scores[pair] = _score(found_after, pair[1])
     return [scores[pair] for pair in pairs]
 
 

@@ -69,21 +69,38 @@ class Endpoint:
     def describe(self, session: object, target: Target) -> None:
         """Return None: the record's details say how it is asked."""
 
-    def predictions(self, requests: Sequence[Request], advance: Advance) -> list[list[Prediction]]:
+    def next_predictions(self, prompts: Sequence[TokenIds]) -> list[Prediction]:
+        """Return the likeliest next tokens after each prompt, in order; empty where only `predictions` tells of them.
+
+        Raises:
+            QevalError: The endpoint failed, or refused a prompt.
+        """
+        if (read := self.reader.read_next) is None:
+            return [{} for _ in prompts]
+        with connect_endpoint(self.access) as client:
+            return [*client.each(partial(read, client, self.query), prompts)]
+
+    def predictions(
+        self, requests: Sequence[Request], advance: Advance, *, top: int | None = None
+    ) -> list[list[Prediction]]:
         """Return the predictions after each position of each request, in order; several requests run at once.
+
+        Args:
+            requests: Token ids and positions.
+            advance: Hears of the tokens that are done.
+            top: How many of the likeliest tokens are wanted, where not as many as the query says.
 
         Raises:
             QevalError: The endpoint failed, or refused a request, which may be longer than its context.
         """
         found = []
+        query = self.query if top is None else self.query._replace(top=top)
         with connect_endpoint(self.access) as client:
-            for request, each in zip(requests, client.each(partial(self._read, client), requests), strict=True):
+            read = partial(self.reader.read, client, query)
+            for request, each in zip(requests, client.each(read, requests), strict=True):
                 found.append(each)
                 advance(len(request.tokens))
         return found
-
-    def _read(self, client: Client, request: Request) -> list[Prediction]:
-        return self.reader.read(client, self.query, request)
 
 
 def find_endpoint(access: Access, model: str | None, top: int, texts: TokenTexts, tokens: TokenIds) -> Endpoint:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qeval.backends.endpoint.client import Client, RefusedError
-from qeval.backends.endpoint.token_texts import TokenTexts
+from qeval.backends.endpoint.token_texts import TOKEN_ID, TokenTexts
 from qeval.errors import QevalError, UsageError
 from qeval.types import Prediction, Request, TokenIds
 
 _FEW = 2
+_FEWEST = 5
+"""Likeliest tokens that are asked for where one that follows is sought among them."""
 _FACTOR = 16
 """What the number of likeliest tokens grows by where the one that follows is not among them."""
 
@@ -33,14 +35,20 @@ class Query(NamedTuple):
 
 
 ReadForm = Callable[[Client, Query, Request], list[Prediction]]
+ReadNext = Callable[[Client, Query, TokenIds], Prediction]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The form of request that an endpoint answers: its name in records, and what reads predictions by it."""
+    """The form of request that an endpoint answers: its name in records, and what reads predictions by it.
+
+    `read_next` reads the likeliest next tokens after a prompt alone, where the form has that for less: the server keeps
+    what prompts have in common, and sends one distribution.
+    """
 
     name: str
     read: ReadForm
+    read_next: ReadNext | None = None
 
 
 def find_reader(client: Client, query: Query, tokens: TokenIds) -> Reader:
@@ -85,6 +93,14 @@ def _by_prompt_logprobs(client: Client, query: Query, request: Request) -> list[
     return [_by_id(client, entries[place + 1], prompt[place + 1]) for place in request.positions]
 
 
+def _next_by_completions(client: Client, query: Query, prompt: TokenIds) -> Prediction:
+    """Read the next token's likeliest of vLLM; empty where it does not write tokens as ids."""
+    body = {**_generating(query, list(prompt)), "logprobs": query.top, "return_tokens_as_token_ids": True}
+    choice = _choice(client.post("/v1/completions", {**body, "add_special_tokens": False}))
+    top = ((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0] or {}
+    return query.texts.by_id(top, len(top)) if all(text.startswith(TOKEN_ID) for text in top) else {}
+
+
 def _by_input_ids(client: Client, query: Query, request: Request) -> list[Prediction]:
     """Read predictions of SGLang's own route: entries (log-probability, id, text) from the first position on."""
     prompt, first = _with_next(request), request.positions[0]
@@ -107,7 +123,7 @@ def _by_next_token(client: Client, query: Query, request: Request) -> list[Predi
     """Read predictions of llama-server, which tells of the next token alone and keeps the prompt between requests."""
     found = []
     for place in request.positions:
-        prompt, top = list(request.tokens[: place + 1]), query.top
+        prompt, top = list(request.tokens[: place + 1]), max(query.top, _FEWEST)
         follows = request.tokens[place + 1] if place + 1 < len(request.tokens) else None
         while True:
             prediction = _next_token(client, prompt, top)
@@ -152,7 +168,7 @@ def _by_echo(client: Client, query: Query, request: Request) -> list[Prediction]
 
 
 READERS = (
-    Reader("prompt_logprobs", _by_prompt_logprobs),
+    Reader("prompt_logprobs", _by_prompt_logprobs, _next_by_completions),
     Reader("generate", _by_input_ids),
     Reader("completion", _by_next_token),
     Reader("echo", _by_echo),

@@ -6,7 +6,7 @@ from typing import Any
 
 from qeval.errors import UsageError
 
-_ID = "token_id:"
+TOKEN_ID = "token_id:"
 """How vLLM writes a token where it was asked for ids in the place of texts."""
 
 
@@ -54,15 +54,15 @@ class TokenTexts:
         for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
             own = self._decode([token])
             is_part = "\ufffd" in text and "\ufffd" in own  # bytes that are part of a character have no text
-            if not is_part and text not in (f"{_ID}{token}", own, *self._spellings(token)):
+            if not is_part and text not in (f"{TOKEN_ID}{token}", own, *self._spellings(token)):
                 raise UsageError(
                     f"{flag} read other tokens than it was sent: at place {place} '{text}' for '{own}'. Its model has "
                     "another tokenizer than the baseline, or it adds tokens."
                 )
 
     def _id(self, text: str) -> int | None:
-        if text.startswith(_ID):
-            return int(text.removeprefix(_ID))
+        if text.startswith(TOKEN_ID):
+            return int(text.removeprefix(TOKEN_ID))
         return self._ids.get(text)
 
     def _decode(self, tokens: Sequence[int]) -> str:

@@ -1,7 +1,5 @@
 """Endpoints: every server's form of request against a torch session, runs with one, and every refusal."""
 
-import os
-
 import pyarrow.compute as pc
 import pytest
 import torch
@@ -15,7 +13,8 @@ from qeval.errors import QevalError, UsageError
 from qeval.models.load import load_model
 from qeval.models.source import resolve
 from qeval.report.explain.build import build_explanation
-from qeval.score.served import compare_predictions
+from qeval.score.choices import score_pairs
+from qeval.score.served import compare_predictions, served_scores
 from qeval.store.rows import RowStore
 from qeval.store.schema import LOWER_BOUND_COLUMNS
 from qeval.types import Request
@@ -162,10 +161,10 @@ WINDOWS = {"window": "64", "stride": "64", "max_windows": "3", "tasks": "kl,ppl,
 @pytest.fixture(scope="module")
 def run(bench, session, tmp_path_factory):
     """A run of a torch variant and the stand-in's model, which is another one than the baseline."""
-    os.environ["QEVAL_HOME"] = str(bench.folder / "home")
     out = tmp_path_factory.mktemp("run") / "out"
     stand_in = StandIn(logits_of(session), tiny_tokenizer())
-    with served(stand_in) as url:
+    with pytest.MonkeyPatch.context() as patch, served(stand_in) as url:
+        patch.setenv("QEVAL_HOME", str(bench.folder / "home"))
         flags = {"methods": "rtn:g32", "backend": f"torch,{url}/v1", "out": str(out), **WINDOWS}
         assert bench.compare(*QUIET, **flags) == 0
         sent = len(stand_in.sent)
@@ -265,3 +264,24 @@ def test_tokens_that_are_no_text_are_not_sent_as_text(stand_in):
         endpoint = find(stand_in, url)
         with pytest.raises(UsageError, match="takes no token ids, and as a text these 3 tokens would be others"):
             endpoint.predictions([Request((40, 240, 41), (0, 1))], lambda done: None)
+
+
+@pytest.mark.parametrize("form", ["prompt_logprobs", "prompt_logprobs, texts", "generate", "completion"])
+def test_choices_have_the_sessions_scores_whether_read_off_one_distribution_or_sent_whole(form, stand_in, session):
+    stand_in.form, _, names = form.partition(", ")
+    stand_in.names_ids = not names
+    likeliest = stand_in.logits(list(TOKENS[:9]))[-1].argsort(descending=True).tolist()
+    context = TOKENS[:9]
+    pairs = [(context, (likeliest[0],)), (context, (likeliest[2],)), (context, (likeliest[-1],)), (context, (50, 51))]
+    pairs += [(TOKENS[3:9], (52,)), pairs[1]]
+    with served(stand_in) as url:
+        endpoint = find(stand_in, url)
+        stand_in.sent.clear()
+        found = served_scores(endpoint, pairs, lambda done: None)
+    expected = score_pairs(session, pairs, 512, lambda done: None)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] and expected[0][1]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    if form == "prompt_logprobs":
+        whole = [body for _, body in stand_in.sent if "prompt_logprobs" in body]
+        assert len(stand_in.sent) - len(whole) == 2 and len(whole) <= 3  # the least likely, two tokens, perhaps 52
+        assert {body["prompt_logprobs"] for body in whole} == {1}
