@@ -4,7 +4,7 @@ A figure that was measured by the same protocol agrees or is off. One of another
 and judges nothing: a perplexity is another number under another window.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -192,9 +192,16 @@ def published_table(report: Report, runs: Iterable[CheckRun] | None = None) -> T
 
 def _names(model: ModelRecord) -> set[str]:
     """Return what the model is called: the name that was typed, its hub id, and the short names of that."""
-    hub_ids = {model.hub_id} if model.hub_id else set()
-    short = {name for name, alias in aliases().items() if alias.hub_id in hub_ids and alias.hub_id}
-    return {model.name, *hub_ids, *short}
+    return {model.name, *((model.hub_id, *_short_names().get(model.hub_id, ())) if model.hub_id else ())}
+
+
+@cache
+def _short_names() -> Mapping[str, Sequence[str]]:
+    """Return the short names of each hub id."""
+    names: dict[str, list[str]] = {}
+    for name, alias in aliases().items():
+        names.setdefault(alias.hub_id or "", []).append(name)
+    return names
 
 
 def _beside(report: Report, run: CheckRun, row: FigureRow) -> Iterator[PublishedFigure]:
