@@ -33,6 +33,7 @@ from qeval.models.gguf.convert import convert_gguf, settings_in
 from qeval.models.info import LoadedModel
 from qeval.models.silence_transformers import quiet
 from qeval.models.structure.rotation import same_rotation
+from qeval.models.structure.trace import language_config, text_config
 from qeval.models.structure.weight_views import transposed_weights, weights_of
 from qeval.models.trust import read_settings
 from qeval.models.vocabulary import read_tokenizer
@@ -127,8 +128,9 @@ def baseline_of(loaded: LoadedModel, source: BaselineModel) -> BaselineWeights:
     """Return what a checkpoint is compared with."""
     parameters, turned = weights_of(loaded.model), transposed_weights(loaded.model)
     parameters.setdefault(source.description.head, source.head.weight)
-    config = loaded.model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = text_config(loaded.model)
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return BaselineWeights(parameters, source.description, int(head_dim), f"{loaded.model.base_model_prefix}.", turned)
 
 
@@ -141,10 +143,10 @@ def check_config(checkpoint: ExternalCheckpoint, loaded: LoadedModel) -> None:
     try:
         with quiet():
             text = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-            config = AutoConfig.for_model(**text).get_text_config()
+            config = language_config(AutoConfig.for_model(**text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise checkpoint.error(f"its config.json can't be used ({error}).") from error
-    ours = loaded.model.config.get_text_config()
+    ours = text_config(loaded.model)
     for key in _DECIDES:
         mine, other = _setting(ours, key), _setting(config, key)
         if checkpoint.stated is not None and key not in checkpoint.stated:

@@ -30,6 +30,7 @@ from qeval.models.structure.forward import FinalStates
 from qeval.models.structure.graph import describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.supported import context_length
+from qeval.models.structure.trace import text_config
 from qeval.store.variants import load_variant, read_manifest
 from qeval.types import FloatType
 
@@ -58,7 +59,7 @@ class TorchEngine:
     @property
     def max_length(self) -> int:
         """Return the context length that the model's configuration states."""
-        return context_length(self._model.config.get_text_config(), type(self._model).__name__)
+        return context_length(text_config(self._model), type(self._model).__name__)
 
     @property
     def compile_seconds(self) -> float:
@@ -140,7 +141,7 @@ class CompiledEngine(TorchEngine):
         return self._compile_seconds
 
     def _new_cache(self, capacity: int) -> Any:
-        layers = self._model.config.get_text_config().num_hidden_layers
+        layers = text_config(self._model).num_hidden_layers
         return Cache(layers=[_RoomyLayer(capacity) for _ in range(layers)])
 
     def _step_pass(self, ids: Tensor, cache: Any) -> Tensor:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qeval.compare.external_checkpoints import ExternalCheckpoint, check_answers
+from qeval.compare.external_checkpoints import ExternalCheckpoint, baseline_of, check_answers
 from qeval.compare.external_paths import VariantPath
 from qeval.errors import UsageError
 from qeval.formats.assemble import Reading
 from qeval.models.families import tiny_family
+from qeval.models.silence_transformers import quiet
+from qeval.models.structure.graph import describe_model
+from qeval.models.structure.head import head_of
 from qeval.quant.grid import parse
 from qeval.quant.qweight import QWeight
 from qeval.quant.rtn import quantize_rtn
@@ -23,6 +26,7 @@ from qeval.score.corpus import Shard
 from qeval.score.token_hash import witness_of
 from qeval.tasks.windows import Window
 from tests.fixtures import packers
+from tests.fixtures.architectures import tiny_architecture
 from tests.fixtures.bench import CONTEXT, Bench, kl, records
 from tests.fixtures.runs import reseal
 from tests.fixtures.tiny import BYTES, save_tiny, tiny_tokenizer
@@ -376,3 +380,13 @@ def test_what_transformers_stacks_or_turns_is_found_in_a_file_that_does_not(benc
     assert bench.compare(*QUIET, "--variant", f"theirs={path}", **given, out=str(out)) == 0
     assert kl(out, "theirs") == pytest.approx(kl(out, "rtn:g16"), rel=1e-3)
     assert "not used" not in records(out)["theirs"]["details"]
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Blt"])
+def test_a_baseline_without_heads_or_sizes_of_its_own_can_be_laid_beside(name):
+    """Every run prepares that, whether or not a checkpoint is given."""
+    with quiet():
+        model = tiny_architecture(name)
+        source = SimpleNamespace(description=describe_model(model, folds=False), head=head_of(model))
+    found = baseline_of(SimpleNamespace(model=model), source)
+    assert {weight for group in source.description.groups for weight in group.names} <= found.parameters.keys()
