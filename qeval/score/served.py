@@ -127,7 +127,7 @@ def _compare_block(logits: Tensor, predictions: Sequence[Prediction], targets: T
     filled = torch.arange(width) >= counts[:, None]
 
     bound = kl_lower_bound(_picked(base, ids).masked_fill(filled, float("-inf")), log_q, is_whole=counts == vocabulary)
-    likeliest = torch.tensor([max(each, key=each.__getitem__) for each in predictions])
+    likeliest = torch.tensor([_likeliest(each) for each in predictions])
     agrees = (likeliest == base.argmax(-1).cpu()).double().masked_fill(likeliest < 0, float("nan"))
     own = [each[target] if target >= 0 else float("nan") for each, target in zip(known, targets.tolist(), strict=True)]
     log_p = torch.tensor(own, dtype=torch.float64)
@@ -145,6 +145,11 @@ def _compare_block(logits: Tensor, predictions: Sequence[Prediction], targets: T
 def _picked(log_probs: Tensor, ids: Tensor) -> Tensor:
     """Return some log-probabilities of each row, fp64; picked where the rows lie, which are as wide as a vocabulary."""
     return log_probs.gather(1, ids.to(log_probs.device)).cpu().double()
+
+
+def _likeliest(prediction: Prediction) -> int:
+    """Return the likeliest token, the lowest id of equals as torch's argmax: logits in bf16 are often equal."""
+    return max(prediction, key=lambda token: (prediction[token], -token))
 
 
 def served_scores(endpoint: Predicts, pairs: Sequence[tuple[TokenIds, TokenIds]], advance: Advance) -> list[Score]:
@@ -175,5 +180,5 @@ def served_scores(endpoint: Predicts, pairs: Sequence[tuple[TokenIds, TokenIds]]
 def _score(predictions: Sequence[Prediction], rest: TokenIds) -> Score:
     """Return the summed log-likelihood (nats) of a continuation, and whether each token is the likeliest."""
     total = sum(each[token] for each, token in zip(predictions, rest, strict=True))
-    greedy = all(max(each, key=each.__getitem__) == token for each, token in zip(predictions, rest, strict=True))
+    greedy = all(_likeliest(each) == token for each, token in zip(predictions, rest, strict=True))
     return total, greedy

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from qeval.backends.vllm.process import VllmProcess, run_vllm, vllm_version
 from qeval.errors import QevalError, UsageError
 from qeval.metrics.tokens import block_rows
 from qeval.models.info import LoadedModel
+from qeval.models.trust import clean_copy
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme
 from qeval.store.run import RuntimeRecord
@@ -165,11 +167,16 @@ class VllmBackend:
             UsageError: The target is no checkpoint, or gives logits of too few ids.
             QevalError: vLLM can't open it.
         """
-        folder = target_folder(target, self.loaded)
-        with run_vllm(self.options.python, self._keywords(folder), self._environment()) as process:
+        source = target_folder(target, self.loaded)
+        with (
+            TemporaryDirectory() as into,
+            run_vllm(
+                self.options.python, self._keywords(clean_copy(source, Path(into))), self._environment()
+            ) as process,
+        ):
             if process.width < self.ids:
                 raise UsageError(
-                    f"'{folder}' gives logits of {process.width} ids in vLLM, the baseline of {self.ids}: the two "
+                    f"'{source}' gives logits of {process.width} ids in vLLM, the baseline of {self.ids}: the two "
                     "cannot be compared."
                 )
             yield VllmSession(process, ids=self.ids, max_length=self.max_length)
@@ -199,6 +206,8 @@ class VllmBackend:
         keywords = {
             "model": str(folder.resolve()),
             "skip_tokenizer_init": True,
+            "load_format": "safetensors",
+            "trust_remote_code": False,
             "dtype": self.options.dtype,
             "tensor_parallel_size": self.options.tensor_parallel,
             "kv_cache_dtype": self.options.kv_cache,

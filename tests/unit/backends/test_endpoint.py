@@ -250,7 +250,7 @@ def test_runs_that_an_endpoint_cannot_do_are_refused(bench, flags, says, capsys)
 
 def test_a_likeliest_token_that_is_not_known_agrees_and_disagrees_with_nothing():
     base = torch.log_softmax(torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0], [0.0, 1.0, 3.0]]), dim=-1)
-    predictions = [{-1: -0.1, 1: -3.0}, {0: -0.2, 1: -2.0}, {0: -0.2, 5: -9.0}]
+    predictions = [{-1: -0.1, 1: -3.0}, {1: -0.7, 0: -0.7}, {0: -0.2, 5: -9.0}]  # of equals the lowest id
     found = compare_predictions(lambda states: states, base, predictions, torch.tensor([1, -1, 0]))
     assert torch.equal(found["top1_agreement"].nan_to_num(-1), torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64))
     assert found["log_p"].tolist()[0] == -3.0 and found["log_p"].isnan().tolist() == [False, True, False]
