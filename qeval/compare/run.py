@@ -11,14 +11,8 @@ from uuid import uuid4
 from qeval.compare.cost import PROGRAM_BYTES, Cost, cost, flops_per_second
 from qeval.compare.environment import describe_environment, peak_rss_bytes
 from qeval.compare.plan import Plan
-from qeval.compare.scored_models import (
-    ScoredModel,
-    baseline_model,
-    score_all,
-    scored_models,
-    states_folder,
-    work_of,
-)
+from qeval.compare.run_models import baseline_model, score_all, scored_models, states_folder, work_of
+from qeval.compare.scored_models import ScoredModel
 from qeval.compare.served_models import served_models
 from qeval.compare.settings import Settings
 from qeval.compare.settings_json import identity_of, settings_json

@@ -16,7 +16,8 @@ import torch
 
 from qeval.compare.machine import shares_device
 from qeval.compare.plan import Plan, default_threads, make_plan, share_of_threads
-from qeval.compare.scored_models import ScoredModel, baseline_model, score_all, scored_models, work_of
+from qeval.compare.run_models import baseline_model, score_all, scored_models, work_of
+from qeval.compare.scored_models import ScoredModel
 from qeval.compare.settings import Settings
 from qeval.compare.settings_json import identity_of
 from qeval.compare.variants import VariantEntry

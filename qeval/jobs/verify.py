@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from qeval.compare.plan import Plan, make_plan
-from qeval.compare.scored_models import ReferenceModel, ScoredModel, baseline_model, scored_models, work_of
+from qeval.compare.run_models import baseline_model, scored_models, work_of
+from qeval.compare.scored_models import ReferenceModel, ScoredModel
 from qeval.compare.settings_json import settings_of
 from qeval.config import BASELINE
 from qeval.errors import BrokenRecordError, QevalError, UsageError
