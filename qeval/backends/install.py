@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from qeval.backends.memory import with_room_made
 from qeval.models.device import free_bytes, release_cached
 from qeval.models.structure.head import Head
-from qeval.models.structure.weight_views import weights_of
+from qeval.models.structure.weight_views import modules_of, weights_of
 from qeval.quant.variant import Variant
 from qeval.quantize.rotating import turn_input
 
@@ -35,9 +35,11 @@ def install(model: Any, variant: Variant, *, head: Head, head_name: str) -> Head
     for name in aside:
         _replace(model, name, variant.floats[name])
     for name, core in variant.input_rotations.items():
-        turn_input(model.get_submodule(name.removesuffix(".weight")), core, model.device)
+        for module in modules_of(model, name):
+            turn_input(module, core, model.device)
     for name, scales in variant.input_scales.items():
-        _scale_input(model.get_submodule(name.removesuffix(".weight")), scales.to(model.device))
+        for module in modules_of(model, name):
+            _scale_input(module, scales.to(model.device))
     return own
 
 
@@ -55,11 +57,11 @@ def installed(model: Any, variant: Variant, *, skip: str, keep_dtype: torch.dtyp
             for name in aside:
                 stack.enter_context(_in_place_of(model, name, variant.floats[name]))
             for name, core in variant.input_rotations.items():  # before scales, which are those of turned inputs
-                handle = turn_input(model.get_submodule(name.removesuffix(".weight")), core, model.device)
-                stack.callback(handle.remove)
+                for module in modules_of(model, name):
+                    stack.callback(turn_input(module, core, model.device).remove)
             for name, scales in variant.input_scales.items():
-                module = model.get_submodule(name.removesuffix(".weight"))
-                stack.enter_context(scaled_input(module, scales.to(model.device)))
+                for module in modules_of(model, name):
+                    stack.enter_context(scaled_input(module, scales.to(model.device)))
             del variant
             yield
         finally:

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 
 from qeval.backends.shared import Lent, tagged
 from qeval.models.structure.kv_cache import KvChange
+from qeval.models.structure.trace import language_config
 
 
 class PrefixLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -113,7 +114,9 @@ def empty_cache(model: Any) -> Any:
         for each in vars(sys.modules[type(model).__module__]).values()
         if isinstance(each, type) and issubclass(each, DynamicCache) and each.__module__ == type(model).__module__
     ]
-    return own[0]() if own else DynamicCache(config=model.config)  # MiniMax's keeps its running states by itself
+    return (
+        own[0]() if own else DynamicCache(config=language_config(model.config))
+    )  # MiniMax's keeps its running states by itself
 
 
 def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes: Sequence[KvChange] = ()) -> Any:
@@ -129,12 +132,12 @@ def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes:
     if type(empty) is not DynamicCache:
         return empty if outer is None else copy.deepcopy(outer)
     outers = [None] * len(empty.layers) if outer is None else outer.layers
-    return cache_of(
-        [
-            longer_layer(layer, before, apart=apart, change=changes[index] if changes else None)
-            for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=True))
-        ]
-    )
+    layers = [
+        longer_layer(layer, before, apart=apart, change=changes[index] if changes else None)
+        for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=False))
+    ]
+    added = outers[len(empty.layers) :]  # by a model that runs its layers in loops (Dory), for each after the first
+    return cache_of([*layers, *(PrefixLayer(before, apart=apart, change=before._change) for before in added)])
 
 
 def longer_layer(empty: Any, outer: Any, *, apart: bool = False, change: KvChange | None = None) -> Any:

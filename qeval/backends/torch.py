@@ -288,7 +288,7 @@ class TorchBackend:
     def batch_tokens(self) -> int:
         """Tokens a batch that suit the device and its free memory."""
         itemsize = self._head.weight.element_size()
-        return batch_tokens(self._model.config.get_text_config(), itemsize, self._model.device)
+        return batch_tokens(text_config(self._model), itemsize, self._model.device)
 
     @property
     def head(self) -> Head:

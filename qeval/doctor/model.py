@@ -22,6 +22,7 @@ from qeval.models.hub.fetch import fetch_config
 from qeval.models.load import read_config
 from qeval.models.silence_transformers import quiet
 from qeval.models.source import ModelSource, resolve
+from qeval.models.structure.trace import language_config
 from qeval.paths import nearest_existing
 from qeval.quantize import sensitivity
 
@@ -113,7 +114,7 @@ def outline_of(config: Any) -> Outline:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = max(lists, key=_parameters)
 
-    text = config.get_text_config()
+    text = language_config(config)
     return Outline(
         parameters=_parameters(model),
         layer_weights=sum(weight.numel() for weight in layers.parameters() if weight.dim() > 1),

@@ -28,7 +28,7 @@ from qeval.models.silence_transformers import quiet
 from qeval.models.source import resolve
 from qeval.models.structure.graph import Fold, Group, describe_model
 from qeval.models.structure.head import head_of
-from qeval.models.structure.weight_views import weights_of
+from qeval.models.structure.weight_views import modules_of, weights_of
 from qeval.progress import Progress
 from qeval.quant.awq import ScaleChoice
 from qeval.quant.grid import parse
@@ -167,7 +167,8 @@ def _scaled_states(bench: Bench, weights: Mapping[str, Tensor], scales: Scales) 
     with ExitStack() as stack:
         stack.enter_context(replace_values(weights, values))
         for name, factors in explicit_scales(scales).items():
-            stack.enter_context(scaled_input(bench.model.get_submodule(name.removesuffix(".weight")), factors))
+            for module in modules_of(bench.model, name):
+                stack.enter_context(scaled_input(module, factors))
         with bench.backend.open(None) as session:
             return session.states([bench.request])[0]
 

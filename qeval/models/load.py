@@ -23,6 +23,7 @@ from qeval.models.mxfp4 import convert_mxfp4, is_mxfp4
 from qeval.models.silence_transformers import transformers_errors
 from qeval.models.source import ModelSource
 from qeval.models.structure.supported import check_model_type, check_supported, context_length
+from qeval.models.structure.trace import text_config
 from qeval.models.trust import name_implementations, read_settings
 from qeval.models.vocabulary import check_vocabulary, read_tokenizer
 
@@ -122,7 +123,7 @@ def model_info(
     Raises:
         UsageError: Its configuration, which messages call `where`, names no context length.
     """
-    text = model.config.get_text_config()
+    text = text_config(model)
     return ModelInfo(
         name=name,
         source=source,

@@ -62,12 +62,14 @@ _DROPPED = (
 _HYBRID = ["linear_attention", "full_attention"]
 _OWN: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"patching_threshold": 5.05, "local_attention_window_len": 8},  # of random bytes every other ends a patch
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "dory": {
         "n_input_layers": 2,
         "n_recurrent_layers": 2,
         "n_output_layers": 2,
         "num_hidden_layers": 6,
+        "initializer_range": 0.2,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
     "dots3_note_text": {
@@ -88,6 +90,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -96,11 +99,11 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
-    "recurrent_gemma": {"num_hidden_layers": 3},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
     "reformer": {"axial_pos_embds": False, "is_decoder": True, "hash_seed": 0, "num_buckets": 4},
     "xlm": {"causal": True},
-    "xlnet": {"d_head": 16, "attn_type": "uni"},
-    "xlstm": {"chunk_size": 16},
+    "xlnet": {"d_head": 16, "d_inner": 768, "attn_type": "uni"},
+    "xlstm": {"chunk_size": 16, "num_blocks": 2},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,

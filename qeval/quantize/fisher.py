@@ -6,6 +6,7 @@ the labels' own mean makes g g^T the Fisher information (Amari 1998; Martens, *N
 method*, JMLR 2020, section 9). Errors at different tokens are taken as unrelated. It is a proposal, not a measurement.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -82,7 +83,7 @@ def predict(
         after = {name: call for each in watched for name, call in each.listeners().items()}
         hooks.enter_context(watch_products(model, after=after))
         embedding = model.get_submodule(description.embedding.removesuffix(".weight"))
-        hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_()).remove)
+        hooks.callback(embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_().clone()).remove)
         for text in texts:
             ids = torch.tensor([list(text)], device=model.device)
             states = final_states(ids)
@@ -138,6 +139,7 @@ class Watched:
         self.name, self.total = group.names[0], 0.0
         self._weights, self._group, self._effective = weights, group, effective
         self._errors: dict[str, Tensor] | None = None
+        self._uses: Counter[str] = Counter()  # of each linear in the pass, so far without their way back
         self._moved: Tensor | None = None  # [1, tokens]
 
     def listeners(self) -> dict[str, After]:
@@ -149,10 +151,14 @@ class Watched:
         if self._moved is not None:
             self.total += wide_total(self._moved.square())
         self._moved = self._errors = None
+        self._uses.clear()
 
     def _forward(self, name: str) -> After:
         def forward(inputs: Tensor, output: Tensor) -> None:
+            if not output.requires_grad:  # HRM's early cycles run without gradients
+                return
             inputs = inputs.detach()
+            self._uses[name] += 1
             output.register_hook(lambda gradient: self._backward(name, inputs, gradient))  # type: ignore[no-untyped-call]
 
         return forward
@@ -163,7 +169,8 @@ class Watched:
             values = self._effective(self._group)
             self._errors = {key: value - self._weights[key] for key, value in values.items()}
 
-        error = self._errors.pop(name, None)
+        self._uses[name] -= 1
+        error = self._errors.get(name) if self._uses[name] else self._errors.pop(name, None)
         if error is not None:
             moved = (nn.functional.linear(inputs, error.to(inputs.dtype)) * gradient).sum(-1, dtype=torch.float32)
             if is_expert(name):  # other tokens than its neighbours'

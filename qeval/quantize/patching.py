@@ -10,7 +10,7 @@ from qeval.models.structure.graph import Description
 
 
 def layers_of(model: Any, description: Description) -> nn.ModuleList:
-    """Return the list of the model's decoder layers."""
+    """Return the list of the model's decoder layers; the first one of a model that has several."""
     layers: nn.ModuleList = model.get_submodule(description.layers[0].rpartition(".")[0])
     return layers
 

@@ -21,7 +21,7 @@ from qeval.errors import UsageError
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
 from qeval.models.structure.precision import outside_autocast
-from qeval.models.structure.weight_views import weights_of
+from qeval.models.structure.weight_views import modules_of, weights_of
 from qeval.quant.rotation import turn_runs
 from qeval.quant.scheme import RotationPlaces
 from qeval.quant.variant import Variant
@@ -144,8 +144,8 @@ def turned_weights(
     before = heads[0].logits(weights.states())
     with weights.turned(plan.steps), ExitStack() as hooks:
         for name, rotation in plan.inputs.items():
-            module = model.get_submodule(name.removesuffix(".weight"))
-            hooks.callback(turn_input(module, rotation.core.float(), model.device).remove)
+            for module in modules_of(model, name):
+                hooks.callback(turn_input(module, rotation.core.float(), model.device).remove)
         moved = _moved(before, heads[1].logits(weights.states()))
         if not moved <= _TOLERANCES.get(matrix.dtype, _TOLERANCE):
             raise _changed_model(model, description, plan, moved)

@@ -1,7 +1,7 @@
 """Measure several mixes, to take the one with the least KL on text that none was chosen on.
 
 Each mix is measured whole, all its groups quantized together. A layer's quantized weights are in the model only while
-the text passes that layer, so that no second copy of the model is held.
+the text passes that layer, so that no second copy of the model is held; where layers don't run in turn, until the end.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from qeval.metrics.tokens import mean_kl
 from qeval.models.structure.graph import Description
 from qeval.models.structure.head import Head
 from qeval.progress import Advance, in_parts
-from qeval.quantize.patching import layers_of, replace_values
+from qeval.quantize.patching import replace_values
 from qeval.quantize.sensitivity import Effective, trial_passes
 from qeval.quantize.sequential import Stream
 
@@ -58,11 +58,13 @@ def _final_states(
     effective: Effective,
     done: Callable[[], None],
 ) -> Tensor:
-    stream = Stream(model, layers_of(model, description), samples)
-    for layer in range(len(description.layers)):
-        with ExitStack() as quantized:
+    stream = Stream(model, description, samples)
+    with ExitStack() as quantized:
+        for layer in range(len(description.layers)):
             for group in (group for group in description.groups if group.layer == layer):
                 quantized.enter_context(replace_values(stream.parameters, effective(group)))
             stream.pass_layer()
-        done()
-    return stream.final_states()
+            if description.in_turn:
+                quantized.close()
+            done()
+        return stream.final_states()

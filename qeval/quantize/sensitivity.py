@@ -1,7 +1,7 @@
 """The measured sensitivity of each group of linears: KL from the baseline with that group alone quantized.
 
 The work before a group's layer is shared: layers before it are replaced by what the baseline computed there, so a
-group costs a forward pass of its own layer and those after it.
+group costs a forward pass of its own layer and those after it; where layers don't run in turn, a whole one.
 """
 
 import math
@@ -63,7 +63,10 @@ def measure(
 
 @dataclass(frozen=True, eq=False)
 class Passed:
-    """A model, the tokens that passed it, each layer's output, and the final states at every fourth position."""
+    """A model, the tokens that passed it, each layer's output, and the final states at every fourth position.
+
+    Where layers don't run in turn, no output is kept.
+    """
 
     model: Any
     layers: nn.ModuleList
@@ -75,13 +78,16 @@ class Passed:
     @classmethod
     def of(cls, model: Any, description: Description, ids: Tensor) -> "Passed":
         """Pass `ids` [samples, tokens] through the model as it is."""
-        layers = layers_of(model, description)
-        return cls(model, layers, weights_of(model), ids, *_through(model, layers, ids))
+        layers, weights = layers_of(model, description), weights_of(model)
+        if not description.in_turn:
+            return cls(model, layers, weights, ids, [], _states(model, ids))
+        return cls(model, layers, weights, ids, *_through(model, layers, ids))
 
     def states_with(self, group: Group, values: Mapping[str, Tensor]) -> Tensor:
         """Return the final states with other values in one group; its layer and those after it are run."""
-        before = self.outputs[group.layer - 1]
-        with replace_values(self.parameters, values), skip_layers(self.layers, group.layer, before):
+        skipped = group.layer if self.outputs else 0
+        before = self.outputs[skipped - 1] if skipped else None
+        with replace_values(self.parameters, values), skip_layers(self.layers, skipped, before):
             return _states(self.model, self.ids)
 
 

@@ -6,11 +6,12 @@ numbers an input summed over all tokens: exact ones, since the sketch of `quant.
 hundred rows and GPTQ inverts the matrix. A layer's inputs are taken from its float weights, as in the paper; taking
 each group's after the groups before it in the layer were rounded costs half as much again and changed the demo model's
 KL by less than 0.1 %. What enters a layer's experts has the moments of all its tokens, an expert's inner matrix those
-of the tokens that are routed to it.
+of the tokens that are routed to it. Where layers run in loops or share weights (`Description.in_turn`), the whole model
+is run for each layer, with those before it rounded: its moments are those of all its turns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,14 +92,17 @@ def quantize_in_order(
     Raises:
         QevalError: No calibration token reaches a linear, or its inputs are not finite.
     """
-    stream = Stream(model, layers_of(model, description), samples, all_experts=all_experts)
+    stream = Stream(model, description, samples, all_experts=all_experts)
     outcomes: list[RoundedMatrix] = []
-    for layer in range(len(description.layers)):
-        groups = [group for group in description.groups if group.layer == layer]
-        rounded = round_layer(stream, groups, grids, options, advance)
-        with replace_values(stream.parameters, dequantize(rounded)):
+    with ExitStack() as replaced:
+        for layer in range(len(description.layers)):
+            groups = [group for group in description.groups if group.layer == layer]
+            rounded = round_layer(stream, groups, grids, options, advance)
+            replaced.enter_context(replace_values(stream.parameters, dequantize(rounded)))
             stream.pass_layer()
-        outcomes += rounded
+            if description.in_turn:
+                replaced.close()  # no layer after it is run again, so its float weights come back at once
+            outcomes += rounded
     return outcomes
 
 
@@ -164,12 +168,15 @@ def _round(name: str, weight: Tensor, grid: WeightGrid, factor: Factor, clip: bo
 
 
 class Stream:
-    """The calibration text on its way through the layers: each sample's hidden states before the next one."""
+    """The calibration text on its way through the layers: each sample's hidden states before the next one.
+
+    Where layers don't run in turn nothing is stored, and each sample passes the whole model every time.
+    """
 
     def __init__(
         self,
         model: Any,
-        layers: nn.ModuleList,
+        description: Description,
         samples: Sequence[Sequence[int]],
         device: torch.device | None = None,
         *,
@@ -179,14 +186,15 @@ class Stream:
 
         Args:
             model: The causal language model.
-            layers: Its decoder layers.
+            description: Its structure.
             samples: Token ids, one sequence a pass.
             device: Where the model computes; by default its parameters' own.
             all_experts: Whether each expert's moments are those of every token.
         """
         self._device, self.all_experts = device or model.device, all_experts
         self.parameters: Mapping[str, Tensor] = weights_of(model)
-        self._model, self._layers, self._next = model, layers, 0
+        self._model, self._in_turn, self._next = model, description.in_turn, 0
+        self._layers = layers_of(model, description)
         self._ids = [torch.tensor([list(sample)], dtype=torch.long, device=self._device) for sample in samples]
         self._states: list[LayerOutput | None] = [None] * len(self._ids)
 
@@ -199,7 +207,7 @@ class Stream:
             QevalError: No token of the text reaches one of the others.
         """
         sums = {group.names[0]: _Moments(group.columns, self._device) for group in groups}
-        last = groups[-1] if groups else None
+        last = groups[-1] if groups and self._in_turn else None
         listeners = {
             group.seen_at: sums[group.names[0]].listener(stops=group is last and group.is_explicit) for group in groups
         }
@@ -214,11 +222,10 @@ class Stream:
         def stop(*_: Any) -> None:
             raise StopPass
 
-        handle = self._layers[self._next].register_forward_hook(stop)
-        try:
+        with ExitStack() as hooks:
+            if self._in_turn:
+                hooks.callback(self._layers[self._next].register_forward_hook(stop).remove)
             yield
-        finally:
-            handle.remove()
 
     def pass_layer(self) -> None:
         """Take every sample's states through the next layer, as its weights are now."""
@@ -227,25 +234,34 @@ class Stream:
             self._states[sample] = LayerOutput.of(keywords, output)
             raise StopPass
 
-        handle = self._layers[self._next].register_forward_hook(store, with_kwargs=True)
-        try:
-            for sample in range(len(self._ids)):
-                self._run(sample)
-        finally:
-            handle.remove()
+        if self._in_turn:
+            handle = self._layers[self._next].register_forward_hook(store, with_kwargs=True)
+            try:
+                for sample in range(len(self._ids)):
+                    self._run(sample)
+            finally:
+                handle.remove()
         self._next += 1
 
+    @property
+    def _skipped(self) -> int:
+        """The layers, from the first on, that a pass doesn't run since their output is stored."""
+        return self._next if self._in_turn else 0
+
     def final_states(self) -> Tensor:
-        """Return the final hidden states [tokens, d_model] of all samples, once every layer was passed."""
+        """Return the final hidden states [tokens, d_model] of all samples, once every layer was passed.
+
+        Where layers don't run in turn, they are those of the weights as they are now.
+        """
         final = []
         for ids, states in zip(self._ids, self._states, strict=True):
-            with skip_layers(self._layers, self._next, states):
+            with skip_layers(self._layers, self._skipped, states):
                 final.append(FinalStates(self._model)(ids)[0])
         return torch.cat(final)
 
     def _run(self, sample: int) -> None:
         """Run a sample from its stored states on, until a hook says that nothing more is needed."""
-        with skip_layers(self._layers, self._next, self._states[sample]), suppress(StopPass):
+        with skip_layers(self._layers, self._skipped, self._states[sample]), suppress(StopPass):
             self._model.base_model(input_ids=self._ids[sample], use_cache=False)
 
 

@@ -44,6 +44,7 @@ from qeval.models.structure.graph import Description, Probe, describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import HeadShape, check_cache
 from qeval.models.structure.trace import decoder_layers, probe_tokens
+from qeval.models.structure.weight_views import modules_of
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme
 from qeval.quantize.rotating import turn_input
@@ -111,14 +112,15 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     Raises:
         UsageError: its decoder is no plain list of layers, the checkpoint is not its own, or a weight is not finite.
     """
-    name, layers = decoder_layers(model)
+    layers = decoder_layers(model)
+    inside = tuple(f"{name}." for name in layers)
     checkpoint = map_weights(model, entries, str(entries[0].path.parent)).stored
     names = {id(module): module_name for module_name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     embedding_name = f"{names[id(embedding)]}.weight"
     head_name = embedding_name if tied else f"{names[id(head)]}.weight"
-    outside = [n for n, _ in model.named_parameters() if not n.startswith(f"{name}.")]
+    outside = [n for n, _ in model.named_parameters() if not n.startswith(inside)]
     outside = [n for n in outside if n not in (embedding_name, head_name)]
 
     def check(weight: str, value: Tensor) -> None:
@@ -132,9 +134,8 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
     if tied:
         head.weight = embedding.weight
     embedding.forward = LookedUp(embedding, table)
-    layer_names = tuple(f"{name}.{index}" for index in range(len(layers)))
-    relay = Relay(model, list(layers))
-    return Streamed(model, relay, layer_names, checkpoint, embedding_name, head_name, device, resident)
+    relay = Relay(model, list(layers.values()))
+    return Streamed(model, relay, tuple(layers), checkpoint, embedding_name, head_name, device, resident)
 
 
 def _accept(_name: str, _value: Tensor) -> None:
@@ -198,11 +199,11 @@ def scaled_inputs(stream: Streamed, variant: SavedVariant) -> Iterator[None]:
     """Turn linears' inputs and multiply them by scales, as a variant says."""
     with ExitStack() as stack:
         for name, core in variant.input_rotations.items():
-            module = stream.model.get_submodule(name.removesuffix(".weight"))
-            stack.callback(turn_input(module, core, stream.device).remove)
+            for module in modules_of(stream.model, name):
+                stack.callback(turn_input(module, core, stream.device).remove)
         for name, scales in variant.input_scales.items():
-            module = stream.model.get_submodule(name.removesuffix(".weight"))
-            stack.enter_context(scaled_input(module, scales.to(stream.device)))
+            for module in modules_of(stream.model, name):
+                stack.enter_context(scaled_input(module, scales.to(stream.device)))
         yield
 
 

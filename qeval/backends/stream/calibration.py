@@ -20,7 +20,6 @@ from qeval.models.structure.graph import Description, Group
 from qeval.models.structure.weight_views import weight_of, weights_of
 from qeval.progress import Advance
 from qeval.quant.statistics import Accumulator, InputStatistics
-from qeval.quantize.patching import layers_of
 from qeval.quantize.scaling import Search
 from qeval.quantize.sequential import StopPass, Stream
 from qeval.quantize.statistics import listening
@@ -63,8 +62,7 @@ class RelayedText(Stream):
         all_experts: bool = False,
     ) -> None:
         """No layer is passed yet; `states` takes each sample's."""
-        layers = layers_of(stream.model, description)
-        super().__init__(stream.model, layers, samples, stream.device, all_experts=all_experts)
+        super().__init__(stream.model, description, samples, stream.device, all_experts=all_experts)
         self.parameters = Live(stream.model, description.head)
         self._relay, self._spill = stream.relay, states
 

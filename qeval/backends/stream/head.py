@@ -62,7 +62,8 @@ class StreamedHead:
             rows.stop - rows.start, self.stored.shape[1], dtype=settings.weight.dtype, device=self.device
         )
         self.stored.decode(self.stored.fetch(rows.start, rows.stop), weight)
-        return Head(weight, None if settings.bias is None else settings.bias[rows], settings.scale, settings.cap)
+        bias, gains = (None if each is None else each[rows] for each in (settings.bias, settings.gains))
+        return Head(weight, bias, settings.scale, settings.cap, gains)
 
 
 def head_of_parts(stored: StoredTensor, settings: Head, most_bytes: int, device: torch.device) -> Head | StreamedHead:

@@ -26,6 +26,7 @@ from qeval.errors import UsageError
 from qeval.models.checkpoint.safetensors_rows import read_rows
 from qeval.models.checkpoint.weights import FLOATS, TensorEntry, check_complete, shorten_list
 from qeval.models.silence_transformers import transformers_errors
+from qeval.models.structure.trace import language_config
 
 Sources = dict[str, list[TensorEntry]]
 """What a parameter is made from: the tensors by the pattern that their names follow, in the order of their numbers."""
@@ -64,7 +65,7 @@ def check_sizes(config: Any, entries: Sequence[TensorEntry], where: str) -> None
     Raises:
         UsageError: It says which size.
     """
-    text = config.get_text_config()
+    text = language_config(config)
     layers, width = text.num_hidden_layers, text.hidden_size
     if layers > len(entries):
         raise UsageError(f"'{where}': its config.json asks for {layers:,} layers, but it holds {len(entries)} tensors.")
@@ -187,9 +188,12 @@ def _untied_pairs(model: Any, sources: dict[str, Sources]) -> list[tuple[str, st
     Where one of two lacks, the other stands for both.
     """
     pairs = []
+    listed = {name for name, _ in model.named_parameters()}
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         if source not in sources and target in sources:
             sources[source] = sources[target]
+        elif target in listed and target not in sources and source in sources:  # CamemBERT's head is listed first
+            sources[target] = sources[source]
         elif (
             source in sources
             and target in sources

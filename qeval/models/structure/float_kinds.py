@@ -65,6 +65,8 @@ def kinds_of_rest(model: nn.Module, layers: Sequence[str], listed: Iterable[str]
                 kinds[name] = "convolution"
             elif _is_of_indexer(name):
                 kinds[name] = "indexer"
+            elif _is_named_router(name):  # LongCat's multiplies a copy of its weight in fp32
+                kinds[name] = "router"
             elif any(part.startswith(_DECAYS) for part in (leaf, module_name.rpartition(".")[2])):
                 kinds[name] = "decay"
             elif "gate" in leaf and parameter.dim() > 2:  # one matrix a head
@@ -78,10 +80,14 @@ def _is_router(call: TracedCall, experts: Mapping[str, int]) -> bool:
     A module of its own kind that multiplies beside experts is one too, though it may count shared experts.
     """
     assert call.shape is not None
-    if any("router" in part for part in call.name.split(".")):
+    if _is_named_router(call.name):
         return True
     near = {count for stack, count in experts.items() if call.name.startswith(_block_of(stack))}
     return bool(near) and (call.shape[0] in {1, *near} or not call.is_linear)
+
+
+def _is_named_router(name: str) -> bool:
+    return any("router" in part for part in name.split("."))
 
 
 def _block_of(stack: str) -> str:

@@ -22,7 +22,16 @@ from torch import Tensor
 from qeval.errors import UsageError
 from qeval.methods import FloatKind
 from qeval.models.structure.float_kinds import kinds_of_products, kinds_of_rest
-from qeval.models.structure.trace import TensorKey, TracedCall, decoder_layers, key_of, layer_config, probe, trace
+from qeval.models.structure.trace import (
+    TensorKey,
+    TracedCall,
+    decoder_layers,
+    key_of,
+    layer_config,
+    probe,
+    shared_weight,
+    trace,
+)
 from qeval.models.structure.weight_views import expert_name, is_expert, stack_of, stacks_of, weights_of
 
 _PROBE_TOLERANCE = 1e-5
@@ -112,7 +121,8 @@ class Description:
     """A model as the quantizers see it: its groups in the order of the computation, its layers, head, embedding.
 
     `float_kinds`: matrices of decoder layers that stay in float whatever a recipe says, by name (a stack's, where
-    every matrix of it does).
+    every matrix of it does). `in_turn`: whether each layer runs once, after the one before it, with weights of its own.
+    Some models run layers in loops (Dory, HRM), or several stacks of them (BLT), or share blocks among layers (Zamba).
     """
 
     groups: tuple[Group, ...]
@@ -121,6 +131,7 @@ class Description:
     embedding: str
     tied: bool
     float_kinds: Mapping[str, FloatKind] = field(default_factory=dict)
+    in_turn: bool = True
 
     @property
     def units(self) -> tuple[Group, ...]:
@@ -150,7 +161,8 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
     Raises:
         UsageError: No decoder layers, or no linears in them, are found.
     """
-    layers_name, layers = decoder_layers(model)
+    layers = decoder_layers(model)
+    names, traced = tuple(layers), trace(model, layers)
     probed = probed_at or (lambda _: nullcontext(lambda: probe(model)))
     experts = {name: len(stack) for name, stack in stacks_of(model).items()}
 
@@ -159,8 +171,8 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
     kinds: dict[str, FloatKind] = {}
 
     # layers of one structure share the fold that was found for the first of them
-    for layer, calls in enumerate(trace(model, layers_name, layers)):
-        prefix = f"{layers_name}.{layer}."
+    for layer, calls in enumerate(traced.calls):
+        prefix = f"{names[layer]}."
         inside = {name: count for name, count in experts.items() if name.startswith(prefix)}
         config = layer_config(model, layer)
         in_float = kinds_of_products(model, config, calls, inside)
@@ -179,7 +191,6 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
         raise UsageError(f"No linear layers were found in the decoder layers of {type(model).__name__}.")
     modules = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    names = tuple(f"{layers_name}.{index}" for index in range(len(layers)))
     listed = (*kinds, *(name for group in groups for name in group.names))
     return Description(
         groups=tuple(groups),
@@ -188,6 +199,9 @@ def describe_model(model: Any, *, folds: bool = True, probed_at: ProbedAt | None
         embedding=f"{modules[id(embedding)]}.weight",
         tied=head.weight is embedding.weight,
         float_kinds=kinds | kinds_of_rest(model, names, listed),
+        in_turn=traced.order == list(range(len(layers)))
+        and len({name.rpartition(".")[0] for name in names}) == 1
+        and shared_weight(layers) is None,
     )
 
 

@@ -21,15 +21,16 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The map of states to logits: `cap(scale * (states @ weight.T + bias))`.
+    """The map of states to logits: `cap(scale * gains * (states @ weight.T + bias))`.
 
-    `weight` [vocab, d_model] is the model's own tensor.
+    `weight` [vocab, d_model] is the model's own tensor; `gains` [vocab] fp32 are a factor of each token's logit (Dory).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+    gains: Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -42,6 +43,8 @@ class Head:
         Half-precision weights are multiplied into fp32, so that no logit is rounded.
         """
         logits = wide_product(states.to(self.weight.device), self.weight, self.bias)
+        if self.gains is not None:
+            logits.mul_(self.gains)
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.cap is not None:
@@ -49,7 +52,9 @@ class Head:
         return logits
 
     def transposed(self, back: Tensor) -> Tensor:
-        """Multiply `back` [n, vocab] by the matrix the other way: [n, d_model] in the weight's type."""
+        """Multiply `back` [n, vocab] by gains and matrix the other way: [n, d_model] in the weight's type."""
+        if self.gains is not None:
+            back = back * self.gains
         return back.to(self.weight.dtype) @ self.weight
 
 
@@ -78,7 +83,10 @@ def _checked_head(model: Any) -> Head:
     if divisor := getattr(config, "logits_scaling", None):
         scale /= float(divisor)
     cap = next((getattr(config, name) for name in _CAPS if getattr(config, name, None)), None)
-    head = Head(linear.weight, linear.bias, scale, cap)
+    gains = getattr(linear, "logit_scale", None)
+    if gains is not None:
+        gains = gains.float() * linear.logit_scale_factor
+    head = Head(linear.weight, linear.bias, scale, cap, gains)
 
     # the model's own logits on a few tokens must be the head's
     tokens = torch.arange(1, 9, device=linear.weight.device).unsqueeze(0) % linear.weight.shape[0]

@@ -27,9 +27,7 @@ _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_
 _VERSION = re.compile(r"\d+(\.\d+){1,3}[\w.+-]{0,20}")
 _LONGEST_NAME = 120
 _REFUSED: Mapping[str, str] = {
-    "blt": "is several stacks of layers, over bytes and over patches of them; qeval takes one stack",
     "cpmant": "attends to what stands behind a token too, so it gives no probability of a text",
-    "dory": "multiplies each token's logit by a gain of its own, which qeval's heads don't have",
     "gemma4_assistant": "drafts for another model, whose keys and values it reads; qeval takes models that stand alone",
     "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads; qeval takes models that "
     "stand alone",

@@ -1,18 +1,32 @@
 """A trace of each decoder layer over a few tokens: products by matrices, norms, and the tensors they took."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qeval.errors import UsageError, first_line
-from qeval.models.structure.forward import FinalStates
+from qeval.models.structure.forward import FinalStates, body_of
 from qeval.models.structure.weight_views import stack_of, stacks_of, watch_products, weights_of
 
 _PROBE_TOKENS = 8
+_COUNTS = ("num_hidden_layers", "num_layers")
+"""The names in configurations for the length of the list of decoder layers: most, LongCat's (which counts twice)."""
+_STACKS: Mapping[str, tuple[str, ...]] = {
+    "blt": (
+        "local_encoder.layers",
+        "local_encoder.cross_attn_layers",
+        "global_transformer.layers",
+        "local_decoder.cross_attn_layers",
+        "local_decoder.layers",
+    ),
+    "hrm_text": ("L_module.layers", "H_module.layers"),
+}
+"""The lists of decoder layers of the model types that have several, by their names in the body."""
 
 TensorKey = tuple[int, int]
 """Where a tensor's numbers lie and how many they are: views of one tensor are alike."""
@@ -36,31 +50,67 @@ class TracedCall(NamedTuple):
         return isinstance(self.module, nn.Linear | Conv1D)
 
 
+def language_config(config: Any) -> Any:
+    """Return the part of a configuration that is of the language model, where images or sound come in too.
+
+    Of one of several stacks (BLT's, over bytes and over patches of them) it is that of the largest.
+    """
+    text = config.get_text_config()
+    return getattr(text, "global_config", text)
+
+
 def text_config(model: Any) -> Any:
-    """Return the configuration of the language model itself, where images or sound come in too."""
-    return model.config.get_text_config()
+    """Return the configuration of the language model itself."""
+    return language_config(model.config)
 
 
 def layer_config(model: Any, layer: int) -> Any:
     """Return the configuration of one decoder layer, where head sizes and the like differ between layers."""
     config = text_config(model)
-    by_layer = getattr(config, "per_layer_config", None)
-    return config if by_layer is None else by_layer[layer]
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
-def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of a model's decoder layers.
+def decoder_layers(model: Any) -> dict[str, nn.Module]:
+    """Return a model's decoder layers by name, in the order of the computation.
 
     Raises:
-        UsageError: There is no such list.
+        UsageError: There is no list of them.
     """
-    expected = getattr(text_config(model), "num_hidden_layers", None)
-    decoder = model.get_decoder() or model
-    inside = {id(module) for module in decoder.modules()}  # a vision tower may have as many layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and id(module) in inside and len(module) == expected:
-            return name, module
-    raise UsageError(f"{type(model).__name__} has no list of {expected} decoder layers that qeval could find.")
+    config, modules = text_config(model), dict(model.named_modules())
+    if (stacks := _STACKS.get(model.config.model_type)) is not None:
+        lists = [f"{model.base_model_prefix}.{stack}" for stack in stacks]
+        return {f"{name}.{index}": layer for name in lists for index, layer in enumerate(modules[name].children())}
+
+    counts = [getattr(config, name, None) for name in _COUNTS]
+    inside = {id(module) for module in _text_modules(model)}
+    for count in filter(None, counts):
+        for name, module in modules.items():
+            if isinstance(module, nn.ModuleList) and id(module) in inside and len(module) == count:
+                return {f"{name}.{index}": layer for index, layer in enumerate(module)}
+    raise UsageError(f"{type(model).__name__} has no list of {counts[0]} decoder layers that qeval could find.")
+
+
+def shared_weight(layers: Mapping[str, nn.Module]) -> str | None:
+    """Return the name of a weight that two decoder layers share (Zamba's do), or None."""
+    owners: dict[int, str] = {}
+    for layer, module in layers.items():
+        for name, parameter in module.named_parameters(prefix=layer):
+            if owners.setdefault(id(parameter), layer) != layer:
+                return name
+    return None
+
+
+def _text_modules(model: Any) -> Iterator[nn.Module]:
+    """Yield the modules of the decoder, without those of vision towers and the like, which may have as many layers."""
+    decoder = model.get_decoder()
+    decoder = decoder if isinstance(decoder, PreTrainedModel) else body_of(model)  # ModernBERT's is its head
+    others = [
+        f"{name}."
+        for name, module in decoder.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and type(module.config) not in (type(decoder.config), type(text_config(model)))
+    ]
+    return (module for name, module in decoder.named_modules() if not f"{name}.".startswith(tuple(others)))
 
 
 def key_of(tensor: Any) -> TensorKey | None:
@@ -68,23 +118,45 @@ def key_of(tensor: Any) -> TensorKey | None:
     return (tensor.data_ptr(), tensor.numel()) if isinstance(tensor, Tensor) else None
 
 
-def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[TracedCall]]:
-    """Return for each layer what ran in it, in that order.
+class Trace(NamedTuple):
+    """A trace of a few tokens: for each layer what ran in it, and in which order the layers ran, by their places."""
+
+    calls: list[list[TracedCall]]
+    order: list[int]
+
+
+def trace(model: Any, layers: Mapping[str, nn.Module]) -> Trace:
+    """Return what ran in each decoder layer, in that order.
+
+    What runs in a block that several layers share is of the first layer that holds it.
+
+    Args:
+        model: The causal language model.
+        layers: Its decoder layers by name.
 
     Raises:
         UsageError: The model can't be run as a plain language model.
     """
     _run_few(model, FinalStates)  # where its final states come from is found out before anything is recorded
     calls: list[TracedCall] = []  # holding the tensors keeps their addresses distinct
-    stacks = {name: stack for name, stack in stacks_of(model).items() if name.startswith(f"{layers_name}.")}
+    order: list[int] = []
+    prefixes = tuple(f"{name}." for name in layers)
+    stacks = {name: stack for name, stack in stacks_of(model).items() if name.startswith(prefixes)}
     holders = {name.rpartition(".")[0] for name in stacks}
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
 
     with ExitStack() as hooks:
-        for name, module in layers.named_modules(prefix=layers_name):
+        for place, layer in enumerate(layers.values()):
+            hooks.callback(layer.register_forward_pre_hook(lambda *_, place=place: order.append(place)).remove)
+        for name, module in model.named_modules():
+            if not name.startswith(prefixes):
+                continue
             if name in holders:
                 hooks.callback(module.register_forward_pre_hook(_record_entry(calls, name)).remove)
             elif not list(module.children()) or "weight" in module._parameters:  # some routers hold more than a weight
-                hooks.callback(module.register_forward_hook(_record_call(calls, name)).remove)
+                hooks.callback(
+                    module.register_forward_hook(_record_call(calls, _own_name(module, name, owners))).remove
+                )
         if stacks:
             slices = {name: weight for name, weight in weights_of(model).items() if stack_of(name) in stacks}
             hooks.enter_context(
@@ -92,7 +164,13 @@ def trace(model: Any, layers_name: str, layers: nn.ModuleList) -> list[list[Trac
             )
         _run_few(model, probe)
 
-    return [list(_of_layer(calls, f"{layers_name}.{index}.")) for index in range(len(layers))]
+    return Trace([list(_of_layer(calls, prefix)) for prefix in prefixes], order)
+
+
+def _own_name(module: nn.Module, name: str, owners: Mapping[int, str]) -> str:
+    """Return what a module is called by its parameters: another's name where it is tied to that (Zamba 2's blocks)."""
+    first = next(iter(module.parameters(recurse=False)), None)
+    return name if first is None else owners[id(first)].rpartition(".")[0]
 
 
 def _run_few(model: Any, run: Callable[[Any], object]) -> None:

@@ -72,6 +72,20 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     return parameter.T if isinstance(module, Conv1D) and leaf == "weight" else parameter
 
 
+def modules_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules that multiply by a weight: its own, and those that are tied to it (Zamba 2's shared blocks).
+
+    Args:
+        model: The causal language model.
+        name: The weight's, or a module's, which is then the only one.
+    """
+    own = model.get_submodule(name.removesuffix(".weight"))
+    weight = own._parameters.get("weight")
+    if weight is None:
+        return [own]
+    return [each for each in model.modules() if type(each) is type(own) and each._parameters.get("weight") is weight]
+
+
 def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that hold a matrix an expert, by name: three dimensions above 1, and no convolution's."""
     return {
@@ -149,11 +163,11 @@ def watch_products(
     after = {name: outside_autocast(late) for name, late in (after or {}).items()}
     with ExitStack() as stack:
         for name, early in before.items():
-            if not is_expert(name):
-                stack.callback(_module(model, name).register_forward_pre_hook(_before_hook(early)).remove)
+            for module in () if is_expert(name) else modules_of(model, name):
+                stack.callback(module.register_forward_pre_hook(_before_hook(early)).remove)
         for name, late in after.items():
-            if not is_expert(name):
-                stack.callback(_module(model, name).register_forward_hook(_after_hook(late)).remove)
+            for module in () if is_expert(name) else modules_of(model, name):
+                stack.callback(module.register_forward_hook(_after_hook(late)).remove)
         if any(map(is_expert, (*before, *after))):
             stack.enter_context(one_by_one(model))
             stack.enter_context(_slices(model, before, after, {}, all_experts=all_experts))
@@ -299,10 +313,6 @@ def _routed_to_all(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ..
                 f"--calibrate-all-experts: {type(module).__name__} is not handed its tokens in a way that qeval knows; "
                 "leave it out."
             )
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.removesuffix(".weight"))
 
 
 def _before_hook(call: Before) -> Any:
