@@ -8,6 +8,7 @@ from qeval.backends.stream.backend import StreamBackend
 from qeval.compare.variants import BaselineModel
 from qeval.config import Recipe
 from qeval.errors import UsageError
+from qeval.models.checkpoint.meta_model import names_of_parameters
 from qeval.models.structure.weight_views import weights_of
 from qeval.quant.statistics import SKETCH_ROWS
 
@@ -21,8 +22,9 @@ def room_for_states(
     """Return the bytes that hidden states may take in memory while a calibrated variant is made.
 
     Raises:
-        UsageError: not even one layer can be worked on within --max-memory.
+        UsageError: not even one layer can be worked on within --max-memory, or layers share a block.
     """
+    _check_own_weights(loaded, recipe)
     working = working_bytes(loaded, recipe) + backend.budget.token_activations * max(map(len, samples), default=0)
     left = backend.budget.left_for_states(working)
     if left < 0:
@@ -31,6 +33,17 @@ def room_for_states(
             f"at a time; give at least {backend.budget.least_for(working) / 2**20 + 1:.0f}MiB."
         )
     return left
+
+
+def _check_own_weights(loaded: BaselineModel, recipe: Recipe) -> None:
+    """Refuse a model whose layers share weights: what reaches them is known once all of those layers ran."""
+    for names in names_of_parameters(loaded.model).values():
+        owners = {layer for layer in loaded.description.layers for name in names if name.startswith(f"{layer}.")}
+        if len(owners) > 1:
+            raise UsageError(
+                f"'{recipe.name}' is calibrated, and {len(owners)} layers of {type(loaded.model).__name__} share "
+                f"weights ({names[0]}), whose inputs no layer alone shows; leave --stream out, or take rtn."
+            )
 
 
 def working_bytes(loaded: BaselineModel, recipe: Recipe) -> int:

@@ -87,12 +87,12 @@ def test_a_tensor_of_several_projections_that_has_other_rows_is_named(tmp_path):
         build_meta_model(model.config, torch.float32, read_entries([tmp_path / "model.safetensors"]), "here")
 
 
-def workshops(name, folder):
+def workshops(name, folder, *, folds=True):
     """What makes variants of one model in memory, and of the same model streamed."""
     model = model_of(name)
     made = stream_of(model, folder)
-    description, head = inspect(made, "float32", folds=True)
-    assert description == describe_model(model)
+    description, head = inspect(made, "float32", folds=folds)
+    assert description == describe_model(model, folds=folds)
     fp32, calibration = torch.float32, Calibration(tuple(tokens(16, n) for n in range(8)), {"tokens_sha256": name})
     same = {
         "weights_sha256": name,
@@ -137,3 +137,11 @@ def test_variants_are_the_files_of_the_model_in_memory(name, methods, tmp_path, 
             manifests.append(json.loads((tmp_path / place / method / "manifest.json").read_text()))
         one, other = ({**each, "seconds": 0, "sha256": None} for each in manifests)
         assert one == other, method
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_calibrated_method_is_refused_where_layers_share_weights(method, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"2 layers of Zamba2ForCausalLM share weights .*; leave --stream out, or take rtn"
+    ):
+        workshops("zamba2", tmp_path, folds=False)["streamed"].write(parse_method(method), tmp_path / "out")
