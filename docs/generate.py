@@ -16,6 +16,8 @@ import typer
 
 from docs import notebook
 from qeval.cli.app import app
+from qeval.jobs.causal_types import TypeRow, use_mark, use_reasons
+from qeval.jobs.type_uses import USES
 from qeval.models.families import FAMILIES
 from qeval.models.hub.aliases import list_models
 from qeval.report import model as report_model
@@ -117,33 +119,41 @@ def families_page() -> str:
 
 def _types_section() -> list[str]:
     """Return the section of transformers' causal model types, from the recorded check of each."""
-    rows: list[Mapping[str, str]] = json.loads(TYPES_RECORD.read_text(encoding="utf-8"))
-    counts = Counter(row["outcome"] for row in rows)
+    rows = [TypeRow(**row) for row in json.loads(TYPES_RECORD.read_text(encoding="utf-8"))]
+    counts = Counter(row.outcome for row in rows)
     return [
         "## Every causal model type",
         "",
         f"`qeval models --check --all --json` scores a tiny model of each of transformers' {len(rows)} causal model "
         "types and compares it with full forward passes: windows of unequal length in one batch, and what continues a "
-        f"prefix that ran once. {counts['agrees']} agree within 1e-4 nats, {counts['refused']} are refused, "
-        f"{counts['not buildable']} can't be built where this was run. A new release of transformers shows its new "
-        "types by the same command.",
+        f"prefix that ran once. {counts['agrees']} agree within 1e-4 nats, {counts['refused']} are refused, and of "
+        f"{counts['not buildable']} transformers itself made no causal model where this was run. A new release of "
+        "transformers shows its new types by the same command.",
         "",
         "*Prefix* says what questions with common examples share: `lent` keys and values, a `copied` state, the same "
         "with what follows run token by token (`stepwise`), or nothing (`whole`: the plan says what that costs).",
         "",
+        "The columns after it say what else works: each method at INT4 per channel (a mix over rtn), layers read one "
+        "at a time (`--stream`, with the same states), and exports. `on export`: nothing is refused before an ONNX "
+        "graph is made, and the export then compares it with torch, as the table of families shows. A dash has its "
+        "sentence below the table.",
+        "",
         *_table(
-            ("Type", "Scoring", "Prefix", "Largest difference, or why", "Not quantized"),
+            ("Type", "Scoring", "Prefix", *USES, "Largest difference, or why", "Not quantized"),
             [
                 (
-                    f"`{row['model_type']}`",
-                    row["outcome"],
-                    row["prefix"],
-                    _prose(row["line"]),
-                    _prose(row["quantizing"]),
+                    f"`{row.model_type}`",
+                    row.outcome,
+                    row.prefix,
+                    *(use_mark(row.uses.get(use)) for use in USES),
+                    _prose(row.line),
+                    _prose(row.quantizing),
                 )
                 for row in rows
             ],
         ),
+        *_bullets(f"{_prose(line)} ({_prose(', '.join(types))})" for line, types in use_reasons(rows).items()),
+        "",
     ]
 
 

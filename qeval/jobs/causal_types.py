@@ -1,28 +1,29 @@
 """`qeval models --check --all`: every causal model type of transformers, tiny and random.
 
 Each is scored in each way that qeval has and by full forward passes. It agrees, is refused in a sentence, or can't be
-built here, with the reason. One that gives other scores, or fails in another way, is a fault. Whether it can be
-quantized is told beside, for scoring does not need that.
+built here, with the reason. One that gives other scores, or fails in another way, is a fault. What else it can be used
+for is told beside (`type_uses`), for scoring does not need that.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qeval.backends.base import Prefix, Session
 from qeval.backends.prefix import is_lent, prefix_cache
 from qeval.backends.sharing import Sharing
 from qeval.backends.torch import TorchSession
 from qeval.errors import QevalError, first_line
+from qeval.jobs.type_uses import FAULT, ON_EXPORT, USES, WORKS, try_uses
 from qeval.models.silence_transformers import quiet
 from qeval.models.structure.graph import describe_model
 from qeval.models.structure.supported import check_supported, support_notes
@@ -48,7 +49,8 @@ class TypeRow:
     """The result of one model type.
 
     `line` is the largest difference in nats, or the reason; `prefix` what sequences with a common prefix share;
-    `quantizing` what can't be quantized, where anything is told of it.
+    `quantizing` what can't be quantized, where anything is told of it; `uses` whether each of `USES` works, or why not,
+    where scores agree.
     """
 
     model_type: str
@@ -56,6 +58,7 @@ class TypeRow:
     line: str
     prefix: PrefixUse = ""
     quantizing: str = ""
+    uses: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_type(model_type: str) -> TypeRow:
@@ -64,9 +67,10 @@ def check_type(model_type: str) -> TypeRow:
         with quiet():
             check_supported(CONFIG_MAPPING[model_type](), Path(model_type))
     except QevalError as error:
-        return TypeRow(model_type, "refused", str(error))
+        return TypeRow(model_type, "refused" if _is_built(model_type) else "not buildable", str(error))
     except Exception as error:  # noqa: BLE001 - its own default configuration can't be made
-        return TypeRow(model_type, "not buildable", f"{type(error).__name__}: {first_line(error)}")
+        reason = f"its own configuration can't be made ({type(error).__name__}: {first_line(error)})"
+        return TypeRow(model_type, "not buildable", reason)
     try:
         model = tiny_model(tiny_config(model_type))
     except QevalError as error:
@@ -81,7 +85,18 @@ def check_type(model_type: str) -> TypeRow:
     except Exception as error:  # noqa: BLE001 - whatever a model's code raises is its row's
         return TypeRow(model_type, "crash", f"{type(error).__name__}: {first_line(error)}")
     outcome: TypeOutcome = "agrees" if off <= ALLOWED_NATS else "wrong"
-    return TypeRow(model_type, outcome, f"{off:.1e} nats", _prefix_use(session.sharing, model), quantizing)
+    uses = try_uses(model) if outcome == "agrees" else {}
+    return TypeRow(model_type, outcome, f"{off:.1e} nats", _prefix_use(session.sharing, model), quantizing, uses)
+
+
+def _is_built(model_type: str) -> bool:
+    """Return whether transformers makes a causal model of a type's own configuration."""
+    try:
+        with quiet(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type]())
+    except Exception:  # noqa: BLE001 - whatever a model's code raises
+        return False
+    return True
 
 
 def check_types(names: Sequence[str], progress: Progress) -> list[TypeRow]:
@@ -102,13 +117,43 @@ def check_types(names: Sequence[str], progress: Progress) -> list[TypeRow]:
 
 def lines_of(rows: Sequence[TypeRow]) -> list[str]:
     """Return the rows as the lines of a table, and a last line of how many came to what."""
-    head = ("model type", "outcome", "prefix", "largest difference, or why", "quantizing")
-    cells = [(row.model_type, row.outcome, row.prefix, row.line, row.quantizing) for row in rows]
-    widths = [max(map(len, column)) for column in list(zip(head, *cells, strict=True))[:3]]
+    head = ("model type", "outcome", "prefix", *USES, "largest difference, or why", "quantizing")
+    cells = [
+        (
+            row.model_type,
+            row.outcome,
+            row.prefix,
+            *(use_mark(row.uses.get(use)) for use in USES),
+            row.line,
+            row.quantizing,
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in list(zip(head, *cells, strict=True))[:-2]]
     table = [_table_line(each, widths) for each in (head, [*("-" * width for width in widths), "---", "---"], *cells)]
     counts = Counter(row.outcome for row in rows)
     totals = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
-    return [*table, "", f"{len(rows)} causal model types: {totals}."]
+    reasons = [f"{', '.join(types)}: {line}" for line, types in use_reasons(rows).items()]
+    return [*table, "", *reasons, "", f"{len(rows)} causal model types: {totals}."]
+
+
+def use_reasons(rows: Iterable[TypeRow]) -> dict[str, list[str]]:
+    """Return the sentences on uses that don't work, each with the types and uses that it is said of."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for use, line in row.uses.items():
+            if line not in (WORKS, ON_EXPORT):
+                found.setdefault(line, {}).setdefault(row.model_type, []).append(use)
+    return {line: [f"{name} ({'/'.join(uses)})" for name, uses in types.items()] for line, types in found.items()}
+
+
+def use_mark(line: str | None) -> str:
+    """Return what a table shows of a use."""
+    if line is None:
+        return ""
+    if line.startswith(FAULT):
+        return "NO"
+    return line if line in (WORKS, ON_EXPORT) else "-"
 
 
 def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -118,7 +163,9 @@ def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def any_fault(rows: Iterable[TypeRow]) -> bool:
     """Return whether any type gives other scores, or fails without a sentence."""
-    return any(row.outcome in ("wrong", "crash") for row in rows)
+    return any(
+        row.outcome in ("wrong", "crash") or any(line.startswith(FAULT) for line in row.uses.values()) for row in rows
+    )
 
 
 def _in_a_process(names: Sequence[str]) -> Iterator[TypeRow]:

@@ -82,6 +82,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "swa_v_head_dim": 16,
     },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
+    "gemma3n_text": {"intermediate_size": [96, 96], "activation_sparsity_pattern": [0.95, 0.0]},
     "gemma4_text": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -102,7 +103,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
     "reformer": {"axial_pos_embds": False, "is_decoder": True, "hash_seed": 0, "num_buckets": 4},
     "xlm": {"causal": True},
-    "xlnet": {"d_head": 16, "d_inner": 768, "attn_type": "uni"},
+    "xlnet": {"d_head": 16, "d_inner": 256, "attn_type": "uni"},
     "xlstm": {"chunk_size": 16, "num_blocks": 2},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {

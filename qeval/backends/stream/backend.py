@@ -113,6 +113,11 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
         UsageError: its decoder is no plain list of layers, the checkpoint is not its own, or a weight is not finite.
     """
     layers = decoder_layers(model)
+    if len({name.rpartition(".")[0] for name in layers}) > 1:
+        raise UsageError(
+            f"{type(model).__name__} has several stacks of layers that read each other's states, so they can't be read "
+            "one at a time; leave --stream out."
+        )
     inside = tuple(f"{name}." for name in layers)
     checkpoint = map_weights(model, entries, str(entries[0].path.parent)).stored
     names = {id(module): module_name for module_name, module in model.named_modules()}

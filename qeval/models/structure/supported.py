@@ -26,8 +26,11 @@ _CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_
 """The names in configurations for the length of a context: most, MPT's, BLOOM's, Whisper's."""
 _VERSION = re.compile(r"\d+(\.\d+){1,3}[\w.+-]{0,20}")
 _LONGEST_NAME = 120
+_SOUND = "continues several streams of codes of sound at once, and gives no probability of a text"
 _REFUSED: Mapping[str, str] = {
     "cpmant": "attends to what stands behind a token too, so it gives no probability of a text",
+    "musicgen": _SOUND,
+    "musicgen_melody": _SOUND,
     "gemma4_assistant": "drafts for another model, whose keys and values it reads; qeval takes models that stand alone",
     "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads; qeval takes models that "
     "stand alone",

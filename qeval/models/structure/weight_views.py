@@ -18,6 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from qeval.errors import UsageError
 from qeval.models.structure.precision import outside_autocast
 
+_NO_EXPERTS = {
+    "Inkling2LoopMessageAttentionResidual", "RecurrentGemmaRglru", "XLNetRelativeAttention", "ZambaMambaMixer",
+}  # fmt: skip
+"""The classes of modules whose parameters of three dimensions hold a matrix a head."""
+
 Before = Callable[[Tensor], None]
 """Told the input [..., columns] of a product."""
 InputChange = Callable[[Tensor], Tensor]
@@ -87,11 +92,11 @@ def modules_of(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that hold a matrix an expert, by name: three dimensions above 1, and no convolution's."""
+    """Return the parameters that hold a matrix an expert, by name: in three dimensions, no convolution's or head's."""
     return {
         f"{name}.{key}".removeprefix("."): parameter
         for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
+        if not isinstance(module, _ConvNd) and type(module).__name__ not in _NO_EXPERTS
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3 and min(parameter.shape[1:]) > 1
     }

@@ -6,12 +6,14 @@
 import pytest
 import torch
 
+from qeval.errors import UsageError
 from qeval.models.checkpoint.weight_map import map_weights
 from qeval.models.checkpoint.weights import read_entries, weight_files
 from qeval.models.load import load_model
 from qeval.models.silence_transformers import quiet
 from qeval.models.source import resolve
 from qeval.models.structure.weight_views import weights_of
+from qeval.models.tiny import tiny_config, tiny_model
 from tests.fixtures.architectures import ARCHITECTURES, tiny_architecture
 from tests.fixtures.tiny import tiny_tokenizer
 
@@ -28,6 +30,10 @@ OTHER_NAMES = {
 """A tensor of each that its model has under another name."""
 
 
+CONVERTED = {"HrmText": "Chunk"}
+"""What is cut apart as it is loaded, and by which of transformers' steps: not read by rows."""
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_checkpoint_in_the_layout_of_the_hub_is_read_whole_and_by_rows(name, tmp_path, monkeypatch):
     monkeypatch.setattr("qeval.models.load.check_supported", lambda *_: None)
@@ -35,14 +41,42 @@ def test_a_checkpoint_in_the_layout_of_the_hub_is_read_whole_and_by_rows(name, t
         model = tiny_architecture(name)
         model.save_pretrained(tmp_path)
         tiny_tokenizer().save_pretrained(tmp_path)
-        whole, empty = (load_model(resolve(str(tmp_path)), weightless=weightless) for weightless in (False, True))
+        whole = load_model(resolve(str(tmp_path)))
+    check_whole(model, whole.model)
+    if name in CONVERTED:
+        with pytest.raises(UsageError, match=rf"\({CONVERTED[name]}\), which --stream can't read"):
+            load_model(resolve(str(tmp_path)), weightless=True)
+        return
+    empty = load_model(resolve(str(tmp_path)), weightless=True)
     entries = read_entries(weight_files(tmp_path))
     if name in OTHER_NAMES:
         assert OTHER_NAMES[name] in {entry.name for entry in entries} - set(model.state_dict())
-    stored = map_weights(empty.model, entries, "here").stored
-    read = weights_of(whole.model)
+    check_rows(model, map_weights(empty.model, entries, "here").stored)
+
+
+@pytest.mark.parametrize("model_type", ["camembert", "xlm-roberta"])
+def test_a_tied_head_that_is_listed_before_its_embedding_is_read(model_type, tmp_path):
+    with quiet():
+        model = tiny_model(tiny_config(model_type))
+        model.save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        whole, empty = (load_model(resolve(str(tmp_path)), weightless=weightless) for weightless in (False, True))
+    entries = read_entries(weight_files(tmp_path))
+    assert "lm_head.decoder.weight" not in {entry.name for entry in entries}
+    assert whole.info.tied_embeddings
+    assert whole.model.get_output_embeddings().weight is whole.model.get_input_embeddings().weight
+    check_whole(model, whole.model)
+    check_rows(model, map_weights(empty.model, entries, "here").stored)
+
+
+def check_whole(model, read):
+    found = weights_of(read)
     for key, weight in weights_of(model).items():
-        assert torch.equal(read[key], weight), key
+        assert torch.equal(found[key], weight), key
+
+
+def check_rows(model, stored):
+    for key, weight in weights_of(model).items():
         part = stored[key]
         out = torch.empty(part.shape)
         part.decode(part.fetch(0, part.shape[0] if part.shape else 1), out)

@@ -27,9 +27,8 @@ from tests.fixtures.families import FAMILIES, SIZES, tiny_family
 
 REFUSED = {
     "CpmAnt": "attends to what stands behind a token too",
-    "Dory": "multiplies each token's logit by a gain of its own",
     "Gemma4UnifiedAssistant": "drafts for another model, whose keys and values it reads",
-    "Musicgen": "of several language models",
+    "Musicgen": "continues several streams of codes of sound",
     "T5": "no causal language model",
 }
 TAKEN = (
@@ -38,6 +37,8 @@ TAKEN = (
     "RecurrentGemma",
     "MiniMax",
     "DeepseekV32",
+    "Blt",
+    "Dory",
     "Gemma4Text",
     "Bart",
     "Bert",
