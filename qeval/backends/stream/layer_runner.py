@@ -21,6 +21,8 @@ from qeval.models.structure.trace import text_config
 
 _Forward = Callable[..., Any]
 Turn = Callable[[int], None]
+_DIMENSIONS = 3
+"""Of one stream of states, [batch, tokens, width]; some models have several (DeepSeek-V4, Gemma 3n)."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -143,6 +145,12 @@ class Relay:
             raise UsageError(
                 f"{type(self._model).__name__} runs its decoder layers in an order of its own, or some more than once, "
                 "so they can't be run one at a time; leave --stream out."
+            )
+        hidden = next(tensors_in((args, keywords)))
+        if hidden.dim() == _DIMENSIONS and len(hidden) != 1:  # of the one text that is tried
+            raise UsageError(
+                f"{type(self._model).__name__} lays its states as [tokens, batch, width], so its layers can't be run "
+                "one at a time; leave --stream out."
             )
         before, after = self._turn
         self._record.enter(args, keywords)

@@ -140,6 +140,11 @@ def test_variants_are_the_files_of_the_model_in_memory(name, methods, tmp_path, 
         assert one == other, method
 
 
+def test_states_in_another_layout_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"XLNetLMHeadModel lays its states as \[tokens, batch, width\]"):
+        inspect(stream_of(model_of("xlnet"), tmp_path), "float32")
+
+
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_a_calibrated_method_is_refused_where_layers_share_weights(method, tmp_path):
     with pytest.raises(
