@@ -24,7 +24,7 @@ def models(
         bool,
         typer.Option(
             "--all",
-            help="With --check: score a tiny model of each causal model type of transformers (minutes).",
+            help="With --check: score, quantize and stream a tiny model of each causal type of transformers (minutes).",
         ),
     ] = False,
     family: Annotated[
