@@ -201,7 +201,7 @@ def prefix_cache(model: Any, outer: Any = None, *, apart: bool = False, changes:
     empty = empty_cache(model)
     if type(empty) is not DynamicCache:
         return empty if outer is None else copy.deepcopy(outer)
-    outers: list[Any] = [None] * len(empty.layers) if outer is None else outer.layers
+    outers: Sequence[Any] = [None] * len(empty.layers) if outer is None else outer.layers
     layers = [
         longer_layer(layer, before, apart=apart, change=changes[index] if changes else None)
         for index, (layer, before) in enumerate(zip(empty.layers, outers, strict=False))

@@ -43,7 +43,8 @@ from qeval.models.load import check_finite
 from qeval.models.structure.graph import Description, Probe, describe_model
 from qeval.models.structure.head import Head, head_of
 from qeval.models.structure.kv_cache import HeadShape, check_cache
-from qeval.models.structure.trace import decoder_layers, probe_tokens, shared_weight
+from qeval.models.structure.trace import decoder_layers, probe_tokens
+from qeval.models.structure.weight_views import modules_of
 from qeval.progress import Progress
 from qeval.quant.scheme import Scheme
 from qeval.quantize.rotating import turn_input
@@ -112,11 +113,6 @@ def streamed(model: Any, entries: list[TensorEntry], device: torch.device, compu
         UsageError: its decoder is no plain list of layers, the checkpoint is not its own, or a weight is not finite.
     """
     layers = decoder_layers(model)
-    if (shared := shared_weight(layers)) is not None:
-        raise UsageError(
-            f"{type(model).__name__}'s layers share weights ({shared}), so they can't be read one at a time; leave "
-            "--stream out."
-        )
     if len({name.rpartition(".")[0] for name in layers}) > 1:
         raise UsageError(
             f"{type(model).__name__} has several stacks of layers that read each other's states, so they can't be read "
@@ -208,11 +204,11 @@ def scaled_inputs(stream: Streamed, variant: SavedVariant) -> Iterator[None]:
     """Turn linears' inputs and multiply them by scales, as a variant says."""
     with ExitStack() as stack:
         for name, core in variant.input_rotations.items():
-            module = stream.model.get_submodule(name.removesuffix(".weight"))
-            stack.callback(turn_input(module, core, stream.device).remove)
+            for module in modules_of(stream.model, name):
+                stack.callback(turn_input(module, core, stream.device).remove)
         for name, scales in variant.input_scales.items():
-            module = stream.model.get_submodule(name.removesuffix(".weight"))
-            stack.enter_context(scaled_input(module, scales.to(stream.device)))
+            for module in modules_of(stream.model, name):
+                stack.enter_context(scaled_input(module, scales.to(stream.device)))
         yield
 
 

@@ -72,7 +72,7 @@ def _proven_by_layers(model: Any, relay: Relay, weights: LayerWeights) -> Sharin
 
 def _first_of_each_kind(model: Any) -> list[int]:
     """Return the first layer of each kind: by the configuration, by its class, and by what it keeps of a prefix."""
-    _, layers = decoder_layers(model)
+    layers = decoder_layers(model).values()
     named = getattr(text_config(model), "layer_types", None) or [None] * len(layers)
     kept = empty_cache(model).layers or [None] * len(layers)
     kinds = [(name, type(layer), type(each)) for name, layer, each in zip(named, layers, kept, strict=False)]

