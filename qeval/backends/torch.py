@@ -384,9 +384,11 @@ class TorchBackend:
         finally:
             self._is_lent = False
 
-    def _place_of_codes(self, folder: Path) -> Callable[[str], torch.device]:
+    def _place_of_codes(self, folder: Path) -> Callable[[str], torch.device] | None:
         """Return where each weight is unpacked, a byte a number: on its CUDA GPU with room for it, else on the host."""
         host = torch.device("cpu")
+        if self._model.device.type != "cuda":
+            return None
         places = {name: weight.device for name, weight in weights_of(self._model).items()}
         sizes: Counter[torch.device] = Counter()
         for entry in read_manifest(folder).weights:
@@ -395,6 +397,6 @@ class TorchBackend:
 
         def place(name: str) -> torch.device:
             device: torch.device = places.get(name, self._model.device)
-            return device if device.type == "cuda" and device not in crowded else host
+            return host if device in crowded else device
 
         return place
