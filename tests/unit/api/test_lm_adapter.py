@@ -107,7 +107,14 @@ def test_bos_follows_the_policy(bos, leading):
     assert lm.tok_encode("text").count(lm.prefix_token_id) == leading
 
 
-def test_a_tokenizer_needs_a_start():
+def test_a_session_that_scores_generates_nothing_and_a_tokenizer_needs_a_start():
+    asked = requests("generate_until", ("a", {"until": ["."], "max_gen_toks": 3}))
+    with pytest.raises(QevalError, match="scores and can't generate answers"):
+        QevalLM(ReplaySession(256), tokenizer()).generate_until(asked)
+    with pytest.raises(UsageError, match="samples its answers"):
+        QevalLM(ReplaySession(256), tokenizer()).generate_until(
+            requests("generate_until", ("a", {"do_sample": True, "temperature": 0.5}))
+        )
     with pytest.raises(UsageError, match="neither a BOS nor an EOS"):
         QevalLM(ReplaySession(256), tiny_tokenizer()).tok_encode("a")
 
