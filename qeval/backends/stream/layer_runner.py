@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qeval.errors import UsageError
+from qeval.errors import UsageError, first_line
 from qeval.models.structure.forward import body_of, cache_arguments
 from qeval.models.structure.precision import outside_autocast
 from qeval.models.structure.trace import text_config
@@ -48,7 +48,19 @@ class Relay:
         """Return what layer `index` makes of `given` [batch, tokens, d_model]; None: of the embeddings of `ids`.
 
         The last layer's is the model's final hidden states, norm included. `cache` is handed to the model.
+
+        Raises:
+            UsageError: The model's code wants more of its layers than states.
         """
+        try:
+            return self._run(index, hidden, cache, ids)
+        except (NotImplementedError, ValueError) as error:
+            raise UsageError(
+                f"{type(self._base).__name__}'s code can't run its layers one at a time ({first_line(error)}); leave "
+                "--stream out."
+            ) from error
+
+    def _run(self, index: int, hidden: Tensor | None, cache: Any, ids: Tensor) -> Tensor:
         self._active, self._hidden, self._found = index, hidden, None
         # layers with inputs of their own (Gemma 4) get them from the ids
         embeds = None if hidden is None or self._takes_ids else self._embeddings(hidden)
