@@ -40,6 +40,7 @@ TRIED_METHODS: Mapping[str, str] = {
 WORKS, ON_EXPORT, FAULT = "yes", "on export", "fault: "
 """A use that was tried; one that only an export shows; the beginning of what should not have happened."""
 USES = (*TRIED_METHODS, "stream", "onnx", "gguf")
+_FOLDER = "qeval-type-"
 _SAMPLES, _LENGTH = 4, 24
 _STREAM_BYTES = 1 << 30
 _APART = 1e-4
@@ -59,6 +60,7 @@ def _unnamed(line: str, model: Any) -> str:
     """Return a sentence for any model's class, so that types of one reason share it."""
     for part in (model, body_of(model)):
         line = re.sub(rf"\b{type(part).__name__}\b", "this model", line)
+    line = re.sub(rf"'[^']*/{_FOLDER}[^/']*/", "'", line)
     return line[0].upper() + line[1:] if line.startswith("this ") else line
 
 
@@ -116,7 +118,7 @@ def _stream(model: Any) -> None:
     """Score with one layer in memory at a time, and compare with the whole model."""
     request = Request(tuple(range(3, 3 + _LENGTH)), tuple(range(_LENGTH)))
     whole = TorchSession(model).states([request])[0]
-    with TemporaryDirectory(prefix="qeval-type-") as folder:
+    with TemporaryDirectory(prefix=_FOLDER) as folder:
         model.save_pretrained(folder)
         entries = read_entries(weight_files(Path(folder)))
         empty, _ = build_meta_model(deepcopy(model.config), torch.float32, entries, model.config.model_type)

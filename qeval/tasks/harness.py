@@ -14,6 +14,7 @@ import datasets
 import yaml
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from qeval.errors import UsageError
 from qeval.paths import shipped
@@ -173,6 +174,8 @@ def encode_task(
         if task.OUTPUT_TYPE != CHOICES:
             raise UsageError(f"Task '{leaf}' asks for {task.OUTPUT_TYPE}, and has no choices.")
     text = HarnessText(tokenizer, bos, max_length)
+    for task in data.tasks.values():
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # else another tokenizer's prompts would have other examples
     shots = {subject: _shots(task) for subject, task in data.tasks.items()}
     with quiet_harness():
         questions = tuple(

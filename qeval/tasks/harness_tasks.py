@@ -20,7 +20,6 @@ from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils
 from lm_eval.api.metrics import mean  # noqa: F401 - fills the registry of metrics
 from lm_eval.api.registry import metric_registry
-from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml as load_task_yaml
 
@@ -97,7 +96,6 @@ def load_harness_tasks(name: str) -> dict[str, Any]:
     except _LOAD_ERRORS as error:
         raise UsageError(f"The data of task '{name}' can't be loaded: {hub_reason(error)}") from error
     for leaf, task in tasks.items():
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as the harness does: else examples are drawn anew every time
         if getattr(task, "MULTIMODAL", False):
             raise UsageError(f"Task '{leaf}' shows pictures or sounds; qeval scores text.")
         if task.OUTPUT_TYPE not in (CHOICES, *RESPONSE_TYPES):

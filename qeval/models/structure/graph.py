@@ -120,9 +120,8 @@ class Group:
 class Description:
     """A model as the quantizers see it: its groups in the order of the computation, its layers, head, embedding.
 
-    `float_kinds`: matrices of decoder layers that stay in float whatever a recipe says, by name (a stack's, where
-    every matrix of it does). `in_turn`: whether each layer runs once, after the one before it, with weights of its own.
-    Some models run layers in loops (Dory, HRM), or several stacks of them (BLT), or share blocks among layers (Zamba).
+    `float_kinds`: matrices of decoder layers that stay in float whatever a recipe says, by name (a stack's, where every
+    one does). `in_turn`: whether layers, in one stack, run once each, with weights of their own: no loops, no ties.
     """
 
     groups: tuple[Group, ...]
