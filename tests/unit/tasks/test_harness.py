@@ -78,6 +78,13 @@ def test_drawn_examples_are_the_same_every_time(tasks):
     assert load("tiny_drawn").questions[0].shots == 2
 
 
+def test_drawn_examples_are_the_same_for_every_tokenizer_that_a_task_is_encoded_with(tasks):
+    data, tokenizer = harness.load_task("tiny_drawn", shots=5, folder=None, subjects=()), tiny_tokenizer()
+    tokenizer.eos_token = "~"
+    once, again = (harness.encode_task(data, tokenizer, max_length=256, bos="auto", limit=4) for _ in range(2))
+    assert once.questions == again.questions
+
+
 def test_what_cannot_be_scored_is_refused(tasks):
     with pytest.raises(UsageError, match="Task 'tiny_written' asks for generate_until"):
         load("tiny_written")
