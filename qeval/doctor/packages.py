@@ -18,6 +18,10 @@ _EXTRAS = (
     ("GPTQModel", "gptqmodel", "gptqmodel", "pip install 'qeval[gptqmodel]'"),
     ("AutoRound", "auto_round", "auto-round", "pip install 'qeval[autoround]'"),
     ("Model Optimizer", "modelopt", "nvidia-modelopt", "pip install nvidia-modelopt"),
+    ("llguidance", "llguidance", "llguidance", "pip install 'qeval[grammar]'"),
+    ("Inspect", "inspect_ai", "inspect-ai", "pip install 'qeval[inspect]'"),
+    ("MLflow", "mlflow", "mlflow-skinny", "pip install 'qeval[mlflow]'"),
+    ("W&B", "wandb", "wandb", "pip install 'qeval[wandb]'"),
     ("NVML", "pynvml", "nvidia-ml-py", "pip install nvidia-ml-py"),
 )
 """What it is called, its module, its distribution, and what installs it."""
