@@ -186,10 +186,7 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     Raises:
         UsageError: something that was asked for is not there or does not fit.
     """
-    check_out(settings.out, "the report")
-    _check_machine(settings)
-    if settings.threads or settings.worker_count > 1:
-        torch.set_num_threads(share_of_threads(settings))
+    _prepare_machine(settings)
     tasks = load_tasks(settings)  # what the hub lacks is told before a model is loaded
     places = local_places(settings.variants)
     _check_schemes(settings, places)
@@ -202,9 +199,6 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
     schemes = [recipe.scheme for recipe in settings.every_recipe]
     backend.reserve(data.most_positions, schemes)
     calibration = cache(lambda: calibration_of(settings.calibration, loaded))
-    overlap = cache(lambda: overlap_of(calibration().samples, data.texts))
-    if any(recipe.calibrated for recipe in settings.every_recipe):
-        calibration()
     for recipe in settings.every_recipe:
         if recipe.calibrated:
             source.check_room(recipe, calibration().samples)
@@ -228,11 +222,19 @@ def make_plan(settings: Settings, memory: MemoryModel | None = None, progress: P
         onnx_variants=onnx_variants,
         served=served,
         calibration=calibration,
-        overlap=overlap,
+        overlap=cache(lambda: overlap_of(calibration().samples, data.texts)),
         batch_tokens=settings.batch_tokens or backend.batch_tokens,
         shape=_shape(loaded, quantizable(source.description)),
         memory=memory,
     )
+
+
+def _prepare_machine(settings: Settings) -> None:
+    """Check that the output can be written and the device computes, and take the threads that were asked for."""
+    check_out(settings.out, "the report")
+    _check_machine(settings)
+    if settings.threads or settings.worker_count > 1:
+        torch.set_num_threads(share_of_threads(settings))
 
 
 def _check_machine(settings: Settings) -> None:
