@@ -31,8 +31,13 @@ LIMIT = 64 << 20
 OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt", "sarvam_moe", "bert")
 """Of streams of states beside each other and experts by token; of a block that layers share; of tuples and lists; of
 projections that lie in one tensor; of a transform before the head."""
-WHOLE_QUESTIONS = {"Mamba", "Jamba", "MiniMax", "bamba", "openai-gpt"}
-"""Those whose continuations start from an empty state, or that have a cache of their own, or none."""
+WHOLE_QUESTIONS = {"Mamba", "Jamba", "MiniMax", "bamba", "openai-gpt", "xLSTM", "LongcatFlash"}
+"""Those whose continuations start empty, or that have a cache of their own, or none, or two parts of it a layer."""
+REFUSED = {
+    "Dory": "runs its decoder layers in an order of its own, or some more than once",
+    "HrmText": "has several stacks of layers that read each other's states",
+    "Blt": "has several stacks of layers that read each other's states",
+}
 METHODS = ("rtn:g32", "awq:g32", "gptq:g32")
 MIXED = ("mixed-rtn:g32-measured-6bpw", "mixed-rtn:g32-fisher-6bpw")
 
@@ -56,7 +61,13 @@ def stream_of(model, folder):
     return streamed(weightless, entries, torch.device("cpu"), "float32")
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+@pytest.mark.parametrize(("name", "sentence"), REFUSED.items())
+def test_layers_that_do_not_follow_one_another_are_refused(name, sentence, tmp_path):
+    with pytest.raises(UsageError, match=rf"{sentence}.* leave --stream out"):
+        inspect(stream_of(model_of(name), tmp_path), "float32")
+
+
+@pytest.mark.parametrize("name", [*(name for name in ARCHITECTURES if name not in REFUSED), *OTHERS])
 def test_states_are_those_of_the_model_in_memory_and_questions_those_of_whole_sequences(name, tmp_path):
     model, prefix = model_of(name), tokens(11)
     whole = TorchSession(model, sharing=WHOLE)
