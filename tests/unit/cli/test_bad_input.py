@@ -154,7 +154,7 @@ FLAGS = {
     "no thread": ({"threads": "0"}, "Invalid value for '--threads'"),
     "an unknown device": ({"device": "tpu"}, "Unknown device 'tpu'"),
     "an unknown compute type": ({"compute": "fp8"}, "Unknown compute type 'fp8'"),
-    "an unknown backend": ({"backend": "onnx"}, "Unknown backend 'onnx'. Choices: llama.cpp, ort, torch."),
+    "an unknown backend": ({"backend": "onnx"}, "Unknown backend 'onnx'. Choices: llama.cpp, ort, torch, vllm"),
     "a revision of a folder": ({"revision": "main"}, "--revision main needs a model on the hub"),
     "a variant without a folder": ({"variant": "mine"}, "--variant takes NAME=PATH, not 'mine'."),
     "a variant named as a method": ({"variant": "rtn:g32=x"}, "Two variants are named 'rtn:g32'"),
