@@ -247,8 +247,8 @@ class OnnxExporter:
         model.producer_version = (model.producer_version or "").partition("+")[0]  # the builder adds a git commit
         # The graph holds the checkpoint's exact values and is judged in fp32, whatever torch computes in here.
         reference = _in_fp32(self._loaded)
-        parameters = {name: tensor for name, tensor in weights_of(reference).items() if not is_expert(name)}
-        parameters |= {name: reference.get_parameter(name) for name in self._names if not is_expert(name)}
+        parameters = {name: reference.get_parameter(name) for name in self._names if not is_expert(name)}
+        parameters |= {name: tensor for name, tensor in weights_of(reference).items() if not is_expert(name)}
         places = locate(model.graph, parameters)
         make_exact(places, parameters)
         _save(model, folder)

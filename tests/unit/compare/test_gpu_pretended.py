@@ -262,7 +262,7 @@ def test_states_stay_on_the_gpu_between_variants(bench, tmp_path):
     (positions, _), states = load_file(record)["states"].shape, load_file(record)["states"].nbytes
     moved = {way: {line: count for (line, each), count in log.moved.items() if each == way} for way in ("H2D", "D2H")}
     assert sum(count for line, count in moved["D2H"].items() if line.startswith("store/states")) == states
-    columns = 2 + 2 * 8  # of the baseline's rows, and of two variants'
+    columns = 2 + 2 * 10  # of the baseline's rows, and of two variants'
     rows = sum(count for line, count in moved["D2H"].items() if not line.startswith("store/"))
     assert rows == positions * columns * torch.float64.itemsize
     assert max(count for line, count in moved["D2H"].items() if line.startswith(("score", "metrics"))) < states

@@ -17,8 +17,9 @@ def plan_of(shares_prefixes, *questions):
     """A plan of nothing but questions, on a backend that shares prefixes or not."""
     plan = object.__new__(Plan)
     suites = (SimpleNamespace(parts=lambda: [list(questions)]),) if questions else ()
-    object.__setattr__(plan, "suites", suites)
-    object.__setattr__(plan, "backend", SimpleNamespace(shares_prefixes=shares_prefixes))
+    fields = {"suites": suites, "responses": (), "haystacks": ()}
+    for name, value in {**fields, "backend": SimpleNamespace(shares_prefixes=shares_prefixes)}.items():
+        object.__setattr__(plan, name, value)
     return plan
 
 
