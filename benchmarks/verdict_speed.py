@@ -27,7 +27,7 @@ _WINDOWS = 300
 _SHARD_ROWS = 4096
 _GATE_VERDICTS = (1, 4)
 _POLICY = "configs/gates/release.yaml"
-_RENDER = "import sys; from pathlib import Path; from qeval.report import render; render(Path(sys.argv[1]))"
+_RENDER = "import sys; from pathlib import Path; from qeval.report.render import render; render(Path(sys.argv[1]))"
 _PROGRAM = "import sys; from qeval.cli.app import run_program; sys.exit(run_program(sys.argv[1:]))"
 
 

@@ -16,7 +16,6 @@ from qeval.escape import terminal
 from qeval.report import Report, build_paired, notebook
 from qeval.report.align import BASELINE_NAME, ItemRows, TokenRows
 from qeval.report.model import Metrics, VariantReport
-from qeval.report.run_plots import RunPlots
 from qeval.report.run_rows import PairedRun
 from qeval.report.score_rows import ScoreRows
 from qeval.report.summary import summary
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from qeval.jobs.publish import PublishedManifest
     from qeval.report.advice import Advice
     from qeval.report.calibration_spread import CalibrationSpread
+    from qeval.report.run_plots import RunPlots
     from qeval.report.sensitivity import Sensitivities
     from qeval.store.timings import BenchRecord
     from qeval.store.variants import Manifest
@@ -62,8 +62,10 @@ class Run:
         return tuple(variant.name for variant in self.record.variants if variant.status == "failed")
 
     @property
-    def plot(self) -> RunPlots:
+    def plot(self) -> "RunPlots":
         """Return the report's plots, one method each."""
+        from qeval.report.run_plots import RunPlots  # noqa: PLC0415 - matplotlib takes as long to import as an import to run
+
         return RunPlots(self.report)
 
     def summary(self) -> "pd.DataFrame":

@@ -236,7 +236,8 @@ def _run(
         from qeval.compare.machine import settings_here  # noqa: PLC0415
         from qeval.compare.plan import make_plan  # noqa: PLC0415
         from qeval.compare.run import membership, run_comparison  # noqa: PLC0415
-        from qeval.report import build_paired, write_report  # noqa: PLC0415
+        from qeval.report import build_paired  # noqa: PLC0415
+        from qeval.report.render import write_report  # noqa: PLC0415
         from qeval.report.run_rows import PairedRun  # noqa: PLC0415
         from qeval.results import Run  # noqa: PLC0415
 

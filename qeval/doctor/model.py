@@ -176,7 +176,7 @@ def _fits(name: str, outline: Outline) -> Iterator[DoctorCheck]:
     room = free_bytes(torch.device(device))
     streams = outline.streamed_bytes(compute) + PROGRAM_BYTES
     yield _check("by layers (--stream)", _verdict(streams, room))
-    way: str | None
+    way: str | None = None
     if spreads:
         way = " --device-map auto"
     elif device == "cuda" and roomy:

@@ -32,12 +32,12 @@ from qeval.models.device import release_cached
 from qeval.models.info import LoadedModel
 from qeval.progress import Progress
 from qeval.quantize.sensitivity import trial_passes
-from qeval.report import write_report
 from qeval.report.advice import Advice, FindingKind, TreatmentResult, write_advice
 from qeval.report.build import build_paired
 from qeval.report.diff.measure import DiffSide, judged, token_differences
 from qeval.report.model import Metric, Report, VariantReport
 from qeval.report.privacy import local_name
+from qeval.report.render import write_report
 from qeval.report.run_rows import PairedRun
 from qeval.stats.flips import holm
 from qeval.store.out import check_out

@@ -17,7 +17,7 @@ from qeval.doctor.diagnosis import diagnose
 from qeval.doctor.hub import hub_checks
 from qeval.doctor.machine import machine_checks
 from qeval.doctor.model import model_checks, outline_of
-from qeval.doctor.packages import package_checks
+from qeval.doctor.packages import _EXTRAS, package_checks
 from tests.fixtures.hub import FakeHub, reached
 from tests.fixtures.nvml import FakeGpu, install_cuda, install_nvml, without_gpu
 
@@ -131,7 +131,7 @@ def test_both_onnx_runtimes_in_one_environment_are_wrong(monkeypatch):
 
 def test_what_is_optional_is_never_wrong_by_not_being_there(monkeypatch):
     packages(monkeypatch)
-    for name in ("llama_cpp", "ray", "torchao", "hqq", "gptqmodel", "auto_round", "modelopt", "pynvml"):
+    for _, name, _, _ in _EXTRAS:
         monkeypatch.setitem(sys.modules, name, None)
     found = by_name(package_checks())
     assert {check.status for check in found.values()} == {"note"}

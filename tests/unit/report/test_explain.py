@@ -12,11 +12,11 @@ from scipy import special, stats
 
 from qeval.cli.app import run_program as program
 from qeval.errors import BrokenRecordError, UsageError
-from qeval.report import render
 from qeval.report.explain import build_explanation, explanation_json
 from qeval.report.explain.build import TOKENS
 from qeval.report.explain.layers import layers_loss
 from qeval.report.explain.tables import explanation_tables
+from qeval.report.render import render
 from qeval.stats.flips import holm, mcnemar
 from qeval.store.rows import RowStore
 from qeval.store.run import GroupRecord

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from qeval.report import build_report, formatting, render, report_json, style, summary_table
+from qeval.report import build_report, formatting, report_json, style, summary_table
 from qeval.report.document import Table, TableCell
+from qeval.report.render import render
 from tests.fixtures.runs import SEVEN, Made, Shape, make_run, reseal
 
 SMALL = Shape(variants=SEVEN, windows=12, length=32)
