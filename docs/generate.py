@@ -95,9 +95,7 @@ def families_page() -> str:
             ("Family", *checks),
             [(name, *(_cell(check, cells[check]) for check in checks)) for name, cells in record.items()],
         ),
-        "Figures of the checks are in [families.json](families.json). A dash means that the check does not apply:",
-        "",
-        *_bullets(_reasons(record)),
+        *_figures_of(record),
         "",
         *_types_section(),
         "## Which models belong to a family",
@@ -115,6 +113,14 @@ def families_page() -> str:
         ),
     ]
     return _text(lines)
+
+
+def _figures_of(record: Mapping[str, Mapping[str, Mapping[str, str]]]) -> list[str]:
+    """Return where the figures are, and the reason of each check that does not apply."""
+    sentence, reasons = "Figures of the checks are in [families.json](families.json).", _reasons(record)
+    return (
+        [f"{sentence} A dash means that the check does not apply:", "", *_bullets(reasons)] if reasons else [sentence]
+    )
 
 
 def _types_section() -> list[str]:

@@ -50,7 +50,12 @@ SETTINGS = Settings(
     command="qeval compare",
 )
 ENGINES = replace(
-    SETTINGS, backends=BackendChoice(("torch", "vllm", "http://localhost:8000")), workers=1, executor="local"
+    SETTINGS,
+    backends=BackendChoice(("torch", "vllm", "http://localhost:8000")),
+    tasks=("kl", "mmlu"),
+    traces=TraceChoice(),
+    workers=1,
+    executor="local",
 )
 """Settings that the options of engines are for."""
 FREE = {"command": "other", "out": Path("x"), "threads": 1, "batch_tokens": None, "workers": 1,

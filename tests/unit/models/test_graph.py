@@ -11,7 +11,7 @@ from qeval.config import GridRule, Recipe, parse_method
 from qeval.errors import QevalError, UsageError
 from qeval.models.structure.graph import Fold, describe_model
 from qeval.models.structure.head import head_of
-from qeval.models.structure.trace import Trace
+from qeval.models.structure.trace import LayerTrace
 from qeval.models.structure.weight_views import weights_of
 from qeval.quantize.build import build_variant, source_of
 from qeval.quantize.statistics import collect
@@ -208,7 +208,7 @@ def test_a_model_without_linears_or_layers_is_refused(monkeypatch):
         monkeypatch.context() as patched,
         pytest.raises(UsageError, match="No linear layers were found in the decoder layers of LlamaForCausalLM"),
     ):
-        patched.setattr("qeval.models.structure.graph.trace", lambda *_: Trace([[], []], [0, 1]))
+        patched.setattr("qeval.models.structure.graph.trace", lambda *_: LayerTrace([[], []], [0, 1]))
         describe_model(model)
     model.config.num_hidden_layers = 7
     with pytest.raises(UsageError, match="has no list of 7 decoder layers"):

@@ -68,7 +68,7 @@ def test_the_uses_of_a_type_are_tried_or_have_a_sentence(monkeypatch):
     uses = check_type("dory").uses
     assert [*uses] == [*USES]
     assert {uses[method] for method in TRIED_METHODS} == {WORKS}
-    assert uses["stream"].startswith("This model computes between its decoder layers")
+    assert uses["stream"].startswith("This model runs its decoder layers in an order of its own")
     assert "not of this model" in uses["gguf"]
 
     def fail(*_):
