@@ -28,9 +28,9 @@ from qeval.types import Call, Request
 from tests.fixtures.architectures import ARCHITECTURES, tiny_architecture
 
 LIMIT = 64 << 20
-OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt", "sarvam_moe", "bert")
+OTHERS = ("deepseek_v4", "zamba2", "bamba", "openai-gpt", "sarvam_moe", "bert", "doge")
 """Of streams of states beside each other and experts by token; of a block that layers share; of tuples and lists; of
-projections that lie in one tensor; of a transform before the head."""
+projections that lie in one tensor; of a transform before the head; of a mask that changes with what is shared."""
 WHOLE_QUESTIONS = {"Mamba", "Jamba", "MiniMax", "bamba", "openai-gpt", "xLSTM", "LongcatFlash"}
 """Those whose continuations start empty, or that have a cache of their own, or none, or two parts of it a layer."""
 REFUSED = {
