@@ -1,13 +1,15 @@
 """From scores to metrics: each model's mean, its paired difference from the baseline, and what flipped.
 
 Scores are those of tasks without choices, or another program's. Intervals of means are t intervals clustered by subject
-(by item where there is one subject), with what repeats add to all items alike counted in; a gate bounds the same
-difference. Flips are shares of items, with bootstrap intervals as those of questions have.
+(by item where there is one subject), with what repeats add to all items alike counted in, and Wilson's of shares of
+right answers; a gate bounds the same difference. Flips are shares of items, with bootstrap intervals as those of
+questions have.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+from scipy.stats import binomtest
 
 from qeval.report.document import NOTHING, Table, TableCell, metric_cell
 from qeval.report.model import Metric, Metrics, Report, ScoreFlips
@@ -33,7 +35,21 @@ def score_metrics(record: ScoreRecord, rows: ScoreRows, seed: int) -> Metrics:
         metrics[f"{record.name}_cut"] = Metric.of(share)
     if rows.non_finite:
         return metrics | {name: Metric.broken(record.unit, record.better, len(rows.items), rows.non_finite)}
-    return metrics | {name: _metric(difference_of(rows.means, (rows.variances, _NOTHING), rows.clusters), record)}
+    metric = _metric(difference_of(rows.means, (rows.variances, _NOTHING), rows.clusters), record)
+    return metrics | {name: _share_of_right(metric, rows) if rows.is_right_or_wrong else metric}
+
+
+def _share_of_right(metric: Metric, rows: ScoreRows) -> Metric:
+    """Return a share of right answers with an interval inside 0 and 1.
+
+    Where each item is a cluster of its own that is Wilson's (JASA 22, 1927), which says something of 0 in 10 too.
+    """
+    if rows.clusters.count == len(rows.items):
+        ends = binomtest(int(rows.means.sum()), len(rows.items)).proportion_ci(method="wilson")
+        return metric.model_copy(update={"low": float(ends.low), "high": float(ends.high)})
+    if metric.low is None or metric.high is None:
+        return metric
+    return metric.model_copy(update={"low": max(0.0, metric.low), "high": min(1.0, metric.high)})
 
 
 def score_changes(record: ScoreRecord, rows: ScoreRows, baseline: ScoreRows, seed: int) -> Metrics:
