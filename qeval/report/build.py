@@ -18,10 +18,8 @@ from qeval.report.measure_confidence import flips_by_margin, kl_by_entropy
 from qeval.report.measure_models import (
     broken_metrics,
     drift_by_model,
-    needle_cells_by_model,
     needles_by_model,
     require_finite,
-    score_flips_by_model,
     scores_by_model,
     traces_by_model,
 )
@@ -97,16 +95,16 @@ def build_paired(rows: PairedRun) -> Report:
     # measure
     tokens = _tokens(rows, rows.protocol) if rows.protocol else _NO_TOKENS
     items = [_items(rows, task) for task in run.tasks]
+    needles, scores = needles_by_model(rows), scores_by_model(rows)
     metrics, results = _merged(
         tokens,
         items,
-        [drift_by_model(rows), needles_by_model(rows), *traces_by_model(rows), *scores_by_model(rows)],
+        [drift_by_model(rows), needles.metrics, *traces_by_model(rows), *scores.metrics],
         [BASELINE_NAME, *(variant.name for variant in rows.done)],
     )
-    flips, needles = score_flips_by_model(rows), needle_cells_by_model(rows)
     variants = [
         _variant(each, run, metrics, results, tokens).model_copy(
-            update={"score_flips": flips[each.name], "needle": needles.get(each.name, [])}
+            update={"score_flips": scores.flips[each.name], "needle": needles.cells.get(each.name, [])}
         )
         for each in run.variants
     ]
@@ -122,7 +120,7 @@ def build_paired(rows: PairedRun) -> Report:
             size_bytes=run.baseline_size_bytes,
             metrics=metrics[BASELINE_NAME],
             tasks=results[BASELINE_NAME],
-            needle=needles.get(BASELINE_NAME, []),
+            needle=needles.cells.get(BASELINE_NAME, []),
             seconds=run.baseline_seconds,
         ),
         variants=mark_pareto(variants),

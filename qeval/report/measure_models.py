@@ -1,5 +1,7 @@
 """The metrics of every model of a run, by its name: along continuations, of needles, along traces, of scores."""
 
+from typing import NamedTuple
+
 from qeval.errors import QevalError
 from qeval.report import measure_drift, measure_grammar, measure_reasoning, measure_scores
 from qeval.report.align import BASELINE_NAME
@@ -16,13 +18,25 @@ def drift_by_model(paired: PairedRun) -> dict[str, Metrics]:
     return {variant.name: measure_drift.drift_metrics(paired.drift(variant), seed) for variant in paired.done}
 
 
-def needles_by_model(paired: PairedRun) -> dict[str, Metrics]:
-    """Return every model's answers to needles, by name; nothing where none was asked for."""
+class NeedlesByModel(NamedTuple):
+    """Every model's answers to needles, by its name: the metrics, and those of each length and depth."""
+
+    metrics: dict[str, Metrics]
+    cells: dict[str, list[NeedleCell]]
+
+
+def needles_by_model(paired: PairedRun) -> NeedlesByModel:
+    """Return every model's answers to needles; nothing where none was asked for."""
     if paired.record.needle is None:
-        return {}
+        return NeedlesByModel({}, {})
     seed, baseline = paired.record.seed, paired.baseline_needles
-    own = {BASELINE_NAME: needle_metrics(baseline, seed)}
-    return own | {each.name: needle_metrics(paired.needles(each), seed, baseline) for each in paired.done}
+    metrics = {BASELINE_NAME: needle_metrics(baseline, seed)}
+    cells = {BASELINE_NAME: needle_cells(baseline, seed)}
+    for variant in paired.done:
+        rows = paired.needles(variant)
+        metrics[variant.name] = needle_metrics(rows, seed, baseline)
+        cells[variant.name] = needle_cells(rows, seed, baseline)
+    return NeedlesByModel(metrics, cells)
 
 
 def traces_by_model(paired: PairedRun) -> list[dict[str, Metrics]]:
@@ -41,45 +55,33 @@ def traces_by_model(paired: PairedRun) -> list[dict[str, Metrics]]:
     return kinds
 
 
-def needle_cells_by_model(paired: PairedRun) -> dict[str, list[NeedleCell]]:
-    """Return every model's answers to needles by length and depth, by its name; nothing where none was asked for."""
-    if paired.record.needle is None:
-        return {}
-    seed, baseline = paired.record.seed, paired.baseline_needles
-    own = {BASELINE_NAME: needle_cells(baseline, seed)}
-    return own | {each.name: needle_cells(paired.needles(each), seed, baseline) for each in paired.done}
+class ScoresByModel(NamedTuple):
+    """Every model's scores: the metrics of each score by the model's name, and each variant's flips by score."""
+
+    metrics: list[dict[str, Metrics]]
+    flips: dict[str, dict[str, ScoreFlips]]
 
 
-def scores_by_model(paired: PairedRun) -> list[dict[str, Metrics]]:
-    """Return every model's means of each score, and their differences from the baseline's, by name."""
-    kinds = []
-    for record in paired.record.scores:
-        baseline = paired.baseline_scores(record)
-        seed = paired.record.seed
-        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline, seed)}
-        require_finite(metrics[BASELINE_NAME])
-        for variant in paired.done:
-            rows = paired.scores(record, variant)
-            own = measure_scores.score_metrics(record, rows, seed)
-            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline, seed)
-        kinds.append(metrics)
-    return kinds
-
-
-def score_flips_by_model(paired: PairedRun) -> dict[str, dict[str, ScoreFlips]]:
-    """Return each variant's flips by score, of scores that are right or wrong."""
+def scores_by_model(paired: PairedRun) -> ScoresByModel:
+    """Return every model's means of each score, their differences from the baseline's, and flips of right answers."""
+    kinds, seed = [], paired.record.seed
     found: dict[str, dict[str, ScoreFlips]] = {variant.name: {} for variant in paired.record.variants}
     family = [variant.name for variant in paired.done if variant.role == "variant"]
     for record in paired.record.scores:
         baseline = paired.baseline_scores(record)
-        flips = {
-            variant.name: measure_scores.count_score_flips(rows, baseline)
-            for variant in paired.done
-            if measure_scores.are_answers(record, rows := paired.scores(record, variant), baseline)
-        }
+        metrics = {BASELINE_NAME: measure_scores.score_metrics(record, baseline, seed)}
+        require_finite(metrics[BASELINE_NAME])
+        flips = {}
+        for variant in paired.done:
+            rows = paired.scores(record, variant)
+            own = measure_scores.score_metrics(record, rows, seed)
+            metrics[variant.name] = own | measure_scores.score_changes(record, rows, baseline, seed)
+            if measure_scores.are_answers(record, rows, baseline):
+                flips[variant.name] = measure_scores.count_score_flips(rows, baseline)
+        kinds.append(metrics)
         for name, each in measure_scores.adjusted_flips(flips, family).items():
             found[name][record.name] = each
-    return found
+    return ScoresByModel(kinds, found)
 
 
 def require_finite(baseline: Metrics) -> None:
