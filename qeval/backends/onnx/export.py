@@ -110,7 +110,7 @@ class OnnxExporter:
             require_dynamo()
         self._builder = None if exporter == "dynamo" else require_builder().genai_version
         self._loaded, self.asked, self._threads = loaded, exporter, threads
-        if any(map(is_expert, weights_of(loaded.model))):
+        if stacks_of(loaded.model):
             self.asked = _exporter_of_experts(loaded, exporter, target)
         self._names = tuple(names)
         head = loaded.model.get_output_embeddings()

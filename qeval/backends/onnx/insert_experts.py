@@ -26,10 +26,10 @@ from qeval.quant.qweight import QWeight
 from qeval.quant.variant import Variant
 
 _INPUTS = {STACKS[0]: 2, STACKS[1]: 4}
-"""Where an MoE node has its stacks; the bias of each follows it."""
+"""The places of an MoE node's stacks among its inputs; the bias of each follows it."""
 
 MatrixCounts = Counter[tuple[int, int, int, int]]
-"""How many quantized matrices of which rows, columns, bits and block; 0 is a scale a row."""
+"""The number of quantized matrices by rows, columns, bits and block; a block of 0 is a scale a row."""
 
 
 def insert_experts(graph: ir.Graph, variant: Variant, accuracy_level: int) -> MatrixCounts:
@@ -168,13 +168,16 @@ def _packed_zeros(packed: NBits) -> Bytes:
 
 def _set_floats(node: ir.Node, floats: Mapping[str, Tensor]) -> None:
     """Give experts that stay in float other values."""
-    for name, tensor in floats.items():
-        key = next(key for key in STACKS if _stack(node, key).name == stack_of(name))
+    for key in STACKS:
         stack = _stack(node, key)
+        changed = {expert_of(name): tensor for name, tensor in floats.items() if stack_of(name) == stack.name}
+        if not changed:
+            continue
         assert stack.const_value is not None
-        whole = stack.const_value.numpy().copy()
         is_interleaved = key == STACKS[0] and INTERLEAVED in node.metadata_props
-        whole[expert_of(name)] = as_floats(interleave(tensor[None])[0]) if is_interleaved else as_floats(tensor)
+        whole = stack.const_value.numpy().copy()
+        for expert, tensor in changed.items():
+            whole[expert] = as_floats(interleave(tensor[None])[0] if is_interleaved else tensor)
         stack.const_value = ir.tensor(whole, name=stack.name)
 
 
