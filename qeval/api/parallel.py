@@ -34,7 +34,7 @@ class ComparisonProcess:
     error: str | None = None
     seconds: float = 0.0
     model: str | None = None
-    """What `compare` takes as the model; None: the name."""
+    """The model as `compare` takes it; None: the name."""
     _process: "subprocess.Popen[bytes] | None" = None
     _events: IO[bytes] = field(default_factory=TemporaryFile)
     _stderr: IO[bytes] = field(default_factory=TemporaryFile)

@@ -27,7 +27,7 @@ _SHORTEST_PREFIX = 16
 """Tokens that prompts must have in common for them to be run once."""
 
 IsDone = Callable[[Sequence[int]], bool]
-"""Whether an answer ends with the tokens that were generated so far."""
+"""A test of whether an answer ends with the tokens that were generated so far."""
 
 
 @dataclass(frozen=True, eq=False)

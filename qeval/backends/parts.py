@@ -13,7 +13,7 @@ import torch
 from qeval.models.structure.trace import text_config
 
 _BYTES, _GPU_BYTES = 1 << 29, 1 << 31
-"""What the pairs of one pass may take, all copies counted."""
+"""The bytes that the pairs of one pass may take, all copies counted."""
 _MASK_BYTES = 8
 """Of a pair: three masks of a byte while they are joined, or the one that is added to scores in fp32 and its source."""
 _SCORE_COPIES = 4

@@ -194,4 +194,4 @@ _CLIENTS: Mapping[str, Callable[[], Any]] = MappingProxyType({"mlflow": _mlflow,
 TRACKERS: Mapping[str, Callable[[Iterable[TrackedRun]], int]] = MappingProxyType(
     {"mlflow": _to_mlflow, "wandb": _to_wandb}
 )
-"""What writes runs to each tracker, by its name; each returns how many."""
+"""The writer of runs to each tracker, by its name; each returns how many it wrote."""

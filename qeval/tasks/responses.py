@@ -30,7 +30,7 @@ from qeval.types import TokenIds
 _PART_ITEMS = 256
 GENERATED, ROLLING = "generate_until", "loglikelihood_rolling"
 Response = str | tuple[float, bool] | float
-"""What the harness takes of a model: a text, a log-likelihood and whether it is greedy, or a log-likelihood."""
+"""A model's response to the harness: a text, a log-likelihood and whether it is greedy, or a log-likelihood."""
 
 
 _EMPTY: Mapping[str, Response] = {GENERATED: "", ROLLING: 0.0, "loglikelihood": (0.0, False)}

@@ -23,7 +23,7 @@ _FEW = 2
 _FEWEST = 5
 """Likeliest tokens that are asked for where one that follows is sought among them."""
 _FACTOR = 16
-"""What the number of likeliest tokens grows by where the one that follows is not among them."""
+"""The factor by which the number of likeliest tokens grows where the one that follows is not among them."""
 
 
 class Query(NamedTuple):

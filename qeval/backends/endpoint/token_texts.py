@@ -7,7 +7,7 @@ from typing import Any
 from qeval.errors import UsageError
 
 TOKEN_ID = "token_id:"
-"""How vLLM writes a token where it was asked for ids in the place of texts."""
+"""The form in which vLLM writes a token where it was asked for ids in the place of texts."""
 
 
 class TokenTexts:

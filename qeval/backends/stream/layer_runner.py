@@ -44,7 +44,7 @@ class Relay:
         self.state_bytes = 0
         """The most bytes a token that a layer hands on; known after `check_alone`."""
         self.hands_on_plain_states = True
-        """Whether they hand on [batch, tokens, d_model] and no more: no streams beside each other (DeepSeek-V4)."""
+        """True if they hand on [batch, tokens, d_model] and no more: no parallel streams (DeepSeek-V4)."""
 
         # of a pass through one layer
         self._active, self._forward = 0, self._forwards[0]

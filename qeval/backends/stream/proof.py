@@ -22,8 +22,8 @@ from qeval.types import Request
 
 _TOKENS, _PREFIX, _ROWS = 15, 9, 2
 _ONE_LAYER = 4e-5
-"""How far what one layer adds to its states may be apart in fp32: rounding gives 5e-6 at most in the tiny families, and
-a mask that changes with what is shared (Doge's) 9e-5."""
+"""The distance that what one layer adds to its states may have in fp32: rounding gives 5e-6 at most in the tiny
+families, and a mask that changes with what is shared (Doge's) 9e-5."""
 
 
 def proven(model: Any, relay: Relay, weights: LayerWeights, open_with: Callable[[Sharing], StreamSession]) -> Sharing:
